@@ -11,6 +11,8 @@ import pytest
 
 LONG = os.environ.get("RAGTURBO_LONG") == "1"
 SEED = int(os.environ.get("RAGTURBO_SEED") or secrets.randbits(32))
+# Worker processes of a parallel run, and children that tests start, share the controller's seed.
+os.environ["RAGTURBO_SEED"] = str(SEED)
 
 
 def pytest_report_header() -> str:
