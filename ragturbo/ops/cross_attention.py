@@ -1,0 +1,101 @@
+"""The attention core of Eq. 4: softmax(Q Kᵀ / √d) V over the tokens of every valid neighbour, side by side."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ragturbo.errors import InvalidRequest
+from ragturbo.ops import dispatch
+
+
+def cross_attention(
+    q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None, *, heads: int, impl: str = "auto"
+) -> Tensor:
+    """Eq. 4. q: (B, T, C); k, v: (B, n, S, C), n neighbours of S tokens; valid: (B, n) bool -> (B, T, C) of q's dtype.
+
+    Neighbours that are not valid get no attention, whatever their memory holds; a sample with none gets zeros.
+    """
+    _check(q, k, v, valid, heads)
+    name = dispatch.choose("cross_attention", impl, q.device.type)
+    if name == "triton":
+        return torch.ops.ragturbo.cross_attention(q, k, v, valid, heads)[0]
+    if name == "sdpa":
+        return sdpa(q, k, v, valid, heads)
+    if name == "xformers":
+        return xformers(q, k, v, valid, heads)
+    if name == "compile":
+        return _compiled(q, k, v, valid, heads)
+    return reference(q, k, v, valid, heads)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, heads: int) -> None:
+    batch, _, channels = q.shape if q.ndim == 3 else (-1, -1, -1)
+    if q.ndim != 3 or k.ndim != 4 or k.shape != v.shape or k.shape[0] != batch or k.shape[3] != channels:
+        raise InvalidRequest(
+            "cross_attention takes q (B, T, C) and k, v (B, n, S, C): "
+            f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    if channels % heads:
+        raise InvalidRequest(f"cross_attention: {channels} channels do not divide into {heads} heads")
+    if valid is not None and (valid.shape != k.shape[:2] or valid.dtype != torch.bool):
+        raise InvalidRequest(
+            f"valid must be bool of shape {tuple(k.shape[:2])}, got {valid.dtype} of {tuple(valid.shape)}"
+        )
+
+
+def _split(x: Tensor, heads: int) -> Tensor:
+    """(B, L, C) -> (B, heads, L, d)"""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _side_by_side(k: Tensor, v: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(B, n, S, C) -> (B, n·S, C), and the mask (B, 1, 1, n·S). Invalid rows may be uninitialised: zeroed."""
+    if valid is None:
+        return k.flatten(1, 2), v.flatten(1, 2), None
+    keep = valid[:, :, None, None]
+    mask = valid[:, None, None, :, None].expand(-1, 1, 1, -1, k.shape[2]).flatten(3)
+    return k.masked_fill(~keep, 0).flatten(1, 2), v.masked_fill(~keep, 0).flatten(1, 2), mask
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, heads: int) -> Tensor:
+    """Eq. 4 in plain torch, computed in fp32 (fp64 for fp64)."""
+    dtype = dispatch.compute_dtype(q.dtype)
+    k, v, mask = _side_by_side(k.to(dtype), v.to(dtype), valid)
+    query, key, value = (_split(x, heads) for x in (q.to(dtype), k, v))
+    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+    if mask is not None:
+        # A finite floor rather than -inf: a row with nothing valid stays free of NaN, also in its gradient.
+        scores = scores.masked_fill(~mask, torch.finfo(dtype).min)
+    weights = torch.softmax(scores, dim=-1)
+    if mask is not None:
+        weights = weights * mask
+    return (weights @ value).transpose(1, 2).flatten(2).to(q.dtype)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, heads: int) -> Tensor:
+    """Eq. 4 by torch's scaled_dot_product_attention, in the storage dtype."""
+    k, v, mask = _side_by_side(k, v, valid)
+    # A row with nothing valid attends to everything, which is zeros: its values were zeroed above.
+    if mask is not None:
+        mask = mask | ~mask.any(-1, keepdim=True)
+    out = F.scaled_dot_product_attention(_split(q, heads), _split(k, heads), _split(v, heads), attn_mask=mask)
+    return out.transpose(1, 2).flatten(2)
+
+
+def xformers(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, heads: int) -> Tensor:
+    """Eq. 4 by xformers' memory-efficient attention, in the storage dtype."""
+    from xformers.ops import memory_efficient_attention
+
+    k, v, mask = _side_by_side(k, v, valid)
+    bias = None
+    if mask is not None:
+        allowed = (mask | ~mask.any(-1, keepdim=True)).expand(-1, heads, q.shape[1], -1)
+        bias = torch.zeros(allowed.shape, dtype=q.dtype, device=q.device).masked_fill(~allowed, float("-inf"))
+    out = memory_efficient_attention(*(x.unflatten(-1, (heads, -1)) for x in (q, k, v)), attn_bias=bias)
+    return out.flatten(2)
+
+
+# torch.compile is lazy: nothing is compiled until the first call.
+_compiled = torch.compile(reference)

@@ -1,0 +1,121 @@
+"""Which implementation an op runs, and why.
+
+A named implementation runs or raises; only `auto` chooses. Everything here is decided without touching a GPU, so that
+the same answer holds under torch.compile, under FakeTensorMode and while a CUDA graph is captured.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass
+
+import torch
+
+from ragturbo.errors import InvalidRequest
+
+# Every environment variable the ops and kernels read. Each is read once, at import.
+ENVIRONMENT: dict[str, str] = {
+    "RAGTURBO_IMPL": "what impl='auto' takes: one name for all ops, or 'slerp=reference,cross_attention=sdpa'",
+    "RAGTURBO_KERNEL_CONFIGS": "a folder of <gpu>.json tile choices, read before the ones installed with ragturbo",
+    "TRITON_INTERPRET": "1 runs the Triton kernels in Triton's CPU interpreter: for tests, thousands of times slower",
+}
+
+IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
+    "slerp": ("reference", "triton"),
+    "scaled_residual": ("reference", "triton"),
+    "cross_attention": ("reference", "triton", "sdpa", "xformers", "compile"),
+}
+
+
+def installed(module: str) -> bool:
+    """Whether a module can be found. Finding is not importing: this stays cheap and has no side effects."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+HAS_TRITON = installed("triton")
+HAS_XFORMERS = installed("xformers")
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _forced(text: str) -> dict[str, str]:
+    """RAGTURBO_IMPL as a table op -> implementation; the op "" stands for all."""
+    table: dict[str, str] = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        op, _, name = item.rpartition("=")
+        if op and name not in IMPLEMENTATIONS.get(op, ()):
+            raise InvalidRequest(f"RAGTURBO_IMPL={text!r}: there is no {item!r}; known: {IMPLEMENTATIONS}")
+        table[op] = name
+    return table
+
+
+FORCED = _forced(os.environ.get("RAGTURBO_IMPL", ""))
+
+
+def refusal(op: str, impl: str, device: str) -> str | None:
+    """Why `impl` of `op` cannot run on `device` ("cpu", "cuda"); None if it can."""
+    known = IMPLEMENTATIONS[op]
+    if impl not in known:
+        return f"{op} has no implementation {impl!r}; known: {', '.join(('auto', *known))}"
+    if impl == "triton":
+        if not HAS_TRITON:
+            return "triton is not installed"
+        if device != "cuda" and not INTERPRET:
+            return f"Triton kernels run on a GPU, the tensors are on {device!r} (TRITON_INTERPRET=1 interprets them)"
+    if impl == "xformers":
+        if not HAS_XFORMERS:
+            return "xformers is not installed"
+        if device != "cuda":
+            return f"xformers' kernels run on a GPU, the tensors are on {device!r}"
+    return None
+
+
+def _auto(op: str, device: str) -> tuple[str, str]:
+    """What `auto` takes for `op` on `device`, and the reason."""
+    name = FORCED.get(op, FORCED.get("", ""))
+    if name and name in IMPLEMENTATIONS[op]:
+        return name, f"RAGTURBO_IMPL={os.environ['RAGTURBO_IMPL']}"
+    if device != "cuda":
+        return "reference", f"the tensors are on {device!r}, and the fused kernels are for GPUs"
+    why_not = refusal(op, "triton", device)
+    if why_not is not None:
+        return ("sdpa" if "sdpa" in IMPLEMENTATIONS[op] else "reference"), why_not
+    return "triton", "a GPU and triton are there"
+
+
+def choose(op: str, impl: str, device: str) -> str:
+    """The implementation that runs. Raises InvalidRequest if the one named cannot."""
+    name = _auto(op, device)[0] if impl == "auto" else impl
+    why_not = refusal(op, name, device)
+    if why_not is not None:
+        raise InvalidRequest(f"{op}(impl={impl!r}): {why_not}")
+    return name
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """One line of `ragturbo info`: what `auto` takes for an op on this machine, why, and why not the others."""
+
+    op: str
+    impl: str
+    reason: str
+    unavailable: dict[str, str]
+
+
+def explain(device: str | None = None) -> list[Explanation]:
+    """What `auto` takes for every op on `device`; by default a GPU if torch sees one, else the CPU."""
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    rows = []
+    for op, names in IMPLEMENTATIONS.items():
+        impl, reason = _auto(op, where)
+        unavailable = {name: why for name in names if (why := refusal(op, name, where)) is not None}
+        rows.append(Explanation(op, impl, reason, unavailable))
+    return rows
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The references compute in fp32 whatever the storage; fp64 stays fp64, for gradcheck."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
