@@ -1,0 +1,78 @@
+"""The options of a Generator, as one frozen dataclass that refuses nonsense when it is made."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from ragturbo.errors import InvalidRequest
+
+ENGINES = ("auto", "eager", "graph")
+RETRIEVERS = ("auto", "scann", "exact", "bm25")
+VAES = ("full", "tiny")
+ATTENTIONS = ("auto", "sdpa", "triton", "xformers")
+# "lerp" is the control for slerp: the same blend along the chord.
+MODES = ("adapter", "slerp", "lerp", "none")
+OUTPUT_TYPES = ("pil", "np", "pt", "latent", "uint8", "png", "jpeg")
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def parse_bytes(value: int | str | None, name: str) -> int | None:
+    """8589934592, "8GiB" or None -> bytes or None."""
+    if value is None:
+        return None
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
+        if not match or match[2].upper() not in _UNITS:
+            raise InvalidRequest(f"{name}={value!r} is not a size; write bytes or something like '8GiB'")
+        value = int(float(match[1]) * _UNITS[match[2].upper()])
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise InvalidRequest(f"{name}={value!r} must be a size of 0 or more bytes")
+    return value
+
+
+def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise InvalidRequest(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}")
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    """Everything `Generator.from_pretrained` takes besides the model, database and adapter themselves."""
+
+    engine: str = "auto"
+    retriever: Any = "auto"
+    vae: str = "full"
+    attention: str = "auto"
+    compile: bool = False
+    host_cache: int | str | None = None
+    device_cache: int | str | None = None
+    batch_sizes: tuple[int, ...] = (1, 2, 4, 8)
+    batch_window: float = 0.0
+    max_queue: int = 64
+
+    def __post_init__(self) -> None:
+        one_of("engine", self.engine, ENGINES)
+        one_of("attention", self.attention, ATTENTIONS)
+        if isinstance(self.retriever, str):
+            one_of("retriever", self.retriever, RETRIEVERS)
+        elif not callable(getattr(self.retriever, "search", None)):
+            raise InvalidRequest(f"retriever={self.retriever!r} is no name and has no search(keys, k, *, exclude=None)")
+        if not isinstance(self.vae, str) or not self.vae:
+            raise InvalidRequest(f"vae={self.vae!r} must be 'full', 'tiny' or a path or id of an AutoencoderTiny")
+        sizes = tuple(sorted(set(self.batch_sizes)))
+        if not sizes or any(not isinstance(n, int) or n < 1 or n & (n - 1) for n in sizes):
+            raise InvalidRequest(
+                f"batch_sizes={self.batch_sizes!r} must be powers of two: other sizes would make an image's bits "
+                "depend on its place in the batch"
+            )
+        object.__setattr__(self, "batch_sizes", sizes)
+        if not 0 <= self.batch_window <= 1:
+            raise InvalidRequest(f"batch_window={self.batch_window!r} must be between 0 and 1 second")
+        if not isinstance(self.max_queue, int) or self.max_queue < 1:
+            raise InvalidRequest(f"max_queue={self.max_queue!r} must be at least 1")
+        object.__setattr__(self, "host_cache", parse_bytes(self.host_cache, "host_cache"))
+        object.__setattr__(self, "device_cache", parse_bytes(self.device_cache, "device_cache"))

@@ -1,0 +1,182 @@
+"""The oracle: the whole way of one batch in plain torch, on any device, one stage after another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ragturbo.engine.step import Retrieved, StepBatch, StepResult
+from ragturbo.engine.timings import StageClock
+from ragturbo.errors import InvalidRequest
+from ragturbo.model.bundle import Bundle
+from ragturbo.model.inject import blend_weights, inject
+from ragturbo.model.onestep import Schedule
+from ragturbo.model.text import TextStates
+
+
+class EagerEngine:
+    name = "eager"
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.bundle = bundle
+        self._schedules: dict[int, Schedule] = {}
+
+    @property
+    def device(self) -> torch.device:
+        return self.bundle.device
+
+    @torch.inference_mode()
+    def run(self, batch: StepBatch) -> StepResult:
+        clock = StageClock(self.device)
+        with clock.stage("text"):
+            text, key = self._text(batch)
+        blend = self._retrieve(batch, key, clock)
+        latents = self._denoise(batch, text, blend, clock)
+        image = None
+        if batch.want != "latent":
+            with clock.stage("vae"):
+                image = self.bundle.vae.decode(latents).float()
+        with clock.stage("copy"):
+            result = _to_host(batch, latents, image, blend)
+        result.timings = clock.seconds()
+        return result
+
+    def encode_pairs(self, captions: list[str], images: Tensor) -> tuple[Tensor, Tensor]:
+        """Sec. 3.2 on the spot: images (B, 3, H, W) in [-1, 1] -> keys (B, K), features (B, T, C)."""
+        bundle = self.bundle
+        with torch.inference_mode():
+            states = self._states(bundle.text.tokenize(captions).input_ids)
+            latents = bundle.vae.encode(images.to(self.device, bundle.dtype))
+            return states.key, bundle.unet.retrieval_features(latents, states.hidden_states)
+
+    def _states(self, input_ids: Tensor) -> TextStates:
+        return self.bundle.text.encode(input_ids.to(self.device))
+
+    def _text(self, batch: StepBatch) -> tuple[Tensor, Tensor | None]:
+        """The UNet's context, negative rows first where guided, and the key to search by."""
+        key = None
+        if batch.text is not None:
+            text = batch.text.to(self.device, self.bundle.dtype)
+        else:
+            assert batch.input_ids is not None
+            states = self._states(batch.input_ids)
+            text, key = states.hidden_states, states.key
+        if batch.query_key is not None:
+            key = batch.query_key.to(self.device)
+        elif batch.query_ids is not None:
+            key = self._states(batch.query_ids).key
+        if batch.guided:
+            if batch.negative_text is not None:
+                negative = batch.negative_text.to(self.device, self.bundle.dtype)
+            else:
+                assert batch.negative_ids is not None
+                negative = self._states(batch.negative_ids).hidden_states
+            text = torch.cat([negative, text])
+        return text, key
+
+    def _retrieve(self, batch: StepBatch, key: Tensor | None, clock: StageClock) -> Blend | None:
+        if batch.mode == "none":
+            return None
+        if (found := batch.retrieved) is None:
+            if key is None or batch.source is None:
+                raise InvalidRequest("nothing to search by: give a prompt, query= or neighbors=")
+            with clock.stage("search"):
+                ids, scores = batch.source.search(key, batch.k)
+            with clock.stage("gather"):
+                found = batch.source.gather(ids, scores)
+        found = Retrieved(*(t.to(self.device) for t in (found.ids, found.scores, found.keys, found.h_retr)))
+        # Embeddings without a query have no key: their neighbours weigh the same, and λ is the caller's.
+        cosine = torch.ones_like(found.scores) if key is None else cosine_of(key, found.keys)
+        lam, valid = blend_weights(
+            cosine, found.ids, found.scores, min_score=batch.min_score.to(self.device), lam=batch.lam.to(self.device)
+        )
+        return Blend(found, cosine, lam, valid)
+
+    def _denoise(self, batch: StepBatch, text: Tensor, blend: Blend | None, clock: StageClock) -> Tensor:
+        bundle = self.bundle
+        schedule = self._schedule(batch.num_inference_steps)
+        generators = [torch.Generator("cpu").manual_seed(s) for s in batch.seeds if s is not None]
+        w = batch.w.to(self.device)
+        x = batch.latents.to(self.device) * schedule.init_sigma
+        for i, timestep in enumerate(schedule.timesteps):
+            model_input = schedule.scale_input(x, i).to(bundle.dtype)
+            if batch.guided:
+                model_input = torch.cat([model_input, model_input])
+            with clock.stage("encode"):
+                state = bundle.unet.encode(model_input, timestep, text)
+            with clock.stage("adapter"):
+                h = state.h if blend is None else self._inject(batch, state.h, blend, w)
+            with clock.stage("decode"):
+                out = bundle.unet.decode(state, h).float()
+            if batch.guided:
+                # As diffusers: the guided difference, the unconditional half first.
+                uncond, cond = out.chunk(2)
+                out = uncond + batch.guidance_scale * (cond - uncond)
+            x = schedule.step(x, out, i, generators or None)
+        return x
+
+    def _inject(self, batch: StepBatch, h: Tensor, blend: Blend, w: Tensor) -> Tensor:
+        """Retrieval speaks for the prompt: under guidance the unconditional half stays as it is."""
+        tgt = h[len(batch) :] if batch.guided else h
+        out = inject(
+            batch.mode,
+            tgt,
+            blend.found.h_retr.to(h.dtype),
+            lam=blend.lam,
+            w=w,
+            valid=blend.valid,
+            weights=blend.cosine,
+            adapter=self.bundle.adapter,
+            per=batch.per,
+        )
+        return torch.cat([h[: len(batch)], out]) if batch.guided else out
+
+    def _schedule(self, steps: int) -> Schedule:
+        if steps not in self._schedules:
+            self._schedules[steps] = Schedule.from_scheduler(self.bundle.scheduler, steps, device=self.device)
+        return self._schedules[steps]
+
+
+@dataclass
+class Blend:
+    """What is injected: the neighbours, their cosines (B, k), λ (B,) and who may be attended to (B, k)."""
+
+    found: Retrieved
+    cosine: Tensor
+    lam: Tensor
+    valid: Tensor
+
+
+def cosine_of(key: Tensor, stored: Tensor) -> Tensor:
+    """λ before the mean: (B, K), (B, k, K) unit vectors -> (B, k) in [0, 1]."""
+    return torch.einsum("bd,bkd->bk", key.float(), stored.float()).clamp(0, 1)
+
+
+def _to_host(batch: StepBatch, latents: Tensor, image: Tensor | None, blend: Blend | None) -> StepResult:
+    rows = len(batch)
+    ok = torch.isfinite(latents).flatten(1).all(1)
+    if image is not None:
+        ok &= torch.isfinite(image).flatten(1).all(1)
+    result = StepResult(
+        ok=ok.cpu(),
+        lam=torch.zeros(rows),
+        ids=torch.empty((rows, 0), dtype=torch.int64),
+        scores=torch.empty((rows, 0)),
+        cosine=torch.empty((rows, 0)),
+        valid=torch.empty((rows, 0), dtype=torch.bool),
+    )
+    if blend is not None:
+        result.lam, result.valid, result.cosine = blend.lam.cpu(), blend.valid.cpu(), blend.cosine.cpu()
+        result.ids, result.scores = blend.found.ids.cpu(), blend.found.scores.cpu()
+    if batch.want == "latent":
+        result.latents = latents.cpu()
+    elif batch.want == "float":
+        assert image is not None
+        result.image = image.cpu()
+    else:
+        assert image is not None
+        # As diffusers' image processor rounds: half to even.
+        result.uint8 = (image * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
+    return result

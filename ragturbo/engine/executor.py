@@ -1,0 +1,276 @@
+"""One thread owns the device; any number of threads hand it work.
+
+Requests wait in a bounded queue. What is waiting and may run together does, up to the largest bucket. A request's
+deadline, cancellation and error are its own: nothing of them reaches another request of the same batch.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+
+from ragturbo.engine.step import Engine, StepBatch, StepResult, join
+from ragturbo.errors import (
+    DeadlineExceeded,
+    DeviceLost,
+    GenerationError,
+    NonFiniteOutput,
+    OutOfDeviceMemory,
+    Overloaded,
+    RagTurboError,
+)
+
+T = TypeVar("T")
+log = logging.getLogger("ragturbo")
+
+
+@dataclass
+class Job:
+    batch: StepBatch
+    deadline: float | None = None
+    """time.monotonic() after which the result is worthless."""
+    future: Future[StepResult] = field(default_factory=Future)
+    queued_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def expired(self) -> bool:
+        return self.deadline is not None and time.monotonic() >= self.deadline
+
+
+class Executor:
+    def __init__(
+        self, engine: Engine, *, batch_sizes: tuple[int, ...], batch_window: float = 0.0, max_queue: int = 64
+    ) -> None:
+        self._engine = engine
+        self._buckets = batch_sizes
+        self._window = batch_window
+        self._max_queue = max_queue
+        self._queue: deque[Job] = deque()
+        self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._wake = threading.Condition()
+        self._closing = False
+        self._dead: DeviceLost | None = None
+        self._pid = os.getpid()
+        self.counts: Counter[str] = Counter()
+        self.batch_sizes: Counter[int] = Counter()
+        self._thread = threading.Thread(target=self._loop, name="ragturbo-device", daemon=True)
+        self._thread.start()
+
+    @property
+    def max_rows(self) -> int:
+        return self._buckets[-1]
+
+    @property
+    def healthy(self) -> bool:
+        return self._dead is None and not self._closing and os.getpid() == self._pid and self._thread.is_alive()
+
+    @property
+    def waiting(self) -> int:
+        return len(self._queue)
+
+    def submit(self, batches: list[StepBatch], timeout: float | None = None) -> list[Future[StepResult]]:
+        """All of them are taken or none is: Overloaded at once where the queue has no room."""
+        self._check_process()
+        deadline = None if timeout is None else time.monotonic() + timeout
+        jobs = [Job(b, deadline) for b in batches]
+        with self._wake:
+            self._check_open()
+            if len(self._queue) + len(jobs) > self._max_queue:
+                self.counts["rejected"] += 1
+                raise Overloaded(
+                    f"{len(self._queue)} requests wait and max_queue is {self._max_queue}; retry later or raise it"
+                )
+            self._queue.extend(jobs)
+            self.counts["accepted"] += len(jobs)
+            self._wake.notify()
+        return [job.future for job in jobs]
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Runs it on the device's thread between two batches, and waits: how weights change under live requests."""
+        self._check_process()
+        if threading.current_thread() is self._thread:
+            return function()
+        future: Future[T] = Future()
+        with self._wake:
+            self._check_open()
+            self._calls.append((function, future))
+            self._wake.notify()
+        return future.result()
+
+    def close(self) -> None:
+        """Takes no more, finishes what waits, ends the thread."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        if os.getpid() == self._pid and threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise GenerationError(
+                f"this Generator belongs to process {self._pid} and was carried into {os.getpid()} by a fork; "
+                "its device thread did not come along. Make the Generator after forking."
+            )
+
+    def _check_open(self) -> None:
+        if self._dead is not None:
+            raise self._dead
+        if self._closing:
+            raise GenerationError("this Generator is closed; make a new one")
+
+    def _loop(self) -> None:
+        while (jobs := self._next()) is not None:
+            if jobs:
+                self._run(jobs)
+            # A future outlives its job only in the caller's hands: a result is not kept until the next request.
+            del jobs
+
+    def _next(self) -> list[Job] | None:
+        """The jobs of the next batch, in order of arrival; None when closed and drained."""
+        with self._wake:
+            while not self._queue:
+                self._answer_calls()
+                if self._queue:
+                    break
+                if self._closing:
+                    return None
+                self._wake.wait()
+            self._answer_calls()
+            if self._window and not self._closing:
+                self._wait_for_company()
+            first: Job | None = None
+            chosen: list[Job] = []
+            kept: deque[Job] = deque()
+            rows = 0
+            while self._queue:
+                job = self._queue.popleft()
+                if job.expired:
+                    self._expire(job)
+                elif first is None or (
+                    job.batch.key == first.batch.key and rows + len(job.batch) <= self.max_rows
+                ):
+                    if not job.future.set_running_or_notify_cancel():
+                        self.counts["cancelled"] += 1
+                        continue
+                    first = first or job
+                    rows += len(job.batch)
+                    chosen.append(job)
+                else:
+                    kept.append(job)
+            self._queue = kept
+            return chosen
+
+    def _answer_calls(self) -> None:
+        """Holds the lock but while a function runs."""
+        while self._calls:
+            function, future = self._calls.popleft()
+            self._wake.release()
+            try:
+                future.set_result(function())
+            except BaseException as error:  # it belongs to the caller
+                future.set_exception(error)
+            finally:
+                self._wake.acquire()
+
+    def _wait_for_company(self) -> None:
+        until = time.monotonic() + self._window
+        while sum(len(j.batch) for j in self._queue) < self.max_rows and (left := until - time.monotonic()) > 0:
+            self._wake.wait(left)
+
+    def _expire(self, job: Job) -> None:
+        if job.future.set_running_or_notify_cancel():
+            self.counts["expired"] += 1
+            waited = time.monotonic() - job.queued_at
+            job.future.set_exception(DeadlineExceeded(f"the deadline passed after {waited:.3f} s in the queue"))
+        else:
+            self.counts["cancelled"] += 1
+
+    def _run(self, jobs: list[Job]) -> None:
+        started = time.monotonic()
+        rows = sum(len(j.batch) for j in jobs)
+        bucket = next((b for b in self._buckets if b >= rows), rows)
+        try:
+            result = self._engine.run(join([j.batch for j in jobs], bucket))
+        except BaseException as error:  # the thread must outlive every error; each goes to its own request
+            self._failed(jobs, error)
+            return
+        self.batch_sizes[bucket] += 1
+        start = 0
+        for job in jobs:
+            own = result.rows(start, start + len(job.batch))
+            start += len(job.batch)
+            own.bucket = bucket
+            own.timings["queue"] = started - job.queued_at
+            self._finish(job, own)
+
+    def _finish(self, job: Job, result: StepResult) -> None:
+        if job.expired:
+            self.counts["expired"] += 1
+            job.future.set_exception(DeadlineExceeded("the deadline passed while the image was being made"))
+        elif not bool(result.ok.all()):
+            self.counts["non_finite"] += 1
+            bad = [i for i, ok in enumerate(result.ok.tolist()) if not ok]
+            job.future.set_exception(
+                NonFiniteOutput(
+                    f"the model produced NaN or infinity for image {bad}; check the weights, or use dtype float32"
+                )
+            )
+        else:
+            self.counts["finished"] += 1
+            job.future.set_result(result)
+
+    def _failed(self, jobs: list[Job], error: BaseException) -> None:
+        typed = _typed(error)
+        if isinstance(typed, DeviceLost):
+            self._die(jobs, typed)
+        elif len(jobs) > 1:
+            # One request's fault must not be its neighbours': each runs again alone, in order.
+            log.warning("a batch of %d requests failed (%s); each runs again alone", len(jobs), error)
+            for job in jobs:
+                self._run([job])
+        else:
+            self.counts["failed"] += 1
+            jobs[0].future.set_exception(typed)
+
+    def _die(self, jobs: list[Job], error: DeviceLost) -> None:
+        log.error("the device is lost: %s", error)
+        with self._wake:
+            self._dead = error
+            waiting, self._queue = list(self._queue), deque()
+        self.counts["failed"] += len(jobs) + len(waiting)
+        for job in jobs:
+            job.future.set_exception(error)
+        for job in waiting:
+            if job.future.set_running_or_notify_cancel():
+                job.future.set_exception(error)
+
+
+def _typed(error: BaseException) -> BaseException:
+    if isinstance(error, RagTurboError):
+        return error
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error):
+        typed: RagTurboError = OutOfDeviceMemory(f"the device has no room for this request: {error}")
+    elif _lost(error):
+        typed = DeviceLost(f"the device is lost ({error}); this Generator is dead: restart the process")
+    else:
+        typed = GenerationError(f"the step failed: {type(error).__name__}: {error}")
+    typed.__cause__ = error
+    return typed
+
+
+def _lost(error: BaseException) -> bool:
+    accelerator_error = getattr(torch, "AcceleratorError", None)
+    if accelerator_error is not None and isinstance(error, accelerator_error):
+        return True
+    # Triton and the driver's own entries raise plain RuntimeErrors.
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("cuda error" in text or "illegal memory access" in text)

@@ -1,0 +1,152 @@
+"""The one contract every engine runs: StepBatch in, StepResult out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Retrieved:
+    """What retrieval found for B queries: ids (B, k) int64, scores (B, k) fp32, keys (B, k, K) fp32, h_retr (B, k, S, C).
+
+    A missing neighbour has id -1, score NaN and rows of zeros. `scores` are the retriever's own; λ comes from `keys`, the
+    stored keys, and so is the same for every retriever.
+    """
+
+    ids: Tensor
+    scores: Tensor
+    keys: Tensor
+    h_retr: Tensor
+
+
+class Source(Protocol):
+    """A database as an engine sees it. One object is one generation: it never changes under a running batch."""
+
+    def search(self, keys: Tensor, k: int) -> tuple[Tensor, Tensor]: ...
+
+    def gather(self, ids: Tensor, scores: Tensor) -> Retrieved: ...
+
+
+@dataclass
+class StepBatch:
+    """B images that run together. Tensors have B rows; everything else is shared by all rows."""
+
+    latents: Tensor
+    """(B, c, h, w) fp32 unit Gaussian noise."""
+    lam: Tensor
+    """(B,) fp32; NaN where λ is the cosine."""
+    w: Tensor
+    """(B,) fp32, Eq. 3."""
+    min_score: Tensor
+    """(B,) fp32; -inf where every neighbour counts."""
+    input_ids: Tensor | None = None
+    """(B, L) int64, or None where `text` is given."""
+    text: Tensor | None = None
+    """(B, L, D) hidden states given by the caller."""
+    query_ids: Tensor | None = None
+    """(B, L) int64: other text to search by."""
+    query_key: Tensor | None = None
+    """(B, K) fp32: a key to search by."""
+    negative_ids: Tensor | None = None
+    negative_text: Tensor | None = None
+    retrieved: Retrieved | None = None
+    """Neighbours given by the caller; None: search yourself."""
+    seeds: tuple[int | None, ...] = ()
+    """For schedulers that draw noise on the way; None where the caller gave latents."""
+    mode: str = "none"
+    k: int = 0
+    source: Source | None = None
+    num_inference_steps: int = 1
+    guidance_scale: float = 0.0
+    per: str = "sample"
+    want: str = "uint8"
+    """"uint8", "float" or "latent"."""
+
+    def __len__(self) -> int:
+        return self.latents.shape[0]
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance_scale > 1.0
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Batches with equal keys may run as one."""
+        tensors = (self.input_ids, self.text, self.query_ids, self.query_key, self.negative_ids, self.negative_text)
+        given = None if self.retrieved is None else tuple(self.retrieved.h_retr.shape[1:])
+        return (
+            tuple(self.latents.shape[1:]),
+            tuple(None if t is None else tuple(t.shape[1:]) for t in tensors),
+            given,
+            self.mode,
+            self.k,
+            id(self.source),
+            self.num_inference_steps,
+            self.guidance_scale,
+            self.per,
+            self.want,
+        )
+
+
+_ROW_FIELDS = ("latents", "lam", "w", "min_score", "input_ids", "text", "query_ids", "query_key", "negative_ids")
+_ROW_FIELDS += ("negative_text",)
+_RETRIEVED_FIELDS = ("ids", "scores", "keys", "h_retr")
+
+
+def join(batches: list[StepBatch], bucket: int) -> StepBatch:
+    """Batches of one key as a single batch of `bucket` rows; the rows past their sum repeat the last one."""
+    rows = sum(len(b) for b in batches)
+    if len(batches) == 1 and rows == bucket:
+        return batches[0]
+
+    def stack(parts: list[Tensor]) -> Tensor:
+        filler = parts[-1][-1:].expand(bucket - rows, *parts[-1].shape[1:])
+        return torch.cat([*parts, filler])
+
+    first = batches[0]
+    fields: dict[str, Any] = {
+        name: stack([getattr(b, name) for b in batches]) for name in _ROW_FIELDS if getattr(first, name) is not None
+    }
+    if first.retrieved is not None:
+        given = [b.retrieved for b in batches if b.retrieved is not None]
+        fields["retrieved"] = Retrieved(**{n: stack([getattr(r, n) for r in given]) for n in _RETRIEVED_FIELDS})
+    seeds = tuple(s for b in batches for s in b.seeds)
+    return replace(first, seeds=seeds + seeds[-1:] * (bucket - rows), **fields)
+
+
+@dataclass
+class StepResult:
+    """B rows on the host. Rows of padding are still here; `rows` cuts a request's own out."""
+
+    ok: Tensor
+    """(B,) bool: every value of the row is finite."""
+    lam: Tensor
+    ids: Tensor
+    scores: Tensor
+    cosine: Tensor
+    """(B, k)"""
+    valid: Tensor
+    uint8: Tensor | None = None
+    """(B, H, W, 3)"""
+    image: Tensor | None = None
+    """(B, 3, H, W) fp32 in [0, 1]"""
+    latents: Tensor | None = None
+    timings: dict[str, float] = field(default_factory=dict)
+    bucket: int = 0
+
+    def rows(self, start: int, stop: int) -> StepResult:
+        cut = {
+            name: value[start:stop].clone() if isinstance(value := getattr(self, name), Tensor) else value
+            for name in ("ok", "lam", "ids", "scores", "cosine", "valid", "uint8", "image", "latents")
+        }
+        return StepResult(**cut, timings=dict(self.timings), bucket=self.bucket)
+
+
+class Engine(Protocol):
+    name: str
+
+    def run(self, batch: StepBatch) -> StepResult: ...

@@ -1,0 +1,42 @@
+"""Where an image's time goes, stage by stage."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+STAGES = ("queue", "tokenize", "text", "search", "gather", "encode", "adapter", "decode", "vae", "copy", "total")
+
+
+class StageClock:
+    """Adds up seconds by stage: the host's clock on a CPU, events on a GPU, read once when the work has finished."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._host: dict[str, float] = {}
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        if self._cuda:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.nvtx.range_push(name)
+            begin.record()
+            yield
+            end.record()
+            torch.cuda.nvtx.range_pop()
+            self._events.append((name, begin, end))
+        else:
+            start = time.perf_counter()
+            yield
+            self._host[name] = self._host.get(name, 0.0) + time.perf_counter() - start
+
+    def seconds(self) -> dict[str, float]:
+        """Call after the device has finished."""
+        out = dict(self._host)
+        for name, begin, end in self._events:
+            out[name] = out.get(name, 0.0) + begin.elapsed_time(end) / 1e3
+        return out

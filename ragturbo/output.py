@@ -1,0 +1,69 @@
+"""What a Generator gives back."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Neighbor:
+    """A text-image pair that was blended in. `score` is the retriever's own, `lam` the cosine of the two text keys."""
+
+    id: int
+    score: float
+    lam: float
+    caption: str | None = None
+    source: str | None = None
+    used: bool = True
+    """False where it stayed under min_score."""
+    thumbnail: bytes | None = field(default=None, repr=False)
+    """WebP bytes."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def image(self) -> Image | None:
+        """The stored thumbnail, or None where the database keeps none."""
+        if self.thumbnail is None:
+            return None
+        from PIL import Image
+
+        return Image.open(io.BytesIO(self.thumbnail)).convert("RGB")
+
+
+@dataclass
+class Output:
+    """`images` in the asked-for type; the other lists have one entry an image."""
+
+    images: Any
+    neighbors: list[list[Neighbor]]
+    lam: list[float]
+    seeds: list[int | None]
+    mode: str
+    bucket: int
+    """Rows of the batch the images were computed in: same prompt, seed and bucket give the same bytes."""
+    timings: dict[str, float]
+    """Seconds by stage."""
+    notes: list[str] = field(default_factory=list)
+    """What the caller should know: tokens cut off, words the model has never seen."""
+
+
+def to_pil(batch: np.ndarray) -> list[Image]:
+    """(B, H, W, 3) uint8 -> PIL images."""
+    from PIL import Image
+
+    return [Image.fromarray(row) for row in batch]
+
+
+def encode(row: np.ndarray, kind: str) -> bytes:
+    """(H, W, 3) uint8 -> the bytes of a PNG or JPEG file."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    options: dict[str, Any] = {"compress_level": 1} if kind == "png" else {"quality": 95, "subsampling": 0}
+    Image.fromarray(row).save(buffer, kind.upper(), **options)
+    return buffer.getvalue()
