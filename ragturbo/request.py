@@ -242,6 +242,8 @@ def _check_retrieval_options(request: Request, can: Abilities, mode: str) -> Non
         if mode != "slerp":
             raise InvalidRequest(f"per= belongs to mode='slerp', not {mode!r}")
         one_of("per", request.per, ("sample", "token"))
+    if mode == "adapter" and request.prompt is None and request.query is None and request.lam is None:
+        raise InvalidRequest("prompt_embeds carry no key to weigh the neighbours by: give query= or lam=")
     if request.query is not None and request.neighbors is not None and mode == "adapter" and request.lam is not None:
         raise InvalidRequest("query has no effect where both neighbors and lam are given")
 

@@ -11,8 +11,8 @@ from ragturbo.engine.step import Retrieved, StepBatch, StepResult
 from ragturbo.engine.timings import StageClock
 from ragturbo.errors import InvalidRequest
 from ragturbo.model.bundle import Bundle
-from ragturbo.model.inject import blend_weights, inject
-from ragturbo.model.onestep import Schedule
+from ragturbo.model.inject import Blend, blend_weights, inject
+from ragturbo.model.onestep import EulerSchedule, Schedule, guided, make_schedule
 from ragturbo.model.text import TextStates
 
 
@@ -32,14 +32,14 @@ class EagerEngine:
         clock = StageClock(self.device)
         with clock.stage("text"):
             text, key = self._text(batch)
-        blend = self._retrieve(batch, key, clock)
-        latents = self._denoise(batch, text, blend, clock)
+        found = self._retrieve(batch, key, clock)
+        latents = self._denoise(batch, text, found, clock)
         image = None
         if batch.want != "latent":
             with clock.stage("vae"):
                 image = self.bundle.vae.decode(latents).float()
         with clock.stage("copy"):
-            result = _to_host(batch, latents, image, blend)
+            result = _to_host(batch, latents, image, found)
         result.timings = clock.seconds()
         return result
 
@@ -76,7 +76,7 @@ class EagerEngine:
             text = torch.cat([negative, text])
         return text, key
 
-    def _retrieve(self, batch: StepBatch, key: Tensor | None, clock: StageClock) -> Blend | None:
+    def _retrieve(self, batch: StepBatch, key: Tensor | None, clock: StageClock) -> Found | None:
         if batch.mode == "none":
             return None
         if (found := batch.retrieved) is None:
@@ -89,16 +89,13 @@ class EagerEngine:
         found = Retrieved(*(t.to(self.device) for t in (found.ids, found.scores, found.keys, found.h_retr)))
         # Embeddings without a query have no key: their neighbours weigh the same, and λ is the caller's.
         cosine = torch.ones_like(found.scores) if key is None else cosine_of(key, found.keys)
-        lam, valid = blend_weights(
-            cosine, found.ids, found.scores, min_score=batch.min_score.to(self.device), lam=batch.lam.to(self.device)
-        )
-        return Blend(found, cosine, lam, valid)
+        limit, lam = batch.min_score.to(self.device), batch.lam.to(self.device)
+        return Found(found, cosine, blend_weights(cosine, found.scores, found.ids, limit, lam))
 
-    def _denoise(self, batch: StepBatch, text: Tensor, blend: Blend | None, clock: StageClock) -> Tensor:
+    def _denoise(self, batch: StepBatch, text: Tensor, found: Found | None, clock: StageClock) -> Tensor:
         bundle = self.bundle
         schedule = self._schedule(batch.num_inference_steps)
         generators = [torch.Generator("cpu").manual_seed(s) for s in batch.seeds if s is not None]
-        w = batch.w.to(self.device)
         x = batch.latents.to(self.device) * schedule.init_sigma
         for i, timestep in enumerate(schedule.timesteps):
             model_input = schedule.scale_input(x, i).to(bundle.dtype)
@@ -107,46 +104,44 @@ class EagerEngine:
             with clock.stage("encode"):
                 state = bundle.unet.encode(model_input, timestep, text)
             with clock.stage("adapter"):
-                h = state.h if blend is None else self._inject(batch, state.h, blend, w)
+                h = state.h if found is None else self._inject(batch, state.h, found)
             with clock.stage("decode"):
                 out = bundle.unet.decode(state, h).float()
             if batch.guided:
-                # As diffusers: the guided difference, the unconditional half first.
-                uncond, cond = out.chunk(2)
-                out = uncond + batch.guidance_scale * (cond - uncond)
+                out = guided(*out.chunk(2), batch.guidance_scale)
             x = schedule.step(x, out, i, generators or None)
         return x
 
-    def _inject(self, batch: StepBatch, h: Tensor, blend: Blend, w: Tensor) -> Tensor:
-        """Retrieval speaks for the prompt: under guidance the unconditional half stays as it is."""
-        tgt = h[len(batch) :] if batch.guided else h
+    def _inject(self, batch: StepBatch, h: Tensor, found: Found) -> Tensor:
+        """Retrieval speaks for the prompt: under guidance the negative half stays as it is."""
+        negative = len(batch) if batch.guided else 0
         out = inject(
             batch.mode,
-            tgt,
-            blend.found.h_retr.to(h.dtype),
-            lam=blend.lam,
-            w=w,
-            valid=blend.valid,
-            weights=blend.cosine,
+            h[negative:],
+            found.rows.h_retr.to(h.dtype),
+            blend=found.blend,
+            w=batch.w.to(self.device),
             adapter=self.bundle.adapter,
             per=batch.per,
         )
-        return torch.cat([h[: len(batch)], out]) if batch.guided else out
+        return torch.cat([h[:negative], out]) if negative else out
 
     def _schedule(self, steps: int) -> Schedule:
-        if steps not in self._schedules:
-            self._schedules[steps] = Schedule.from_scheduler(self.bundle.scheduler, steps, device=self.device)
-        return self._schedules[steps]
+        if (schedule := self._schedules.get(steps)) is None:
+            distilled = self.bundle.info.distilled
+            schedule = make_schedule(self.bundle.scheduler, steps, distilled=distilled, device=self.device)
+            # The closed form has no state; diffusers' schedulers carry a run's own.
+            if isinstance(schedule, EulerSchedule):
+                self._schedules[steps] = schedule
+        return schedule
 
 
 @dataclass
-class Blend:
-    """What is injected: the neighbours, their cosines (B, k), λ (B,) and who may be attended to (B, k)."""
-
-    found: Retrieved
+class Found:
+    rows: Retrieved
     cosine: Tensor
-    lam: Tensor
-    valid: Tensor
+    """(B, k): λ before the mean."""
+    blend: Blend
 
 
 def cosine_of(key: Tensor, stored: Tensor) -> Tensor:
@@ -154,7 +149,7 @@ def cosine_of(key: Tensor, stored: Tensor) -> Tensor:
     return torch.einsum("bd,bkd->bk", key.float(), stored.float()).clamp(0, 1)
 
 
-def _to_host(batch: StepBatch, latents: Tensor, image: Tensor | None, blend: Blend | None) -> StepResult:
+def _to_host(batch: StepBatch, latents: Tensor, image: Tensor | None, found: Found | None) -> StepResult:
     rows = len(batch)
     ok = torch.isfinite(latents).flatten(1).all(1)
     if image is not None:
@@ -167,9 +162,9 @@ def _to_host(batch: StepBatch, latents: Tensor, image: Tensor | None, blend: Ble
         cosine=torch.empty((rows, 0)),
         valid=torch.empty((rows, 0), dtype=torch.bool),
     )
-    if blend is not None:
-        result.lam, result.valid, result.cosine = blend.lam.cpu(), blend.valid.cpu(), blend.cosine.cpu()
-        result.ids, result.scores = blend.found.ids.cpu(), blend.found.scores.cpu()
+    if found is not None:
+        result.lam, result.valid = found.blend.lam.cpu(), found.blend.valid.cpu()
+        result.ids, result.scores, result.cosine = found.rows.ids.cpu(), found.rows.scores.cpu(), found.cosine.cpu()
     if batch.want == "latent":
         result.latents = latents.cpu()
     elif batch.want == "float":

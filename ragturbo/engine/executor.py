@@ -197,7 +197,8 @@ class Executor:
     def _run(self, jobs: list[Job]) -> None:
         started = time.monotonic()
         rows = sum(len(j.batch) for j in jobs)
-        bucket = next((b for b in self._buckets if b >= rows), rows)
+        least = max(rows, jobs[0].batch.min_bucket)
+        bucket = next(b for b in self._buckets if b >= least)
         try:
             result = self._engine.run(join([j.batch for j in jobs], bucket))
         except BaseException as error:  # the thread must outlive every error; each goes to its own request

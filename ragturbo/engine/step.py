@@ -11,10 +11,10 @@ from torch import Tensor
 
 @dataclass
 class Retrieved:
-    """What retrieval found for B queries: ids (B, k) int64, scores (B, k) fp32, keys (B, k, K) fp32, h_retr (B, k, S, C).
+    """What was found for B queries: ids (B, k) int64, scores (B, k) fp32, keys (B, k, K) fp32, h_retr (B, k, S, C).
 
-    A missing neighbour has id -1, score NaN and rows of zeros. `scores` are the retriever's own; λ comes from `keys`, the
-    stored keys, and so is the same for every retriever.
+    A missing neighbour has id -1, score NaN and rows of zeros. `scores` are the retriever's own; λ comes from `keys`,
+    the stored keys, and so is the same for every retriever.
     """
 
     ids: Tensor
@@ -65,9 +65,19 @@ class StepBatch:
     per: str = "sample"
     want: str = "uint8"
     """"uint8", "float" or "latent"."""
+    min_bucket: int = 1
 
     def __len__(self) -> int:
         return self.latents.shape[0]
+
+    def slice(self, start: int, stop: int) -> StepBatch:
+        fields: dict[str, Any] = {
+            name: value[start:stop] for name in _ROW_FIELDS if (value := getattr(self, name)) is not None
+        }
+        if self.retrieved is not None:
+            rows = {name: getattr(self.retrieved, name)[start:stop] for name in _RETRIEVED_FIELDS}
+            fields["retrieved"] = Retrieved(**rows)
+        return replace(self, seeds=self.seeds[start:stop], **fields)
 
     @property
     def guided(self) -> bool:
@@ -89,6 +99,7 @@ class StepBatch:
             self.guidance_scale,
             self.per,
             self.want,
+            self.min_bucket,
         )
 
 

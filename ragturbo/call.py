@@ -1,0 +1,326 @@
+"""One call on its way through a Generator: checked, tokenised, cut into batches, waited for, put together."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ragturbo.engine.eager import EagerEngine
+from ragturbo.engine.executor import Executor
+from ragturbo.engine.source import DatabaseSource
+from ragturbo.engine.step import Retrieved, StepBatch, StepResult
+from ragturbo.errors import DeadlineExceeded, InvalidRequest
+from ragturbo.model.bundle import Bundle
+from ragturbo.output import Neighbor, Output, encode, to_pil
+from ragturbo.request import Abilities, Plan, Request, resolve
+
+log = logging.getLogger("ragturbo")
+
+
+@lru_cache(maxsize=1)
+def _finishers() -> ThreadPoolExecutor:
+    """Files are encoded and futures finished here, so that neither the device's thread nor the caller's does it."""
+    return ThreadPoolExecutor(max_workers=4, thread_name_prefix="ragturbo-finish")
+
+
+def abilities(bundle: Bundle, source: DatabaseSource | None) -> Abilities:
+    return Abilities(
+        has_adapter=bundle.adapter is not None,
+        has_database=source is not None,
+        distilled=bundle.info.distilled,
+        factor=bundle.vae.factor,
+        multiple=bundle.vae.factor,
+        default_size=bundle.default_size,
+        latent_channels=bundle.vae.channels,
+        text_width=bundle.text.width,
+        key_width=bundle.text.key_dim,
+        max_steps=4 if bundle.info.distilled else 1000,
+    )
+
+
+@dataclass
+class Call:
+    request: Request
+    plan: Plan
+    source: DatabaseSource | None
+    futures: list[Future[StepResult]]
+    given: list[list[Neighbor]] | None
+    """Per prompt, the neighbours the caller chose."""
+    notes: list[str]
+    started: float
+    tokenize: float
+    deadline: float | None
+
+    @classmethod
+    def start(
+        cls,
+        bundle: Bundle,
+        engine: EagerEngine,
+        executor: Executor,
+        source: DatabaseSource | None,
+        prompt: Any,
+        options: dict[str, Any],
+        started: float,
+        *,
+        quiet: bool = False,
+    ) -> Call:
+        request = Request.of(prompt, options)
+        plan = resolve(request, abilities(bundle, source))
+        begin = time.perf_counter()
+        batch, notes = _batch(bundle, request, plan, source)
+        tokenize = time.perf_counter() - begin
+        given = None
+        if plan.neighbors is not None:
+            batch.retrieved, given = _given(bundle, engine, executor, source, plan)
+        if not quiet:
+            for note in notes:
+                log.warning("%s", note)
+        deadline = None if request.timeout is None else time.monotonic() + request.timeout
+        futures = executor.submit(_split(batch, executor.max_rows), request.timeout)
+        return cls(request, plan, source, futures, given, notes, started, tokenize, deadline)
+
+    def wait(self) -> Output:
+        """In the caller's thread."""
+        results = []
+        for future in self.futures:
+            left = None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
+            try:
+                results.append(future.result(left))
+            except FutureTimeout as error:
+                self.cancel()
+                if isinstance(error, DeadlineExceeded):
+                    raise
+                raise DeadlineExceeded(f"no image after timeout={self.request.timeout} s") from None
+            except BaseException:
+                self.cancel()
+                raise
+        return self.output(results)
+
+    def cancel(self) -> None:
+        for future in self.futures:
+            future.cancel()
+
+    def future(self) -> Future[Output]:
+        outer = _OutputFuture(self)
+        left, lock = len(self.futures), threading.Lock()
+
+        def one_done(_: Future[StepResult]) -> None:
+            nonlocal left
+            with lock:
+                left -= 1
+                last = left == 0
+            if last:
+                _finishers().submit(outer.finish)
+
+        for future in self.futures:
+            future.add_done_callback(one_done)
+        return outer
+
+    def output(self, results: list[StepResult]) -> Output:
+        plan, request = self.plan, self.request
+        images = _images([r for r in results], request)
+        neighbors: list[list[Neighbor]] = []
+        lam: list[float] = []
+        for result in results:
+            lam += result.lam.tolist()
+            neighbors += self._neighbors(result, start=len(neighbors))
+        timings = {"tokenize": self.tokenize}
+        for result in results:
+            for stage, seconds in result.timings.items():
+                timings[stage] = timings.get(stage, 0.0) + seconds
+        timings["total"] = time.perf_counter() - self.started
+        bucket = max(r.bucket for r in results)
+        return Output(images, neighbors, lam, plan.seeds, plan.mode, bucket, timings, self.notes)
+
+    def _neighbors(self, result: StepResult, start: int) -> list[list[Neighbor]]:
+        rows: list[list[Neighbor]] = []
+        ids, scores = result.ids.tolist(), result.scores.tolist()
+        cosine, valid = result.cosine.tolist(), result.valid.tolist()
+        for i, row in enumerate(ids):
+            if self.given is not None:
+                base = self.given[(start + i) // self.plan.per_prompt]
+            elif self.source is not None:
+                base = self.source.neighbors(row)
+            else:
+                base = []
+            rows.append(
+                [
+                    replace(n, score=scores[i][j], lam=cosine[i][j], used=valid[i][j])
+                    for j, n in enumerate(base)
+                    if n is not None
+                ]
+            )
+        return rows
+
+
+class _OutputFuture(Future[Output]):
+    """Cancelling it cancels what still waits of the call."""
+
+    def __init__(self, call: Call) -> None:
+        super().__init__()
+        self._call = call
+
+    def cancel(self) -> bool:
+        cancelled = super().cancel()
+        if cancelled:
+            self._call.cancel()
+        return cancelled
+
+    def finish(self) -> None:
+        if not self.set_running_or_notify_cancel():
+            return
+        try:
+            self.set_result(self._call.output([f.result(0) for f in self._call.futures]))
+        except BaseException as error:
+            self.set_exception(error)
+
+
+def _batch(bundle: Bundle, request: Request, plan: Plan, source: DatabaseSource | None) -> tuple[StepBatch, list[str]]:
+    notes: list[str] = []
+    text = bundle.text
+
+    def ids(texts: list[str] | None, what: str) -> Tensor | None:
+        if texts is None:
+            return None
+        tokens = text.tokenize(texts)
+        for value, dropped, unknown in zip(texts, tokens.dropped, tokens.unknown, strict=True):
+            note = _token_note(what, value, dropped, unknown)
+            if note and note not in notes:
+                notes.append(note)
+        return tokens.input_ids
+
+    def rows(embeds: Tensor | None) -> Tensor | None:
+        if embeds is None:
+            return None
+        embeds = embeds.detach().to("cpu")
+        return embeds.expand(plan.count, -1, -1) if len(embeds) == 1 else embeds.repeat_interleave(plan.per_prompt, 0)
+
+    batch = StepBatch(
+        latents=plan.latents,
+        lam=plan.lam,
+        w=plan.w,
+        min_score=torch.full((plan.count,), plan.min_score),
+        input_ids=ids(plan.prompts, "prompt"),
+        text=rows(request.prompt_embeds),
+        query_ids=ids(plan.query_texts, "query"),
+        query_key=plan.query_key,
+        negative_ids=ids(plan.negative, "negative prompt"),
+        negative_text=rows(request.negative_prompt_embeds),
+        seeds=tuple(plan.seeds),
+        mode=plan.mode,
+        k=plan.k,
+        source=None if plan.mode == "none" or plan.neighbors is not None else source,
+        num_inference_steps=request.num_inference_steps,
+        guidance_scale=float(request.guidance_scale),
+        per=request.per or "sample",
+        want=plan.want,
+    )
+    return batch, notes
+
+
+def _token_note(what: str, value: str, dropped: int, unknown: list[str]) -> str:
+    shown = value if len(value) <= 60 else value[:57] + "..."
+    parts = []
+    if dropped:
+        parts.append(f"its last {dropped} tokens were cut off")
+    if unknown:
+        parts.append(f"the model does not know: {', '.join(unknown[:8])}")
+    return f"{what} {shown!r}: {'; '.join(parts)}" if parts else ""
+
+
+def _split(batch: StepBatch, largest: int) -> list[StepBatch]:
+    """Pieces of at most `largest` rows. They all run in the largest bucket, so that one call has one bucket."""
+    if len(batch) <= largest:
+        return [batch]
+    return [replace(batch.slice(i, i + largest), min_bucket=largest) for i in range(0, len(batch), largest)]
+
+
+def _given(
+    bundle: Bundle, engine: EagerEngine, executor: Executor, source: DatabaseSource | None, plan: Plan
+) -> tuple[Retrieved, list[list[Neighbor]]]:
+    """The caller's own neighbours: from the database by id, or encoded on the spot (the paper's Fig. 2, uncached)."""
+    assert plan.neighbors is not None
+    flat = [entry for entries in plan.neighbors for entry in entries]
+    stored = [_id_of(entry) for entry in flat]
+    pairs = [(i, _pair_of(entry)) for i, entry in enumerate(flat) if stored[i] is None]
+    known = [(i, number) for i, number in enumerate(stored) if number is not None]
+    keys: list[Any] = [None] * len(flat)
+    rows: list[Any] = [None] * len(flat)
+    chosen: list[Any] = [None] * len(flat)
+    if known:
+        if source is None:
+            raise InvalidRequest("neighbors names ids, but there is no database to take them from")
+        ids = torch.tensor([number for _, number in known])
+        found = source.gather(ids[None], torch.zeros(1, len(known)))
+        for j, ((i, _), neighbor) in enumerate(zip(known, source.neighbors(ids.tolist()), strict=True)):
+            if neighbor is None:
+                raise InvalidRequest(f"neighbors names id {known[j][1]}, which the database does not have")
+            keys[i], rows[i], chosen[i] = found.keys[0, j], found.h_retr[0, j], neighbor
+    if pairs:
+        captions = [caption for _, (caption, _) in pairs]
+        images = torch.stack([_pixels(image, bundle.default_size) for _, (_, image) in pairs])
+        new_keys, new_rows = executor.call(lambda: engine.encode_pairs(captions, images))
+        for j, (i, (caption, _)) in enumerate(pairs):
+            keys[i], rows[i] = new_keys[j].float().cpu(), new_rows[j].cpu()
+            chosen[i] = Neighbor(-1, float("nan"), float("nan"), caption, "given with the request")
+    k = plan.k
+    order = [p * k + j for p in range(len(plan.neighbors)) for _ in range(plan.per_prompt) for j in range(k)]
+    shape = (plan.count, k)
+    retrieved = Retrieved(
+        ids=torch.arange(len(flat))[order].view(shape),
+        scores=torch.full(shape, float("inf")),
+        keys=torch.stack([keys[i] for i in order]).view(*shape, -1),
+        h_retr=torch.stack([rows[i].to(bundle.dtype) for i in order]).view(*shape, *rows[0].shape),
+    )
+    return retrieved, [chosen[p * k : (p + 1) * k] for p in range(len(plan.neighbors))]
+
+
+def _id_of(entry: Any) -> int | None:
+    if isinstance(entry, Neighbor):
+        if entry.id < 0:
+            raise InvalidRequest("a Neighbor given with an earlier request is in no database; give (caption, image)")
+        return entry.id
+    return entry if isinstance(entry, int) and not isinstance(entry, bool) else None
+
+
+def _pair_of(entry: Any) -> tuple[str, Any]:
+    if isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str):
+        return entry
+    raise InvalidRequest(f"neighbors holds {str(entry)[:60]!r}; give ids, Neighbors or (caption, image) tuples")
+
+
+def _pixels(image: Any, size: int) -> Tensor:
+    """PIL image or path -> (3, size, size) in [-1, 1], centre-cropped as in a database build."""
+    from ragturbo.retrieval.images import square
+
+    return torch.from_numpy(np.ascontiguousarray(square(image, size))).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def _images(results: list[StepResult], request: Request) -> Any:
+    kind = request.output_type
+    if kind == "latent":
+        return torch.cat([r.latents for r in results if r.latents is not None])
+    if kind in ("np", "pt"):
+        image = torch.cat([r.image for r in results if r.image is not None])
+        return image if kind == "pt" else image.permute(0, 2, 3, 1).contiguous().numpy()
+    batch = torch.cat([r.uint8 for r in results if r.uint8 is not None]).numpy()
+    if request.postprocess is not None:
+        shape = batch.shape
+        batch = np.asarray(request.postprocess(batch))
+        if batch.shape != shape or batch.dtype != np.uint8:
+            raise InvalidRequest(f"postprocess gave {batch.dtype} {batch.shape} for uint8 {shape}")
+    if kind == "uint8":
+        return batch
+    if kind == "pil":
+        return to_pil(batch)
+    return list(_finishers().map(encode, batch, [kind] * len(batch)))

@@ -1,0 +1,35 @@
+"""A picture of what retrieval did: without it, with it, and the neighbours that were blended in."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from ragturbo.output import Neighbor
+
+CELL, GAP, TEXT = 192, 12, 60
+
+
+def sheet(prompt: str, image: Image, without: Image, neighbors: list[Neighbor]) -> Image:
+    from PIL import Image as Pillow
+    from PIL import ImageDraw, ImageFont
+
+    cells = [(without, "without retrieval"), (image, f"ragturbo: {prompt}")]
+    cells += [(n.image(), f"neighbour, λ {n.lam:.2f}: {n.caption}") for n in neighbors]
+    page = Pillow.new("RGB", (GAP + (CELL + GAP) * len(cells), CELL + TEXT + 2 * GAP), "white")
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(12)
+    for i, (cell, label) in enumerate(cells):
+        left = GAP + i * (CELL + GAP)
+        if cell is None:
+            draw.rectangle((left, GAP, left + CELL, GAP + CELL), outline="grey")
+            draw.text((left + 8, GAP + 8), "no thumbnail", fill="grey", font=font)
+        else:
+            # Small pictures grow by whole pixels, so that what is seen is what the model made.
+            scale = Pillow.Resampling.NEAREST if cell.width < CELL else Pillow.Resampling.LANCZOS
+            page.paste(cell.resize((CELL, CELL), scale), (left, GAP))
+        for row, line in enumerate(textwrap.wrap(label, 30)[:4]):
+            draw.text((left, GAP + CELL + 4 + 14 * row), line, fill="black", font=font)
+    return page

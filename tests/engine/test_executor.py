@@ -1,0 +1,254 @@
+"""The thread that owns the device, driven by an engine whose work is a known function of each row."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, Future
+
+import numpy as np
+import pytest
+import torch
+
+from ragturbo.engine.executor import Executor
+from ragturbo.engine.step import StepBatch, StepResult
+from ragturbo.errors import (
+    DeadlineExceeded,
+    DeviceLost,
+    GenerationError,
+    NonFiniteOutput,
+    OutOfDeviceMemory,
+    Overloaded,
+)
+
+
+class Doubler:
+    """An engine that doubles. `gate` holds it back; `fail(batch)` may raise."""
+
+    name = "doubler"
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.gate.set()
+        self.entered = threading.Semaphore(0)
+        self.fail: Callable[[StepBatch], None] = lambda batch: None
+        self.sizes: list[int] = []
+
+    def run(self, batch: StepBatch) -> StepResult:
+        self.entered.release()
+        assert self.gate.wait(30)
+        self.sizes.append(len(batch))
+        self.fail(batch)
+        rows = len(batch)
+        nothing = torch.zeros(rows, 0)
+        out = batch.latents * 2
+        ok = torch.isfinite(out).flatten(1).all(1)
+        return StepResult(ok, torch.zeros(rows), nothing.long(), nothing, nothing, nothing.bool(), latents=out)
+
+
+def batch(*values: float, mode: str = "none") -> StepBatch:
+    rows = len(values)
+    latents = torch.tensor(values).view(rows, 1, 1, 1)
+    return StepBatch(latents, torch.zeros(rows), torch.zeros(rows), torch.zeros(rows), mode=mode, want="latent")
+
+
+def values(future: Future[StepResult]) -> list[float]:
+    result = future.result(30)
+    assert result.latents is not None
+    return result.latents.flatten().tolist()
+
+
+@pytest.fixture
+def engine() -> Doubler:
+    return Doubler()
+
+
+@pytest.fixture
+def executor(engine: Doubler) -> Iterator[Executor]:
+    executor = Executor(engine, batch_sizes=(1, 2, 4, 8), max_queue=16)
+    yield executor
+    engine.gate.set()
+    executor.close()
+
+
+def held(engine: Doubler, executor: Executor) -> Future[StepResult]:
+    """A request that is on the device and stays there until the gate opens: what comes next has to queue."""
+    engine.gate.clear()
+    [first] = executor.submit([batch(-1)])
+    assert engine.entered.acquire(timeout=30)
+    return first
+
+
+def test_waiting_requests_of_one_kind_run_as_one_padded_batch_and_get_their_own_rows(engine, executor):
+    held(engine, executor)
+    futures = [executor.submit([batch(float(i), float(i) + 0.5)])[0] for i in range(3)]
+    other = executor.submit([batch(9, mode="slerp")])[0]
+    engine.gate.set()
+    assert [values(f) for f in futures] == [[0, 1], [2, 3], [4, 5]]
+    assert values(other) == [18]
+    # Six rows run in the bucket of eight, and another kind runs apart.
+    assert engine.sizes == [1, 8, 1]
+    assert futures[0].result().bucket == 8 and other.result().bucket == 1
+
+
+def test_a_full_queue_refuses_at_once_and_takes_all_of_a_call_or_nothing(engine, executor):
+    held(engine, executor)
+    for i in range(15):
+        executor.submit([batch(float(i))])
+    with pytest.raises(Overloaded, match="15 requests wait and max_queue is 16"):
+        executor.submit([batch(1), batch(2)])
+    assert executor.waiting == 15
+    executor.submit([batch(1)])
+
+
+def test_a_deadline_that_passes_in_the_queue_never_reaches_the_device(engine, executor):
+    held(engine, executor)
+    [late] = executor.submit([batch(1)], timeout=0.01)
+    [patient] = executor.submit([batch(2)])
+    time.sleep(0.05)
+    engine.gate.set()
+    with pytest.raises(DeadlineExceeded):
+        late.result(30)
+    assert values(patient) == [4]
+    assert engine.sizes == [1, 1]
+
+
+def test_a_cancelled_request_leaves_its_place(engine, executor, rng):
+    held(engine, executor)
+    futures = [executor.submit([batch(float(i))])[0] for i in range(12)]
+    gone = set(rng.choice(12, 6, replace=False).tolist())
+    assert all(futures[i].cancel() for i in gone)
+    engine.gate.set()
+    for i, future in enumerate(futures):
+        if i in gone:
+            with pytest.raises(CancelledError):
+                future.result(30)
+        else:
+            assert values(future) == [2 * i]
+    assert executor.waiting == 0 and executor.counts["cancelled"] == 6
+
+
+@pytest.mark.parametrize(
+    ("fault", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), OutOfDeviceMemory),
+        (MemoryError(), OutOfDeviceMemory),
+        (ValueError("surprise"), GenerationError),
+    ],
+)
+def test_one_requests_fault_is_its_own(engine, executor, fault, expected):
+    def fail(b: StepBatch) -> None:
+        if bool((b.latents == 13).any()):
+            raise fault
+
+    engine.fail = fail
+    held(engine, executor)
+    good, bad, also_good = (executor.submit([batch(v)])[0] for v in (1.0, 13.0, 2.0))
+    engine.gate.set()
+    assert values(good) == [2] and values(also_good) == [4]
+    with pytest.raises(expected):
+        bad.result(30)
+    assert executor.healthy
+    assert values(executor.submit([batch(3)])[0]) == [6]
+
+
+def test_not_a_number_is_the_error_of_the_request_it_belongs_to(engine, executor):
+    held(engine, executor)
+    good, bad = executor.submit([batch(1)])[0], executor.submit([batch(2, float("nan"))])[0]
+    engine.gate.set()
+    assert values(good) == [2]
+    with pytest.raises(NonFiniteOutput, match=r"image \[1\]"):
+        bad.result(30)
+
+
+def test_a_lost_device_fails_everything_at_once_and_says_restart(engine, executor):
+    def fail(b: StepBatch) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    first = held(engine, executor)
+    waiting = [executor.submit([batch(float(i))])[0] for i in range(3)]
+    engine.fail = fail
+    engine.gate.set()
+    for future in [first, *waiting]:
+        with pytest.raises(DeviceLost, match="restart"):
+            future.result(30)
+    assert not executor.healthy
+    with pytest.raises(DeviceLost):
+        executor.submit([batch(1)])
+
+
+def test_close_finishes_what_waits_and_takes_no_more(engine, executor):
+    held(engine, executor)
+    futures = [executor.submit([batch(float(i))])[0] for i in range(5)]
+    threading.Timer(0.05, engine.gate.set).start()
+    executor.close()
+    assert [values(f) for f in futures] == [[2.0 * i] for i in range(5)]
+    with pytest.raises(GenerationError, match="closed"):
+        executor.submit([batch(1)])
+
+
+def test_a_window_waits_for_company_but_not_once_the_bucket_is_full(engine):
+    # A window longer than any wait below: only a full bucket can end it in time.
+    executor = Executor(engine, batch_sizes=(1, 2, 4), batch_window=600.0, max_queue=16)
+    try:
+        futures = [executor.submit([batch(float(i))])[0] for i in range(4)]
+        assert [values(f) for f in futures] == [[0], [2], [4], [6]]
+        assert engine.sizes == [4]
+    finally:
+        executor.close()
+
+
+def test_a_call_runs_on_the_device_thread_between_batches_and_hands_its_error_back(engine, executor):
+    name = executor.call(lambda: threading.current_thread().name)
+    assert name == "ragturbo-device"
+    with pytest.raises(ZeroDivisionError):
+        executor.call(lambda: 1 // 0)
+    assert values(executor.submit([batch(1)])[0]) == [2]
+
+
+def test_results_do_not_change_while_later_requests_run(engine, executor, rng):
+    kept = executor.submit([batch(*rng.normal(size=4).tolist())])[0].result(30)
+    assert kept.latents is not None
+    before = kept.latents.clone()
+    for _ in range(20):
+        values(executor.submit([batch(*rng.normal(size=4).tolist())])[0])
+    assert torch.equal(kept.latents, before)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_is_told_so(executor):
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            executor.submit([batch(1)])
+            os.write(write, b"it ran")
+        except GenerationError as error:
+            os.write(write, str(error).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert b"after forking" in os.read(read, 1000)
+
+
+def test_many_threads_each_get_their_own(engine, executor, rng, long_count):
+    executor._max_queue = 10**6
+    count = long_count(1000)
+    numbers = rng.integers(0, 1000, size=(16, count // 16 + 1))
+    wrong: list[tuple[float, list[float]]] = []
+
+    def client(row: np.ndarray) -> None:
+        for number in row.tolist():
+            got = values(executor.submit([batch(float(number), mode="slerp" if number % 3 else "none")])[0])
+            if got != [2.0 * number]:
+                wrong.append((number, got))
+
+    threads = [threading.Thread(target=client, args=(row,)) for row in numbers]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(60)
+    assert not wrong
+    assert executor.counts["finished"] == numbers.size
