@@ -1,0 +1,152 @@
+// The only file that includes Python. It turns Python's objects into pointers and C++'s exceptions into Python's.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cerrno>
+#include <optional>
+
+#include "crc32.hpp"
+#include "pinned.hpp"
+#include "store.hpp"
+
+namespace py = pybind11;
+using namespace ragturbo;
+
+namespace {
+
+// A contiguous buffer, held for as long as native code reads or writes it.
+class Buffer {
+ public:
+  Buffer(const py::object& object, bool writable) {
+    if (PyObject_GetBuffer(object.ptr(), &view_, writable ? PyBUF_WRITABLE | PyBUF_C_CONTIGUOUS : PyBUF_C_CONTIGUOUS))
+      throw py::error_already_set();
+  }
+  ~Buffer() { PyBuffer_Release(&view_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+
+  unsigned char* data() const { return static_cast<unsigned char*>(view_.buf); }
+  size_t size() const { return static_cast<size_t>(view_.len); }
+
+ private:
+  Py_buffer view_{};
+};
+
+// The data of a one-dimensional contiguous array of exactly T and `n` long; never a silent cast.
+template <typename T>
+const T* column(const py::object& object, const char* name, size_t n) {
+  using Array = py::array_t<T, py::array::c_style>;
+  if (!Array::check_(object))
+    throw py::type_error(std::string(name) + " must be a contiguous numpy array of " +
+                         py::str(py::dtype::of<T>()).template cast<std::string>());
+  const auto array = py::reinterpret_borrow<Array>(object);
+  if (array.ndim() != 1 || static_cast<size_t>(array.size()) != n)
+    throw py::value_error(std::string(name) + " must have one dimension of " + std::to_string(n));
+  return array.data();
+}
+
+template <typename T>
+const T* column_or_null(const py::object& object, const char* name, size_t n) {
+  return object.is_none() ? nullptr : column<T>(object, name, n);
+}
+
+const char* kind_name(Failure::Kind kind) {
+  switch (kind) {
+    case Failure::Kind::io: return "io";
+    case Failure::Kind::too_short: return "short";
+    case Failure::Kind::crc: return "crc";
+  }
+  return "io";
+}
+
+py::list read_into(const Store& store, const py::object& segments, const py::object& rows, const py::object& dst,
+                   const py::object& slots, std::optional<size_t> slot_bytes, const py::object& expected_crc,
+                   int threads) {
+  const Buffer out(dst, true);
+  const size_t n = py::len(rows);
+  const Request request{column<int32_t>(segments, "segments", n),
+                        column<int64_t>(rows, "rows", n),
+                        column_or_null<int64_t>(slots, "slots", n),
+                        column_or_null<uint32_t>(expected_crc, "expected_crc", n),
+                        n,
+                        out.data(),
+                        out.size(),
+                        slot_bytes.value_or(store.layout().payload),
+                        threads};
+  std::vector<Failure> failures;
+  {
+    py::gil_scoped_release release;
+    failures = store.read(request);
+  }
+  py::list result;
+  for (const Failure& failure : failures)
+    result.append(py::make_tuple(failure.index, kind_name(failure.kind), failure.detail));
+  return result;
+}
+
+uint32_t crc32_of(const py::object& data, uint32_t value) {
+  const Buffer buffer(data, false);
+  py::gil_scoped_release release;
+  return crc32(buffer.data(), buffer.size(), value);
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["compiler"] = __VERSION__;
+  info["crc32"] = has_pclmul() ? "pclmul" : "slice16";
+  info["cuda"] = RAGTURBO_CUDA;
+  info["cuda_off"] = RAGTURBO_CUDA_OFF;
+  info["archs"] = RAGTURBO_ARCHS;
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "Checked parallel reads, CRC-32, page-locked memory.";
+
+  py::register_exception_translator([](std::exception_ptr pending) {
+    try {
+      if (pending) std::rethrow_exception(pending);
+    } catch (const OpenError& error) {
+      errno = error.code;
+      PyErr_SetFromErrnoWithFilename(PyExc_OSError, error.path.c_str());
+    }
+  });
+
+  py::class_<Store>(m, "Store")
+      .def(py::init([](const std::vector<std::string>& paths, uint64_t header_bytes, uint64_t record_bytes,
+                       uint64_t payload_bytes, const std::vector<uint64_t>& counts) {
+             py::gil_scoped_release release;
+             return std::make_unique<Store>(paths, Layout{header_bytes, record_bytes, payload_bytes}, counts);
+           }),
+           py::arg("paths"), py::kw_only(), py::arg("header_bytes"), py::arg("record_bytes"), py::arg("payload_bytes"),
+           py::arg("counts"))
+      .def("read_into", &read_into, py::arg("segments"), py::arg("rows"), py::arg("dst"), py::kw_only(),
+           py::arg("slots") = py::none(), py::arg("slot_bytes") = py::none(), py::arg("expected_crc") = py::none(),
+           py::arg("threads") = 2)
+      .def("close", &Store::close)
+      .def("__enter__", [](py::object self) { return self; })
+      .def("__exit__", [](Store& store, const py::args&) { store.close(); })
+      .def_property_readonly("closed", &Store::closed);
+
+  py::class_<Arena>(m, "PinnedArena", py::buffer_protocol())
+      .def(py::init([](size_t nbytes, bool page_locked, int device) {
+             py::gil_scoped_release release;
+             return std::make_unique<Arena>(nbytes, page_locked, device);
+           }),
+           py::arg("nbytes"), py::kw_only(), py::arg("page_locked") = true, py::arg("device") = 0)
+      .def_buffer([](Arena& arena) {
+        return py::buffer_info(static_cast<unsigned char*>(arena.data()), static_cast<py::ssize_t>(arena.size()));
+      })
+      .def_property_readonly("ptr", [](const Arena& arena) { return reinterpret_cast<uintptr_t>(arena.data()); })
+      .def_property_readonly("device_ptr",
+                             [](const Arena& arena) { return reinterpret_cast<uintptr_t>(arena.device_data()); })
+      .def_property_readonly("nbytes", &Arena::size)
+      .def_property_readonly("page_locked", &Arena::page_locked)
+      .def_property_readonly("reason", &Arena::reason);
+
+  m.def("crc32", &crc32_of, py::arg("data"), py::arg("value") = 0, "zlib.crc32, faster.");
+  m.def("build_info", &build_info);
+}

@@ -1,0 +1,73 @@
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace ragturbo {
+
+// Record r of a segment is the `payload` bytes at `header + r * record` of its file.
+struct Layout {
+  uint64_t header;
+  uint64_t record;
+  uint64_t payload;
+};
+
+struct Failure {
+  enum class Kind { io, too_short, crc };
+  size_t index;
+  Kind kind;
+  std::string detail;
+};
+
+// A file could not be opened: errno and the path.
+struct OpenError : std::runtime_error {
+  OpenError(int code, const std::string& path);
+  int code;
+  std::string path;
+};
+
+// One read: n records, each to slot i (or slots[i]) of `dst`; crcs may be null.
+struct Request {
+  const int32_t* segments;
+  const int64_t* rows;
+  const int64_t* slots;
+  const uint32_t* crcs;
+  size_t n;
+  unsigned char* dst;
+  size_t dst_bytes;
+  size_t slot_bytes;
+  int threads;
+};
+
+// Fixed-size records in many files. pread, not mmap: equal in speed here, and a file that shrinks under the reader is
+// a short read to report instead of a SIGBUS.
+class Store {
+ public:
+  Store(const std::vector<std::string>& paths, Layout layout, std::vector<uint64_t> counts);
+
+  // Checks the whole request first (std::out_of_range, std::invalid_argument), then reads. Thread-safe.
+  std::vector<Failure> read(const Request& request) const;
+
+  // Files are closed once the reads in progress have ended; later reads are refused (std::invalid_argument).
+  void close();
+  bool closed() const;
+  const Layout& layout() const { return layout_; }
+
+ private:
+  struct Files;
+
+  std::shared_ptr<const Files> files() const;
+  void check(const Request& request) const;
+  bool read_record(int fd, const Request& request, size_t i, Failure& failure) const;
+
+  Layout layout_;
+  std::vector<uint64_t> counts_;
+  mutable std::mutex mutex_;
+  std::shared_ptr<const Files> files_;
+};
+
+}  // namespace ragturbo
