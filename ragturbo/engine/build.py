@@ -31,3 +31,33 @@ def choose_device(device: Any, dtype: Any) -> tuple[torch.device, torch.dtype]:
     if dtype not in _DTYPES.values():
         raise InvalidRequest(f"dtype={dtype!r} is not one of {', '.join(_DTYPES)}")
     return where, dtype
+
+
+def make_engine(bundle: Bundle, config: GeneratorConfig) -> EagerEngine:
+    from ragturbo.engine.eager import EagerEngine
+
+    if config.engine == "graph" and bundle.device.type != "cuda":
+        raise InvalidRequest("engine='graph' captures CUDA graphs and needs a CUDA device; use 'eager' or 'auto' here")
+    set_attention(bundle, config.attention)
+    return EagerEngine(bundle)
+
+
+def set_attention(bundle: Bundle, name: str) -> None:
+    """diffusers' own processors run torch's scaled_dot_product_attention, which is "sdpa" and, so far, "auto"."""
+    if name == "xformers":
+        try:
+            bundle.unet.unet.enable_xformers_memory_efficient_attention()
+        except Exception as error:  # diffusers and xformers each raise their own kinds
+            raise ModelError(f"attention='xformers' cannot run here: {error}") from error
+
+
+def open_source(database: Any, bundle: Bundle, config: GeneratorConfig) -> DatabaseSource:
+    """Opens a folder where it must, and refuses a database that another model made."""
+    from ragturbo.engine.source import DatabaseSource
+    from ragturbo.retrieval import Database
+
+    if isinstance(database, (str, os.PathLike)):
+        database = Database.open(database)
+    if not isinstance(database, Database):
+        raise InvalidRequest(f"database={database!r} must be a folder or a ragturbo.Database")
+    return DatabaseSource.open(database, bundle, config)

@@ -11,8 +11,8 @@ from ragturbo.engine.step import Retrieved, StepBatch, StepResult
 from ragturbo.engine.timings import StageClock
 from ragturbo.errors import InvalidRequest
 from ragturbo.model.bundle import Bundle
-from ragturbo.model.inject import Blend, blend_weights, inject
-from ragturbo.model.onestep import EulerSchedule, Schedule, guided, make_schedule
+from ragturbo.model.inject import blend_weights, inject
+from ragturbo.model.onestep import EulerSchedule, Schedule
 from ragturbo.model.text import TextStates
 
 
@@ -89,8 +89,9 @@ class EagerEngine:
         found = Retrieved(*(t.to(self.device) for t in (found.ids, found.scores, found.keys, found.h_retr)))
         # Embeddings without a query have no key: their neighbours weigh the same, and λ is the caller's.
         cosine = torch.ones_like(found.scores) if key is None else cosine_of(key, found.keys)
-        limit, lam = batch.min_score.to(self.device), batch.lam.to(self.device)
-        return Found(found, cosine, blend_weights(cosine, found.scores, found.ids, limit, lam))
+        limit, given = batch.min_score.to(self.device), batch.lam.to(self.device)
+        lam, valid = blend_weights(cosine, found.ids, found.scores, min_score=limit, lam=given)
+        return Found(found, cosine, lam, valid)
 
     def _denoise(self, batch: StepBatch, text: Tensor, found: Found | None, clock: StageClock) -> Tensor:
         bundle = self.bundle
@@ -108,7 +109,8 @@ class EagerEngine:
             with clock.stage("decode"):
                 out = bundle.unet.decode(state, h).float()
             if batch.guided:
-                out = guided(*out.chunk(2), batch.guidance_scale)
+                negative, positive = out.chunk(2)
+                out = negative + batch.guidance_scale * (positive - negative)
             x = schedule.step(x, out, i, generators or None)
         return x
 
@@ -119,8 +121,10 @@ class EagerEngine:
             batch.mode,
             h[negative:],
             found.rows.h_retr.to(h.dtype),
-            blend=found.blend,
+            lam=found.lam,
             w=batch.w.to(self.device),
+            valid=found.valid,
+            weights=found.cosine,
             adapter=self.bundle.adapter,
             per=batch.per,
         )
@@ -128,8 +132,7 @@ class EagerEngine:
 
     def _schedule(self, steps: int) -> Schedule:
         if (schedule := self._schedules.get(steps)) is None:
-            distilled = self.bundle.info.distilled
-            schedule = make_schedule(self.bundle.scheduler, steps, distilled=distilled, device=self.device)
+            schedule = Schedule.from_scheduler(self.bundle.scheduler, steps, device=self.device)
             # The closed form has no state; diffusers' schedulers carry a run's own.
             if isinstance(schedule, EulerSchedule):
                 self._schedules[steps] = schedule
@@ -141,7 +144,8 @@ class Found:
     rows: Retrieved
     cosine: Tensor
     """(B, k): λ before the mean."""
-    blend: Blend
+    lam: Tensor
+    valid: Tensor
 
 
 def cosine_of(key: Tensor, stored: Tensor) -> Tensor:
@@ -163,7 +167,7 @@ def _to_host(batch: StepBatch, latents: Tensor, image: Tensor | None, found: Fou
         valid=torch.empty((rows, 0), dtype=torch.bool),
     )
     if found is not None:
-        result.lam, result.valid = found.blend.lam.cpu(), found.blend.valid.cpu()
+        result.lam, result.valid = found.lam.cpu(), found.valid.cpu()
         result.ids, result.scores, result.cosine = found.rows.ids.cpu(), found.rows.scores.cpu(), found.cosine.cpu()
     if batch.want == "latent":
         result.latents = latents.cpu()
