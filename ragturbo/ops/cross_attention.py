@@ -18,9 +18,9 @@ def cross_attention(
     Neighbours that are not valid get no attention, whatever their memory holds; a sample with none gets zeros.
     """
     _check(q, k, v, valid, heads)
-    name = dispatch.choose("cross_attention", impl, q.device.type)
+    name = dispatch.choose("cross_attention", impl, q.device.type, q.dtype)
     if name == "triton":
-        return torch.ops.ragturbo.cross_attention(q, k, v, valid, heads)[0]
+        return _triton(q, k, v, valid, heads)[0]
     if name == "sdpa":
         return sdpa(q, k, v, valid, heads)
     if name == "xformers":
@@ -99,3 +99,47 @@ def xformers(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, heads: int) 
 
 # torch.compile is lazy: nothing is compiled until the first call.
 _compiled = torch.compile(reference)
+
+
+@torch.library.custom_op("ragturbo::cross_attention", mutates_args=())
+def _triton(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, heads: int) -> tuple[Tensor, Tensor]:
+    """The attention's output, and log2 Σ exp2 of its scores (B, heads, T) for backward."""
+    from ragturbo.kernels import cross_attention as kernels
+
+    return kernels.forward(q, k, v, valid, heads)
+
+
+@_triton.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, heads: int) -> tuple[Tensor, Tensor]:
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    return out, q.new_empty(q.shape[0], heads, q.shape[1], dtype=torch.float32)
+
+
+@torch.library.custom_op("ragturbo::cross_attention_backward", mutates_args=())
+def _triton_backward(
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, out: Tensor, lse: Tensor, heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    from ragturbo.kernels import cross_attention_backward as kernels
+
+    return kernels.backward(g, q, k, v, valid, out, lse, heads)
+
+
+@_triton_backward.register_fake
+def _(
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, out: Tensor, lse: Tensor, heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    return dq, dk, dv
+
+
+def _save(ctx, inputs, output) -> None:
+    q, k, v, valid, ctx.heads = inputs
+    ctx.save_for_backward(q, k, v, valid, *output)
+
+
+def _backward(ctx, g: Tensor, _lse: Tensor | None):
+    q, k, v, valid, out, lse = ctx.saved_tensors
+    return *_triton_backward(g, q, k, v, valid, out, lse, ctx.heads), None, None
+
+
+_triton.register_autograd(_backward, setup_context=_save)

@@ -36,6 +36,9 @@ def installed(module: str) -> bool:
         return False
 
 
+# What the kernels read and write; they accumulate in fp32.
+STORAGE = (torch.float32, torch.float16, torch.bfloat16)
+
 HAS_TRITON = installed("triton")
 HAS_XFORMERS = installed("xformers")
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -55,8 +58,8 @@ def _forced(text: str) -> dict[str, str]:
 FORCED = _forced(os.environ.get("RAGTURBO_IMPL", ""))
 
 
-def refusal(op: str, impl: str, device: str) -> str | None:
-    """Why `impl` of `op` cannot run on `device` ("cpu", "cuda"); None if it can."""
+def refusal(op: str, impl: str, device: str, dtype: torch.dtype = torch.float16) -> str | None:
+    """Why `impl` of `op` cannot run on `device` ("cpu", "cuda") in `dtype`; None if it can."""
     known = IMPLEMENTATIONS[op]
     if impl not in known:
         return f"{op} has no implementation {impl!r}; known: {', '.join(('auto', *known))}"
@@ -65,6 +68,8 @@ def refusal(op: str, impl: str, device: str) -> str | None:
             return "triton is not installed"
         if device != "cuda" and not INTERPRET:
             return f"Triton kernels run on a GPU, the tensors are on {device!r} (TRITON_INTERPRET=1 interprets them)"
+        if dtype not in STORAGE:
+            return f"the Triton kernels store fp32, fp16 and bf16, not {dtype}"
     if impl == "xformers":
         if not HAS_XFORMERS:
             return "xformers is not installed"
@@ -73,23 +78,23 @@ def refusal(op: str, impl: str, device: str) -> str | None:
     return None
 
 
-def _auto(op: str, device: str) -> tuple[str, str]:
+def _auto(op: str, device: str, dtype: torch.dtype = torch.float16) -> tuple[str, str]:
     """What `auto` takes for `op` on `device`, and the reason."""
     name = FORCED.get(op, FORCED.get("", ""))
     if name and name in IMPLEMENTATIONS[op]:
         return name, f"RAGTURBO_IMPL={os.environ['RAGTURBO_IMPL']}"
     if device != "cuda":
         return "reference", f"the tensors are on {device!r}, and the fused kernels are for GPUs"
-    why_not = refusal(op, "triton", device)
+    why_not = refusal(op, "triton", device, dtype)
     if why_not is not None:
         return ("sdpa" if "sdpa" in IMPLEMENTATIONS[op] else "reference"), why_not
     return "triton", "a GPU and triton are there"
 
 
-def choose(op: str, impl: str, device: str) -> str:
+def choose(op: str, impl: str, device: str, dtype: torch.dtype) -> str:
     """The implementation that runs. Raises InvalidRequest if the one named cannot."""
-    name = _auto(op, device)[0] if impl == "auto" else impl
-    why_not = refusal(op, name, device)
+    name = _auto(op, device, dtype)[0] if impl == "auto" else impl
+    why_not = refusal(op, name, device, dtype)
     if why_not is not None:
         raise InvalidRequest(f"{op}(impl={impl!r}): {why_not}")
     return name

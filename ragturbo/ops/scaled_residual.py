@@ -19,12 +19,14 @@ def scaled_residual(h: Tensor, delta: Tensor, lam: Tensor | float, impl: str = "
     if h.device != delta.device:
         raise InvalidRequest(f"scaled_residual: h is on {h.device}, delta on {delta.device}")
     scale = _scale(h, lam)
-    if dispatch.choose("scaled_residual", impl, h.device.type) == "triton":
-        if inplace:
-            torch.ops.ragturbo.scaled_residual_(h, delta, scale)
+    if dispatch.choose("scaled_residual", impl, h.device.type, h.dtype) == "triton":
+        wants_grad = torch.is_grad_enabled() and (h.requires_grad or delta.requires_grad or scale.requires_grad)
+        if inplace and not wants_grad:
+            _triton_inplace(h, delta, scale)
             return h
-        return torch.ops.ragturbo.scaled_residual(h, delta, scale)
-    out = reference(h, delta, scale)
+        out = _triton(h, delta, scale)
+    else:
+        out = reference(h, delta, scale)
     return h.copy_(out) if inplace else out
 
 
@@ -42,3 +44,48 @@ def reference(h: Tensor, delta: Tensor, lam: Tensor) -> Tensor:
     scale = lam.to(dtype).reshape(-1, *[1] * (h.ndim - 1))
     # A sum with 0·delta would turn -0.0 into 0.0 and let a NaN in: where λ is 0, h itself.
     return torch.where(scale == 0, h, (h.to(dtype) + scale * delta.to(dtype)).to(h.dtype))
+
+
+@torch.library.custom_op("ragturbo::scaled_residual", mutates_args=())
+def _triton(h: Tensor, delta: Tensor, lam: Tensor) -> Tensor:
+    from ragturbo.kernels import scaled_residual as kernels
+
+    return kernels.forward(h, delta, lam)
+
+
+@_triton.register_fake
+def _(h: Tensor, delta: Tensor, lam: Tensor) -> Tensor:
+    return torch.empty_like(h)
+
+
+@torch.library.custom_op("ragturbo::scaled_residual_", mutates_args=("h",))
+def _triton_inplace(h: Tensor, delta: Tensor, lam: Tensor) -> None:
+    from ragturbo.kernels import scaled_residual as kernels
+
+    kernels.forward(h, delta, lam, inplace=True)
+
+
+@torch.library.custom_op("ragturbo::scaled_residual_backward", mutates_args=())
+def _triton_backward(g: Tensor, delta: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
+    from ragturbo.kernels import scaled_residual as kernels
+
+    return kernels.backward(g, delta, lam)
+
+
+@_triton_backward.register_fake
+def _(g: Tensor, delta: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(delta), torch.empty_like(lam, dtype=torch.float32)
+
+
+def _save(ctx, inputs, output) -> None:
+    _, delta, lam = inputs
+    ctx.save_for_backward(delta, lam)
+
+
+def _backward(ctx, g: Tensor):
+    delta, lam = ctx.saved_tensors
+    d_delta, d_lam = _triton_backward(g, delta, lam)
+    return g, d_delta, d_lam.to(lam.dtype)
+
+
+_triton.register_autograd(_backward, setup_context=_save)

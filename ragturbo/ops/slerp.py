@@ -37,8 +37,8 @@ def slerp(h_tgt: Tensor, h_retr: Tensor, w: Tensor | float, per: str = "sample",
     if per not in ("sample", "token"):
         raise InvalidRequest(f"slerp: per={per!r}; known: 'sample', 'token'")
     weight = _weight(h_tgt, w)
-    if dispatch.choose("slerp", impl, h_tgt.device.type) == "triton":
-        return torch.ops.ragturbo.slerp(h_tgt, h_retr, weight, per == "token")
+    if dispatch.choose("slerp", impl, h_tgt.device.type, h_tgt.dtype) == "triton":
+        return _triton(h_tgt, h_retr, weight, per == "token")
     return reference(h_tgt, h_retr, weight, per)
 
 
@@ -81,3 +81,42 @@ def coefficients(tt: Tensor, rr: Tensor, tr: Tensor, w: Tensor) -> tuple[Tensor,
     a = torch.where(linear, 1 - w, torch.sin((1 - w) * omega) / sin)
     b = torch.where(linear, w, torch.sin(w * omega) / sin)
     return a, b
+
+
+@torch.library.custom_op("ragturbo::slerp", mutates_args=())
+def _triton(h_tgt: Tensor, h_retr: Tensor, w: Tensor, token: bool) -> Tensor:
+    from ragturbo.kernels import slerp as kernels
+
+    return kernels.forward(h_tgt, h_retr, w, token, PARALLEL, ANTIPODAL)
+
+
+@_triton.register_fake
+def _(h_tgt: Tensor, h_retr: Tensor, w: Tensor, token: bool) -> Tensor:
+    return torch.empty_like(h_tgt, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("ragturbo::slerp_backward", mutates_args=())
+def _triton_backward(g: Tensor, h_tgt: Tensor, h_retr: Tensor, w: Tensor, token: bool) -> tuple[Tensor, Tensor, Tensor]:
+    from ragturbo.kernels import slerp as kernels
+
+    return kernels.backward(g, h_tgt, h_retr, w, token, PARALLEL, ANTIPODAL)
+
+
+@_triton_backward.register_fake
+def _(g: Tensor, h_tgt: Tensor, h_retr: Tensor, w: Tensor, token: bool) -> tuple[Tensor, Tensor, Tensor]:
+    d_t, d_r = (torch.empty_like(h_tgt, memory_format=torch.contiguous_format) for _ in range(2))
+    return d_t, d_r, torch.empty_like(w, dtype=torch.float32)
+
+
+def _save(ctx, inputs, output) -> None:
+    *tensors, ctx.token = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, g: Tensor):
+    h_tgt, h_retr, w = ctx.saved_tensors
+    d_t, d_r, d_w = _triton_backward(g, h_tgt, h_retr, w, ctx.token)
+    return d_t, d_r, d_w.to(w.dtype), None
+
+
+_triton.register_autograd(_backward, setup_context=_save)

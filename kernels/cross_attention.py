@@ -1,0 +1,195 @@
+"""Eq. 4 on the GPU: attention over the tokens of the valid neighbours, one program a head and a tile of queries.
+
+`project` also computes the queries, LayerNorm included, in the same launch. Softmax in base 2 and fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ragturbo.kernels import moments, tiles
+from ragturbo.kernels.dot import dot
+from ragturbo.kernels.launch import launch
+
+LOG2E = 1.4426950408889634
+
+
+@triton.jit
+def _attend(
+    q, k_ptr, v_ptr, valid_ptr, n, S, stride_n, stride_s, D, scale,
+    HAS_VALID: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """q: [BT, BD] against n neighbours of S tokens -> Σ pv, Σ p and the maximum, none of it divided yet."""
+    i_d = tl.arange(0, BD)
+    m_d = i_d < D
+    top = tl.full([BT], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([BT], dtype=tl.float32)
+    acc = tl.zeros([BT, BD], dtype=tl.float32)
+    for i_n in range(0, n):
+        # The memory of a neighbour that is not valid may hold anything, NaN included: it is not read.
+        attend = True
+        if HAS_VALID:
+            attend = tl.load(valid_ptr + i_n) != 0
+        if attend:
+            for s0 in range(0, S, BS):
+                i_s = s0 + tl.arange(0, BS)
+                m_s = i_s < S
+                o = i_n * stride_n + i_s.to(tl.int64) * stride_s
+                k = tl.load(k_ptr + o[None, :] + i_d[:, None], mask=m_s[None, :] & m_d[:, None], other=0.0)
+                x = dot(q, k, tl.zeros([BT, BS], dtype=tl.float32)) * scale
+                x = tl.where(m_s[None, :], x, float("-inf"))
+                new_top = tl.maximum(top, tl.max(x, axis=1))
+                p = tl.exp2(x - new_top[:, None])
+                shrink = tl.exp2(top - new_top)
+                total = total * shrink + tl.sum(p, axis=1)
+                v = tl.load(v_ptr + o[:, None] + i_d[None, :], mask=m_s[:, None] & m_d[None, :], other=0.0)
+                acc = dot(p.to(v.dtype), v, acc * shrink[:, None])
+                top = new_top
+    return acc, total, top
+
+
+@triton.jit
+def _normalised(acc, total):
+    """Σ pv / Σ p, and zeros where nothing was valid."""
+    return tl.where(total[:, None] == 0, 0.0, acc / tl.where(total == 0, 1.0, total)[:, None])
+
+
+@triton.jit
+def cross_attention(
+    q_ptr, k_ptr, v_ptr, valid_ptr, out_ptr, lse_ptr, T, C, n, S, D, scale,
+    stride_qb, stride_qt, stride_kb, stride_kn, stride_ks,
+    HAS_VALID: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    i_h, i_b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    i_t = tl.program_id(0) * BT + tl.arange(0, BT)
+    i_d = tl.arange(0, BD)
+    m_t = i_t < T
+    m = m_t[:, None] & (i_d < D)[None, :]
+    q = tl.load(q_ptr + i_b * stride_qb + i_t[:, None] * stride_qt + i_h * D + i_d[None, :], mask=m, other=0.0)
+    o_k = i_b * stride_kb + i_h * D
+    acc, total, top = _attend(
+        q, k_ptr + o_k, v_ptr + o_k, valid_ptr + i_b * n, n, S, stride_kn, stride_ks, D, scale,
+        HAS_VALID, BT, BS, BD,
+    )  # fmt: skip
+    o_out = (i_b * T + i_t)[:, None] * C + i_h * D + i_d[None, :]
+    tl.store(out_ptr + o_out, _normalised(acc, total).to(out_ptr.dtype.element_ty), mask=m)
+    # log2 Σ exp2; what backward divides by. Nothing valid: +inf, so that every probability comes out 0.
+    lse = tl.where(total == 0, float("inf"), top + tl.log2(tl.where(total == 0, 1.0, total)))
+    tl.store(lse_ptr + (i_b * tl.num_programs(1) + i_h) * T + i_t, lse, mask=m_t)
+
+
+@triton.jit
+def project_cross_attention(
+    x_ptr, w_ptr, norm_w_ptr, norm_b_ptr, k_ptr, v_ptr, valid_ptr, out_ptr, T, C, K, n, S, D, eps, scale,
+    stride_kb, stride_kn, stride_ks,
+    NORM: tl.constexpr, HAS_VALID: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
+    BK: tl.constexpr,
+):  # fmt: skip
+    """Q = LN(x) W_Qᵀ of one head and BT tokens, and its attention, without Q leaving the registers."""
+    i_h, i_b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    i_t = tl.program_id(0) * BT + tl.arange(0, BT)
+    i_d = tl.arange(0, BD)
+    m_t, m_d = i_t < T, i_d < D
+    rows = i_b * T + i_t
+    if NORM:
+        mean, rstd = moments.of_rows(x_ptr, rows, m_t, K, K, eps, BT, BK)
+    acc_q = tl.zeros([BT, BD], dtype=tl.float32)
+    for k0 in range(0, K, BK):
+        i_k = k0 + tl.arange(0, BK)
+        m_k = i_k < K
+        x = tl.load(x_ptr + rows[:, None] * K + i_k[None, :], mask=m_t[:, None] & m_k[None, :], other=0.0)
+        w = tl.load(w_ptr + (i_h * D + i_d)[None, :] * K + i_k[:, None], mask=m_d[None, :] & m_k[:, None], other=0.0)
+        if NORM:
+            norm_w = tl.load(norm_w_ptr + i_k, mask=m_k, other=0.0).to(tl.float32)
+            norm_b = tl.load(norm_b_ptr + i_k, mask=m_k, other=0.0).to(tl.float32)
+            normed = (x.to(tl.float32) - mean[:, None]) * rstd[:, None]
+            x = (normed * norm_w[None, :] + norm_b[None, :]).to(x.dtype)
+        acc_q = dot(x, w, acc_q)
+    o_k = i_b * stride_kb + i_h * D
+    acc, total, _ = _attend(
+        acc_q.to(x_ptr.dtype.element_ty), k_ptr + o_k, v_ptr + o_k, valid_ptr + i_b * n, n, S, stride_kn, stride_ks,
+        D, scale, HAS_VALID, BT, BS, BD,
+    )  # fmt: skip
+    o_out = rows[:, None] * C + i_h * D + i_d[None, :]
+    out = _normalised(acc, total).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + o_out, out, mask=m_t[:, None] & m_d[None, :])
+
+
+def _last_dense(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def same_layout(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """k and v with channels side by side and equal strides: two views of one projection are left as they are."""
+    k, v = _last_dense(k), _last_dense(v)
+    return (k, v) if k.stride() == v.stride() else (k.contiguous(), v.contiguous())
+
+
+def _tile(t: int, s: int, d: int, x: Tensor) -> tiles.Tile:
+    wide = x.dtype == torch.float32
+    default = {
+        "BT": min(32 if wide else 64, tiles.power_of_2(t, 16)),
+        "BS": min(32 if wide or d > 128 else 64, tiles.power_of_2(s, 16)),
+        "num_warps": 4,
+        "num_stages": 1 if wide else 2,
+    }
+    return tiles.choose("cross_attention", f"T{t} S{s} D{d} {x.dtype}", x.device, default)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, heads: int) -> tuple[Tensor, Tensor]:
+    """q: (B, T, C); k, v: (B, n, S, C); valid: (B, n) bool -> (B, T, C) and log2-sum-exp2 (B, heads, T)."""
+    (batch, t, c), (_, n, s, _) = q.shape, k.shape
+    d = c // heads
+    q = _last_dense(q)
+    k, v = same_layout(k, v)
+    out = torch.empty(batch, t, c, dtype=q.dtype, device=q.device)
+    lse = torch.empty(batch, heads, t, dtype=torch.float32, device=q.device)
+    tile = _tile(t, s, d, q)
+    launch(
+        cross_attention, (triton.cdiv(t, tile["BT"]), heads, batch), q, k, v,
+        lse if valid is None else valid.contiguous().view(torch.uint8), out, lse, t, c, n, s, d, d**-0.5 * LOG2E,
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), k.stride(2),
+        HAS_VALID=valid is not None, BD=tiles.power_of_2(d, 16), **tile,
+    )  # fmt: skip
+    return out, lse
+
+
+def project(
+    x: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    k: Tensor,
+    v: Tensor,
+    valid: Tensor | None,
+    heads: int,
+) -> Tensor:
+    """x: (B, T, K), normalised by LayerNorm where its parameters are given; weight: W_Q (C, K) -> (B, T, C)."""
+    (batch, t, width), (_, n, s, c) = x.shape, k.shape
+    d = c // heads
+    x, weight = x.contiguous(), weight.contiguous()
+    k, v = same_layout(k, v)
+    out = torch.empty(batch, t, c, dtype=x.dtype, device=x.device)
+    half = x.dtype != torch.float32
+    default = {
+        "BT": min(32 if half else 16, tiles.power_of_2(t, 16)),
+        "BS": min(32 if not half or d > 128 else 64, tiles.power_of_2(s, 16)),
+        "BK": 64 if half else 32,
+        "num_warps": 4,
+        "num_stages": 3 if half else 1,
+    }
+    tile = tiles.choose("project_cross_attention", f"T{t} S{s} D{d} K{width} {x.dtype}", x.device, default)
+    normed = norm_weight is not None and norm_bias is not None
+    launch(
+        project_cross_attention, (triton.cdiv(t, tile["BT"]), heads, batch), x, weight,
+        norm_weight.contiguous() if norm_weight is not None else x,
+        norm_bias.contiguous() if norm_bias is not None else x,
+        k, v, x if valid is None else valid.contiguous().view(torch.uint8), out, t, c, width, n, s, d, eps,
+        d**-0.5 * LOG2E, k.stride(0), k.stride(1), k.stride(2),
+        NORM=normed, HAS_VALID=valid is not None, BD=tiles.power_of_2(d, 16), **tile,
+    )  # fmt: skip
+    return out

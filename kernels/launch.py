@@ -1,0 +1,54 @@
+"""The one door through which every Triton kernel is launched: run it, count it, or only compile it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+# Triton's decorators read this when the kernels' modules are imported: it cannot change afterwards.
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+
+Runner = Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], None]
+
+
+def _run(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    kernel[grid](*args, **options)
+
+
+_runner: ContextVar[Runner] = ContextVar("ragturbo_kernel_runner", default=_run)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, fuse_multiply_add: bool = True, **options: Any) -> None:
+    """Launch `kernel` over `grid`. options: the kernel's constexprs, num_warps, num_stages.
+
+    Contraction of a·b + c into one rounding is decided here, launch by launch, and not by Triton's default, which
+    changes between releases. It is on, being faster and closer, but where bits must equal another library's.
+    """
+    _runner.get()(kernel, grid, args, {**options, "enable_fp_fusion": fuse_multiply_add})
+
+
+@contextmanager
+def counted() -> Iterator[list[str]]:
+    """The names of the kernels launched inside the block, in order."""
+    names: list[str] = []
+    inner = _runner.get()
+
+    def count(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        names.append(kernel.__name__)
+        inner(kernel, grid, args, options)
+
+    with replaced(count):
+        yield names
+
+
+@contextmanager
+def replaced(runner: Runner) -> Iterator[None]:
+    """Hand every launch inside the block to `runner` in place of the device."""
+    token = _runner.set(runner)
+    try:
+        yield
+    finally:
+        _runner.reset(token)

@@ -1,0 +1,170 @@
+"""A linear layer with what surrounds it in the adapter, in one launch: the normalisation before it, several weights
+side by side, and bias, GEGLU, residual or λ-scaled residual after it.
+
+Statistics are taken by each program for its own rows: at the adapter's 64 tokens a row tile is read from L2 anyway, and
+a launch saved is worth more than the arithmetic. The weights, 72 MB of them in fp16, are what the time goes into.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ragturbo.kernels import moments, tiles
+from ragturbo.kernels.dot import dot
+from ragturbo.kernels.launch import launch
+
+
+@triton.jit
+def linear(
+    x_ptr, w0_ptr, w1_ptr, w2_ptr, bias_ptr, norm_w_ptr, norm_b_ptr, residual_ptr, lam_ptr, out_ptr,
+    L, N, K, stride_x, rows_per_lam, width, eps,
+    PARTS: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, GEGLU: tl.constexpr,
+    RESIDUAL: tl.constexpr, SCALED: tl.constexpr, GROUPS: tl.constexpr, BG: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """Rows come in samples of L, and no tile holds two. Only GroupNorm needs that: else all rows are one sample."""
+    per_sample = tl.cdiv(L, BM)
+    i_sample = tl.program_id(0) // per_sample
+    i_l = (tl.program_id(0) % per_sample) * BM + tl.arange(0, BM)
+    m_l = i_l < L
+    first = (i_sample * L).to(tl.int64)
+    rows = first + i_l
+
+    per_part = tl.cdiv(N, BN)
+    part = tl.program_id(1) // per_part
+    i_n = (tl.program_id(1) % per_part) * BN + tl.arange(0, BN)
+    m_n = i_n < N
+    w_ptr = w0_ptr
+    if PARTS > 1:
+        if part == 1:
+            w_ptr = w1_ptr
+    if PARTS > 2:
+        if part == 2:
+            w_ptr = w2_ptr
+
+    if NORM == "layer":
+        mean, rstd = moments.of_rows(x_ptr, rows, m_l, stride_x, K, eps, BM, BK)
+    if NORM == "group":
+        groups = tl.arange(0, GROUPS)
+        means = tl.zeros([GROUPS], dtype=tl.float32)
+        rstds = tl.zeros([GROUPS], dtype=tl.float32)
+        for i_g in range(0, tl.cdiv(K, width)):
+            c = tl.arange(0, BG)
+            g_mean, g_rstd = moments.of_group(x_ptr, first, L, stride_x, i_g * width + c, c < width, width, eps, BM)
+            means = tl.where(groups == i_g, g_mean, means)
+            rstds = tl.where(groups == i_g, g_rstd, rstds)
+
+    acc = tl.zeros([BM, BN], dtype=tl.float32)
+    gate = tl.zeros([BM, BN], dtype=tl.float32)
+    for k0 in range(0, K, BK):
+        k = k0 + tl.arange(0, BK)
+        m_k = k < K
+        p_x = x_ptr + rows[:, None] * stride_x + k[None, :]
+        p_w = w_ptr + i_n[None, :].to(tl.int64) * K + k[:, None]
+        if EVEN_K:
+            x = tl.load(p_x, mask=m_l[:, None], other=0.0)
+            w = tl.load(p_w, mask=m_n[None, :], other=0.0)
+        else:
+            x = tl.load(p_x, mask=m_l[:, None] & m_k[None, :], other=0.0)
+            w = tl.load(p_w, mask=m_n[None, :] & m_k[:, None], other=0.0)
+        if NORM != "":
+            scale = tl.load(norm_w_ptr + k, mask=m_k, other=0.0).to(tl.float32)
+            shift = tl.load(norm_b_ptr + k, mask=m_k, other=0.0).to(tl.float32)
+            if NORM == "layer":
+                normed = (x.to(tl.float32) - mean[:, None]) * rstd[:, None]
+            else:
+                own = (k // width)[:, None] == groups[None, :]
+                k_mean = tl.sum(tl.where(own, means[None, :], 0.0), axis=1)
+                k_rstd = tl.sum(tl.where(own, rstds[None, :], 0.0), axis=1)
+                normed = (x.to(tl.float32) - k_mean[None, :]) * k_rstd[None, :]
+            x = (normed * scale[None, :] + shift[None, :]).to(x.dtype)
+        acc = dot(x, w, acc)
+        if GEGLU:
+            p_gate = p_w + N.to(tl.int64) * K
+            if EVEN_K:
+                w_gate = tl.load(p_gate, mask=m_n[None, :], other=0.0)
+            else:
+                w_gate = tl.load(p_gate, mask=m_n[None, :] & m_k[:, None], other=0.0)
+            gate = dot(x, w_gate, gate)
+
+    if BIAS:
+        acc += tl.load(bias_ptr + i_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
+    if GEGLU:
+        if BIAS:
+            gate += tl.load(bias_ptr + N + i_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
+        acc = acc * (0.5 * gate * (1 + tl.erf(gate * 0.7071067811865476)))
+
+    offset = rows[:, None] * (PARTS * N) + (part * N + i_n)[None, :]
+    m = m_l[:, None] & m_n[None, :]
+    out = acc.to(out_ptr.dtype.element_ty)
+    if RESIDUAL:
+        residual = tl.load(residual_ptr + offset, mask=m, other=0.0)
+        if SCALED:
+            lam = tl.load(lam_ptr + rows // rows_per_lam, mask=m_l, other=0.0).to(tl.float32)[:, None]
+            out = (residual.to(tl.float32) + lam * acc).to(out.dtype)
+            out = tl.where(lam == 0, residual, out)
+        else:
+            out = (residual.to(tl.float32) + acc).to(out.dtype)
+    tl.store(out_ptr + offset, out, mask=m)
+
+
+def _default(rows: int, geglu: bool, norm: str, dtype: torch.dtype) -> tiles.Tile:
+    # At few rows every program streams its own columns of the weights once: narrow tiles put more of the GPU's
+    # multiprocessors, and so more of its memory bandwidth, to work.
+    if rows > 512:
+        return {"BM": 128, "BN": 64, "BK": 32 if dtype == torch.float32 else 64, "num_warps": 8, "num_stages": 3}
+    tile = {"BM": min(64, tiles.power_of_2(rows, 16)), "BN": 32, "BK": 64, "num_warps": 4, "num_stages": 4}
+    if dtype == torch.float32:
+        tile.update(BK=32, num_stages=2)
+    return tile
+
+
+def forward(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    bias: Tensor | None = None,
+    norm: str = "",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    groups: int = 0,
+    geglu: bool = False,
+    residual: Tensor | None = None,
+    lam: Tensor | None = None,
+) -> Tensor:
+    """x: (B, T, K); weights: up to three of (N, K) side by side; norm: "", "layer", "group" -> (B, T, parts·N).
+
+    geglu: N is twice the output's width, values before gates. residual: (B, T, parts·N), plus lam[b]·result if given.
+    """
+    batch, tokens, k = x.shape
+    x = x.contiguous()
+    weights = [w.contiguous() for w in weights]
+    n = weights[0].shape[0] // (2 if geglu else 1)
+    parts = len(weights)
+    out = torch.empty(batch, tokens, parts * n, dtype=x.dtype, device=x.device)
+    samples, length = (batch, tokens) if norm == "group" else (1, batch * tokens)
+    kind = f"{norm}{' geglu' if geglu else ''}"
+    shape = f"M{batch * tokens} N{parts * n} K{k} {kind} {x.dtype}"
+    tile = tiles.choose("linear", shape, x.device, _default(length, geglu, norm, x.dtype))
+    width = k // groups if norm == "group" else k
+    grid = (samples * triton.cdiv(length, tile["BM"]), parts * triton.cdiv(n, tile["BN"]))
+    w = [*weights, *weights[:1] * (3 - parts)]
+    launch(
+        linear, grid, x, *w,
+        x if bias is None else bias.contiguous(),
+        x if norm_weight is None else norm_weight.contiguous(),
+        x if norm_bias is None else norm_bias.contiguous(),
+        x if residual is None else residual.contiguous(),
+        x if lam is None else lam.contiguous(),
+        out, length, n, k, k, tokens, width, eps,
+        PARTS=parts, NORM=norm, BIAS=bias is not None, GEGLU=geglu, RESIDUAL=residual is not None,
+        SCALED=lam is not None, GROUPS=tiles.power_of_2(max(groups, 1)),
+        BG=tiles.power_of_2(width, 16) if norm == "group" else 16,
+        EVEN_K=k % tile["BK"] == 0, **tile,
+    )  # fmt: skip
+    return out

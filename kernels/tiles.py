@@ -1,0 +1,66 @@
+"""Which tile sizes, warps and stages a kernel uses for a shape: measured for this GPU, or a sound default.
+
+Measured choices live in configs/<gpu>.json, written by `python -m ragturbo.kernels.tune`. Nothing asks the GPU's name
+before the first launch on it. In the interpreter and when compiling for a GPU that is not there, defaults hold.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+
+import torch
+
+Tile = dict[str, int]
+
+INSTALLED = Path(__file__).parent / "configs"
+_OVERRIDE = os.environ.get("RAGTURBO_KERNEL_CONFIGS")
+
+_forced: ContextVar[dict[str, Tile] | None] = ContextVar("ragturbo_forced_tiles", default=None)
+
+
+def power_of_2(n: int, least: int = 1) -> int:
+    """The smallest power of two that is at least n and at least `least`."""
+    return max(least, 1 << max(0, n - 1).bit_length())
+
+
+def file_name(gpu: str) -> str:
+    """The file of a GPU: nvidia_h200.json for "NVIDIA H200"."""
+    return re.sub(r"[^a-z0-9]+", "_", gpu.lower()).strip("_") + ".json"
+
+
+@functools.cache
+def _measured(device: int) -> dict[str, dict[str, Tile]]:
+    name = file_name(torch.cuda.get_device_name(device))
+    for folder in filter(None, (_OVERRIDE, INSTALLED)):
+        path = Path(folder) / name
+        if path.is_file():
+            return json.loads(path.read_text())["tiles"]
+    return {}
+
+
+def choose(kernel: str, shape: str, device: torch.device, default: Tile) -> Tile:
+    """The tile for `kernel` on `shape` (a name such as "M64 N1280 K1280 fp16"): forced, measured, or the default."""
+    forced = _forced.get()
+    if forced is not None and kernel in forced:
+        return {**default, **forced[kernel]}
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return {**default, **_measured(index).get(kernel, {}).get(shape, {})}
+    return default
+
+
+@contextmanager
+def forced(kernel: str, tile: Tile) -> Iterator[None]:
+    """Use `tile` for `kernel` inside the block: how the tuner tries its candidates."""
+    token = _forced.set({**(_forced.get() or {}), kernel: tile})
+    try:
+        yield
+    finally:
+        _forced.reset(token)
