@@ -12,7 +12,7 @@ from ragturbo.engine.timings import StageClock
 from ragturbo.errors import InvalidRequest
 from ragturbo.model.bundle import Bundle
 from ragturbo.model.inject import blend_weights, inject
-from ragturbo.model.onestep import EulerSchedule, Schedule
+from ragturbo.model.onestep import EulerSchedule, Schedule, guided, make_schedule
 from ragturbo.model.text import TextStates
 
 
@@ -109,8 +109,7 @@ class EagerEngine:
             with clock.stage("decode"):
                 out = bundle.unet.decode(state, h).float()
             if batch.guided:
-                negative, positive = out.chunk(2)
-                out = negative + batch.guidance_scale * (positive - negative)
+                out = guided(*out.chunk(2), batch.guidance_scale)
             x = schedule.step(x, out, i, generators or None)
         return x
 
@@ -132,7 +131,8 @@ class EagerEngine:
 
     def _schedule(self, steps: int) -> Schedule:
         if (schedule := self._schedules.get(steps)) is None:
-            schedule = Schedule.from_scheduler(self.bundle.scheduler, steps, device=self.device)
+            distilled = self.bundle.info.distilled
+            schedule = make_schedule(self.bundle.scheduler, steps, distilled=distilled, device=self.device)
             # The closed form has no state; diffusers' schedulers carry a run's own.
             if isinstance(schedule, EulerSchedule):
                 self._schedules[steps] = schedule
