@@ -1,0 +1,345 @@
+"""A bundle: everything from_pretrained reads and train writes, as one object on one device."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ragturbo.errors import ModelError
+from ragturbo.model import adapter as adapter_file
+from ragturbo.model import clip_key as clip_key_file
+from ragturbo.model import lora, source
+from ragturbo.model.adapter import HSpaceAdapter
+from ragturbo.model.clip_key import ClipKey
+from ragturbo.model.fingerprint import UNET_ENCODER, VAE_ENCODER, base_state, fingerprint
+from ragturbo.model.info import BundleInfo
+from ragturbo.model.onestep import is_trailing
+from ragturbo.model.text import TextEncoder
+from ragturbo.model.unet import HSpaceUNet
+from ragturbo.model.vae import VAE
+from ragturbo.model.weights import file_dtype, refuse_pickle, write_safetensors
+
+DATABASE = "database"
+TEACHER = "teacher_unet"
+TINY_VAE = "vae_tiny"
+# The tiny VAE for the latents of Stable Diffusion 1 and 2, where a bundle has none of its own.
+TINY_VAE_ID = "madebyollin/taesd"
+_SD_SCALE = 0.18215
+
+
+@dataclass
+class Bundle:
+    """The parts of a model. Its modules are in eval mode and need no gradients."""
+
+    name: str
+    info: BundleInfo
+    text: TextEncoder
+    unet: HSpaceUNet
+    vae: VAE
+    scheduler: Any
+    adapter: HSpaceAdapter | None = None
+    teacher: Any = None
+    """The undistilled UNet the student came from, where asked for."""
+    database_path: Path | None = None
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    """Of the text encoder, the UNet's encoder and the VAE's: what a database must have been built with."""
+
+    def __post_init__(self) -> None:
+        if not self.fingerprints:
+            self.fingerprints = fingerprints(self.text.text_encoder, self.unet.unet, self.vae.module)
+        _check_widths(self)
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.unet.dtype
+
+    @property
+    def default_size(self) -> int:
+        """The side in pixels of the images the UNet was made for."""
+        size = self.unet.unet.config.sample_size
+        return (size if isinstance(size, int) else size[0]) * self.vae.factor
+
+    @property
+    def has_lora(self) -> bool:
+        return lora.has_lora(self.unet.unet)
+
+    def fingerprint(self) -> dict[str, str]:
+        return dict(self.fingerprints)
+
+    @classmethod
+    def load(
+        cls,
+        name: str | os.PathLike[str],
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        vae: str = "full",
+        adapter: str | os.PathLike[str] | bool | None = None,
+        teacher: bool = False,
+        local_files_only: bool = False,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+    ) -> Bundle:
+        """name: "shapes", a folder or a hub id; vae: "full", "tiny", or a folder or id of an AutoencoderTiny.
+
+        adapter: a folder, None for the bundle's own, False for none, and then no decoder LoRA either; teacher: also
+        load teacher_unet/.
+        """
+        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = dtype or (torch.float16 if where.type == "cuda" else torch.float32)
+        hub: dict[str, Any] = {"local_files_only": local_files_only, "cache_dir": cache_dir}
+        folder = source.resolve(name, revision=revision, **hub)
+        _check_index(folder)
+
+        text_encoder, tokenizer = _load_text_encoder(folder), _load_tokenizer(folder)
+        unet, vae_module = _load_unet(folder, "unet"), _load_vae(folder, vae, hub)
+        names = fingerprints(text_encoder, unet, vae_module)
+        clip_key = ClipKey.load(folder) if (folder / clip_key_file.FILE).is_file() else None
+        scheduler = _load_scheduler(folder)
+        info = BundleInfo.read(folder) or BundleInfo(
+            distilled=is_trailing(scheduler), key_kind="pooled" if clip_key is None else "clip", base_model=str(name)
+        )
+        if info.key_kind == "clip" and clip_key is None:
+            raise ModelError(f'{folder} says its key is "clip", but {clip_key_file.FILE} is not there')
+
+        def place(module: Any) -> Any:
+            # torch's own `to`: diffusers' warns about a list of fp32 modules that is empty.
+            return nn.Module.to(module, where, dtype).requires_grad_(False).eval()
+
+        bundle = cls(
+            name=str(name),
+            info=info,
+            text=TextEncoder(
+                tokenizer, place(text_encoder), place(clip_key) if clip_key and info.key_kind == "clip" else None
+            ),
+            unet=HSpaceUNet(place(unet)),
+            vae=VAE(place(vae_module)),
+            scheduler=scheduler,
+            teacher=place(_load_unet(folder, TEACHER)) if teacher else None,
+            database_path=folder / DATABASE if (folder / DATABASE).is_dir() else None,
+            fingerprints=names,
+        )
+        own = folder if (folder / adapter_file.FILE).is_file() or (folder / lora.FOLDER).is_dir() else None
+        chosen = own if adapter is None or adapter is True else adapter
+        if chosen:
+            bundle.load_adapter(chosen)
+        elif adapter is True:
+            raise ModelError(f"{folder} has no {adapter_file.FILE}")
+        return bundle
+
+    def load_adapter(self, path: str | os.PathLike[str]) -> None:
+        """adapter.safetensors and decoder_lora/ of a folder, those it has, in the place of the present ones."""
+        path = Path(path).expanduser()
+        folder = path if path.is_dir() else path.parent
+        has_adapter = path.is_file() or (folder / adapter_file.FILE).is_file()
+        has_lora = (folder / lora.FOLDER).is_dir()
+        if not path.exists() or not (has_adapter or has_lora):
+            refuse_pickle(path)
+            raise ModelError(f"{path} holds neither {adapter_file.FILE} nor {lora.FOLDER}/")
+        # The adapter first: if it does not fit, the LoRA stays as it was.
+        new = HSpaceAdapter.load(path, self.unet.channels) if has_adapter else None
+        if has_lora:
+            lora.load_lora(self.unet.unet, folder / lora.FOLDER)
+        else:
+            lora.remove_lora(self.unet.unet)
+        self.adapter = None if new is None else new.to(self.device, self.dtype).requires_grad_(False).eval()
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Writes the diffusers layout and ragturbo.json (last). A database is its own writer's to put there."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.text.tokenizer.save_pretrained(folder / "tokenizer")
+        self.text.text_encoder.save_pretrained(folder / "text_encoder", safe_serialization=True)
+        _save_diffusers(self.unet.unet, folder / "unet")
+        _save_diffusers(self.vae.module, folder / "vae")
+        self.scheduler.save_pretrained(folder / "scheduler")
+        if self.teacher is not None:
+            _save_diffusers(self.teacher, folder / TEACHER)
+        if self.text.clip_key is not None:
+            self.text.clip_key.save(folder)
+        if self.adapter is not None:
+            self.adapter.save(folder)
+        if self.has_lora:
+            lora.save_lora(self.unet.unet, folder / lora.FOLDER)
+        (folder / "model_index.json").write_text(json.dumps(_model_index(self), indent=2) + "\n", "utf-8")
+        kind = None if self.adapter is None else self.adapter.kind
+        replace(self.info, adapter_kind=kind, key_kind=self.text.key_kind).write(folder)
+        return folder
+
+
+def fingerprints(text_encoder: Any, unet: Any, vae: Any) -> dict[str, str]:
+    return {
+        "text_encoder": fingerprint(text_encoder),
+        "unet_encoder": fingerprint(unet, UNET_ENCODER),
+        "vae_encoder": fingerprint(vae, VAE_ENCODER),
+    }
+
+
+def _check_widths(bundle: Bundle) -> None:
+    config = bundle.unet.unet.config
+    if bundle.text.width != bundle.unet.text_width:
+        raise ModelError(
+            f"the text encoder is {bundle.text.width} wide, the UNet's cross-attention takes {bundle.unet.text_width}"
+        )
+    if bundle.vae.channels != config.in_channels:
+        raise ModelError(f"the VAE's latents have {bundle.vae.channels} channels, the UNet takes {config.in_channels}")
+    if config.addition_embed_type not in (None, "text") or config.class_embed_type or config.num_class_embeds:
+        raise ModelError(
+            "this UNet needs conditions besides the prompt (as SDXL's does), which a bundle has no parts for; "
+            "HSpaceUNet and HSpaceAdapter work on it directly"
+        )
+    if bundle.adapter is not None and bundle.adapter.channels != bundle.unet.channels:
+        raise ModelError(
+            f"the adapter is {bundle.adapter.channels} wide, the UNet's H-space has {bundle.unet.channels} channels"
+        )
+
+
+def _check_index(folder: Path) -> None:
+    path = folder / "model_index.json"
+    if not path.is_file():
+        raise ModelError(f"{folder} is no model in diffusers' layout: model_index.json is not there")
+    try:
+        index = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is not JSON: {error}") from error
+    if "text_encoder_2" in index:
+        raise ModelError(f"{folder} has two text encoders ({index.get('_class_name')}); ragturbo takes one")
+
+
+def _model_index(bundle: Bundle) -> dict[str, Any]:
+    """What StableDiffusionPipeline.from_pretrained reads: a bundle without its adapter is a plain pipeline."""
+    import diffusers
+
+    return {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": diffusers.__version__,
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", type(bundle.scheduler).__name__],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", type(bundle.text.tokenizer).__name__],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", type(bundle.vae.module).__name__],
+    }
+
+
+def _load_text_encoder(folder: Path) -> Any:
+    from transformers import CLIPTextModel
+
+    path = source.component(folder, "text_encoder")
+    kind = source.read_config(path).get("model_type")
+    if kind not in ("clip_text_model", "clip"):
+        raise ModelError(f"{path} is a {kind!r}; ragturbo takes CLIP text encoders")
+    # *WithProjection would make random weights of the projection_dim that SD 2's config names and has none for.
+    loaded: Any = CLIPTextModel.from_pretrained(
+        path, local_files_only=True, use_safetensors=True, dtype=_dtype_of(path), output_loading_info=True
+    )
+    model, report = loaded
+    _whole(path, report)
+    return model
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    path = folder / "tokenizer"
+    if not path.is_dir():
+        raise ModelError(f"{folder} is no model in diffusers' layout: it has no folder tokenizer/")
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    # A tokenizer's files are read by several libraries, each with its own errors.
+    except Exception as error:
+        raise ModelError(f"{path} is no tokenizer: {error}") from error
+
+
+def _load_unet(folder: Path, name: str) -> Any:
+    from diffusers import UNet2DConditionModel
+
+    return _load_diffusers(UNet2DConditionModel, source.component(folder, name))
+
+
+def _load_vae(folder: Path, choice: str, hub: dict[str, Any]) -> Any:
+    from diffusers import AutoencoderKL, AutoencoderTiny
+
+    if choice == "full":
+        path = source.component(folder, "vae")
+        kind = AutoencoderTiny if source.read_config(path).get("_class_name") == "AutoencoderTiny" else AutoencoderKL
+        return _load_diffusers(kind, path)
+    if choice != "tiny":
+        path = source.resolve(choice, **hub)
+    elif (folder / TINY_VAE).is_dir():
+        path = source.component(folder, TINY_VAE)
+    else:
+        full = source.read_config(source.component(folder, "vae"))
+        if full.get("latent_channels") != 4 or abs(full.get("scaling_factor", _SD_SCALE) - _SD_SCALE) > 1e-6:
+            raise ModelError(
+                f"{folder} has no {TINY_VAE}/, and {TINY_VAE_ID} is for Stable Diffusion's latents: "
+                "give a folder or id of its own as vae"
+            )
+        path = source.resolve(TINY_VAE_ID, **hub)
+    path = source.component(path.parent, path.name)
+    if source.read_config(path).get("_class_name") != "AutoencoderTiny":
+        raise ModelError(f"{path} is not an AutoencoderTiny")
+    return _load_diffusers(AutoencoderTiny, path)
+
+
+def _load_scheduler(folder: Path) -> Any:
+    import diffusers
+
+    path = folder / "scheduler" / "scheduler_config.json"
+    try:
+        config = json.loads(path.read_text("utf-8"))
+        kind = getattr(diffusers, config["_class_name"])
+        return kind.from_config(config)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ModelError(f"{path} is no scheduler of diffusers: {error!r}") from error
+
+
+def _load_diffusers(kind: Any, path: Path) -> Any:
+    from diffusers.utils import is_accelerate_available
+
+    try:
+        model, report = kind.from_pretrained(
+            path,
+            local_files_only=True,
+            use_safetensors=True,
+            torch_dtype=_dtype_of(path),
+            low_cpu_mem_usage=is_accelerate_available(),
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        raise ModelError(f"{path} cannot be loaded as {kind.__name__}: {error}") from error
+    _whole(path, report)
+    return model
+
+
+def _dtype_of(path: Path) -> torch.dtype:
+    """Weights are loaded in their file's type, so that fingerprints see what the file holds; the cast comes after."""
+    return file_dtype(sorted(path.glob("*.safetensors"))[0])
+
+
+def _whole(path: Path, report: dict[str, Any]) -> None:
+    """The libraries fill a missing weight with random numbers and a warning."""
+    if missing := sorted(report.get("missing_keys") or ()):
+        raise ModelError(f"{path} lacks {len(missing)} weights, the first of them {missing[0]}")
+    if mismatched := list(report.get("mismatched_keys") or ()):
+        raise ModelError(f"{path} has weights of other shapes than its config.json says: {mismatched[0]}")
+
+
+def _save_diffusers(module: Any, folder: Path) -> None:
+    """As save_pretrained, but the base weights under their own names where a LoRA has wrapped them."""
+    module.save_config(folder)
+    state: dict[str, Tensor] = base_state(module)
+    write_safetensors(folder / "diffusion_pytorch_model.safetensors", state)

@@ -1,0 +1,111 @@
+"""Prompts to hidden states and retrieval keys: one pass of the text encoder gives both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ragturbo.errors import InvalidRequest, ModelError
+from ragturbo.model.clip_key import ClipKey
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokenised prompts, on the CPU."""
+
+    input_ids: Tensor
+    """(B, L) int64"""
+    dropped: tuple[int, ...]
+    """How many tokens of each prompt did not fit into the encoder's context."""
+    unknown: tuple[tuple[str, ...], ...]
+    """The words of each prompt that a closed vocabulary does not have."""
+
+
+@dataclass(frozen=True)
+class TextStates:
+    hidden_states: Tensor
+    """(B, L, D): the UNet's cross-attention context."""
+    key: Tensor
+    """(B, K) fp32, L2-normalised: what the database is searched by."""
+
+
+class TextEncoder:
+    """A tokenizer and a CLIPTextModel. Key "pooled" is the end-of-text state; "clip" is CLIP's joint space."""
+
+    def __init__(self, tokenizer: Any, text_encoder: Any, clip_key: ClipKey | None = None) -> None:
+        config = text_encoder.config
+        if getattr(config, "use_attention_mask", False):
+            raise ModelError("this text encoder wants an attention mask (use_attention_mask), which CLIP's do not")
+        self.tokenizer = tokenizer
+        self.text_encoder = text_encoder
+        self.clip_key = clip_key
+        self.width: int = config.hidden_size
+        self.max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
+        if clip_key is not None and clip_key.width != self.width:
+            raise ModelError(f"the clip key was made for a text encoder of width {clip_key.width}, not {self.width}")
+
+    @property
+    def key_kind(self) -> str:
+        return "pooled" if self.clip_key is None else "clip"
+
+    @property
+    def key_dim(self) -> int:
+        return self.width if self.clip_key is None else self.clip_key.dim
+
+    @property
+    def device(self) -> torch.device:
+        return self.text_encoder.device
+
+    def tokenize(self, prompts: Sequence[str]) -> Tokens:
+        """Prompts padded or cut to the encoder's context, with what was cut and what was not understood."""
+        if isinstance(prompts, str):
+            raise InvalidRequest("tokenize takes a list of prompts")
+        length = self.max_length
+        batch = self.tokenizer(
+            list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        )
+        full = [i for i, count in enumerate(batch["attention_mask"].sum(1).tolist()) if count == length]
+        dropped = [0] * len(prompts)
+        if full:
+            # Only prompts that fill the context can have been cut, and few do: those are counted again, uncut.
+            whole = self.tokenizer([prompts[i] for i in full], truncation=False, padding=False, verbose=False)
+            for i, ids in zip(full, whole["input_ids"], strict=True):
+                dropped[i] = len(ids) - length
+        unknown = tuple(self._unknown(prompt, batch, i) for i, prompt in enumerate(prompts))
+        return Tokens(batch["input_ids"].to(torch.int64), tuple(dropped), unknown)
+
+    def _unknown(self, prompt: str, batch: Any, row: int) -> tuple[str, ...]:
+        """The words that became the unknown token. CLIP's own is also its end and its padding, which are not words."""
+        if not batch.encodings:
+            return ()
+        encoding = batch.encodings[row]
+        words: dict[str, None] = {}
+        for token, special, word in zip(encoding.ids, encoding.special_tokens_mask, encoding.word_ids, strict=True):
+            if token == self.tokenizer.unk_token_id and not special and word is not None:
+                start, stop = encoding.word_to_chars(word)
+                words[prompt[start:stop].strip()] = None
+        return tuple(words)
+
+    def encode(self, input_ids: Tensor) -> TextStates:
+        """input_ids: (B, L) on the encoder's device. Waits for nothing: it can be captured in a CUDA graph."""
+        if self.clip_key is None:
+            out = self.text_encoder(input_ids=input_ids)
+            key = out.pooler_output
+        else:
+            out = self.text_encoder(input_ids=input_ids, output_hidden_states=True)
+            # The CLIP key continues the transformer: it needs the states before the final norm.
+            key = self.clip_key(out.hidden_states[-1], self.end_of_text(input_ids))
+        return TextStates(out.last_hidden_state, F.normalize(key.float(), dim=-1))
+
+    def end_of_text(self, input_ids: Tensor) -> Tensor:
+        """(B,) position of each prompt's end-of-text token, by the rules of CLIPTextModel."""
+        end = self.text_encoder.config.eos_token_id
+        if end == 2:
+            # Configurations of before transformers' fix name the wrong token; the end was the highest id.
+            return input_ids.argmax(-1)
+        return (input_ids == end).to(torch.int64).argmax(-1)
