@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import secrets
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -29,3 +32,24 @@ def rng(request: pytest.FixtureRequest) -> np.random.Generator:
 def long_count() -> Callable[[int], int]:
     """`long_count(200)` is 200 in `make test-long` and a tenth of it in `make test`."""
     return lambda full: full if LONG else max(1, full // 10)
+
+
+def _load(name: str) -> ModuleType:
+    """A module beside this file: test folders are no packages, so it is loaded by its path."""
+    spec = importlib.util.spec_from_file_location(f"ragturbo_tests_{name}", Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def tiny() -> ModuleType:
+    """tests/tiny.py: small real models with random weights."""
+    return _load("tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_sd21(tiny: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder in the shape of sd-turbo: distilled, one step."""
+    return tiny.make_bundle(tmp_path_factory.mktemp("tiny") / "sd21")
