@@ -1,0 +1,256 @@
+"""The world of the embedded model: a few coloured shapes on a plain ground, and the sentences that describe them.
+
+Everything a caption says is a `Meaning`; a `Scene` is a meaning, one phrasing of it and one arrangement of its things.
+Scenes are functions of a seed alone. Meanings fall into disjoint splits by their hash, so that no caption of the
+evaluation, in any phrasing, was in the training data or is in the database.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from ..errors import InvalidRequest
+
+SIDE = 64
+SHAPES = ("circle", "square", "triangle", "diamond", "star", "heart", "cross", "ring")
+COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
+GROUNDS = ("white", "gray", "black", "brown")
+# Half extents in pixels. What a caption leaves unsaid has one value: medium size, white ground.
+SIZES = {"small": 6.5, "medium": 9.0, "large": 12.5}
+RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+SPLITS = {"train": (0, 70), "database": (70, 90), "eval": (90, 100)}
+
+# Two colours of every shape are rare: training scenes leave them out, the database covers them.
+RARE = frozenset(
+    (shape, COLOURS[(step * i + shift) % len(COLOURS)])
+    for step, shift in ((1, 2), (3, 5))
+    for i, shape in enumerate(SHAPES)
+)
+
+_COUNTS = {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3}
+_SIZE_WORDS = {"small": "small", "tiny": "small", "large": "large", "big": "large"}
+_RELATION_PHRASES = {
+    "left of": ("left of", "to the left of", "on the left of"),
+    "right of": ("right of", "to the right of", "on the right of"),
+    "above": ("above", "over"),
+    "below": ("below", "under"),
+}
+_OPENINGS = ("", "", "", "an image of ", "a picture of ")
+_GROUND_PHRASES = ("on a {} background", "on a {} ground", "with a {} background", "against a {} background")
+_JOINS = ("and", "with", "beside")
+
+
+@dataclass(frozen=True, order=True)
+class Noun:
+    """`count` things of one kind; `size` is None where the caption does not say it."""
+
+    shape: str
+    colour: str
+    size: str | None = None
+    count: int = 1
+
+    @property
+    def kind(self) -> tuple[str, str]:
+        return self.shape, self.colour
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What a caption says. `relation` holds between the first noun and the second; `ground` is None where unsaid."""
+
+    nouns: tuple[Noun, ...]
+    relation: str | None = None
+    ground: str | None = None
+
+    @cached_property
+    def canonical(self) -> str:
+        """One string for all captions that ask for the same picture."""
+        nouns, relation = self.nouns, self.relation
+        if len(nouns) == 2 and _spell(nouns[1]) < _spell(nouns[0]):
+            nouns, relation = (nouns[1], nouns[0]), OPPOSITE.get(relation or "")
+        return f"{' | '.join(map(_spell, nouns))} | {relation or ''} | {self.ground or 'white'}"
+
+    @property
+    def split(self) -> str:
+        bucket = int.from_bytes(hashlib.blake2b(self.canonical.encode(), digest_size=8).digest(), "big") % 100
+        return next(name for name, (low, high) in SPLITS.items() if low <= bucket < high)
+
+    @property
+    def kinds(self) -> frozenset[tuple[str, str]]:
+        """The (shape, colour) pairs it names."""
+        return frozenset(noun.kind for noun in self.nouns)
+
+    @property
+    def rare(self) -> bool:
+        return not RARE.isdisjoint(self.kinds)
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One drawn object: its centre in pixels (x to the right, y down), on quarters of a pixel."""
+
+    shape: str
+    colour: str
+    size: str
+    x: float
+    y: float
+
+
+@dataclass(frozen=True)
+class Scene:
+    meaning: Meaning
+    caption: str
+    things: tuple[Thing, ...]
+
+    @property
+    def ground(self) -> str:
+        return self.meaning.ground or "white"
+
+
+def sample_scene(
+    seed: int, split: str = "train", *, rare: bool | None = None, kinds: tuple[tuple[str, str], ...] | None = None
+) -> Scene:
+    """The scene of this seed. `rare`: with (True) or without (False) a rare kind; `kinds` fixes the kinds it names."""
+    rng = np.random.default_rng([seed, list(SPLITS).index(split), 2 if rare is None else int(rare)])
+    while True:
+        meaning = _sample_meaning(rng, kinds, rare)
+        if meaning.split == split and (rare is None or meaning.rare == rare):
+            return Scene(meaning, phrase(meaning, rng), arrange(meaning, rng))
+
+
+def sample_scenes(count: int, seed: int, split: str, *, rare: bool | None = None) -> list[Scene]:
+    """`count` scenes; scene i is `sample_scene(seed·10⁶ + i)`."""
+    return [sample_scene(seed * 1_000_000 + i, split, rare=rare) for i in range(count)]
+
+
+def all_kind_sets() -> list[tuple[tuple[str, str], ...]]:
+    """Every set of one or two kinds a caption can name: what a database has to cover."""
+    kinds = [(shape, colour) for shape in SHAPES for colour in COLOURS]
+    return [(a,) for a in kinds] + [(a, b) for i, a in enumerate(kinds) for b in kinds[i + 1 :]]
+
+
+def phrase(meaning: Meaning, rng: np.random.Generator) -> str:
+    """One of the sentences with this meaning."""
+    nouns = list(meaning.nouns)
+    relation = meaning.relation
+    if len(nouns) == 2 and rng.random() < 0.5:
+        nouns.reverse()
+        relation = OPPOSITE[relation] if relation else None
+    words = [_noun_phrase(noun, rng) for noun in nouns]
+    if len(nouns) == 2:
+        words.insert(1, str(rng.choice(_RELATION_PHRASES[relation] if relation else _JOINS)))
+    opening = str(rng.choice(_OPENINGS))
+    if meaning.ground:
+        words.append(str(rng.choice(_GROUND_PHRASES)).format(meaning.ground))
+    return opening + " ".join(words)
+
+
+def arrange(meaning: Meaning, rng: np.random.Generator) -> tuple[Thing, ...]:
+    """Places for the things: apart from each other and from the border, so that a picture has one reading."""
+    nouns = [noun for noun in meaning.nouns for _ in range(noun.count)]
+    radii = [SIZES[noun.size or "medium"] for noun in nouns]
+    while True:
+        centres = np.round(_centres(len(nouns), meaning.relation, rng) * 4) / 4
+        if _readable(centres, radii):
+            break
+    return tuple(
+        Thing(noun.shape, noun.colour, noun.size or "medium", float(x), float(y))
+        for noun, (x, y) in zip(nouns, centres, strict=True)
+    )
+
+
+def parse(caption: str) -> Meaning:
+    """The meaning of a caption of this world; raises InvalidRequest, naming the caption, where it is none."""
+    text = " ".join(caption.lower().replace(",", " ").replace(".", " ").split())
+    ground = re.search(rf"\b(?:on|with|against) an? ({'|'.join(GROUNDS)}) (?:background|ground)\b", text)
+    if ground:
+        text = text[: ground.start()] + text[ground.end() :]
+    noun = re.compile(
+        rf"\b({'|'.join(_COUNTS)}) (?:({'|'.join(_SIZE_WORDS)}) )?({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})(?:s|es)?\b"
+    )
+    found = list(noun.finditer(text))
+    nouns = tuple(Noun(m[4], m[3], _SIZE_WORDS.get(m[2]), _COUNTS[m[1]]) for m in found)
+    if not 1 <= len(nouns) <= 2 or sum(n.count for n in nouns) > 3:
+        raise InvalidRequest(
+            f"{caption!r} is not a caption of the shapes world: it takes one or two phrases such as "
+            "'a small red circle' or 'two blue stars', three things at most"
+        )
+    relation = None
+    if len(found) == 2:
+        between = text[found[0].end() : found[1].start()].strip()
+        relation = next((name for name, phrases in _RELATION_PHRASES.items() if between in phrases), None)
+    return Meaning(nouns, relation, ground[1] if ground else None)
+
+
+def vocabulary() -> list[str]:
+    """Every word a caption can contain, sorted."""
+    words = {*_COUNTS, *_SIZE_WORDS, *COLOURS, *GROUNDS, *_JOINS, *SHAPES, *map(_plural, SHAPES)}
+    for phrases in (_OPENINGS, _GROUND_PHRASES, *_RELATION_PHRASES.values()):
+        words.update(word for text in phrases for word in text.split() if word != "{}")
+    return sorted(words)
+
+
+def _sample_meaning(rng: np.random.Generator, kinds: tuple[tuple[str, str], ...] | None, rare: bool | None) -> Meaning:
+    names = int(rng.random() < 0.65) + 1 if kinds is None else len(kinds)
+    chosen: list[tuple[str, str]] = []
+    while len(chosen) < names:
+        kind = (SHAPES[rng.integers(len(SHAPES))], COLOURS[rng.integers(len(COLOURS))])
+        if kinds is not None:
+            kind = kinds[len(chosen)]
+        elif kind in chosen or (rare is False and kind in RARE):
+            continue
+        chosen.append(kind)
+    counts, relation = [1] * names, None
+    draw = rng.random()
+    if names == 1:
+        counts = [1] if draw < 0.43 else [2] if draw < 0.73 else [3]
+    elif draw < 0.7:
+        relation = list(RELATIONS)[rng.integers(len(RELATIONS))]
+    elif draw < 0.87:
+        counts[rng.integers(2)] = 2
+    sizes = [(None, None, "small", "large")[rng.integers(4)] for _ in chosen]
+    ground = None if rng.random() < 0.25 else GROUNDS[rng.integers(len(GROUNDS))]
+    nouns = tuple(Noun(*kind, size, count) for kind, size, count in zip(chosen, sizes, counts, strict=True))
+    return Meaning(nouns, relation, ground)
+
+
+def _centres(count: int, relation: str | None, rng: np.random.Generator) -> np.ndarray:
+    middle = SIDE / 2
+    if count == 1:
+        return middle + rng.uniform(-10, 10, (1, 2))
+    if count == 2:
+        way = np.array(RELATIONS[relation or list(RELATIONS)[rng.integers(4)]])
+        apart, across = way * rng.uniform(13, 17), way[::-1] * rng.uniform(-9, 9)
+        return middle + np.stack([apart, -apart]) + across + rng.uniform(-2, 2, (2, 2))
+    cells = np.array([(-1, -1), (1, -1), (-1, 1), (1, 1)])[rng.permutation(4)[:count]]
+    return middle + 15 * cells + rng.uniform(-3, 3, (count, 2))
+
+
+def _readable(centres: np.ndarray, radii: list[float]) -> bool:
+    reach = np.array(radii)[:, None]
+    if (centres - reach < 2.5).any() or (centres + reach > SIDE - 2.5).any():
+        return False
+    pairs = [(i, j) for i in range(len(radii)) for j in range(i)]
+    return all(np.abs(centres[i] - centres[j]).max() >= radii[i] + radii[j] + 3 for i, j in pairs)
+
+
+def _noun_phrase(noun: Noun, rng: np.random.Generator) -> str:
+    said = [str(rng.choice([word for word, size in _SIZE_WORDS.items() if size == noun.size]))] if noun.size else []
+    words = [*said, noun.colour, noun.shape if noun.count == 1 else _plural(noun.shape)]
+    if noun.count > 1:
+        return " ".join([("two", "three")[noun.count - 2], *words])
+    return " ".join(["an" if words[0][0] in "aeiou" else "a", *words])
+
+
+def _plural(shape: str) -> str:
+    return shape + ("es" if shape.endswith("s") else "s")
+
+
+def _spell(noun: Noun) -> str:
+    return f"{noun.count} {noun.size or 'medium'} {noun.colour} {noun.shape}"
