@@ -11,8 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ragturbo.kernels import moments, tiles
-from ragturbo.kernels.dot import dot
 from ragturbo.kernels.launch import launch
+from ragturbo.kernels.portable import cast, dot
 
 LOG2E = 1.4426950408889634
 
@@ -46,7 +46,7 @@ def _attend(
                 shrink = tl.exp2(top - new_top)
                 total = total * shrink + tl.sum(p, axis=1)
                 v = tl.load(v_ptr + o[:, None] + i_d[None, :], mask=m_s[:, None] & m_d[None, :], other=0.0)
-                acc = dot(p.to(v.dtype), v, acc * shrink[:, None])
+                acc = dot(cast(p, v.dtype), v, acc * shrink[:, None])
                 top = new_top
     return acc, total, top
 
@@ -75,7 +75,7 @@ def cross_attention(
         HAS_VALID, BT, BS, BD,
     )  # fmt: skip
     o_out = (i_b * T + i_t)[:, None] * C + i_h * D + i_d[None, :]
-    tl.store(out_ptr + o_out, _normalised(acc, total).to(out_ptr.dtype.element_ty), mask=m)
+    tl.store(out_ptr + o_out, cast(_normalised(acc, total), out_ptr.dtype.element_ty), mask=m)
     # log2 Σ exp2; what backward divides by. Nothing valid: +inf, so that every probability comes out 0.
     lse = tl.where(total == 0, float("inf"), top + tl.log2(tl.where(total == 0, 1.0, total)))
     tl.store(lse_ptr + (i_b * tl.num_programs(1) + i_h) * T + i_t, lse, mask=m_t)
@@ -106,15 +106,15 @@ def project_cross_attention(
             norm_w = tl.load(norm_w_ptr + i_k, mask=m_k, other=0.0).to(tl.float32)
             norm_b = tl.load(norm_b_ptr + i_k, mask=m_k, other=0.0).to(tl.float32)
             normed = (x.to(tl.float32) - mean[:, None]) * rstd[:, None]
-            x = (normed * norm_w[None, :] + norm_b[None, :]).to(x.dtype)
+            x = cast(normed * norm_w[None, :] + norm_b[None, :], x.dtype)
         acc_q = dot(x, w, acc_q)
     o_k = i_b * stride_kb + i_h * D
     acc, total, _ = _attend(
-        acc_q.to(x_ptr.dtype.element_ty), k_ptr + o_k, v_ptr + o_k, valid_ptr + i_b * n, n, S, stride_kn, stride_ks,
+        cast(acc_q, x_ptr.dtype.element_ty), k_ptr + o_k, v_ptr + o_k, valid_ptr + i_b * n, n, S, stride_kn, stride_ks,
         D, scale, HAS_VALID, BT, BS, BD,
     )  # fmt: skip
     o_out = rows[:, None] * C + i_h * D + i_d[None, :]
-    out = _normalised(acc, total).to(out_ptr.dtype.element_ty)
+    out = cast(_normalised(acc, total), out_ptr.dtype.element_ty)
     tl.store(out_ptr + o_out, out, mask=m_t[:, None] & m_d[None, :])
 
 

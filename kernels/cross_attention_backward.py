@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ragturbo.kernels import tiles
 from ragturbo.kernels.cross_attention import LOG2E, _last_dense, same_layout
-from ragturbo.kernels.dot import dot
 from ragturbo.kernels.launch import launch
+from ragturbo.kernels.portable import cast, dot
 
 
 @triton.jit
@@ -48,8 +48,8 @@ def cross_attention_dq(
                 p = tl.where(m_s[None, :], tl.exp2(x - lse[:, None]), 0.0)
                 dp = dot(g, tl.trans(v), tl.zeros([BT, BS], dtype=tl.float32))
                 ds = p * (dp - share[:, None]) * scale
-                dq = dot(ds.to(k.dtype), k, dq)
-    tl.store(dq_ptr + o, dq.to(dq_ptr.dtype.element_ty), mask=m)
+                dq = dot(cast(ds, k.dtype), k, dq)
+    tl.store(dq_ptr + o, cast(dq, dq_ptr.dtype.element_ty), mask=m)
 
 
 @triton.jit
@@ -87,13 +87,13 @@ def cross_attention_dkv(
             share = tl.sum(g.to(tl.float32) * out.to(tl.float32), axis=1)
             x = dot(k, tl.trans(q), tl.zeros([BS, BT], dtype=tl.float32)) * (scale * log2e)
             p = tl.where(m_s[:, None], tl.exp2(x - lse[None, :]), 0.0)
-            dv = dot(p.to(g.dtype), g, dv)
+            dv = dot(cast(p, g.dtype), g, dv)
             dp = dot(v, tl.trans(g), tl.zeros([BS, BT], dtype=tl.float32))
             ds = p * (dp - share[None, :]) * scale
-            dk = dot(ds.to(q.dtype), q, dk)
+            dk = dot(cast(ds, q.dtype), q, dk)
     o_out = ((i_b * n + i_n) * S + i_s)[:, None] * C + i_h * D + i_d[None, :]
-    tl.store(dk_ptr + o_out, dk.to(dk_ptr.dtype.element_ty), mask=m)
-    tl.store(dv_ptr + o_out, dv.to(dv_ptr.dtype.element_ty), mask=m)
+    tl.store(dk_ptr + o_out, cast(dk, dk_ptr.dtype.element_ty), mask=m)
+    tl.store(dv_ptr + o_out, cast(dv, dv_ptr.dtype.element_ty), mask=m)
 
 
 def backward(

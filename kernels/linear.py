@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ragturbo.kernels import moments, tiles
-from ragturbo.kernels.dot import dot
 from ragturbo.kernels.launch import launch
+from ragturbo.kernels.portable import cast, dot
 
 
 @triton.jit
@@ -82,7 +82,7 @@ def linear(
                 k_mean = tl.sum(tl.where(own, means[None, :], 0.0), axis=1)
                 k_rstd = tl.sum(tl.where(own, rstds[None, :], 0.0), axis=1)
                 normed = (x.to(tl.float32) - k_mean[None, :]) * k_rstd[None, :]
-            x = (normed * scale[None, :] + shift[None, :]).to(x.dtype)
+            x = cast(normed * scale[None, :] + shift[None, :], x.dtype)
         acc = dot(x, w, acc)
         if GEGLU:
             p_gate = p_w + N.to(tl.int64) * K
@@ -101,15 +101,15 @@ def linear(
 
     offset = rows[:, None] * (PARTS * N) + (part * N + i_n)[None, :]
     m = m_l[:, None] & m_n[None, :]
-    out = acc.to(out_ptr.dtype.element_ty)
+    out = cast(acc, out_ptr.dtype.element_ty)
     if RESIDUAL:
         residual = tl.load(residual_ptr + offset, mask=m, other=0.0)
         if SCALED:
             lam = tl.load(lam_ptr + rows // rows_per_lam, mask=m_l, other=0.0).to(tl.float32)[:, None]
-            out = (residual.to(tl.float32) + lam * acc).to(out.dtype)
+            out = cast(residual.to(tl.float32) + lam * acc, out.dtype)
             out = tl.where(lam == 0, residual, out)
         else:
-            out = (residual.to(tl.float32) + acc).to(out.dtype)
+            out = cast(residual.to(tl.float32) + acc, out.dtype)
     tl.store(out_ptr + offset, out, mask=m)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ragturbo.kernels import tiles
 from ragturbo.kernels.launch import launch
+from ragturbo.kernels.portable import cast
 
 
 @triton.jit
@@ -20,7 +21,7 @@ def scaled_residual(h_ptr, delta_ptr, lam_ptr, out_ptr, N, BLOCK: tl.constexpr):
     h = tl.load(h_ptr + i_b * N + o, mask=m)
     delta = tl.load(delta_ptr + i_b * N + o, mask=m).to(tl.float32)
     # A sum with 0·delta would change -0.0 and let a NaN in.
-    out = tl.where(lam == 0, h, (h.to(tl.float32) + lam * delta).to(h.dtype))
+    out = tl.where(lam == 0, h, cast(h.to(tl.float32) + lam * delta, h.dtype))
     tl.store(out_ptr + i_b * N + o, out, mask=m)
 
 
@@ -34,7 +35,7 @@ def scaled_residual_backward(g_ptr, delta_ptr, lam_ptr, d_delta_ptr, d_lam_ptr, 
     g = tl.load(g_ptr + i_b * N + o, mask=m, other=0.0).to(tl.float32)
     delta = tl.load(delta_ptr + i_b * N + o, mask=m, other=0.0).to(tl.float32)
     d_delta = tl.where(lam == 0, 0.0, lam * g)
-    tl.store(d_delta_ptr + i_b * N + o, d_delta.to(d_delta_ptr.dtype.element_ty), mask=m)
+    tl.store(d_delta_ptr + i_b * N + o, cast(d_delta, d_delta_ptr.dtype.element_ty), mask=m)
     tl.store(d_lam_ptr + i_b * tl.num_programs(1) + tl.program_id(1), tl.where(lam == 0, 0.0, tl.sum(g * delta)))
 
 

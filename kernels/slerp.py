@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ragturbo.kernels import tiles
 from ragturbo.kernels.launch import launch
+from ragturbo.kernels.portable import cast
 
 # A row of this many elements, of two or three tensors, stays in one program's registers without spilling.
 ONE_PASS = 8192
@@ -93,7 +94,7 @@ def slerp_row(
     t, r = _load(t_ptr, row, N, o, m), _load(r_ptr, row, N, o, m)
     w = tl.load(w_ptr + row // rows_per_w).to(tl.float32)
     out = _blend(t, r, w, tl.sum(t * t), tl.sum(r * r), tl.sum(t * r), PARALLEL, ANTIPODAL)
-    tl.store(out_ptr + row * N + o, out.to(out_ptr.dtype.element_ty), mask=m)
+    tl.store(out_ptr + row * N + o, cast(out, out_ptr.dtype.element_ty), mask=m)
 
 
 @triton.jit
@@ -109,8 +110,8 @@ def slerp_row_backward(
     d_t, d_r, d_w = _gradients(
         t, r, g, w, tl.sum(t * t), tl.sum(r * r), tl.sum(t * r), tl.sum(g * t), tl.sum(g * r), PARALLEL, ANTIPODAL
     )
-    tl.store(dt_ptr + row * N + o, d_t.to(dt_ptr.dtype.element_ty), mask=m)
-    tl.store(dr_ptr + row * N + o, d_r.to(dr_ptr.dtype.element_ty), mask=m)
+    tl.store(dt_ptr + row * N + o, cast(d_t, dt_ptr.dtype.element_ty), mask=m)
+    tl.store(dr_ptr + row * N + o, cast(d_r, dr_ptr.dtype.element_ty), mask=m)
     tl.store(dw_ptr + row, d_w)
 
 
@@ -150,7 +151,7 @@ def slerp_blend(
     tt, rr = _total(sums_ptr, row, chunks, 0, CHUNKS), _total(sums_ptr, row, chunks, 1, CHUNKS)
     tr = _total(sums_ptr, row, chunks, 2, CHUNKS)
     out = _blend(t, r, w, tt, rr, tr, PARALLEL, ANTIPODAL)
-    tl.store(out_ptr + row * N + o, out.to(out_ptr.dtype.element_ty), mask=m)
+    tl.store(out_ptr + row * N + o, cast(out, out_ptr.dtype.element_ty), mask=m)
 
 
 @triton.jit
@@ -167,8 +168,8 @@ def slerp_blend_backward(
     tr, gt = _total(sums_ptr, row, chunks, 2, CHUNKS), _total(sums_ptr, row, chunks, 3, CHUNKS)
     gr = _total(sums_ptr, row, chunks, 4, CHUNKS)
     d_t, d_r, d_w = _gradients(t, r, g, w, tt, rr, tr, gt, gr, PARALLEL, ANTIPODAL)
-    tl.store(dt_ptr + row * N + o, d_t.to(dt_ptr.dtype.element_ty), mask=m)
-    tl.store(dr_ptr + row * N + o, d_r.to(dr_ptr.dtype.element_ty), mask=m)
+    tl.store(dt_ptr + row * N + o, cast(d_t, dt_ptr.dtype.element_ty), mask=m)
+    tl.store(dr_ptr + row * N + o, cast(d_r, dr_ptr.dtype.element_ty), mask=m)
     if chunk == 0:
         tl.store(dw_ptr + row, d_w)
 

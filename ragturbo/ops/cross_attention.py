@@ -17,7 +17,7 @@ def cross_attention(
 
     Neighbours that are not valid get no attention, whatever their memory holds; a sample with none gets zeros.
     """
-    _check(q, k, v, valid, heads)
+    check(q, k, v, valid, heads)
     name = dispatch.choose("cross_attention", impl, q.device.type, q.dtype)
     if name == "triton":
         return _triton(q, k, v, valid, heads)[0]
@@ -30,7 +30,8 @@ def cross_attention(
     return reference(q, k, v, valid, heads)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, heads: int) -> None:
+def check(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, heads: int) -> None:
+    """Raises InvalidRequest unless the shapes are those of `cross_attention`."""
     batch, _, channels = q.shape if q.ndim == 3 else (-1, -1, -1)
     if q.ndim != 3 or k.ndim != 4 or k.shape != v.shape or k.shape[0] != batch or k.shape[3] != channels:
         raise InvalidRequest(

@@ -24,6 +24,8 @@ ENVIRONMENT: dict[str, str] = {
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "slerp": ("reference", "triton"),
     "scaled_residual": ("reference", "triton"),
+    "linear": ("reference", "triton"),
+    "project_attention": ("reference", "triton"),
     "cross_attention": ("reference", "triton", "sdpa", "xformers", "compile"),
 }
 

@@ -1,0 +1,101 @@
+"""The H-space adapter of Eqs. 4–5 as fused launches: 3 for kind "attention", 10 for kind "transformer".
+
+K and V depend on h_retr alone: `retrieved_kv` is the launch that runs beside the UNet's encoder. Forward only; training
+goes through the module's own torch code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from ragturbo.errors import InvalidRequest
+from ragturbo.ops.cross_attention import cross_attention
+from ragturbo.ops.linear import Norm, linear
+from ragturbo.ops.project_attention import project_attention
+
+Weights = Mapping[str, Tensor]
+
+# diffusers' Transformer2DModel: the GroupNorm in front and the block's three LayerNorms.
+GROUP_NORM_EPS = 1e-6
+LAYER_NORM_EPS = 1e-5
+_BLOCK = "transformer_blocks.0."
+
+
+def retrieved_kv(h_retr: Tensor, to_k: Tensor, to_v: Tensor, impl: str = "auto") -> tuple[Tensor, Tensor]:
+    """h_retr: (B, k, S, C_retr); to_k, to_v: (C, C_retr) -> K, V of Eq. 4, two views (B, k, S, C). One launch."""
+    kv = linear(h_retr.flatten(1, 2), [to_k, to_v], impl=impl).unflatten(1, h_retr.shape[1:3])
+    k, v = kv.chunk(2, dim=-1)
+    return k, v
+
+
+def attention_adapter(
+    h_tgt: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lam: Tensor,
+    valid: Tensor | None,
+    weights: Weights,
+    *,
+    heads: int,
+    impl: str = "auto",
+) -> Tensor:
+    """Eqs. 4–5, kind "attention". h_tgt: (B, T, C); k, v: (B, n, S, C); lam: (B,), 0 where nothing is valid.
+
+    Two launches. weights: to_q.weight, proj_out.weight, proj_out.bias.
+    """
+    attended = project_attention(h_tgt, _get(weights, "to_q.weight"), k, v, valid, heads=heads, impl=impl)
+    out, bias = _get(weights, "proj_out.weight"), _get(weights, "proj_out.bias")
+    return linear(attended, [out], bias, residual=h_tgt, lam=lam, impl=impl)
+
+
+def transformer_adapter(
+    h_tgt: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lam: Tensor,
+    valid: Tensor | None,
+    weights: Weights,
+    *,
+    heads: int,
+    groups: int = 32,
+    impl: str = "auto",
+) -> Tensor:
+    """Eqs. 4–5, kind "transformer": h_tgt + λ·g(h_tgt, h_retr). Shapes as `attention_adapter`.
+
+    Nine launches. weights: a diffusers Transformer2DModel's of one block with linear projections, under its names.
+    """
+
+    def get(name: str) -> Tensor:
+        return _get(weights, _BLOCK + name)
+
+    def layer_norm(i: int) -> Norm:
+        return Norm(get(f"norm{i}.weight"), get(f"norm{i}.bias"), LAYER_NORM_EPS)
+
+    group_norm = Norm(_get(weights, "norm.weight"), _get(weights, "norm.bias"), GROUP_NORM_EPS, groups)
+    proj_in, proj_in_bias = _get(weights, "proj_in.weight"), _get(weights, "proj_in.bias")
+    x = linear(h_tgt, [proj_in], proj_in_bias, norm=group_norm, impl=impl)
+
+    qkv = [get(f"attn1.to_{name}.weight") for name in "qkv"]
+    q, own_k, own_v = linear(x, qkv, norm=layer_norm(1), impl=impl).chunk(3, dim=-1)
+    attended = cross_attention(q, own_k[:, None], own_v[:, None], heads=heads, impl=impl)
+    x = linear(attended, [get("attn1.to_out.0.weight")], get("attn1.to_out.0.bias"), residual=x, impl=impl)
+
+    to_q = get("attn2.to_q.weight")
+    attended = project_attention(x, to_q, k, v, valid, heads=heads, norm=layer_norm(2), impl=impl)
+    x = linear(attended, [get("attn2.to_out.0.weight")], get("attn2.to_out.0.bias"), residual=x, impl=impl)
+
+    up, up_bias = get("ff.net.0.proj.weight"), get("ff.net.0.proj.bias")
+    hidden = linear(x, [up], up_bias, norm=layer_norm(3), geglu=True, impl=impl)
+    x = linear(hidden, [get("ff.net.2.weight")], get("ff.net.2.bias"), residual=x, impl=impl)
+
+    proj_out, proj_out_bias = _get(weights, "proj_out.weight"), _get(weights, "proj_out.bias")
+    return linear(x, [proj_out], proj_out_bias, residual=h_tgt, lam=lam, impl=impl)
+
+
+def _get(weights: Weights, name: str) -> Tensor:
+    try:
+        return weights[name]
+    except KeyError:
+        raise InvalidRequest(f"the adapter's weights lack {name!r}; they have {sorted(weights)[:5]} …") from None
