@@ -21,7 +21,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CPP = ["csrc/bindings.cpp", "csrc/store.cpp", "csrc/crc32.cpp", "csrc/pool.cpp", "csrc/pinned.cpp"]
-CUDA: list[str] = []
+CUDA = ["csrc/gather.cu", "csrc/topk.cu"]
 HEADERS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.hpp"))
 # Ampere (A100), Ada (L40S) and Hopper (H100, H200) in machine code; newer ones compile the PTX on first load.
 ARCHS = ["80", "89", "90"]
@@ -131,6 +131,8 @@ class BuildNative(build_ext):
             ("RAGTURBO_CUDA_OFF", c_string(reason)),
             ("RAGTURBO_ARCHS", c_string(" ".join("sm_" + arch for arch in ARCHS) if version else "")),
         ]
+        if version:
+            macros.append(("RAGTURBO_HAS_CUDA", "1"))
         folder = self.object_folder(sys.version, pybind11.__version__, *ext.extra_compile_args, *map(str, macros))
 
         def compile_cpp(source: str, target: Path) -> None:

@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "crc32.hpp"
+#include "cuda.hpp"
 #include "pinned.hpp"
 #include "store.hpp"
 
@@ -101,6 +102,50 @@ py::dict build_info() {
   return info;
 }
 
+#ifdef RAGTURBO_HAS_CUDA
+
+// Addresses arrive as the integers that tensor.data_ptr() and stream.cuda_stream give.
+template <typename T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void gather(uintptr_t base_at, uintptr_t count_at, uintptr_t ids, int64_t n, int64_t tokens, int64_t channels,
+            int64_t stride, const std::string& stored, uintptr_t out, uintptr_t stream) {
+  if (stored != "float16" && stored != "int8") throw py::value_error("stored='" + stored + "': float16 or int8");
+  const Gather request{at<const int64_t>(base_at),
+                       at<const int64_t>(count_at),
+                       at<const int64_t>(ids),
+                       n,
+                       tokens,
+                       channels,
+                       stride,
+                       stored == "int8" ? Stored::int8 : Stored::float16,
+                       at<void>(out),
+                       at<void>(stream)};
+  py::gil_scoped_release release;
+  gather_rows(request);
+}
+
+void search(uintptr_t base_at, uintptr_t count_at, uintptr_t query, int64_t queries, int64_t dim, int64_t k,
+            uintptr_t rows, uintptr_t scores, uintptr_t workspace, int64_t workspace_bytes, uintptr_t stream) {
+  const TopK request{at<const int64_t>(base_at),
+                     at<const int64_t>(count_at),
+                     at<const float>(query),
+                     queries,
+                     dim,
+                     k,
+                     at<int64_t>(rows),
+                     at<float>(scores),
+                     at<void>(workspace),
+                     workspace_bytes,
+                     at<void>(stream)};
+  py::gil_scoped_release release;
+  topk(request);
+}
+
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -149,4 +194,14 @@ PYBIND11_MODULE(_native, m) {
 
   m.def("crc32", &crc32_of, py::arg("data"), py::arg("value") = 0, "zlib.crc32, faster.");
   m.def("build_info", &build_info);
+
+#ifdef RAGTURBO_HAS_CUDA
+  m.def("gather_rows", &gather, py::kw_only(), py::arg("base_at"), py::arg("count_at"), py::arg("ids"), py::arg("n"),
+        py::arg("tokens"), py::arg("channels"), py::arg("stride"), py::arg("stored"), py::arg("out"),
+        py::arg("stream"));
+  m.def("topk", &search, py::kw_only(), py::arg("base_at"), py::arg("count_at"), py::arg("query"), py::arg("queries"),
+        py::arg("dim"), py::arg("k"), py::arg("rows"), py::arg("scores"), py::arg("workspace"),
+        py::arg("workspace_bytes"), py::arg("stream"));
+  m.def("topk_workspace_bytes", &topk_workspace_bytes, py::kw_only(), py::arg("queries"), py::arg("k"));
+#endif
 }

@@ -70,3 +70,51 @@ def crc32(data: Buffer, value: int = 0) -> int:
 
 def build_info() -> dict[str, Any]:
     """compiler, crc32 ("pclmul" | "slice16"), cuda (toolkit version or ""), cuda_off (why there is no CUDA part), archs."""
+
+# The three below are there only where ragturbo was installed with nvcc: ask hasattr(_native, "gather_rows").
+# Addresses are integers (tensor.data_ptr(), stream.cuda_stream); `*_at` is the device address of one int64, read by
+# the kernel, so that a captured graph follows a database swap. Wrong arguments are ValueError, CUDA's own failures
+# RuntimeError. They launch on `stream` of the current device and allocate nothing.
+
+def gather_rows(
+    *,
+    base_at: int,
+    count_at: int,
+    ids: int,
+    n: int,
+    tokens: int,
+    channels: int,
+    stride: int,
+    stored: str,
+    out: int,
+    stream: int,
+) -> None:
+    """out[i] (n, tokens, channels) fp16 = row ids[i] (int64) of the table at *base_at, zeros for an id not in 0..*count_at-1.
+
+    Rows are `stride` bytes apart, in device or page-locked memory. stored: "float16", or "int8" (tokens·channels int8,
+    then `tokens` fp32 scales). channels: a multiple of 8, or of 16 for int8.
+    """
+
+def topk(
+    *,
+    base_at: int,
+    count_at: int,
+    query: int,
+    queries: int,
+    dim: int,
+    k: int,
+    rows: int,
+    scores: int,
+    workspace: int,
+    workspace_bytes: int,
+    stream: int,
+) -> None:
+    """rows int64, scores fp32 (queries, k): the k largest inner products of query fp32 (queries ≤ 4, dim) with the
+    *count_at fp16 keys (·, dim) at *base_at, best first, the smaller row first among equals; two launches.
+
+    k ≤ 32; dim a multiple of 8, ≤ 2048. Unfilled places are row -1, score NaN; a key whose product is NaN (a row
+    taken out by writing NaN over its key, say) is never returned.
+    """
+
+def topk_workspace_bytes(*, queries: int, k: int) -> int:
+    """Bytes of device memory `topk` needs to work in, on the current device."""
