@@ -1,0 +1,162 @@
+"""D of Eqs. 6-7: the frozen encoder of the teacher's UNet, and a small trainable head on each of its stages."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+from torch.utils.checkpoint import checkpoint
+
+from ragturbo.errors import InvalidRequest
+from ragturbo.model.adapter import norm_groups
+from ragturbo.model.unet import HSpaceUNet
+
+MID = "mid"
+
+
+class Head(nn.Module):
+    """One stage's features (B, C, h, w) -> logits (B, P).
+
+    The features are normalised first and the last 1×1 convolution is free of spectral norm: with the norm on every
+    convolution and raw features, plain heads stay at their starting loss and give no signal.
+    """
+
+    def __init__(self, channels: int, width: int, spectral: bool = True, normalise: bool = True) -> None:
+        super().__init__()
+
+        def norm(conv: nn.Conv2d) -> nn.Module:
+            return spectral_norm(conv) if spectral else conv
+
+        # Without affine: its scale would undo what spectral norm bounds.
+        self.norm = nn.GroupNorm(norm_groups(channels), channels, affine=False) if normalise else nn.Identity()
+        self.conv_in = norm(nn.Conv2d(channels, width, 3, stride=2, padding=1))
+        self.conv_mid = norm(nn.Conv2d(width, width, 3, padding=1))
+        self.act = nn.LeakyReLU(0.2)
+        self.conv_out = nn.Conv2d(width, 1, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        x = self.act(self.conv_in(self.norm(features)))
+        x = x + self.act(self.conv_mid(x))
+        # fp32 logits: the hinge compares them with 1.
+        return self.conv_out(x).flatten(1).float()
+
+
+class Backbone:
+    """The frozen half: UNet encoder and middle block, conditioned on the text and on s. Never in a checkpoint."""
+
+    def __init__(self, unet: Any, stages: Sequence[str] | None = None, *, shared: bool = False) -> None:
+        """unet: the teacher's UNet2DConditionModel. stages: "down_0" … and "mid"; None: all of them. shared: it is the
+        student's own frozen one and stays whole; otherwise its up blocks, which are never run, are let go."""
+        self.unet = HSpaceUNet(unet if shared else encoder_only(unet))
+        model = self.unet.unet.requires_grad_(False).eval()
+        self.checkpointing = False
+        known = [f"down_{i}" for i in range(len(model.down_blocks))] + [MID]
+        stages = list(known if stages is None else stages)
+        if unknown := [name for name in stages if name not in known] or not stages:
+            raise InvalidRequest(f"discriminator.stages={unknown or []}: this teacher has {', '.join(known)}")
+        self.stages = stages
+        # The last output of every down block: after its downsampler, where it has one.
+        counts = [len(block.resnets) + len(block.downsamplers or ()) for block in model.down_blocks]
+        self._last = {f"down_{i}": sum(counts[: i + 1]) for i in range(len(counts))}
+        widths = model.config.block_out_channels
+        self.channels = [widths[-1] if name == MID else widths[int(name.removeprefix("down_"))] for name in stages]
+
+    def __call__(self, z_s: Tensor, s: Tensor, text: Tensor) -> list[Tensor]:
+        """z_s: (B, c, H, W) noised to s; s: (B,) timesteps of N; text: (B, L, D) -> features of every stage."""
+        if self.checkpointing and torch.is_grad_enabled():
+            return list(checkpoint(self._features, z_s, s, text, use_reentrant=False))
+        return self._features(z_s, s, text)
+
+    def _features(self, z_s: Tensor, s: Tensor, text: Tensor) -> list[Tensor]:
+        state = self.unet.encode(z_s.to(self.unet.dtype), s, text.to(self.unet.dtype))
+        return [state.h if name == MID else state.skips[self._last[name]] for name in self.stages]
+
+
+class Discriminator(nn.Module):
+    """The heads of D. The backbone is no module and so no submodule: no optimiser and no checkpoint sees it."""
+
+    def __init__(self, backbone: Backbone, width: int = 256, spectral: bool = True, normalise: bool = True) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.heads = nn.ModuleDict(
+            {
+                name: Head(channels, width, spectral, normalise)
+                for name, channels in zip(backbone.stages, backbone.channels, strict=True)
+            }
+        )
+
+    @property
+    def stages(self) -> list[str]:
+        return list(self.heads)
+
+    def features(self, z_s: Tensor, s: Tensor, text: Tensor) -> list[Tensor]:
+        return self.backbone(z_s, s, text)
+
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Features of every stage -> logits (B, P_k) of every head. In train mode a call is one power iteration."""
+        return [head(f) for head, f in zip(self.heads.values(), features, strict=True)]
+
+    def judge(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """The G step's view: gradients reach the features, none the heads; spectral norm's buffers stay as they are."""
+        was_training = self.training
+        self.eval()
+        flags = [(p, p.requires_grad) for p in self.parameters()]
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        try:
+            return self(features)
+        finally:
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+            self.train(was_training)
+
+
+class NoiseSchedule:
+    """α_s and σ_s of the teacher: z_s = α_s z_0 + σ_s ε for every one of its N timesteps."""
+
+    def __init__(self, scheduler: Any, device: torch.device | str = "cpu") -> None:
+        from diffusers import DDPMScheduler
+
+        config = {
+            name: scheduler.config[name]
+            for name in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+            if name in scheduler.config
+        }
+        zero_snr = bool(scheduler.config.get("rescale_betas_zero_snr", False))
+        alphas_cumprod = DDPMScheduler(**config, rescale_betas_zero_snr=zero_snr).alphas_cumprod.double()
+        self.alpha = alphas_cumprod.sqrt().float().to(device)
+        self.sigma = (1 - alphas_cumprod).sqrt().float().to(device)
+
+    def __len__(self) -> int:
+        return len(self.alpha)
+
+    def noised(self, z0: Tensor, noise: Tensor, s: Tensor) -> Tensor:
+        """z0, noise: (B, c, H, W) fp32; s: (B,) int64."""
+        return self.alpha[s].view(-1, 1, 1, 1) * z0 + self.sigma[s].view(-1, 1, 1, 1) * noise
+
+
+def encoder_only(unet: Any) -> Any:
+    """A UNet that shares its encoder's weights and has no up blocks: the teacher's decoder needs no memory here."""
+    # What the split forward asks of the decoder's side is kept: the number of upsamplers.
+    half = copy.copy(unet)
+    half._modules = {name: module for name, module in unet._modules.items() if name not in ("up_blocks", "conv_out")}
+    return half
+
+
+def accuracy(real: Sequence[Tensor], fake: Sequence[Tensor]) -> Tensor:
+    """(K,): how often each head tells them apart, at 0; 0.5 is chance."""
+    return torch.stack(
+        [((r > 0).float().mean() + (f < 0).float().mean()) / 2 for r, f in zip(real, fake, strict=True)]
+    )
+
+
+def check_misaligned(misaligned: bool, micro_batch: int) -> None:
+    if misaligned and micro_batch < 2:
+        raise InvalidRequest(
+            f"misaligned pairs take another sample's prompt from the same micro-batch, which has {micro_batch}: "
+            "set loop.micro_batch to 2 or more, or discriminator.misaligned=false"
+        )

@@ -1,0 +1,240 @@
+"""Training samples on disk: numbered safetensors files that any number of processes write and read.
+
+    my-data/
+      index.json                     what the samples are: fields, number of shards, how they were made
+      000000.safetensors             latents [noise] input_ids [text], and a JSON record a sample
+      neighbors/000000.safetensors   ids and lam (N, k), by `ragturbo data neighbors`
+
+Why not tar: a row of a safetensors file is read where it lies, without its neighbours, so the order of training is a
+function of (seed, sample number) alone and an exact resume needs no replay. A shard is the unit of work and of restart:
+it is there whole, by rename, or not there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from ragturbo.errors import DatabaseCorrupt, DatabaseError, InvalidRequest
+from ragturbo.model.weights import open_safetensors
+from ragturbo.retrieval import durable
+
+FORMAT = 1
+INDEX = "index.json"
+NEIGHBORS = "neighbors"
+DTYPES = {"float16": torch.float16, "float32": torch.float32, "bfloat16": torch.bfloat16}
+# Files kept open at a time; each is a memory map.
+_OPEN = 128
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What index.json says before the first shard is written. A resumed run must have the same."""
+
+    kind: str
+    """"teacher" (latents with the noise that made them) or "encoded" (real images)."""
+    inputs: int
+    """Prompts or images to work through; shard i is made of inputs i·shard_size and on."""
+    shard_size: int
+    made_by: dict[str, Any]
+    """Everything that decides the samples: model fingerprints, guidance, steps, seed, digest of the inputs."""
+
+    @property
+    def shards(self) -> int:
+        return -(-self.inputs // self.shard_size)
+
+    def inputs_of(self, shard: int) -> range:
+        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.inputs))
+
+    def write_or_check(self, folder: Path) -> None:
+        """Starts a folder, or makes sure that an unfinished one is of the same samples."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / INDEX
+        mine = {"format": FORMAT, "kind": self.kind, "inputs": self.inputs, "shard_size": self.shard_size}
+        mine |= {"made_by": self.made_by}
+        if path.is_file():
+            theirs = _read_json(path)
+            # Compared as JSON, where a tuple and a list are one thing.
+            if theirs != json.loads(json.dumps(mine)):
+                changed = ", ".join(sorted(_differences(theirs, json.loads(json.dumps(mine)))))
+                raise InvalidRequest(
+                    f"{folder} was begun with other settings ({changed}); finish it with those, or write elsewhere"
+                )
+            return
+        # Many processes may get here at once; they all write the same bytes.
+        part = path.with_name(f".{INDEX}.{os.getpid()}.part")
+        part.write_text(json.dumps(mine, indent=2) + "\n", "utf-8")
+        part.replace(path)
+
+
+def shard_path(folder: Path, shard: int) -> Path:
+    return folder / f"{shard:06d}.safetensors"
+
+
+def remaining(folder: Path, shards: int, rank: int = 0, world: int = 1) -> list[int]:
+    """This process's part of the shards that are not there yet, whatever number of processes wrote the others."""
+    missing = [i for i in range(shards) if not shard_path(folder, i).is_file()]
+    return missing[rank::world]
+
+
+def write_shard(folder: Path, shard: int, tensors: dict[str, Tensor], records: Sequence[dict[str, Any]]) -> None:
+    """tensors: (N, …) each; records: N, at least with "caption". An empty shard: none of its inputs was usable."""
+    blobs = [json.dumps(record, ensure_ascii=False, default=str).encode() for record in records]
+    offsets = torch.tensor(np.cumsum([0, *map(len, blobs)]), dtype=torch.int64)
+    text = torch.frombuffer(bytearray(b"".join(blobs) or b"\0"), dtype=torch.uint8)
+    if any(len(value) != len(records) for value in tensors.values()):
+        raise ValueError(f"{ {name: len(value) for name, value in tensors.items()} } rows for {len(records)} records")
+    whole = {name: value.cpu().contiguous() for name, value in tensors.items()}
+    data = save({**whole, "record_bytes": text, "record_offsets": offsets}, {"samples": str(len(records))})
+    durable.write_file(shard_path(folder, shard), data)
+
+
+class Shards:
+    """A finished folder of samples, opened for random access."""
+
+    def __init__(self, folder: str | os.PathLike[str], *, partial: bool = False) -> None:
+        """partial: take the shards that are there, for a look before the rest is made."""
+        self.folder = Path(folder).expanduser()
+        self.plan = _read_plan(self.folder)
+        files = [shard_path(self.folder, i) for i in range(self.plan.shards)]
+        missing = [path.name for path in files if not path.is_file()]
+        if missing and not partial:
+            raise DatabaseError(
+                f"{self.folder} is unfinished: {len(missing)} of {len(files)} shards are missing ({missing[0]} …). "
+                "Run the command that made it once more; it goes on where it stopped."
+            )
+        self.files = [path for path in files if path.is_file()]
+        self._handles: OrderedDict[Path, Any] = OrderedDict()
+        counts = [int((self._open(path).metadata() or {}).get("samples", -1)) for path in self.files]
+        if -1 in counts:
+            raise DatabaseCorrupt(f"{self.files[counts.index(-1)]} is no shard of training samples")
+        self.starts = np.cumsum([0, *counts])
+        if not len(self):
+            raise DatabaseError(f"{self.folder} holds no samples")
+        self.fields = self._fields()
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Memory maps do not travel to another process; they are opened again there.
+        return {**self.__dict__, "_handles": OrderedDict()}
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """Number of a sample -> (position of its file, row)."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        shard = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return shard, index - int(self.starts[shard])
+
+    def read(self, index: int, name: str) -> Tensor:
+        """One sample's field."""
+        shard, row = self.locate(index)
+        return self._slice(self.files[shard], name, row)
+
+    def record(self, index: int) -> dict[str, Any]:
+        """{"caption": …, "source": …, …}"""
+        shard, row = self.locate(index)
+        file = self._open(self.files[shard])
+        start, stop = file.get_slice("record_offsets")[row : row + 2].tolist()
+        return json.loads(bytes(file.get_slice("record_bytes")[start:stop].tolist()))
+
+    def records(self, shard: int) -> Iterator[dict[str, Any]]:
+        """Those of one file, read at once."""
+        file = self._open(self.files[shard])
+        offsets = file.get_tensor("record_offsets").tolist()
+        blob = file.get_tensor("record_bytes").numpy().tobytes()
+        for start, stop in zip(offsets, offsets[1:], strict=False):
+            yield json.loads(blob[start:stop])
+
+    def tensor(self, shard: int, name: str) -> Tensor:
+        """A whole field of one file."""
+        return self._open(self.files[shard]).get_tensor(name)
+
+    def neighbors(self) -> NeighborTable | None:
+        folder = self.folder / NEIGHBORS
+        return NeighborTable(self, folder) if (folder / INDEX).is_file() else None
+
+    def _fields(self) -> frozenset[str]:
+        first = next(i for i in range(len(self.files)) if self.starts[i + 1] > self.starts[i])
+        return frozenset(self._open(self.files[first]).keys()) - {"record_bytes", "record_offsets"}
+
+    def _slice(self, path: Path, name: str, row: int) -> Tensor:
+        return self._open(path).get_slice(name)[row : row + 1][0]
+
+    def _open(self, path: Path) -> Any:
+        handle = self._handles.get(path)
+        if handle is None:
+            handle = self._handles[path] = open_safetensors(path)
+            while len(self._handles) > _OPEN:
+                self._handles.popitem(last=False)
+        else:
+            self._handles.move_to_end(path)
+        return handle
+
+
+class NeighborTable:
+    """The precomputed neighbours of a folder of samples: ids (N, k) int64 with −1 for none, lam (N, k) fp32."""
+
+    def __init__(self, shards: Shards, folder: Path) -> None:
+        self._shards = shards
+        self.made_by: dict[str, Any] = _read_json(folder / INDEX)
+        self.files = [folder / path.name for path in shards.files]
+        missing = [path.name for path in self.files if not path.is_file()]
+        if missing:
+            raise DatabaseError(
+                f"{folder} is unfinished: {len(missing)} of {len(self.files)} files are missing. Run `ragturbo data "
+                "neighbors` once more; it goes on where it stopped."
+            )
+        self.k = int(self.made_by["k"])
+
+    def read(self, index: int) -> tuple[Tensor, Tensor]:
+        """(ids (k,), lam (k,)) of a sample."""
+        shard, row = self._shards.locate(index)
+        path = self.files[shard]
+        return self._shards._slice(path, "ids", row), self._shards._slice(path, "lam", row)
+
+
+def digest(items: Sequence[Any]) -> str:
+    """sha256 over a list of inputs: a resumed run must have the same list."""
+    total = hashlib.sha256()
+    for item in items:
+        total.update(str(item).encode() + b"\n")
+    return total.hexdigest()
+
+
+def _read_plan(folder: Path) -> Plan:
+    path = folder / INDEX
+    if not path.is_file():
+        raise DatabaseError(f"{folder} is no folder of training samples: {INDEX} is not there")
+    values = _read_json(path)
+    if values.get("format") != FORMAT:
+        raise DatabaseError(f"{path} has format {values.get('format')!r}; this ragturbo reads {FORMAT}")
+    return Plan(values["kind"], values["inputs"], values["shard_size"], values["made_by"])
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise DatabaseCorrupt(f"{path}: {error}") from error
+
+
+def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for name in a.keys() | b.keys():
+        if a.get(name) != b.get(name):
+            if isinstance(a.get(name), dict) and isinstance(b.get(name), dict):
+                yield from _differences(a[name], b[name], f"{prefix}{name}.")
+            else:
+                yield f"{prefix}{name}: {a.get(name)!r} there, {b.get(name)!r} now"
