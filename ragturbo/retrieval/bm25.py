@@ -1,0 +1,64 @@
+"""BM25 over captions: the retriever that needs no key, for comparison and for names that embeddings miss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ragturbo.errors import DatabaseError
+from ragturbo.retrieval.retriever import check_k, excluded_ids, text_queries
+from ragturbo.retrieval.snapshot import Snapshot
+
+
+class Bm25Retriever:
+    """Scores are BM25's own: not a cosine, comparable within one query only. Captions with no word in common are
+    missing.
+    """
+
+    name = "bm25"
+    query_kind = "text"
+
+    def __init__(self, snapshot: Snapshot, *, why: str = "asked for") -> None:
+        try:
+            import bm25s
+        except ImportError:
+            raise DatabaseError("retriever 'bm25' needs the package bm25s: pip install bm25s") from None
+        self.snapshot, self.why = snapshot, why
+        self._tokenize = bm25s.tokenize
+        self._index: Any = None
+        captions = snapshot.captions()
+        tokens = bm25s.tokenize(captions, stopwords="en", show_progress=False)
+        if tokens.vocab:
+            self._index = bm25s.BM25()
+            self._index.index(tokens, show_progress=False)
+
+    def search(self, keys: Any, k: int, *, exclude: Any = None) -> tuple[np.ndarray, np.ndarray]:
+        """keys: prompts, a list of str. Returns ids (B, k) int64 and scores (B, k) float32."""
+        check_k(k)
+        prompts = text_queries(keys, "retriever 'bm25'")
+        banned = excluded_ids(exclude, len(prompts))
+        ids = np.full((len(prompts), k), -1, np.int64)
+        scores = np.full((len(prompts), k), np.nan, np.float32)
+        for row, prompt in enumerate(prompts):
+            found = self._scores(prompt)
+            if found is None:
+                continue
+            found[~self.snapshot.alive] = 0
+            if banned is not None:
+                hidden = self.snapshot.rows_of(banned[row])
+                found[hidden[hidden >= 0]] = 0
+            width = min(k, len(found))
+            top = np.argpartition(-found, width - 1)[:width]
+            top = top[np.lexsort((top, -found[top]))]
+            top = top[found[top] > 0]
+            ids[row, : len(top)] = self.snapshot.ids[top]
+            scores[row, : len(top)] = found[top]
+        return ids, scores
+
+    def _scores(self, prompt: str) -> np.ndarray | None:
+        if self._index is None:
+            return None
+        words = self._tokenize([prompt], stopwords="en", show_progress=False, return_ids=False)[0]
+        known = [word for word in words if word in self._index.vocab_dict]
+        return np.array(self._index.get_scores(known), np.float32) if known else None

@@ -1,0 +1,143 @@
+"""The text side of a segment: a parquet file of id, caption, source, sha256, thumbnail and the user's own columns."""
+
+from __future__ import annotations
+
+import io
+import json
+import threading
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ragturbo.errors import DatabaseCorrupt
+from ragturbo.retrieval import durable
+from ragturbo.retrieval.durable import FileSum
+
+COLUMNS = ("id", "caption", "source", "sha256", "thumbnail")
+# Small row groups, so that one thumbnail does not cost reading all of them.
+_ROW_GROUP = 256
+_PLAIN = (bool, int, float, str, bytes)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One pair as it was given: provenance and the user's own columns in `extra`, the thumbnail as WebP bytes."""
+
+    id: int
+    caption: str
+    source: str | None = None
+    sha256: str | None = None
+    thumbnail: bytes | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def _column(values: list[Any]) -> pa.Array:
+    """One plain type a column; anything mixed or nested is kept as JSON text."""
+    kinds = {type(v) for v in values if v is not None}
+    fits = all(not isinstance(value, int) or -(2**63) <= value < 2**63 for value in values)
+    if len(kinds) <= 1 and kinds <= set(_PLAIN) and fits:
+        return pa.array(values, {bool: pa.bool_(), int: pa.int64(), float: pa.float64(), bytes: pa.binary(),
+                                 str: pa.string()}[next(iter(kinds), str)])  # fmt: skip
+    return pa.array([None if v is None else json.dumps(v, default=str, sort_keys=True) for v in values], pa.string())
+
+
+def encode(records: Sequence[Record]) -> bytes:
+    """The parquet file of these records, the same bytes for the same records."""
+    names = sorted({name for record in records for name in record.extra} - set(COLUMNS))
+    columns: dict[str, pa.Array] = {
+        "id": pa.array([r.id for r in records], pa.int64()),
+        "caption": pa.array([r.caption for r in records], pa.string()),
+        "source": pa.array([r.source for r in records], pa.string()),
+        "sha256": pa.array([r.sha256 for r in records], pa.string()),
+        "thumbnail": pa.array([r.thumbnail for r in records], pa.binary()),
+    }
+    for name in names:
+        columns[name] = _column([r.extra.get(name) for r in records])
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns), sink, compression="zstd", row_group_size=_ROW_GROUP, use_dictionary=["source"])
+    return sink.getvalue().to_pybytes()
+
+
+class PairsFile:
+    """A segment's parquet file, opened now and read when first asked.
+
+    The text columns stay in memory once read (about 100 bytes a pair); thumbnails are read one row group at a time.
+    """
+
+    def __init__(self, path: Path, total: FileSum, ids: Any) -> None:
+        self.path = path
+        self._total = total
+        self._ids = ids
+        self._lock = threading.Lock()
+        self._text: pa.Table | None = None
+        with durable.naming(path, "opening"):
+            # Kept open: a compaction may delete the name while this generation is still being read.
+            self._file: io.FileIO = open(path, "rb", buffering=0)
+        size = self._file.seek(0, io.SEEK_END)
+        if size != total.bytes:
+            raise DatabaseCorrupt(f"{path}: {size} bytes, the manifest says {total.bytes}")
+
+    def _bytes(self) -> bytes:
+        with durable.naming(self.path, "reading"):
+            self._file.seek(0)
+            raw = self._file.read()
+        crc = zlib.crc32(raw)
+        if len(raw) != self._total.bytes or crc != self._total.crc32:
+            raise DatabaseCorrupt(f"{self.path}: CRC-32 {crc:08x} over {len(raw)} bytes, the manifest says "
+                                  f"{self._total.crc32:08x} over {self._total.bytes}")  # fmt: skip
+        return raw
+
+    def _read(self, raw: bytes) -> pa.Table:
+        try:
+            parquet = pq.ParquetFile(pa.BufferReader(raw))
+            names = [name for name in parquet.schema_arrow.names if name != "thumbnail"]
+            table = parquet.read(columns=names, use_threads=False)
+            table.validate(full=True)
+            ids = table.column("id").to_numpy()
+            table.column("caption"), table.column("source"), table.column("sha256")
+        except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+            raise DatabaseCorrupt(f"{self.path}: not the pairs of a segment: {error}") from error
+        if len(ids) != len(self._ids) or (ids != self._ids).any():
+            raise DatabaseCorrupt(f"{self.path}: its ids are not those of the segment's footer")
+        return table
+
+    def text(self) -> pa.Table:
+        """Every column but the thumbnails, in the segment's row order."""
+        with self._lock:
+            if self._text is None:
+                self._text = self._read(self._bytes())
+            return self._text
+
+    def thumbnail(self, row: int) -> bytes | None:
+        with self._lock:
+            try:
+                parquet = pq.ParquetFile(pa.BufferReader(self._bytes()) if self._total.bytes < 1 << 20 else self._file)
+                group = parquet.read_row_group(row // _ROW_GROUP, columns=["id", "thumbnail"], use_threads=False)
+                value = group.column("thumbnail")[row % _ROW_GROUP].as_py()
+                found = group.column("id")[row % _ROW_GROUP].as_py()
+            except (pa.ArrowException, OSError, KeyError, IndexError, ValueError) as error:
+                raise DatabaseCorrupt(f"{self.path}: row {row}: {error}") from error
+        if found != self._ids[row]:
+            raise DatabaseCorrupt(f"{self.path}: row {row} has id {found}, the footer says {self._ids[row]}")
+        return value
+
+    def record(self, row: int, thumbnail: bool) -> Record:
+        table = self.text()
+        values: Mapping[str, Any] = {name: table.column(name)[row].as_py() for name in table.column_names}
+        return Record(
+            values["id"], values["caption"], values["source"], values["sha256"],
+            self.thumbnail(row) if thumbnail else None,
+            {name: value for name, value in values.items() if name not in COLUMNS},
+        )  # fmt: skip
+
+    def check(self) -> None:
+        """Reads all of it, as a full verification does."""
+        self._read(self._bytes())
+
+    def close(self) -> None:
+        self._file.close()

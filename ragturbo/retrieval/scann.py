@@ -1,0 +1,305 @@
+"""Approximate search with ScaNN, configured by the database's size, saved with the generation it belongs to."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ragturbo.errors import DatabaseCorrupt, DatabaseError, InvalidRequest
+from ragturbo.retrieval import durable
+from ragturbo.retrieval.manifest import IndexEntry, Manifest
+from ragturbo.retrieval.retriever import EXACT_BELOW, check_k, check_keys, excluded_ids, like, to_host
+from ragturbo.retrieval.snapshot import Snapshot
+
+IDS = "ids.npy"
+# ScaNN unpickles this file if it finds it. We never write it and never let it be read.
+_PICKLE = "scann_docids.pkl"
+_ASSET = re.compile(r'asset_path:\s*"([^"]*)"')
+
+
+@dataclass(frozen=True)
+class ScannConfig:
+    """How an index is built and searched. `by_size` gives what was measured to reach recall@10 of 0.95 and more."""
+
+    leaves: int
+    """Partitions of the tree; 0: no tree."""
+    leaves_to_search: int
+    reorder: int
+    """Candidates scored again by their bfloat16 vectors."""
+    dims_per_block: int = 4
+    soar: bool = True
+    anisotropic: float = 0.2
+    training_sample: int = 100_000
+    centred: bool = False
+
+    def __post_init__(self) -> None:
+        if self.leaves < 0 or self.reorder < 1 or self.dims_per_block < 1 or self.training_sample < 1:
+            raise InvalidRequest(f"{self} has a count below its least value")
+        if self.leaves and not 1 <= self.leaves_to_search <= self.leaves:
+            raise InvalidRequest(f"leaves_to_search={self.leaves_to_search} must be from 1 to leaves={self.leaves}")
+
+    @classmethod
+    def by_size(cls, rows: int, centred: bool = False) -> ScannConfig:
+        if rows < 100_000:
+            return cls(0, 0, 100, soar=False, centred=centred)
+        leaves = round(math.sqrt(rows))
+        return cls(leaves, max(20, round(leaves / 20)), 100, centred=centred)
+
+
+def available() -> bool:
+    try:
+        import scann  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def _scann() -> Any:
+    try:
+        from scann.scann_ops.py import scann_ops_pybind
+    except ImportError:
+        raise DatabaseError("retriever 'scann' needs the package scann: pip install scann, or use 'exact'") from None
+    return scann_ops_pybind
+
+
+def build_searcher(keys: np.ndarray, config: ScannConfig, threads: int = 0) -> Any:
+    """keys (N, K) float32, normalised. Not reproducible: compare indexes by recall, never by bytes."""
+    from scann.scann_ops.py.scann_builder import ReorderType
+
+    rows = len(keys)
+    if config.leaves > rows:
+        raise InvalidRequest(f"{config.leaves} leaves are more than the {rows} pairs; use fewer leaves, or no tree")
+    sample = min(config.training_sample, rows)
+    builder = _scann().builder(keys, 10, "dot_product").set_n_training_threads(threads)
+    if config.leaves:
+        builder = builder.tree(
+            config.leaves, config.leaves_to_search, training_sample_size=sample,
+            soar_lambda=1.5 if config.soar else None, overretrieve_factor=2.0 if config.soar else None,
+        )  # fmt: skip
+    builder = builder.score_ah(
+        config.dims_per_block, anisotropic_quantization_threshold=config.anisotropic, training_sample_size=sample
+    )
+    return builder.reorder(min(config.reorder, rows), quantize=ReorderType.BFLOAT16).build()
+
+
+def vectors(snapshot: Snapshot, rows: np.ndarray, centred: bool) -> np.ndarray:
+    """Keys of `rows` as an index takes them: fp32, of length 1, without their mean where centred."""
+    out = np.empty((len(rows), snapshot.geometry.key_dim), np.float32)
+    for start in range(0, len(rows), 16384):
+        part = rows[start : start + 16384]
+        block = snapshot.keys[part].astype(np.float32)
+        if centred:
+            block = (block - snapshot.key_mean) / snapshot.centred_norms[part, None]
+        out[start : start + 16384] = block
+    return out
+
+
+def build_index(snapshot: Snapshot, config: ScannConfig, folder: Path, threads: int = 0) -> IndexEntry:
+    """Builds the index of all live pairs and saves it in `folder`, which is there and empty."""
+    rows = np.flatnonzero(snapshot.alive)
+    if len(rows) < 16:
+        raise InvalidRequest(f"{len(rows)} pairs are too few for ScaNN; search them exactly")
+    try:
+        searcher = build_searcher(vectors(snapshot, rows, config.centred), config, threads)
+        searcher.serialize(str(folder), relative_path=True)
+    except (RuntimeError, ValueError) as error:
+        raise DatabaseError(f"{folder}: ScaNN could not build an index of {len(rows)} pairs: {error}") from error
+    buffer = io.BytesIO()
+    np.save(buffer, snapshot.ids[rows].astype("<i8"), allow_pickle=False)
+    durable.write_file(folder / IDS, buffer.getvalue())
+    sums = {}
+    for path in sorted(folder.iterdir()):
+        durable.sync_file(path)
+        sums[path.name] = durable.sum_file(path)
+    durable.sync_folder(folder)
+    return IndexEntry("scann", len(rows), asdict(config), sums)
+
+
+def check_files(folder: Path, index: IndexEntry) -> None:
+    """Size and CRC-32 of every file of the index, and no file besides."""
+    if _PICKLE in index.files:
+        raise DatabaseCorrupt(f"{folder}: an index with {_PICKLE} is refused: it is a pickle")
+    try:
+        present = {path.name for path in folder.iterdir()}
+    except OSError as error:
+        raise DatabaseCorrupt(f"{folder}: cannot be listed: {error.strerror}") from error
+    if present != set(index.files):
+        odd = sorted(present ^ set(index.files))
+        raise DatabaseCorrupt(f"{folder}: files differ from the manifest's: {', '.join(odd)}")
+    for name, expected in index.files.items():
+        path, crc, size = folder / name, 0, 0
+        with durable.naming(path, "reading"), open(path, "rb", buffering=0) as file:
+            while block := file.read(1 << 22):
+                crc, size = zlib.crc32(block, crc), size + len(block)
+        if (size, crc) != (expected.bytes, expected.crc32):
+            raise DatabaseCorrupt(f"{path}: {size} bytes with CRC-32 {crc:08x}, the manifest says {expected.bytes} "
+                                  f"with {expected.crc32:08x}")  # fmt: skip
+
+
+class ScannRetriever:
+    """The saved index of a generation. Pairs newer than it are searched exactly and merged; removed ones are left
+    out.
+    """
+
+    name = "scann"
+    query_kind = "key"
+
+    def __init__(self, snapshot: Snapshot, *, folder: Path | None = None, why: str = "asked for") -> None:
+        manifest: Manifest = snapshot.manifest
+        if manifest.index is None:
+            raise DatabaseError(f"{snapshot.folder} has no ScaNN index; make one with `ragturbo db reindex`")
+        self.snapshot, self.why = snapshot, why
+        self.folder = folder or snapshot.folder / f"gen-{manifest.generation:06d}" / "scann"
+        try:
+            self.config = ScannConfig(**manifest.index.config)
+        except (TypeError, InvalidRequest) as error:
+            raise DatabaseCorrupt(f"{self.folder}: the manifest's configuration is not ScaNN's: {error}") from error
+        pybind = _scann()
+        check_files(self.folder, manifest.index)
+        self._check_assets()
+        self.index_ids = self._load_ids(manifest.index.rows)
+        try:
+            self.searcher = pybind.load_searcher(str(self.folder))
+            size = self.searcher.size()
+        except (RuntimeError, ValueError, OSError) as error:
+            raise DatabaseCorrupt(f"{self.folder}: ScaNN cannot load the index: {error}") from error
+        if size != len(self.index_ids):
+            raise DatabaseCorrupt(f"{self.folder}: the index holds {size} vectors, {IDS} has {len(self.index_ids)}")
+        rows = snapshot.rows_of(self.index_ids)
+        self._hidden = (rows < 0) | ~snapshot.alive[np.maximum(rows, 0)] if len(snapshot.alive) else rows < 0
+        self._any_hidden = bool(self._hidden.any())
+        last = int(self.index_ids[-1])
+        self._tail = np.flatnonzero((snapshot.ids > last) & snapshot.alive)
+        # fp32 once, so that the newest pairs cost a matrix product and no conversion.
+        self._tail_keys = vectors(snapshot, self._tail, self.config.centred)
+        self._live = int((~self._hidden).sum())
+        self._dim = snapshot.geometry.key_dim
+        # The searcher below ScaNN's Python wrapper, bound once: at half a millisecond a query, attribute chains show.
+        self._one = self.searcher.searcher.search
+        self._plain = not (self._any_hidden or len(self._tail) or self.config.centred)
+
+    def _check_assets(self) -> None:
+        text = (self.folder / "scann_assets.pbtxt").read_text(errors="replace")
+        for name in _ASSET.findall(text):
+            if name not in (self.snapshot.manifest.index.files if self.snapshot.manifest.index else {}):
+                raise DatabaseCorrupt(f"{self.folder}/scann_assets.pbtxt: {name!r} is not a file of the index")
+
+    def _load_ids(self, rows: int) -> np.ndarray:
+        path = self.folder / IDS
+        try:
+            ids = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise DatabaseCorrupt(f"{path}: not an array of ids: {error}") from error
+        if ids.dtype != np.int64 or ids.shape != (rows,) or rows == 0 or np.any(np.diff(ids) <= 0):
+            raise DatabaseCorrupt(f"{path}: must be {rows} ascending int64 ids")
+        return ids
+
+    def search(self, keys: Any, k: int, *, exclude: Any = None) -> tuple[Any, Any]:
+        query = to_host(keys)
+        if exclude is None and self._plain and query.shape == (1, self._dim) and k <= self.config.reorder:
+            found = self._search_one(query[0], k)
+            if found is not None:
+                return like(keys, *found)
+        check_k(k)
+        check_keys(query, self._dim)
+        query = query / np.linalg.norm(query, axis=1, keepdims=True)
+        if self.config.centred:
+            query = query - self.snapshot.key_mean
+            lengths = np.linalg.norm(query, axis=1, keepdims=True)
+            query = query / np.where(lengths > 0, lengths, 1)
+        banned = excluded_ids(exclude, len(query))
+        rows = [self._merged(query[i], k, None if banned is None else banned[i]) for i in range(len(query))]
+        return like(keys, np.stack([ids for ids, _ in rows]), np.stack([scores for _, scores in rows]))
+
+    def _search_one(self, query: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """One key, nothing to hide and nothing to merge. None where the index found fewer than k: the long way then."""
+        square = float(query @ query)
+        if not (math.isfinite(square) and square > 0 and k > 0):
+            return None
+        if abs(square - 1) > 1e-5:
+            query = query / np.float32(math.sqrt(square))
+        where, scores = self._one(query, k, -1, -1)
+        if len(where) != k or scores[-1] != scores[-1]:
+            return None
+        return self.index_ids[where][None], scores[None]
+
+    def _merged(self, query: np.ndarray, k: int, banned: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """One prepared key against the index and the pairs newer than it."""
+        hidden = self._hidden
+        blocked: np.ndarray | None = None
+        if banned is not None:
+            at = np.searchsorted(self.index_ids, banned).clip(max=len(self.index_ids) - 1)
+            blocked = np.unique(at[self.index_ids[at] == banned])
+        want = min(k, self._live - (0 if blocked is None else int((~hidden[blocked]).sum())))
+        where, scores = self._from_index(query, max(want, 0), hidden, blocked)
+        ids = self.index_ids[where]
+        if len(self._tail):
+            new_scores = self._tail_keys @ query
+            new_ids = self.snapshot.ids[self._tail]
+            if banned is not None:
+                new_scores[np.isin(new_ids, banned)] = -np.inf
+            top = np.argpartition(-new_scores, min(k, len(new_scores)) - 1)[:k]
+            top = top[new_scores[top] > -np.inf]
+            ids, scores = np.concatenate([ids, new_ids[top]]), np.concatenate([scores, new_scores[top]])
+            order = np.lexsort((ids, -scores))
+            ids, scores = ids[order], scores[order]
+        out_ids, out_scores = np.full(k, -1, np.int64), np.full(k, np.nan, np.float32)
+        n = min(k, len(ids))
+        out_ids[:n], out_scores[:n] = ids[:n], scores[:n]
+        return out_ids, out_scores
+
+    def _from_index(
+        self, query: np.ndarray, want: int, hidden: np.ndarray, blocked: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The best `want` visible vectors of the index, looking further until they are found."""
+        total = len(self.index_ids)
+        if not want:
+            return np.empty(0, np.int64), np.empty(0, np.float32)
+        ask = min(total, want + (0 if blocked is None else len(blocked)) + (16 if self._any_hidden else 0))
+        reorder, leaves = self.config.reorder, self.config.leaves_to_search
+        while True:
+            # ScaNN caps k silently at the reorder count: it is raised with k.
+            reorder = min(total, max(reorder, 2 * ask))
+            where, scores = self._one(query, ask, reorder, leaves if self.config.leaves else -1)
+            # A NaN score is padding, whatever index stands beside it.
+            good = ~np.isnan(scores)
+            where, scores = where[good].astype(np.int64), scores[good]
+            visible = ~hidden[where]
+            if blocked is not None:
+                visible &= ~np.isin(where, blocked)
+            if visible.sum() >= want or (ask >= total and leaves >= self.config.leaves):
+                break
+            ask, leaves = min(total, 4 * ask), min(self.config.leaves, 4 * leaves)
+        where, scores = where[visible][:want], scores[visible][:want]
+        if len(where) < want:
+            return self._brute(query, want, hidden, blocked)
+        return where, scores
+
+    def _brute(
+        self, query: np.ndarray, want: int, hidden: np.ndarray, blocked: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """What the index cannot give (SOAR and hidden pairs can exhaust it): the same vectors, one by one."""
+        open_ = np.flatnonzero(~hidden)
+        if blocked is not None:
+            open_ = np.setdiff1d(open_, blocked)
+        rows = self.snapshot.rows_of(self.index_ids[open_])
+        scores = np.concatenate([
+            vectors(self.snapshot, rows[i : i + 16384], self.config.centred) @ query
+            for i in range(0, len(rows), 16384)
+        ])  # fmt: skip
+        top = np.argsort(-scores, kind="stable")[:want]
+        return open_[top], scores[top]
+
+
+def advised(rows: int, newer: int, hidden: int) -> str | None:
+    """When an index should be made, or made again."""
+    if rows >= EXACT_BELOW and newer + hidden > max(2000, rows // 50):
+        return f"{newer} pairs are newer than the index and {hidden} in it are removed: run `ragturbo db reindex`"
+    return None

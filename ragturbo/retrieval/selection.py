@@ -1,0 +1,75 @@
+"""What becomes of a retriever's candidates: a minimum score, near-duplicates dropped, diversity."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ragturbo.errors import InvalidRequest
+from ragturbo.retrieval.snapshot import Snapshot
+
+
+@dataclass(frozen=True)
+class Selection:
+    """min_score: the least score of the retriever's own kind. max_similarity: a candidate whose key has at least this
+    cosine with one chosen before it is a near-duplicate and is dropped. diversity: 0 for the best scores, 1 for the
+    most different ones (MMR, with λ = 1 - diversity)."""
+
+    min_score: float | None = None
+    max_similarity: float | None = None
+    diversity: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.min_score is not None and not np.isfinite(self.min_score):
+            raise InvalidRequest(f"min_score={self.min_score!r} must be a finite number")
+        if self.max_similarity is not None and not -1 < self.max_similarity <= 1:
+            raise InvalidRequest(f"max_similarity={self.max_similarity!r} must be a cosine above -1 and up to 1")
+        if not 0 <= self.diversity <= 1:
+            raise InvalidRequest(f"diversity={self.diversity!r} must be between 0 and 1")
+
+    @property
+    def compares(self) -> bool:
+        """Whether candidates are compared with each other, and more of them than k are needed."""
+        return self.max_similarity is not None or self.diversity > 0
+
+    def candidates(self, k: int) -> int:
+        return max(4 * k, k + 32) if self.compares else k
+
+    def apply(self, ids: np.ndarray, scores: np.ndarray, k: int, snapshot: Snapshot) -> tuple[np.ndarray, np.ndarray]:
+        """ids, scores (B, n ≥ k), best first -> (B, k)."""
+        out_ids = np.full((len(ids), k), -1, np.int64)
+        out_scores = np.full((len(ids), k), np.nan, np.float32)
+        for row in range(len(ids)):
+            good = ids[row] >= 0
+            if self.min_score is not None:
+                good &= scores[row] >= self.min_score
+            chosen = np.flatnonzero(good)
+            if self.compares and len(chosen):
+                chosen = chosen[self._choose(ids[row][chosen], scores[row][chosen], k, snapshot)]
+            chosen = chosen[:k]
+            out_ids[row, : len(chosen)] = ids[row][chosen]
+            out_scores[row, : len(chosen)] = scores[row][chosen]
+        return out_ids, out_scores
+
+    def _choose(self, ids: np.ndarray, scores: np.ndarray, k: int, snapshot: Snapshot) -> list[int]:
+        """Greedy maximal marginal relevance: (1 - d)·score - d·(greatest cosine with what is chosen)."""
+        keys = snapshot.keys[snapshot.rows(ids)].astype(np.float32)
+        cosines = keys @ keys.T
+        # A retriever's scores may be of any size (BM25): diversity weighs them on the scale of a cosine.
+        spread = max(float(np.abs(scores).max()), 1.0)
+        relevance = scores / spread
+        left = np.ones(len(ids), bool)
+        nearest = np.full(len(ids), -np.inf, np.float32)
+        chosen: list[int] = []
+        while len(chosen) < k and left.any():
+            penalty = np.where(np.isfinite(nearest), nearest, 0)
+            value = (1 - self.diversity) * relevance - self.diversity * penalty
+            value[~left] = -np.inf
+            best = int(value.argmax())
+            chosen.append(best)
+            left[best] = False
+            nearest = np.maximum(nearest, cosines[best])
+            if self.max_similarity is not None:
+                left &= nearest < self.max_similarity
+        return chosen

@@ -1,0 +1,86 @@
+"""One generation, opened: what readers and retrievers share. Immutable, so a change never reaches a search that runs."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from ragturbo.errors import DatabaseCorrupt, InvalidRequest
+from ragturbo.retrieval import writer
+from ragturbo.retrieval.manifest import Manifest, load, read_current
+from ragturbo.retrieval.pairs import Record
+from ragturbo.retrieval.segments import Segments
+
+
+class Snapshot:
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder, self.manifest, self.geometry = folder, manifest, manifest.geometry
+        self.segments = Segments(folder, manifest)
+        self.ids = self.segments.ids
+        """(N,) int64, ascending, removed pairs included."""
+        self.keys = self.segments.keys
+        """(N, K) float16, L2-normalised."""
+        removed = writer.removed_ids(folder, manifest)
+        rows = self.segments.rows_of(removed)
+        if (rows < 0).any():
+            raise DatabaseCorrupt(f"{folder}: removed.npy names id {removed[rows < 0][0]}, which no segment holds")
+        self.alive = np.ones(len(self.ids), bool)
+        self.alive[rows] = False
+
+    def __len__(self) -> int:
+        return self.manifest.rows - self.manifest.removed
+
+    @cached_property
+    def key_mean(self) -> np.ndarray:
+        """(K,) float32: the mean of the stored keys, which centring takes away."""
+        return np.array(self.manifest.key_mean, np.float32)
+
+    @cached_property
+    def centred_norms(self) -> np.ndarray:
+        """(N,) float32: lengths of the keys less their mean. A key equal to the mean has no direction: infinite
+        length.
+        """
+        norms = np.empty(len(self.keys), np.float32)
+        for start in range(0, len(self.keys), 16384):
+            block = self.keys[start : start + 16384].astype(np.float32) - self.key_mean
+            norms[start : start + 16384] = np.linalg.norm(block, axis=1)
+        norms[norms == 0] = np.inf
+        return norms
+
+    def rows_of(self, ids: np.ndarray) -> np.ndarray:
+        return self.segments.rows_of(ids)
+
+    def rows(self, ids: np.ndarray) -> np.ndarray:
+        """Rows of ids (n,), -1 kept as -1; any other id that is not stored is refused."""
+        rows = self.segments.rows_of(ids)
+        missing = (rows < 0) & (ids != -1)
+        if missing.any():
+            raise InvalidRequest(f"id {int(ids[missing][0])} is not in the database {self.folder}")
+        return rows
+
+    def record(self, id: int, thumbnail: bool = True) -> Record:
+        row = int(self.rows(np.array([id]))[0])
+        if row < 0:
+            raise InvalidRequest(f"id {id} is not in the database {self.folder}")
+        segments, inside = self.segments.locate(np.array([row]))
+        return self.segments.pairs[int(segments[0])].record(int(inside[0]), thumbnail)
+
+    def captions(self) -> list[str]:
+        """All captions in row order, removed ones included."""
+        return [str(text) for pairs in self.segments.pairs for text in pairs.text().column("caption").to_pylist()]
+
+
+def open_snapshot(folder: Path) -> Snapshot:
+    """Opens the current generation. A writer that commits and cleans up meanwhile makes it start over with the new
+    one.
+    """
+    for _ in range(100):
+        before = read_current(folder)
+        try:
+            return Snapshot(folder, load(folder))
+        except DatabaseCorrupt:
+            if read_current(folder) == before:
+                raise
+    raise DatabaseCorrupt(f"{folder}: its generation changed 100 times while it was being opened")
