@@ -56,9 +56,10 @@ class HSpaceAdapter(nn.Module):
             self.to_q = nn.Linear(channels, channels, bias=False)
             self.to_k = nn.Linear(channels, channels, bias=False)
             self.to_v = nn.Linear(channels, channels, bias=False)
-            self.proj_out = nn.Linear(channels, channels)
-        nn.init.zeros_(self.proj_out.weight)
-        nn.init.zeros_(self.proj_out.bias)
+            self.to_out = nn.Linear(channels, channels)
+        last = self.proj_out if kind == "transformer" else self.to_out
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
 
     def forward(
         self, h_tgt: Tensor, h_retr: Tensor | Context, lam: Tensor, valid: Tensor | None = None, impl: str = "auto"
@@ -75,15 +76,15 @@ class HSpaceAdapter(nn.Module):
 
     def context(self, h_retr: Tensor) -> Context:
         """h_retr: (B, k, S, C) -> K and V of Eq. 4. Needs no target: it can run beside the UNet's encoder."""
-        attention = self._cross()
-        h_retr = h_retr.to(self.proj_out.weight.dtype)
+        attention = self._block.attn2 if self.kind == "transformer" else self
+        h_retr = h_retr.to(attention.to_k.weight.dtype)
         return Context(attention.to_k(h_retr), attention.to_v(h_retr))
 
     def delta(self, h_tgt: Tensor, context: Context, valid: Tensor | None = None, impl: str = "auto") -> Tensor:
         """g(h_tgt, h_retr), without λ and without the residual: (B, T, C). Finite also where nothing is valid."""
         if self.kind == "attention":
             attended = cross_attention(self.to_q(h_tgt), context.k, context.v, valid, heads=self.heads, impl=impl)
-            return self.proj_out(attended)
+            return self.to_out(attended)
         block = self._block
         # GroupNorm wants channels second; the tokens are the memory of a channels_last image.
         x = self.proj_in(self.norm(h_tgt.transpose(1, 2)).transpose(1, 2))
@@ -95,9 +96,6 @@ class HSpaceAdapter(nn.Module):
         x = x + block.attn2.to_out[0](cross_attention(q, context.k, context.v, valid, heads=self.heads, impl=impl))
         x = x + block.ff(block.norm3(x))
         return self.proj_out(x)
-
-    def _cross(self) -> Any:
-        return self if self.kind == "attention" else self._block.attn2
 
     @property
     def _block(self) -> Any:

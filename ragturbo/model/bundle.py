@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -159,7 +161,8 @@ class Bundle:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.text.tokenizer.save_pretrained(folder / "tokenizer")
-        self.text.text_encoder.save_pretrained(folder / "text_encoder", safe_serialization=True)
+        with _quiet():
+            self.text.text_encoder.save_pretrained(folder / "text_encoder", safe_serialization=True)
         _save_diffusers(self.unet.unet, folder / "unet")
         _save_diffusers(self.vae.module, folder / "vae")
         self.scheduler.save_pretrained(folder / "scheduler")
@@ -243,9 +246,10 @@ def _load_text_encoder(folder: Path) -> Any:
     if kind not in ("clip_text_model", "clip"):
         raise ModelError(f"{path} is a {kind!r}; ragturbo takes CLIP text encoders")
     # *WithProjection would make random weights of the projection_dim that SD 2's config names and has none for.
-    loaded: Any = CLIPTextModel.from_pretrained(
-        path, local_files_only=True, use_safetensors=True, dtype=_dtype_of(path), output_loading_info=True
-    )
+    with _quiet():
+        loaded: Any = CLIPTextModel.from_pretrained(
+            path, local_files_only=True, use_safetensors=True, dtype=_dtype_of(path), output_loading_info=True
+        )
     model, report = loaded
     _whole(path, report)
     return model
@@ -336,6 +340,20 @@ def _whole(path: Path, report: dict[str, Any]) -> None:
         raise ModelError(f"{path} lacks {len(missing)} weights, the first of them {missing[0]}")
     if mismatched := list(report.get("mismatched_keys") or ()):
         raise ModelError(f"{path} has weights of other shapes than its config.json says: {mismatched[0]}")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers draws a progress bar for every load and save; a library's caller has not asked for one."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _save_diffusers(module: Any, folder: Path) -> None:

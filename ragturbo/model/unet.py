@@ -46,7 +46,9 @@ class HSpaceUNet:
     def __init__(self, unet: UNet2DConditionModel) -> None:
         # peft's wrapper hides the model it has changed in place.
         model: Any = unet.get_base_model() if hasattr(unet, "get_base_model") else unet
-        if not isinstance(model, UNet2DConditionModel):
+        # As a bool: narrowed to diffusers' class, its configured attributes would be unknown to a type checker.
+        known = isinstance(model, UNet2DConditionModel)
+        if not known:
             raise ModelError(f"HSpaceUNet is a view over diffusers' UNet2DConditionModel, not {type(model).__name__}")
         self.unet: Any = model
         if self.unet.mid_block is None:

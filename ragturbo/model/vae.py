@@ -15,7 +15,8 @@ class VAE:
     """A diffusers autoencoder. Latents are the posterior's mean, never a sample: a database build is repeatable."""
 
     def __init__(self, module: Any) -> None:
-        if not isinstance(module, (AutoencoderKL, AutoencoderTiny)):
+        known = isinstance(module, (AutoencoderKL, AutoencoderTiny))
+        if not known:
             raise ModelError(f"{type(module).__name__} is not a supported VAE: AutoencoderKL or AutoencoderTiny")
         self.module: Any = module
         config = self.module.config
