@@ -7,6 +7,7 @@ all cross-attentions take from the text are another. Few-step use keeps one set 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,8 +39,12 @@ class FoldedUNet(HSpaceUNet):
     """
 
     def __init__(self, unet: HSpaceUNet, timesteps: Sequence[int | float] | Tensor, attention: str = "sdpa") -> None:
-        if unet.unet.config.addition_embed_type is not None or unet.unet.config.class_embed_type is not None:
-            raise ModelError("a UNet whose time embedding depends on the text or on a class cannot be folded")
+        config = unet.unet.config
+        for name in ("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type"):
+            if getattr(config, name, None) is not None:
+                raise ModelError(
+                    f"this UNet cannot be folded: {name}={getattr(config, name)!r} is more than t and text"
+                )
         super().__init__(sharing_copy(unet.unet))
         self.original = unet
         self.timesteps = torch.as_tensor(timesteps, device=unet.device).reshape(-1)
@@ -65,7 +70,6 @@ class FoldedUNet(HSpaceUNet):
 
     def context(self, text: Tensor) -> Tensor:
         """(B, L, D) -> the keys and values of every cross-attention side by side, (B, L, ΣC): one launch."""
-        text = self.unet.process_encoder_hidden_states(encoder_hidden_states=text, added_cond_kwargs=None)
         return text if self.context_weight is None else F.linear(text, self.context_weight)
 
     def encode(self, sample: Tensor, timestep: Any, text: Tensor, **conditions: Any) -> UNetState:
@@ -74,24 +78,11 @@ class FoldedUNet(HSpaceUNet):
             raise InvalidRequest(f"a folded UNet takes no conditions: {', '.join(conditions)}")
         if not isinstance(timestep, int) or not 0 <= timestep < len(self.timesteps):
             raise InvalidRequest(f"timestep {timestep!r} is not the index of one of {len(self.timesteps)} folded ones")
-        return self._encode(sample, timestep, text)
+        return super().encode(sample, timestep, text)
 
-    def _encode(self, sample: Tensor, index: int, context: Tensor) -> UNetState:
-        unet = self.unet
-        upsampling = 2**unet.num_upsamplers
-        if unet.config.center_input_sample:
-            sample = 2 * sample - 1.0
-        sample = unet.conv_in(sample)
-        skips: tuple[Tensor, ...] = (sample,)
-        for block in [*unet.down_blocks, unet.mid_block]:
-            text = {"encoder_hidden_states": context} if getattr(block, "has_cross_attention", False) else {}
-            if block is unet.mid_block:
-                sample = block(sample, index, **text)
-            else:
-                sample, residuals = block(hidden_states=sample, temb=index, **text)
-                skips += residuals
-        odd = any(side % upsampling for side in skips[0].shape[-2:])
-        return UNetState(sample, skips, index, context, forward_upsample_size=odd)  # type: ignore[arg-type]
+    def _embed(self, sample: Tensor, timestep: Any, *conditions: Any) -> tuple[Any, None]:
+        """The blocks hand their `temb` to the resnets as it is: here, the index that picks a folded bias."""
+        return timestep, None
 
     def refresh(self) -> bool:
         """After a LoRA came, went or changed: new values into the same memory. False: make a new FoldedUNet."""
@@ -126,5 +117,5 @@ class StepConstants:
         for i in range(len(schedule)):
             scale = schedule.init_sigma if i == 0 else 1.0
             a, b = schedule.step_coefficients(i)
-            rows.append(cls(scale * schedule.input_scale(i), scale * a, b))
+            rows.append(cls(scale / math.sqrt(schedule.sigmas[i] ** 2 + 1), scale * a, b))
         return rows

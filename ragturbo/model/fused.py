@@ -91,9 +91,7 @@ class Transformer(nn.Module):
             raise ModelError(f"{path} cannot be folded: it does not take an image")
         self.norm = model.norm
         # A 1x1 convolution is a linear layer on tokens.
-        self.proj_in, self.proj_out = (
-            ties.weight(f"{path}.{name}").flatten(1) for name in ("proj_in", "proj_out")
-        )
+        self.proj_in, self.proj_out = (ties.weight(f"{path}.{name}").flatten(1) for name in ("proj_in", "proj_out"))
         self.bias_in, self.bias_out = (ties.bias(f"{path}.{name}") for name in ("proj_in", "proj_out"))
         self.blocks = nn.ModuleList(
             [
@@ -166,7 +164,13 @@ def _check_block(path: str, block: Any) -> None:
         if attention is None:
             continue
         plain = attention.scale == (attention.inner_dim // attention.heads) ** -0.5
-        extras = (attention.group_norm, attention.spatial_norm, attention.norm_q, attention.norm_k, attention.norm_cross)
+        extras = (
+            attention.group_norm,
+            attention.spatial_norm,
+            attention.norm_q,
+            attention.norm_k,
+            attention.norm_cross,
+        )
         if not plain or any(e is not None for e in extras) or attention.rescale_output_factor != 1:
             reasons.append("an attention with norms or a scale of its own")
         if attention.to_q.bias is not None or attention.residual_connection:

@@ -101,8 +101,4 @@ def sharing_copy(module: nn.Module) -> Any:
 
 
 def _is_channels_last(tensor: Tensor) -> bool:
-    return (
-        tensor.ndim == 4
-        and not tensor.is_contiguous()
-        and tensor.is_contiguous(memory_format=torch.channels_last)
-    )
+    return tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
