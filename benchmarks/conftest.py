@@ -1,0 +1,189 @@
+"""What every benchmark shares: context in each record, verify before time, percentiles, and rows that say why not.
+
+A benchmark takes the fixture `measure`:
+
+    def test_slerp(measure, device):
+        measure(slerp, inputs=[(h, r, w), ...], verify=lambda: assert_close(...), cost=..., dtype="float16")
+
+`device` is "cpu" or "cuda"; a row marked `gpu` is skipped, with the reason, where there is none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from ragturbo.bench.ceilings import ceilings
+from ragturbo.bench.context import NOISE_LIMIT, context, gpu_state, no_gpu_reason, throttled
+from ragturbo.bench.timing import BULK_BELOW, bulk_calls, captured, noise, once, percentiles, rotating, synchronized
+
+MAX_ROUNDS = 1000
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "quick: one row of each kind; `-m quick` takes under a minute")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    reason = no_gpu_reason()
+    for item in items:
+        if reason and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=f"needs a GPU: {reason}"))
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    # pytest-benchmark's own description carries the node's name, which is nobody's business.
+    machine_info.pop("node", None)
+    machine_info["ragturbo"] = context()
+
+
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
+    device = "cpu" if no_gpu_reason() else "cuda"
+    output_json["ceilings"] = {device: ceilings(device)}
+
+
+def pytest_benchmark_compare_machine_info(
+    config: pytest.Config, benchmarksession: Any, machine_info: dict[str, Any], compared_benchmark: dict[str, Any]
+) -> None:
+    here, there = _gpu_name(machine_info), _gpu_name(compared_benchmark.get("machine_info", {}))
+    if here != there:
+        benchmarksession.logger.warning(
+            f"the compared run was made on {there}, this one on {here}: their times cannot be compared"
+        )
+
+
+def _gpu_name(machine_info: dict[str, Any]) -> str:
+    found = machine_info.get("ragturbo", {})
+    return found["gpu"]["name"] if found.get("gpu") else f"no GPU ({found.get('cpu', 'unknown CPU')})"
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    return "cpu" if no_gpu_reason() else "cuda"
+
+
+@pytest.fixture
+def measure(benchmark: Any, request: pytest.FixtureRequest, device: str) -> Callable[..., None]:
+    """Verifies, then times: see `Measure.__call__`."""
+    return Measure(benchmark, request, device)
+
+
+class Measure:
+    def __init__(self, benchmark: Any, request: pytest.FixtureRequest, device: str) -> None:
+        self._benchmark, self._device = benchmark, device
+        self._seconds = float(request.config.getoption("benchmark_max_time"))
+
+    def __call__(
+        self,
+        call: Callable[..., Any],
+        *,
+        inputs: Sequence[tuple[Any, ...]] = ((),),
+        verify: Callable[[], object] | None = None,
+        cost: Any = None,
+        dtype: str | torch.dtype | None = None,
+        sizes: dict[str, Any] | None = None,
+        group: str | None = None,
+        device: str | None = None,
+        capture: bool = True,
+        rounds: int | None = None,
+        extra: dict[str, Any] | None = None,
+    ) -> None:
+        """Times `call(*inputs[i])`, rotating over `inputs`.
+
+        verify: raises where the result is wrong, and then there is no time. cost: bytes and FLOPs of one call, as
+        `ragturbo.bench.roofline` counts them. device: "cpu" for host work on a machine with a GPU. capture: short GPU
+        work may be captured and replayed in bulk; False for calls that wait for the host themselves.
+        """
+        if verify is not None:
+            # A wrong op has no time.
+            verify()
+        cuda = (device or self._device) == "cuda"
+        run = rotating(call, inputs)
+        run = synchronized(run) if cuda else run
+        run()
+        each = min(once(run) for _ in range(3))
+        calls = 1
+        if cuda and capture and each < BULK_BELOW:
+            calls = bulk_calls(each)
+            run = captured(call, inputs, calls)
+            each = once(run)
+        count = rounds or max(5, min(MAX_ROUNDS, int(self._seconds / max(each, 1e-9))))
+        # Host calls shorter than the clock's own cost are looped.
+        loops = 1 if cuda else max(1, min(10_000, int(20e-6 / max(each, 1e-9))))
+        if loops > 1:
+            count = max(5, min(MAX_ROUNDS, int(self._seconds / (each * loops))))
+        states: list[Any] = []
+        seen = 0
+
+        def look() -> None:
+            nonlocal seen
+            # Between rounds, outside the clock: while the card is busy is when it is held back.
+            if cuda and seen in (0, count // 2, count - 1):
+                states.append(gpu_state())
+            seen += 1
+
+        bench = self._benchmark
+        if group is not None:
+            bench.group = group
+        if loops > 1:
+            bench.pedantic(run, rounds=count, iterations=loops, warmup_rounds=1)
+        else:
+            bench.pedantic(run, setup=look, rounds=count, warmup_rounds=1)
+        info = {
+            "device": "cuda" if cuda else "cpu",
+            "dtype": str(dtype).removeprefix("torch.") if dtype is not None else None,
+            "sizes": sizes or {},
+            **_cost(cost),
+            **(extra or {}),
+        }
+        if bench.stats is not None:
+            data = bench.stats.stats.data
+            # One replay holds many calls: the table and the JSON speak of one.
+            data[:] = [seconds / calls for seconds in data]
+            info |= self._summary(data, calls * loops, states, cost, info)
+        bench.extra_info.update(info)
+
+    def _summary(
+        self, data: list[float], calls: int, states: list[Any], cost: Any, info: dict[str, Any]
+    ) -> dict[str, Any]:
+        out: dict[str, Any] = {"seconds": percentiles(data), "calls_a_round": calls, "noise": noise(data)}
+        flags = [f"noise {out['noise']:.1%}"] if out["noise"] > NOISE_LIMIT else []
+        if held := throttled(states):
+            flags.append(f"throttled: {', '.join(held)}")
+        out["flags"] = flags
+        if states:
+            out["gpu_states"] = states
+        if cost is not None:
+            floor = floor_seconds(info, ceilings(info["device"]))
+            if floor is not None:
+                out["floor_s"] = floor
+                out["fraction_of_roofline"] = floor / out["seconds"]["p50"]
+        return out
+
+
+def _cost(cost: Any) -> dict[str, Any]:
+    if cost is None:
+        return {}
+    if dataclasses.is_dataclass(cost) and not isinstance(cost, type):
+        return {"bytes": cost.bytes, "flops": cost.flops}  # type: ignore[attr-defined]
+    return {"bytes": cost["bytes"], "flops": cost["flops"]}
+
+
+def floor_seconds(info: dict[str, Any], best: dict[str, Any]) -> float | None:
+    """The larger of bytes over bandwidth and FLOPs over the dtype's rate."""
+    rate = best["flops_per_s"].get(info["dtype"] or "float32")
+    if rate is None:
+        return None
+    return max(info["bytes"] / best["bytes_per_s"], info["flops"] / rate)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _threads() -> None:
+    """RAGTURBO_BENCH_THREADS fixes the number of CPU threads; the context records it."""
+    if count := os.environ.get("RAGTURBO_BENCH_THREADS"):
+        torch.set_num_threads(int(count))

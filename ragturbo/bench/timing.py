@@ -1,0 +1,138 @@
+"""Measuring one call: percentiles, noise, and GPU work timed in bulk as replays of a captured graph."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+Call = Callable[..., Any]
+# Below this a single launch and its synchronize cost as much as the work: such calls are timed many at a time.
+BULK_BELOW = 200e-6
+BULK_TARGET = 2e-3
+
+
+def percentiles(seconds: Sequence[float]) -> dict[str, float]:
+    """p50, p95, p99, min, max and mean, by linear interpolation between the sorted values."""
+    ordered = sorted(seconds)
+    if not ordered:
+        raise ValueError("no measurements")
+
+    def at(share: float) -> float:
+        place = share * (len(ordered) - 1)
+        low = math.floor(place)
+        high = min(low + 1, len(ordered) - 1)
+        return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+    return {
+        "p50": at(0.5),
+        "p95": at(0.95),
+        "p99": at(0.99),
+        "min": ordered[0],
+        "max": ordered[-1],
+        "mean": sum(ordered) / len(ordered),
+    }
+
+
+def noise(seconds: Sequence[float]) -> float:
+    """How far the medians of the first and the second half of a run lie apart: a smaller difference means nothing."""
+    half = len(seconds) // 2
+    if half == 0:
+        return 0.0
+    first, second = (percentiles(part)["p50"] for part in (seconds[:half], seconds[-half:]))
+    return abs(first - second) / max(min(first, second), 1e-12)
+
+
+def rotating(call: Call, inputs: Sequence[tuple[Any, ...]]) -> Callable[[], Any]:
+    """`call` over one input after another, so that repeated runs do not measure a cache."""
+    turns: Iterator[tuple[Any, ...]] = itertools.cycle(inputs)
+    return lambda: call(*next(turns))
+
+
+def synchronized(call: Callable[[], Any]) -> Callable[[], Any]:
+    """Device work is asynchronous: the clock stops when the device has finished."""
+
+    def run() -> Any:
+        out = call()
+        torch.cuda.synchronize()
+        return out
+
+    return run
+
+
+def captured(call: Call, inputs: Sequence[tuple[Any, ...]], calls: int) -> Callable[[], None]:
+    """One CUDA graph of `calls` calls over the rotating inputs; running it replays and waits."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        # Lazy handles, compiles and autotuning must be over before capture.
+        for arguments in itertools.islice(itertools.cycle(inputs), max(3, len(inputs))):
+            call(*arguments)
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for arguments in itertools.islice(itertools.cycle(inputs), calls):
+            call(*arguments)
+
+    def replay() -> None:
+        graph.replay()
+        torch.cuda.synchronize()
+
+    return replay
+
+
+def once(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def sample(run: Callable[[], Any], *, seconds: float = 1.0, least: int = 3, most: int = 1000) -> list[float]:
+    """Times of single runs after two to warm up, until `seconds` have passed."""
+    for _ in range(2):
+        run()
+    times: list[float] = []
+    until = time.perf_counter() + seconds
+    while len(times) < least or (len(times) < most and time.perf_counter() < until):
+        times.append(once(run))
+    return times
+
+
+def sample_events(run: Callable[[], Any], *, seconds: float = 1.0, least: int = 3, most: int = 1000) -> list[float]:
+    """As `sample`, between two events on the current stream: what the device did, launch gaps included."""
+    for _ in range(2):
+        run()
+    torch.cuda.synchronize()
+    times: list[float] = []
+    until = time.perf_counter() + seconds
+    while len(times) < least or (len(times) < most and time.perf_counter() < until):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3)
+    return times
+
+
+def bulk_calls(seconds: float) -> int:
+    """How many calls of this length one replay should hold."""
+    return max(1, min(1000, round(BULK_TARGET / max(seconds, 1e-7))))
+
+
+def interleaved(runs: dict[str, Callable[[], Any]], *, rounds: int) -> dict[str, list[float]]:
+    """Each round runs all of them, in an order that turns, so that a drift of the machine falls on all alike."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    names = list(runs)
+    for _ in range(2):
+        for name in names:
+            runs[name]()
+    for i in range(rounds):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            times[name].append(once(runs[name]))
+    return times
