@@ -216,6 +216,7 @@ def _batch(bundle: Bundle, request: Request, plan: Plan, source: DatabaseSource 
         query_key=plan.query_key,
         negative_ids=ids(plan.negative, "negative prompt"),
         negative_text=rows(request.negative_prompt_embeds),
+        texts=tuple(plan.query_texts or plan.prompts or ()),
         seeds=tuple(plan.seeds),
         mode=plan.mode,
         k=plan.k,

@@ -149,7 +149,7 @@ class Generator:
 
     @property
     def database(self) -> Any:
-        return None if self._source is None else self._source.database
+        return None if self._source is None else self._source.live
 
     @property
     def info(self) -> dict[str, Any]:
@@ -192,6 +192,8 @@ class Generator:
 
         started = time.perf_counter()
         with self._swap:
+            if self._source is not None:
+                self._source = self._source.current()
             source = self._source
         return Call.start(self._bundle, self._engine, self._executor, source, prompt, options, started, quiet=quiet)
 

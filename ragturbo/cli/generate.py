@@ -48,8 +48,10 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Report for machines.")] = False,
 ) -> None:
     """Make images from text."""
+    from ragturbo.cli.terminal import quiet_libraries
     from ragturbo.generate import Generator
 
+    quiet_libraries()
     with Generator.from_pretrained(
         model,
         database=_off(database),

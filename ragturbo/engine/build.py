@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ragturbo.errors import InvalidRequest
+from ragturbo.errors import InvalidRequest, ModelError
 
 if TYPE_CHECKING:
-    pass
+    from ragturbo.config import GeneratorConfig
+    from ragturbo.engine.eager import EagerEngine
+    from ragturbo.engine.source import DatabaseSource
+    from ragturbo.model.bundle import Bundle
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

@@ -83,7 +83,7 @@ class EagerEngine:
             if key is None or batch.source is None:
                 raise InvalidRequest("nothing to search by: give a prompt, query= or neighbors=")
             with clock.stage("search"):
-                ids, scores = batch.source.search(key, batch.k)
+                ids, scores = batch.source.search(key, batch.texts or None, batch.k)
             with clock.stage("gather"):
                 found = batch.source.gather(ids, scores)
         found = Retrieved(*(t.to(self.device) for t in (found.ids, found.scores, found.keys, found.h_retr)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -26,7 +27,7 @@ class Retrieved:
 class Source(Protocol):
     """A database as an engine sees it. One object is one generation: it never changes under a running batch."""
 
-    def search(self, keys: Tensor, k: int) -> tuple[Tensor, Tensor]: ...
+    def search(self, keys: Tensor, texts: Sequence[str] | None, k: int) -> tuple[Tensor, Tensor]: ...
 
     def gather(self, ids: Tensor, scores: Tensor) -> Retrieved: ...
 
@@ -55,6 +56,8 @@ class StepBatch:
     negative_text: Tensor | None = None
     retrieved: Retrieved | None = None
     """Neighbours given by the caller; None: search yourself."""
+    texts: tuple[str, ...] = ()
+    """What a lexical retriever searches by: the queries, or the prompts."""
     seeds: tuple[int | None, ...] = ()
     """For schedulers that draw noise on the way; None where the caller gave latents."""
     mode: str = "none"
@@ -77,7 +80,7 @@ class StepBatch:
         if self.retrieved is not None:
             rows = {name: getattr(self.retrieved, name)[start:stop] for name in _RETRIEVED_FIELDS}
             fields["retrieved"] = Retrieved(**rows)
-        return replace(self, seeds=self.seeds[start:stop], **fields)
+        return replace(self, seeds=self.seeds[start:stop], texts=self.texts[start:stop], **fields)
 
     @property
     def guided(self) -> bool:
@@ -125,8 +128,10 @@ def join(batches: list[StepBatch], bucket: int) -> StepBatch:
     if first.retrieved is not None:
         given = [b.retrieved for b in batches if b.retrieved is not None]
         fields["retrieved"] = Retrieved(**{n: stack([getattr(r, n) for r in given]) for n in _RETRIEVED_FIELDS})
-    seeds = tuple(s for b in batches for s in b.seeds)
-    return replace(first, seeds=seeds + seeds[-1:] * (bucket - rows), **fields)
+    for name in ("seeds", "texts"):
+        values = tuple(v for b in batches for v in getattr(b, name))
+        fields[name] = values + values[-1:] * (bucket - rows)
+    return replace(first, **fields)
 
 
 @dataclass

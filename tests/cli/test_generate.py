@@ -1,0 +1,108 @@
+"""`ragturbo generate` as a stranger runs it: files, exit codes, what is said on which stream."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+from PIL import Image
+
+from ragturbo.cli import main
+
+PROMPT = "a red circle left of a blue square"
+
+
+@dataclass
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def ragturbo(monkeypatch, capfd, tmp_path) -> Callable[..., Done]:
+    """The command in this process, which has torch loaded already: same argv, streams and exit codes."""
+
+    def run(*arguments: object) -> Done:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["ragturbo", *map(str, arguments)])
+        capfd.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+        return Done(code, *capfd.readouterr())
+
+    return run
+
+
+def test_the_installed_command_runs_in_a_process_of_its_own(tiny_sd21, tmp_path):
+    command = [sys.executable, "-c", "from ragturbo.cli import main; main()"]
+    done = subprocess.run(
+        [*command, "generate", PROMPT, "--model", tiny_sd21, "--seed", "7"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / "out.png").size == (128, 128)
+    # Progress is for terminals: this stderr is none.
+    assert "\r" not in done.stderr and "Traceback" not in done.stderr and "decode" in done.stderr
+
+
+def test_one_prompt_makes_one_file_and_says_where_the_time_went(ragturbo, tiny_sd21, tmp_path):
+    done = ragturbo("generate", PROMPT, "--model", tiny_sd21, "--seed", 7, "-o", "deep/er/boat.png")
+    assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / "deep/er/boat.png").size == (128, 128)
+    assert "deep/er/boat.png  seed 7" in done.stdout
+    assert "decode" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_several_images_are_numbered_and_json_is_all_there_is_on_stdout(ragturbo, tiny_sd21, tmp_path):
+    done = ragturbo(
+        "generate", PROMPT, "a dog", "-n", 2, "--model", tiny_sd21, "--seed", 1, "-o", "x.jpg", "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert [row["file"] for row in report["images"]] == [f"x-{i}.jpg" for i in range(4)]
+    assert [row["seed"] for row in report["images"]] == [1, 2, 1, 2]
+    assert report["mode"] == "none" and report["timings"]["total"] > 0
+    assert all(Image.open(tmp_path / row["file"]).format == "JPEG" for row in report["images"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["generate", ""], 2, "prompt is empty"),
+        (["generate", PROMPT, "--mode", "magic"], 2, "'magic' is not one of"),
+        (["generate", PROMPT, "-w", "0.5"], 2, "w has no effect"),
+        (["generate"], 2, "Missing argument"),
+        (["generate", PROMPT, "--engine", "warp"], 2, "'warp' is not one of"),
+        (["generate", PROMPT, "-o", "x.nothing"], 2, "cannot write"),
+        (["generate", PROMPT, "--database", "nowhere"], 3, "nowhere"),
+        (["generate", PROMPT, "--adapter", "nowhere"], 3, "nowhere"),
+    ],
+)
+def test_a_mistake_is_one_line_and_the_exit_code_of_its_kind(ragturbo, tiny_sd21, tmp_path, arguments, code, message):
+    done = ragturbo(*arguments, *(["--model", tiny_sd21] if len(arguments) > 1 else []))
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_model_is_bad_data(ragturbo):
+    done = ragturbo("generate", PROMPT, "--model", "./nowhere")
+    assert done.returncode == 3 and "nowhere" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_version_and_help(ragturbo):
+    from ragturbo import __version__
+
+    assert ragturbo("--version").stdout.strip() == __version__
+    assert "generate" in ragturbo("--help").stdout
