@@ -1,0 +1,54 @@
+# Every target works from a fresh clone, installing into .venv first; a second call installs only what changed.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+# Two workers on two cores: each one's maths stays on its own core.
+PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
+
+.PHONY: help install demo test test-long lint bench bench-check clean
+
+help:
+	@echo "make demo        install, then draw demo.png with the embedded model"
+	@echo "make test        install, then every test that needs no GPU"
+	@echo "make test-long   the same with full counts and the slow tests"
+	@echo "make lint        ruff and mypy"
+	@echo "make bench       the benchmarks; make bench-check runs each once, to see that it runs"
+	@echo "make install     the installation alone, into .venv; PYTHON=python3.12 chooses the interpreter"
+	@echo "make clean       remove .venv and what was built"
+
+install: $(STAMP)
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.10 or newer, or set PYTHON=" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "$(PYTHON) is $$($(PYTHON) -V): ragturbo needs Python 3.10 or newer; set PYTHON=" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+		{ echo "$(PYTHON) has no venv module: install it (Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+$(STAMP): $(BIN)/python pyproject.toml setup.py $(wildcard csrc/*)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+demo: install
+	$(BIN)/ragturbo generate "a red circle left of a blue square" -o demo.png
+
+test: install
+	$(PYTEST) -m "not slow and not long and not gpu" -n 2 --dist worksteal -q
+
+test-long: install
+	RAGTURBO_LONG=1 $(PYTEST) -m "not gpu" -n 2 --dist worksteal -q
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy ragturbo
+
+bench: install
+	$(BIN)/python -m pytest benchmarks -q --benchmark-only
+
+bench-check: install
+	$(PYTEST) benchmarks -q --benchmark-disable
+
+clean:
+	rm -rf .venv build dist *.egg-info ragturbo/_native*.so ragturbo/_native_off.txt
