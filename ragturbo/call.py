@@ -261,11 +261,11 @@ def _given(
     if known:
         if source is None:
             raise InvalidRequest("neighbors names ids, but there is no database to take them from")
+        if missing := [number for _, number in known if not source.holds(number)]:
+            raise InvalidRequest(f"neighbors names id {missing[0]}, which the database does not have")
         ids = torch.tensor([number for _, number in known])
         found = source.gather(ids[None], torch.zeros(1, len(known)))
         for j, ((i, _), neighbor) in enumerate(zip(known, source.neighbors(ids.tolist()), strict=True)):
-            if neighbor is None:
-                raise InvalidRequest(f"neighbors names id {known[j][1]}, which the database does not have")
             keys[i], rows[i], chosen[i] = found.keys[0, j], found.h_retr[0, j], neighbor
     if pairs:
         captions = [caption for _, (caption, _) in pairs]
@@ -304,7 +304,7 @@ def _pixels(image: Any, size: int) -> Tensor:
     """PIL image or path -> (3, size, size) in [-1, 1], centre-cropped as in a database build."""
     from ragturbo.retrieval.images import square
 
-    return torch.from_numpy(np.ascontiguousarray(square(image, size))).permute(2, 0, 1).float() / 127.5 - 1
+    return torch.from_numpy(np.array(square(image, size))).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def _images(results: list[StepResult], request: Request) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +43,9 @@ class EagerEngine:
             result = _to_host(batch, latents, image, found)
         result.timings = clock.seconds()
         return result
+
+    def load_adapter(self, path: str | os.PathLike[str]) -> None:
+        self.bundle.load_adapter(path)
 
     def encode_pairs(self, captions: list[str], images: Tensor) -> tuple[Tensor, Tensor]:
         """Sec. 3.2 on the spot: images (B, 3, H, W) in [-1, 1] -> keys (B, K), features (B, T, C)."""

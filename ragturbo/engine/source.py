@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -58,6 +59,12 @@ class DatabaseSource:
         host_ids = ids.cpu()
         keys = self.database.keys(host_ids).to(ids.device)
         return Retrieved(ids, scores.float(), keys, self.database.features(host_ids).to(ids.device))
+
+    def holds(self, id: int) -> bool:
+        """Whether a search could return it: stored, and not removed."""
+        snapshot = self.database.snapshot
+        row = int(snapshot.rows_of(np.array([id]))[0])
+        return row >= 0 and bool(snapshot.alive[row])
 
     def neighbors(self, ids: Sequence[int]) -> list[Neighbor | None]:
         """The records, None for a missing neighbour; scores and λ are filled in by who knows them."""

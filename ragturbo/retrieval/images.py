@@ -1,0 +1,102 @@
+"""From any picture to the square the encoder takes, by one policy for builds and for requests."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from ragturbo.errors import InvalidRequest
+
+# A compressed file of a few kilobytes can claim billions of pixels. The size is read before any pixel is decoded.
+MAX_PIXELS = 100_000_000
+MAX_BYTES = 256 << 20
+THUMBNAIL = 128
+
+
+def load(image: Any, size: int | None = None) -> Image.Image:
+    """PIL image, path or bytes -> RGB, upright, transparency on white, the first frame of several.
+
+    With `size`, a JPEG is decoded at the smallest scale of 1, 1/2, 1/4, 1/8 that keeps both sides at twice `size`.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            picture = _open(image)
+            width, height = picture.size
+            if width * height > MAX_PIXELS:
+                raise InvalidRequest(f"{width}x{height} is more than {MAX_PIXELS} pixels")
+            if size is not None:
+                picture.draft("RGB", (2 * size, 2 * size))
+            picture = ImageOps.exif_transpose(picture)
+            return _rgb(picture)
+    except InvalidRequest:
+        raise
+    # Pillow's decoders fail in many ways on hostile bytes: OSError, ValueError, SyntaxError, struct.error, …
+    except Exception as error:
+        raise InvalidRequest(f"the image cannot be read: {type(error).__name__}: {str(error)[:200]}") from error
+
+
+def _open(image: Any) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image
+    if isinstance(image, (str, os.PathLike)):
+        if os.path.getsize(image) > MAX_BYTES:
+            raise InvalidRequest(f"{os.path.getsize(image)} bytes are more than {MAX_BYTES}")
+        return Image.open(image)
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        return Image.open(io.BytesIO(image))
+    raise InvalidRequest(f"an image must be a PIL image, a path or bytes, not {type(image).__name__}")
+
+
+def _rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I;16") or picture.mode == "I":
+        # 16 bits a channel: Pillow's own conversion would clip at 255 instead of scaling.
+        return Image.fromarray((np.asarray(picture).clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
+    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        ground = Image.new("RGBA", picture.size, "white")
+        return Image.alpha_composite(ground, picture).convert("RGB")
+    return picture.convert("RGB")
+
+
+def square(image: Any, size: int) -> np.ndarray:
+    """PIL image, path or bytes -> (size, size, 3) uint8: the largest centred square, resized with antialiased bicubic."""
+    return _square(load(image, size), size)
+
+
+def _square(picture: Image.Image, size: int) -> np.ndarray:
+    side = min(picture.size)
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    box = (left, top, left + side, top + side)
+    if side == size:
+        return np.asarray(picture.crop(box))
+    return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC, box=box))
+
+
+def prepare(image: Any, size: int, thumbnail: bool) -> tuple[np.ndarray, str, bytes | None]:
+    """The square, the SHA-256 of the file (of the pixels for a PIL image), and a WebP of at most 128 pixels a side."""
+    if isinstance(image, (str, os.PathLike)):
+        path = Path(image)
+        try:
+            if path.stat().st_size > MAX_BYTES:
+                raise InvalidRequest(f"{path.stat().st_size} bytes are more than {MAX_BYTES}")
+            image = path.read_bytes()
+        except OSError as error:
+            raise InvalidRequest(f"{path}: {error.strerror}") from error
+    picture = load(image, size)
+    data = image if isinstance(image, (bytes, bytearray, memoryview)) else picture.tobytes()
+    small = None
+    if thumbnail:
+        copy = picture.copy()
+        copy.thumbnail((THUMBNAIL, THUMBNAIL))
+        buffer = io.BytesIO()
+        copy.save(buffer, "WEBP", quality=80, method=2)
+        small = buffer.getvalue()
+    return _square(picture, size), hashlib.sha256(data).hexdigest(), small
