@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, replace
@@ -147,6 +148,7 @@ class Call:
         ids, scores = result.ids.tolist(), result.scores.tolist()
         cosine, valid = result.cosine.tolist(), result.valid.tolist()
         for i, row in enumerate(ids):
+            base: Sequence[Neighbor | None]
             if self.given is not None:
                 base = self.given[(start + i) // self.plan.per_prompt]
             elif self.source is not None:
@@ -229,7 +231,7 @@ def _batch(bundle: Bundle, request: Request, plan: Plan, source: DatabaseSource 
     return batch, notes
 
 
-def _token_note(what: str, value: str, dropped: int, unknown: list[str]) -> str:
+def _token_note(what: str, value: str, dropped: int, unknown: Sequence[str]) -> str:
     shown = value if len(value) <= 60 else value[:57] + "..."
     parts = []
     if dropped:

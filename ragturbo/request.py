@@ -347,9 +347,7 @@ def _seeds(seed: Any, n_prompts: int, per_prompt: int) -> list[int]:
     raise InvalidRequest(f"{len(bases)} seeds for {n_prompts} prompts of {per_prompt} images each")
 
 
-def _query(
-    request: Request, can: Abilities, n_prompts: int, mode: str
-) -> tuple[list[str] | None, Tensor | None]:
+def _query(request: Request, can: Abilities, n_prompts: int, mode: str) -> tuple[list[str] | None, Tensor | None]:
     query = request.query
     if query is None:
         return None, None

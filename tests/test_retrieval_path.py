@@ -15,7 +15,14 @@ from ragturbo.errors import DatabaseMismatch, InvalidRequest
 from ragturbo.model.adapter import HSpaceAdapter
 from ragturbo.retrieval import Geometry, Record
 
-CAPTIONS = ["a red circle", "a blue square", "a green triangle", "a photo of a cat", "a dog with a boat", "a yellow boat"]
+CAPTIONS = [
+    "a red circle",
+    "a blue square",
+    "a green triangle",
+    "a photo of a cat",
+    "a dog with a boat",
+    "a yellow boat",
+]
 PROMPT = "a red circle left of a blue square"
 
 

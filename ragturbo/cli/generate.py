@@ -39,7 +39,7 @@ def generate(
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")] = None,
     engine: Annotated[str, typer.Option(help="auto, eager or graph.")] = "auto",
     retriever: Annotated[str, typer.Option(help="auto, scann, exact or bm25.")] = "auto",
-    vae: Annotated[str, typer.Option(help='full, tiny, or the path or id of an AutoencoderTiny.')] = "full",
+    vae: Annotated[str, typer.Option(help="full, tiny, or the path or id of an AutoencoderTiny.")] = "full",
     attention: Annotated[str, typer.Option(help="auto, sdpa, triton or xformers.")] = "auto",
     local_files_only: Annotated[bool, typer.Option("--local-files-only", help="Never ask the hub.")] = False,
     grid: Annotated[
@@ -118,7 +118,7 @@ def _grids(gen: Generator, prompts: list[str], output: Output, options: dict[str
 
 def _report(gen: Generator, prompts: list[str], output: Output, files: list[Path], as_json: bool) -> None:
     per_prompt = len(output.images) // len(prompts)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "prompt": prompts[i // per_prompt],
             "file": str(file),

@@ -17,7 +17,7 @@ def sheet(prompt: str, image: Image, without: Image, neighbors: list[Neighbor]) 
     from PIL import Image as Pillow
     from PIL import ImageDraw, ImageFont
 
-    cells = [(without, "without retrieval"), (image, f"ragturbo: {prompt}")]
+    cells: list[tuple[Image | None, str]] = [(without, "without retrieval"), (image, f"ragturbo: {prompt}")]
     cells += [(n.image(), f"neighbour, λ {n.lam:.2f}: {n.caption}") for n in neighbors]
     page = Pillow.new("RGB", (GAP + (CELL + GAP) * len(cells), CELL + TEXT + 2 * GAP), "white")
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(12)

@@ -113,7 +113,8 @@ class EagerEngine:
             with clock.stage("decode"):
                 out = bundle.unet.decode(state, h).float()
             if batch.guided:
-                out = guided(*out.chunk(2), batch.guidance_scale)
+                negative, positive = out.chunk(2)
+                out = guided(negative, positive, batch.guidance_scale)
             x = schedule.step(x, out, i, generators or None)
         return x
 

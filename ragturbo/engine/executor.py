@@ -155,9 +155,7 @@ class Executor:
                 job = self._queue.popleft()
                 if job.expired:
                     self._expire(job)
-                elif first is None or (
-                    job.batch.key == first.batch.key and rows + len(job.batch) <= self.max_rows
-                ):
+                elif first is None or (job.batch.key == first.batch.key and rows + len(job.batch) <= self.max_rows):
                     if not job.future.set_running_or_notify_cancel():
                         self.counts["cancelled"] += 1
                         continue

@@ -106,8 +106,8 @@ class StepBatch:
         )
 
 
-_ROW_FIELDS = ("latents", "lam", "w", "min_score", "input_ids", "text", "query_ids", "query_key", "negative_ids")
-_ROW_FIELDS += ("negative_text",)
+_ROW_FIELDS = ("latents", "lam", "w", "min_score", "input_ids", "text", "query_ids", "query_key")
+_ROW_FIELDS = (*_ROW_FIELDS, "negative_ids", "negative_text")
 _RETRIEVED_FIELDS = ("ids", "scores", "keys", "h_retr")
 
 

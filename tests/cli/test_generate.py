@@ -65,9 +65,7 @@ def test_one_prompt_makes_one_file_and_says_where_the_time_went(ragturbo, tiny_s
 
 
 def test_several_images_are_numbered_and_json_is_all_there_is_on_stdout(ragturbo, tiny_sd21, tmp_path):
-    done = ragturbo(
-        "generate", PROMPT, "a dog", "-n", 2, "--model", tiny_sd21, "--seed", 1, "-o", "x.jpg", "--json"
-    )
+    done = ragturbo("generate", PROMPT, "a dog", "-n", 2, "--model", tiny_sd21, "--seed", 1, "-o", "x.jpg", "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert [row["file"] for row in report["images"]] == [f"x-{i}.jpg" for i in range(4)]

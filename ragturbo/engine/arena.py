@@ -1,0 +1,43 @@
+"""Many small tensors as one buffer on the host and one on the device: a border that is crossed by one copy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+# What torch's allocator and cuDNN align to as well.
+_ALIGN = 256
+
+Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+class Arena:
+    """`host[name]` and `device[name]` are views of the same layout. Their addresses never change: a captured copy reads
+    the host's again at every replay, so a request only writes its values there."""
+
+    def __init__(self, layout: Layout, device: torch.device, *, page_locked: bool) -> None:
+        offsets, size = {}, 0
+        for name, (shape, dtype) in layout.items():
+            offsets[name] = size
+            size += -(-math.prod(shape) * dtype.itemsize // _ALIGN) * _ALIGN
+        self.bytes = size
+        # Zeros: what pads an unused place is read by kernels, and must be a number.
+        self._host = torch.zeros(size, dtype=torch.uint8, pin_memory=page_locked)
+        self._device = torch.zeros(size, dtype=torch.uint8, device=device)
+        self.host = {n: _view(self._host, offsets[n], *spec) for n, spec in layout.items()}
+        self.device = {n: _view(self._device, offsets[n], *spec) for n, spec in layout.items()}
+
+    def upload(self) -> None:
+        if self.bytes:
+            self._device.copy_(self._host, non_blocking=True)
+
+    def download(self) -> None:
+        if self.bytes:
+            self._host.copy_(self._device, non_blocking=True)
+
+
+def _view(buffer: Tensor, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return buffer[offset : offset + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)

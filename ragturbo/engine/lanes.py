@@ -1,0 +1,188 @@
+"""How a step function runs: recorded once as a CUDA graph and replayed, or called each time.
+
+`Direct` is the same structure without graphs: on a CPU, where the tests drive all of it, and on a GPU, where a replay
+must equal it bit for bit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+
+from ragturbo.errors import GenerationError
+
+WARMUPS = 3
+
+
+class Program(Protocol):
+    """Something recorded: run it, wait for it, and read how long its stages took."""
+
+    def replay(self) -> None: ...
+
+    def seconds(self) -> dict[str, float]: ...
+
+
+class Lanes(Protocol):
+    name: str
+
+    def record(self, label: str, step: Callable[[], None], *, beside: bool = False) -> Program:
+        """`beside`: on the retrieval lane, which runs beside the main one."""
+        ...
+
+    def stage(self, name: str) -> Any:
+        """A context manager inside a step: its time is reported under this name."""
+        ...
+
+    def fork(self) -> Any:
+        """A context manager inside a step: what is in it runs beside what follows it, up to `join`.
+
+        Tensors that cross must stay referenced until the join: the allocator would hand their memory to the other lane.
+        """
+        ...
+
+    def join(self) -> None: ...
+
+    def await_main(self) -> None:
+        """The host waits for what was replayed on the main lane."""
+        ...
+
+    def join_replayed(self) -> None:
+        """The main lane waits, on the device, for what was replayed on the retrieval lane."""
+        ...
+
+
+class Direct:
+    name = "direct"
+
+    def __init__(self) -> None:
+        self._clock: dict[str, float] = {}
+
+    def record(self, label: str, step: Callable[[], None], *, beside: bool = False) -> Program:
+        return _Called(self, step)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._clock[name] = self._clock.get(name, 0.0) + time.perf_counter() - start
+
+    @contextmanager
+    def fork(self) -> Iterator[None]:
+        yield
+
+    def join(self) -> None: ...
+
+    def await_main(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()
+
+    def join_replayed(self) -> None: ...
+
+
+class _Called:
+    def __init__(self, lanes: Direct, step: Callable[[], None]) -> None:
+        self._lanes, self._step = lanes, step
+        self._seconds: dict[str, float] = {}
+
+    def replay(self) -> None:
+        self._lanes._clock = self._seconds = {}
+        self._step()
+
+    def seconds(self) -> dict[str, float]:
+        return dict(self._seconds)
+
+
+class CudaGraphs:
+    """One memory pool for all graphs, a main stream and a retrieval stream. Neither is the default stream."""
+
+    name = "cuda graphs"
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._main = torch.cuda.Stream(device)
+        self._beside = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+        self._marks: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] | None = None
+        self._done = torch.cuda.Event()
+        self._retrieved = torch.cuda.Event()
+
+    def record(self, label: str, step: Callable[[], None], *, beside: bool = False) -> Program:
+        stream = self._beside if beside else self._main
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        try:
+            # Lazy libraries, autotuning and lazily made buffers happen here, off the record.
+            with torch.cuda.stream(stream):
+                for _ in range(WARMUPS):
+                    step()
+            stream.synchronize()
+            graph, marks = torch.cuda.CUDAGraph(), []
+            self._marks = marks
+            # Thread-local: other threads go on allocating and copying while this one records.
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+                step()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise GenerationError(f"{label}: {_culprit(error)} cannot be captured in a CUDA graph: {error}") from error
+        finally:
+            self._marks = None
+        return _Graph(graph, stream, marks)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        if self._marks is None:
+            yield
+            return
+        # External: a plain event inside a capture is a dependency only, and has no time to tell.
+        begin, end = (torch.cuda.Event(enable_timing=True, external=True) for _ in range(2))
+        begin.record()
+        yield
+        end.record()
+        self._marks.append((name, begin, end))
+
+    @contextmanager
+    def fork(self) -> Iterator[None]:
+        self._beside.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._beside):
+            yield
+
+    def join(self) -> None:
+        torch.cuda.current_stream(self._device).wait_stream(self._beside)
+
+    def await_main(self) -> None:
+        self._done.record(self._main)
+        self._done.synchronize()
+
+    def join_replayed(self) -> None:
+        self._retrieved.record(self._beside)
+        self._main.wait_event(self._retrieved)
+
+
+class _Graph:
+    def __init__(self, graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, marks: list[Any]) -> None:
+        self._graph, self._stream, self._marks = graph, stream, marks
+
+    def replay(self) -> None:
+        with torch.cuda.stream(self._stream):
+            self._graph.replay()
+
+    def seconds(self) -> dict[str, float]:
+        out: dict[str, float] = {}
+        for name, begin, end in self._marks:
+            out[name] = out.get(name, 0.0) + begin.elapsed_time(end) / 1e3
+        return out
+
+
+def _culprit(error: BaseException) -> str:
+    """The innermost call of a model, an op or a kernel that the error came through."""
+    where, trace = "an operation", error.__traceback__
+    while trace is not None:
+        code, module = trace.tb_frame.f_code, trace.tb_frame.f_globals.get("__name__", "")
+        if module.startswith(("ragturbo.model", "ragturbo.ops", "ragturbo.kernels", "diffusers.", "transformers.")):
+            where = f"{module}.{code.co_qualname if hasattr(code, 'co_qualname') else code.co_name}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return where
