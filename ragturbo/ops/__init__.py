@@ -5,20 +5,36 @@ from __future__ import annotations
 from ragturbo.ops.adapter import attention_adapter, retrieved_kv, transformer_adapter
 from ragturbo.ops.cross_attention import cross_attention
 from ragturbo.ops.dispatch import explain
+from ragturbo.ops.gather_rows import Rows, describe, gather_rows
+from ragturbo.ops.geglu import geglu
+from ragturbo.ops.group_norm import group_norm, group_norm_and_sum
+from ragturbo.ops.layer_norm import layer_norm
 from ragturbo.ops.linear import Norm, linear
 from ragturbo.ops.project_attention import project_attention
 from ragturbo.ops.scaled_residual import scaled_residual
 from ragturbo.ops.slerp import slerp
+from ragturbo.ops.to_uint8 import to_uint8
+from ragturbo.ops.topk import topk, topk_into
 
 __all__ = [
     "Norm",
+    "Rows",
     "attention_adapter",
     "cross_attention",
+    "describe",
     "explain",
+    "gather_rows",
+    "geglu",
+    "group_norm",
+    "group_norm_and_sum",
+    "layer_norm",
     "linear",
     "project_attention",
     "retrieved_kv",
     "scaled_residual",
     "slerp",
+    "to_uint8",
+    "topk",
+    "topk_into",
     "transformer_adapter",
 ]

@@ -6,11 +6,14 @@ the same answer holds under torch.compile, under FakeTensorMode and while a CUDA
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ragturbo.errors import InvalidRequest
 
@@ -27,7 +30,17 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "linear": ("reference", "triton"),
     "project_attention": ("reference", "triton"),
     "cross_attention": ("reference", "triton", "sdpa", "xformers", "compile"),
+    "group_norm": ("reference", "triton"),
+    "layer_norm": ("reference", "triton"),
+    "geglu": ("reference", "triton"),
+    "to_uint8": ("reference", "triton"),
+    "gather_rows": ("reference", "triton", "cuda"),
+    "topk": ("reference", "triton", "cuda"),
 }
+
+
+# Kernels without a backward. Where a gradient is wanted, `auto` takes the reference.
+FORWARD_ONLY = frozenset(IMPLEMENTATIONS) - {"slerp", "scaled_residual", "cross_attention"}
 
 
 def installed(module: str) -> bool:
@@ -44,6 +57,15 @@ STORAGE = (torch.float32, torch.float16, torch.bfloat16)
 HAS_TRITON = installed("triton")
 HAS_XFORMERS = installed("xformers")
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def native() -> Any:
+    """ragturbo._native, or None where it was not built."""
+    try:
+        return importlib.import_module("ragturbo._native")
+    except ImportError:
+        return None
 
 
 def _forced(text: str) -> dict[str, str]:
@@ -72,6 +94,11 @@ def refusal(op: str, impl: str, device: str, dtype: torch.dtype = torch.float16)
             return f"Triton kernels run on a GPU, the tensors are on {device!r} (TRITON_INTERPRET=1 interprets them)"
         if dtype not in STORAGE:
             return f"the Triton kernels store fp32, fp16 and bf16, not {dtype}"
+    if impl == "cuda":
+        if not hasattr(native(), "gather_rows"):
+            return "ragturbo._native was built without its CUDA part (nvcc was not there)"
+        if device != "cuda":
+            return f"CUDA kernels run on a GPU, the tensors are on {device!r}"
     if impl == "xformers":
         if not HAS_XFORMERS:
             return "xformers is not installed"
@@ -93,9 +120,13 @@ def _auto(op: str, device: str, dtype: torch.dtype = torch.float16) -> tuple[str
     return "triton", "a GPU and triton are there"
 
 
-def choose(op: str, impl: str, device: str, dtype: torch.dtype) -> str:
-    """The implementation that runs. Raises InvalidRequest if the one named cannot."""
+def choose(op: str, impl: str, device: str, dtype: torch.dtype, *inputs: Tensor | None) -> str:
+    """The implementation that runs. Raises InvalidRequest if the one named cannot. inputs: what may want a gradient."""
     name = _auto(op, device, dtype)[0] if impl == "auto" else impl
+    if op in FORWARD_ONLY and name != "reference" and wants_grad(*inputs):
+        if impl != "auto":
+            raise InvalidRequest(f"{op}(impl={impl!r}) has no backward: take 'reference', or torch.no_grad()")
+        return "reference"
     why_not = refusal(op, name, device, dtype)
     if why_not is not None:
         raise InvalidRequest(f"{op}(impl={impl!r}): {why_not}")
@@ -121,6 +152,11 @@ def explain(device: str | None = None) -> list[Explanation]:
         unavailable = {name: why for name in names if (why := refusal(op, name, where)) is not None}
         rows.append(Explanation(op, impl, reason, unavailable))
     return rows
+
+
+def wants_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd would record an op on these."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

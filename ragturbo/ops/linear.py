@@ -41,7 +41,7 @@ def linear(
     Forward only.
     """
     _check(x, weights, bias, norm, geglu, residual, lam)
-    if dispatch.choose("linear", impl, x.device.type, x.dtype) == "triton":
+    if dispatch.choose("linear", impl, x.device.type, x.dtype, x, *weights, bias, residual, lam) == "triton":
         n = norm or Norm(None, None)  # type: ignore[arg-type]
         kind = "" if norm is None else "group" if norm.groups else "layer"
         return _triton(x, list(weights), bias, kind, n.weight, n.bias, n.eps, n.groups, geglu, residual, lam)

@@ -7,7 +7,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ragturbo.errors import InvalidRequest
-from ragturbo.ops import cross_attention, dispatch
+from ragturbo.ops import dispatch
+from ragturbo.ops.cross_attention import check
+from ragturbo.ops.cross_attention import reference as attend
 from ragturbo.ops.linear import Norm, normalised
 
 
@@ -31,8 +33,8 @@ def project_attention(
             f"project_attention takes x (B, T, K), to_q (C, K) and a LayerNorm: got {tuple(x.shape)}, "
             f"{tuple(to_q.shape)}, groups={norm.groups if norm else 0}"
         )
-    cross_attention.check(x.new_empty(x.shape[0], x.shape[1], to_q.shape[0]), k, v, valid, heads)
-    if dispatch.choose("project_attention", impl, x.device.type, x.dtype) == "triton":
+    check(x.new_empty(x.shape[0], x.shape[1], to_q.shape[0]), k, v, valid, heads)
+    if dispatch.choose("project_attention", impl, x.device.type, x.dtype, x, to_q, k, v) == "triton":
         weight, bias, eps, _ = norm or (None, None, 0.0, 0)
         return _triton(x, to_q, weight, bias, eps, k, v, valid, heads)
     return reference(x, to_q, k, v, valid, heads, norm)
@@ -44,7 +46,7 @@ def reference(
     """The same in plain torch, computed in fp32 (fp64 for fp64)."""
     dtype = dispatch.compute_dtype(x.dtype)
     q = F.linear(normalised(x.to(dtype), norm), to_q.to(dtype))
-    return cross_attention.reference(q, k, v, valid, heads).to(x.dtype)
+    return attend(q, k, v, valid, heads).to(x.dtype)
 
 
 @torch.library.custom_op("ragturbo::project_attention", mutates_args=())

@@ -20,8 +20,7 @@ def scaled_residual(h: Tensor, delta: Tensor, lam: Tensor | float, impl: str = "
         raise InvalidRequest(f"scaled_residual: h is on {h.device}, delta on {delta.device}")
     scale = _scale(h, lam)
     if dispatch.choose("scaled_residual", impl, h.device.type, h.dtype) == "triton":
-        wants_grad = torch.is_grad_enabled() and (h.requires_grad or delta.requires_grad or scale.requires_grad)
-        if inplace and not wants_grad:
+        if inplace and not dispatch.wants_grad(h, delta, scale):
             _triton_inplace(h, delta, scale)
             return h
         out = _triton(h, delta, scale)

@@ -1,0 +1,54 @@
+"""Rows of features by indices in device memory, from device memory or, over the link, from page-locked host memory.
+
+The base address and the row count are read from a descriptor in device memory, so that a captured graph follows a
+database swap by one copy of 16 bytes. An index outside the count, -1 for a missing neighbour included, gives zeros.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ragturbo.kernels import tiles
+from ragturbo.kernels.launch import launch
+from ragturbo.kernels.portable import cast
+
+
+@triton.jit
+def gather_rows(
+    descriptor_ptr, ids_ptr, out_ptr, N, row_bytes, T, C, INT8: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr
+):
+    """descriptor: [address, rows]; a record is N = T·C values (int8: then T fp32 scales), row_bytes apart."""
+    i_row = tl.program_id(1).to(tl.int64)
+    i = tl.load(ids_ptr + i_row)
+    i_n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m = i_n < N
+    count = tl.load(descriptor_ptr + 1)
+    # An id outside the table reads nothing.
+    m_row = i_n < tl.where((i >= 0) & (i < count), N, 0)
+    address = tl.load(descriptor_ptr) + i * row_bytes
+    if INT8:
+        # An address out of memory says nothing of its alignment; records are aligned to 128 bytes at least.
+        p_row = tl.multiple_of(address.to(tl.pointer_type(tl.int8), bitcast=True), VECTOR)
+        x = tl.load(p_row + i_n, mask=m_row, other=0, eviction_policy="evict_first").to(tl.float32)
+        p_scale = tl.multiple_of((address + N).to(tl.pointer_type(tl.float32), bitcast=True), 4)
+        x *= tl.load(p_scale + i_n // C, mask=m_row, other=0.0)
+    else:
+        p_row = tl.multiple_of(address.to(tl.pointer_type(out_ptr.dtype.element_ty), bitcast=True), VECTOR)
+        x = tl.load(p_row + i_n, mask=m_row, other=0.0, eviction_policy="evict_first")
+    tl.store(out_ptr + i_row * N + i_n, cast(x, out_ptr.dtype.element_ty), mask=m)
+
+
+def forward(descriptor: Tensor, ids: Tensor, row_bytes: int, tokens: int, channels: int, int8: bool) -> Tensor:
+    """descriptor: int64 [address, rows]; ids: (…,) int64 -> (…, tokens, channels) fp16."""
+    out = torch.empty(*ids.shape, tokens, channels, dtype=torch.float16, device=ids.device)
+    n = tokens * channels
+    tile = tiles.choose("gather_rows", f"N{n} int8={int8}", ids.device, {"BLOCK": 4096, "num_warps": 4})
+    tile = {**tile, "BLOCK": min(tile["BLOCK"], tiles.power_of_2(n))}
+    grid = (triton.cdiv(n, tile["BLOCK"]), ids.numel())
+    vector = 16 if row_bytes % 16 == 0 else 2
+    args = descriptor, ids.contiguous(), out, n, row_bytes, tokens, channels
+    launch(gather_rows, grid, *args, INT8=int8, VECTOR=vector, **tile)
+    return out

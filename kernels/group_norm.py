@@ -1,0 +1,228 @@
+"""GroupNorm, SiLU and the additions around them on channels_last memory, for the UNet's and the VAE's ResNet blocks.
+
+In channels_last memory a group is a few bytes of every row, so a program takes whole groups side by side, about 128
+channels of them, and lets its threads run along the channels. Small maps: one program a set of groups, one launch.
+Large ones: partial statistics, their merge, and the application, in three.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ragturbo.kernels import tiles
+from ragturbo.kernels.launch import launch
+from ragturbo.kernels.moments import merge
+from ragturbo.kernels.portable import cast
+
+# A map of this many rows or fewer is normalised in one launch.
+ONE_LAUNCH = 512
+
+
+@triton.jit
+def _tile(
+    x_ptr, add_ptr, add_bias_ptr, sum_ptr, o, m, c, m_c,
+    ADD: tl.constexpr, ADD_BIAS: tl.constexpr, KEEP_SUM: tl.constexpr,
+):  # fmt: skip
+    """x + add + add_bias[c] in fp32, rounded to the storage type as the stored sum is."""
+    x = tl.load(x_ptr + o, mask=m, other=0.0)
+    if ADD or ADD_BIAS:
+        s = x.to(tl.float32)
+        if ADD_BIAS:
+            s += tl.load(add_bias_ptr + c, mask=m_c, other=0.0).to(tl.float32)[None, :]
+        if ADD:
+            s += tl.load(add_ptr + o, mask=m, other=0.0).to(tl.float32)
+        x = cast(s, x.dtype)
+        if KEEP_SUM:
+            tl.store(sum_ptr + o, x, mask=m)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def _channel_moments(
+    x_ptr, add_ptr, add_bias_ptr, sum_ptr, first, first_row, last_row, C, c, m_c,
+    ADD: tl.constexpr, ADD_BIAS: tl.constexpr, KEEP_SUM: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Count, mean and M2 of each of BC channels over rows first_row … last_row - 1 -> scalar, [BC], [BC]."""
+    n = 0.0
+    mean = tl.zeros([BC], dtype=tl.float32)
+    m2 = tl.zeros([BC], dtype=tl.float32)
+    for r0 in range(first_row, last_row, BR):
+        r = r0 + tl.arange(0, BR)
+        m = (r < last_row)[:, None] & m_c[None, :]
+        o = first + r[:, None].to(tl.int64) * C + c[None, :]
+        x = _tile(x_ptr, add_ptr, add_bias_ptr, sum_ptr, o, m, c, m_c, ADD, ADD_BIAS, KEEP_SUM)
+        count = tl.minimum(last_row - r0, BR).to(tl.float32)
+        b_mean = tl.sum(tl.where(m, x, 0.0), axis=0) / count
+        d = tl.where(m, x - b_mean[None, :], 0.0)
+        n, mean, m2 = merge(n, mean, m2, count, b_mean, tl.sum(d * d, axis=0))
+    return n, mean, m2
+
+
+@triton.jit
+def _group_moments(n, mean, m2, c, m_c, WIDTH):
+    """From channels to their groups: each channel's lane gets its group's mean and M2. Groups are WIDTH channels."""
+    together = ((c // WIDTH)[:, None] == (c // WIDTH)[None, :]) & m_c[None, :]
+    g_mean = tl.sum(tl.where(together, mean[None, :], 0.0), axis=1) / WIDTH
+    d = mean[None, :] - g_mean[:, None]
+    return g_mean, tl.sum(tl.where(together, m2[None, :] + n * d * d, 0.0), axis=1)
+
+
+@triton.jit
+def _activate(x, mean, rstd, weight_ptr, bias_ptr, c, m_c, SILU: tl.constexpr):
+    w = tl.load(weight_ptr + c, mask=m_c, other=0.0).to(tl.float32)
+    b = tl.load(bias_ptr + c, mask=m_c, other=0.0).to(tl.float32)
+    y = (x - mean[None, :]) * rstd[None, :] * w[None, :] + b[None, :]
+    if SILU:
+        y = y / (1 + tl.exp(-y))
+    return y
+
+
+@triton.jit
+def group_norm(
+    x_ptr, add_ptr, add_bias_ptr, weight_ptr, bias_ptr, sum_ptr, out_ptr, R, C, width, per_block, eps,
+    ADD: tl.constexpr, ADD_BIAS: tl.constexpr, KEEP_SUM: tl.constexpr, SILU: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """One program: per_block channels, whole groups, of one image of R rows."""
+    lane = tl.arange(0, BC)
+    c = tl.program_id(0) * per_block + lane
+    m_c = (lane < per_block) & (c < C)
+    first = tl.program_id(1).to(tl.int64) * R * C
+    n, mean, m2 = _channel_moments(
+        x_ptr, add_ptr, add_bias_ptr, sum_ptr, first, 0, R, C, c, m_c, ADD, ADD_BIAS, KEEP_SUM, BR, BC
+    )
+    mean, m2 = _group_moments(n, mean, m2, c, m_c, width)
+    rstd = 1 / tl.sqrt(m2 / (n * width) + eps)
+    for r0 in range(0, R, BR):
+        r = r0 + tl.arange(0, BR)
+        m = (r < R)[:, None] & m_c[None, :]
+        o = first + r[:, None].to(tl.int64) * C + c[None, :]
+        # The sum was rounded once and is made again: cheaper than waiting for its store, and the same bits.
+        x = _tile(x_ptr, add_ptr, add_bias_ptr, sum_ptr, o, m, c, m_c, ADD, ADD_BIAS, False)
+        y = _activate(x, mean, rstd, weight_ptr, bias_ptr, c, m_c, SILU)
+        tl.store(out_ptr + o, cast(y, out_ptr.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def group_norm_partial(
+    x_ptr, add_ptr, add_bias_ptr, sum_ptr, part_ptr, R, C, width, per_block, rows_per_split,
+    ADD: tl.constexpr, ADD_BIAS: tl.constexpr, KEEP_SUM: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Mean and M2 of each group over one split of the rows -> part[b, group, split, 2]."""
+    lane = tl.arange(0, BC)
+    c = tl.program_id(1) * per_block + lane
+    m_c = (lane < per_block) & (c < C)
+    i_b = tl.program_id(2).to(tl.int64)
+    first_row = tl.program_id(0) * rows_per_split
+    last_row = tl.minimum(first_row + rows_per_split, R)
+    n, mean, m2 = _channel_moments(
+        x_ptr, add_ptr, add_bias_ptr, sum_ptr, i_b * R * C, first_row, last_row, C, c, m_c,
+        ADD, ADD_BIAS, KEEP_SUM, BR, BC,
+    )  # fmt: skip
+    mean, m2 = _group_moments(n, mean, m2, c, m_c, width)
+    o = ((i_b * (C // width) + c // width) * tl.num_programs(0) + tl.program_id(0)) * 2
+    one_a_group = m_c & (c % width == 0)
+    tl.store(part_ptr + o, mean, mask=one_a_group)
+    tl.store(part_ptr + o + 1, m2, mask=one_a_group)
+
+
+@triton.jit
+def group_norm_merge(part_ptr, stats_ptr, splits, R, rows_per_split, width, eps, BS: tl.constexpr):
+    """The splits of one group together -> stats[b, group, 2], mean and 1/σ."""
+    i = tl.program_id(0).to(tl.int64)
+    s = tl.arange(0, BS)
+    m = s < splits
+    rows = tl.where(m, tl.minimum(R - s * rows_per_split, rows_per_split), 0)
+    n = (rows * width).to(tl.float32)
+    mean = tl.load(part_ptr + (i * splits + s) * 2, mask=m, other=0.0)
+    m2 = tl.load(part_ptr + (i * splits + s) * 2 + 1, mask=m, other=0.0)
+    count = tl.sum(n)
+    whole = tl.sum(mean * n) / count
+    d = tl.where(m, mean - whole, 0.0)
+    var = tl.sum(m2 + n * d * d) / count
+    tl.store(stats_ptr + i * 2, whole)
+    tl.store(stats_ptr + i * 2 + 1, 1 / tl.sqrt(var + eps))
+
+
+@triton.jit
+def group_norm_apply(
+    x_ptr, add_ptr, add_bias_ptr, weight_ptr, bias_ptr, stats_ptr, sum_ptr, out_ptr, R, C, width, per_block,
+    ADD: tl.constexpr, ADD_BIAS: tl.constexpr, KEEP_SUM: tl.constexpr, SILU: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    lane = tl.arange(0, BC)
+    c = tl.program_id(1) * per_block + lane
+    m_c = (lane < per_block) & (c < C)
+    i_b = tl.program_id(2).to(tl.int64)
+    p_stats = stats_ptr + (i_b * (C // width) + c // width) * 2
+    mean = tl.load(p_stats, mask=m_c, other=0.0)
+    rstd = tl.load(p_stats + 1, mask=m_c, other=0.0)
+    r = tl.program_id(0) * BR + tl.arange(0, BR)
+    m = (r < R)[:, None] & m_c[None, :]
+    o = i_b * R * C + r[:, None].to(tl.int64) * C + c[None, :]
+    if KEEP_SUM:
+        # The first launch stored it: one tensor to read in place of two.
+        x = tl.load(sum_ptr + o, mask=m, other=0.0).to(tl.float32)
+    else:
+        x = _tile(x_ptr, add_ptr, add_bias_ptr, sum_ptr, o, m, c, m_c, ADD, ADD_BIAS, False)
+    y = _activate(x, mean, rstd, weight_ptr, bias_ptr, c, m_c, SILU)
+    tl.store(out_ptr + o, cast(y, out_ptr.dtype.element_ty), mask=m)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def forward(
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    silu: bool,
+    add: Tensor | None,
+    add_bias: Tensor | None,
+    keep_sum: bool,
+) -> tuple[Tensor, Tensor]:
+    """x, add: (B, C, H, W); weight, bias, add_bias: (C,) -> channels_last result, and x + add + add_bias if kept."""
+    batch, c, h, w = x.shape
+    r, width = h * w, c // groups
+    x = _channels_last(x)
+    add = None if add is None else _channels_last(add)
+    out = torch.empty_like(x, memory_format=torch.channels_last)
+    total = torch.empty_like(out) if keep_sum else out
+    per_block = max(1, 128 // width) * width
+    bc = tiles.power_of_2(min(per_block, tiles.power_of_2(c)))
+    default = {"BR": max(1, 4096 // bc), "SPLITS": 512, "ONE_LAUNCH": ONE_LAUNCH, "num_warps": 8 if bc > 256 else 4}
+    tile = dict(tiles.choose("group_norm", f"R{r} C{c} G{groups} {x.dtype}", x.device, default))
+    splits, one_launch = tile.pop("SPLITS"), tile.pop("ONE_LAUNCH")
+    optional = [x if t is None else t.contiguous() for t in (add_bias, weight, bias)]
+    inputs = x, x if add is None else add, optional[0]
+    adds = {"ADD": add is not None, "ADD_BIAS": add_bias is not None, "KEEP_SUM": keep_sum}
+    tile["BR"] = min(tile["BR"], tiles.power_of_2(r))
+    tile["BC"] = bc
+    blocks = triton.cdiv(c, per_block)
+    if r <= one_launch:
+        launch(
+            group_norm, (blocks, batch), *inputs, *optional[1:], total, out, r, c, width, per_block, eps,
+            **adds, SILU=silu, **tile,
+        )  # fmt: skip
+        return out, total
+    # A split is a whole number of tiles, and there are never more than SPLITS of them.
+    rows = triton.cdiv(triton.cdiv(r, tile["BR"]), splits) * tile["BR"]
+    splits = triton.cdiv(r, rows)
+    parts = torch.empty(batch, groups, splits, 2, dtype=torch.float32, device=x.device)
+    stats = torch.empty(batch, groups, 2, dtype=torch.float32, device=x.device)
+    launch(
+        group_norm_partial, (splits, blocks, batch), *inputs, total, parts, r, c, width, per_block, rows, **adds, **tile
+    )
+    merge_options = {"BS": tiles.power_of_2(splits), "num_warps": 4}
+    launch(group_norm_merge, (batch * groups,), parts, stats, splits, r, rows, width, eps, **merge_options)
+    launch(
+        group_norm_apply, (triton.cdiv(r, tile["BR"]), blocks, batch), *inputs, *optional[1:], stats, total, out,
+        r, c, width, per_block, **adds, SILU=silu, **tile,
+    )  # fmt: skip
+    return out, total

@@ -1,0 +1,39 @@
+"""GEGLU behind a projection of somebody else's: value · gelu(gate), the projection's bias included."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ragturbo.errors import InvalidRequest
+from ragturbo.ops import dispatch
+
+
+def geglu(x: Tensor, bias: Tensor | None = None, impl: str = "auto") -> Tensor:
+    """x: (…, 2F), values before gates; bias: (2F,) -> (…, F) of x's dtype. gelu is the exact one. Forward only."""
+    if x.ndim < 1 or x.shape[-1] % 2 or (bias is not None and bias.shape != x.shape[-1:]):
+        raise InvalidRequest(f"geglu: x {tuple(x.shape)}, bias {None if bias is None else tuple(bias.shape)}")
+    if dispatch.choose("geglu", impl, x.device.type, x.dtype, x, bias) == "triton":
+        return _triton(x, bias)
+    return reference(x, bias)
+
+
+def reference(x: Tensor, bias: Tensor | None) -> Tensor:
+    """The same in plain torch, computed in fp32 (fp64 for fp64)."""
+    dtype = dispatch.compute_dtype(x.dtype)
+    projected = x.to(dtype) if bias is None else x.to(dtype) + bias.to(dtype)
+    value, gate = projected.chunk(2, dim=-1)
+    return (value * F.gelu(gate)).to(x.dtype)
+
+
+@torch.library.custom_op("ragturbo::geglu", mutates_args=())
+def _triton(x: Tensor, bias: Tensor | None) -> Tensor:
+    from ragturbo.kernels import geglu as kernels
+
+    return kernels.forward(x, bias)
+
+
+@_triton.register_fake
+def _(x: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
