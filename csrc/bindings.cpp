@@ -94,7 +94,11 @@ uint32_t crc32_of(const py::object& data, uint32_t value) {
 
 py::dict build_info() {
   py::dict info;
+#ifdef __clang__
   info["compiler"] = __VERSION__;
+#else
+  info["compiler"] = "g++ " __VERSION__;
+#endif
   info["crc32"] = has_pclmul() ? "pclmul" : "slice16";
   info["cuda"] = RAGTURBO_CUDA;
   info["cuda_off"] = RAGTURBO_CUDA_OFF;
