@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from ragturbo.errors import InvalidRequest, ModelError
 from ragturbo.model.weights import open_safetensors, write_safetensors
-from ragturbo.ops import cross_attention, scaled_residual
+from ragturbo.ops import adapter as ops
+from ragturbo.ops import cross_attention, dispatch, scaled_residual
 
 FILE = "adapter.safetensors"
 VERSION = "1"
@@ -56,35 +57,47 @@ class HSpaceAdapter(nn.Module):
             self.to_q = nn.Linear(channels, channels, bias=False)
             self.to_k = nn.Linear(channels, channels, bias=False)
             self.to_v = nn.Linear(channels, channels, bias=False)
-            self.to_out = nn.Linear(channels, channels)
-        last = self.proj_out if kind == "transformer" else self.to_out
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
+            self.proj_out = nn.Linear(channels, channels)
+        nn.init.zeros_(self.proj_out.weight)
+        nn.init.zeros_(self.proj_out.bias)
 
     def forward(
         self, h_tgt: Tensor, h_retr: Tensor | Context, lam: Tensor, valid: Tensor | None = None, impl: str = "auto"
     ) -> Tensor:
         """Eq. 5. h_tgt: (B, T, C); h_retr: (B, k, S, C) or its context; lam: (B,); valid: (B, k) bool -> (B, T, C).
 
-        λ is 0 where no neighbour is valid, and there the result is h_tgt bit for bit.
+        λ is 0 where no neighbour is valid, and there the result is h_tgt bit for bit. impl: "triton" and "reference"
+        are the fused ops and their fp32 oracle; the others name the attention in torch's own layers, which train.
         """
         self._check(h_tgt, h_retr, lam, valid)
-        context = h_retr if isinstance(h_retr, Context) else self.context(h_retr)
+        context = h_retr if isinstance(h_retr, Context) else self.context(h_retr, impl)
         if valid is not None:
             lam = torch.where(valid.any(-1), lam, torch.zeros_like(lam))
-        return scaled_residual(h_tgt, self.delta(h_tgt, context, valid, impl), lam, impl=_op_impl(impl))
+        fused = self._fused(h_tgt, impl)
+        if fused is None:
+            residual = impl if impl in ("auto", "reference") else "auto"
+            return scaled_residual(h_tgt, self.delta(h_tgt, context, valid, impl), lam, impl=residual)
+        weights = dict(self.named_parameters())
+        if self.kind == "attention":
+            return ops.attention_adapter(h_tgt, context.k, context.v, lam, valid, weights, heads=self.heads, impl=fused)
+        return ops.transformer_adapter(
+            h_tgt, context.k, context.v, lam, valid, weights, heads=self.heads, groups=self.norm.num_groups, impl=fused
+        )
 
-    def context(self, h_retr: Tensor) -> Context:
+    def context(self, h_retr: Tensor, impl: str = "auto") -> Context:
         """h_retr: (B, k, S, C) -> K and V of Eq. 4. Needs no target: it can run beside the UNet's encoder."""
         attention = self._block.attn2 if self.kind == "transformer" else self
         h_retr = h_retr.to(attention.to_k.weight.dtype)
-        return Context(attention.to_k(h_retr), attention.to_v(h_retr))
+        fused = self._fused(h_retr, impl)
+        if fused is None:
+            return Context(attention.to_k(h_retr), attention.to_v(h_retr))
+        return Context(*ops.retrieved_kv(h_retr, attention.to_k.weight, attention.to_v.weight, impl=fused))
 
     def delta(self, h_tgt: Tensor, context: Context, valid: Tensor | None = None, impl: str = "auto") -> Tensor:
         """g(h_tgt, h_retr), without λ and without the residual: (B, T, C). Finite also where nothing is valid."""
         if self.kind == "attention":
             attended = cross_attention(self.to_q(h_tgt), context.k, context.v, valid, heads=self.heads, impl=impl)
-            return self.to_out(attended)
+            return self.proj_out(attended)
         block = self._block
         # GroupNorm wants channels second; the tokens are the memory of a channels_last image.
         x = self.proj_in(self.norm(h_tgt.transpose(1, 2)).transpose(1, 2))
@@ -96,6 +109,19 @@ class HSpaceAdapter(nn.Module):
         x = x + block.attn2.to_out[0](cross_attention(q, context.k, context.v, valid, heads=self.heads, impl=impl))
         x = x + block.ff(block.norm3(x))
         return self.proj_out(x)
+
+    def _fused(self, x: Tensor, impl: str) -> str | None:
+        """Which of the fused ops' implementations runs; None for torch's own layers."""
+        if impl == "reference":
+            return impl
+        learning = torch.is_grad_enabled() and (x.requires_grad or self.proj_out.weight.requires_grad)
+        if impl == "triton":
+            if learning:
+                raise InvalidRequest("the adapter's kernels have no backward pass: train with impl='auto'")
+            return impl
+        if impl != "auto" or learning:
+            return None
+        return "triton" if dispatch.choose("linear", "auto", x.device.type, x.dtype) == "triton" else None
 
     @property
     def _block(self) -> Any:
@@ -135,12 +161,15 @@ class HSpaceAdapter(nn.Module):
                 f"{path} is not an adapter this ragturbo reads: "
                 f"its version is {metadata.get('version')!r}, not {VERSION!r}"
             )
-        width = int(metadata["channels"])
+        try:
+            width, heads, kind = int(metadata["channels"]), int(metadata["heads"]), metadata["kind"]
+        except (KeyError, ValueError) as error:
+            raise ModelError(f"{path} does not say what adapter it is: {error}") from error
         if channels is not None and width != channels:
             raise ModelError(f"{path} is an adapter of width {width}; the model's H-space has {channels} channels")
         # The meta device makes no weights that the next line would throw away.
         with torch.device("meta"):
-            adapter = cls(width, int(metadata["heads"]), metadata["kind"])
+            adapter = cls(width, heads, kind)
         try:
             adapter.load_state_dict(state, assign=True)
         except RuntimeError as error:
@@ -155,15 +184,12 @@ def default_heads(channels: int) -> int:
 
 
 def norm_groups(channels: int) -> int:
-    """32, as everywhere in the UNet, or the largest number below that divides."""
-    return next(groups for groups in range(min(_NORM_GROUPS, channels), 0, -1) if channels % groups == 0)
+    """32, as everywhere in the UNet, or the largest number below that divides into groups of at least two channels."""
+    # A group of one channel would subtract that channel's mean: of a single token, everything.
+    most = min(_NORM_GROUPS, max(1, channels // 2))
+    return next(groups for groups in range(most, 0, -1) if channels % groups == 0)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """(B, L, C) -> (B, heads, L, d)"""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def _op_impl(impl: str) -> str:
-    """The residual has no "sdpa" and no "xformers": those name an attention."""
-    return impl if impl in ("auto", "reference", "triton") else "auto"

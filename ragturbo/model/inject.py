@@ -59,7 +59,7 @@ def inject(
     per: str = "sample",
     impl: str = "auto",
 ) -> Tensor:
-    """h: (B, C, h, w) -> the same shape with the neighbours in it. A channels_last h is viewed as tokens, never copied.
+    """h: (B, C, h, w) -> the same shape with the neighbours in it. It is viewed as tokens, never copied.
 
     h_retr: (B, k, S, C), of `grid` cells where that is known, or, for the adapter, its context; valid: (B, k) bool;
     lam: (B,), Eq. 5; w: (B,) or float, Eq. 3; weights: (B, k), the cosines by which slerp and lerp average neighbours.
@@ -108,6 +108,8 @@ def _slerp(h_tgt: Tensor, h_retr: Tensor, w: Tensor | float, per: str, impl: str
 
 def _lerp(h_tgt: Tensor, h_retr: Tensor, w: Tensor | float, per: str, impl: str) -> Tensor:
     """The straight line between the two: what slerp must beat."""
+    if not isinstance(w, Tensor) and not 0 <= w <= 1:
+        raise InvalidRequest(f"w={w} is outside [0, 1]: it is the weight of the target feature")
     dtype = torch.promote_types(h_tgt.dtype, torch.float32)
     weight = torch.as_tensor(w, dtype=dtype, device=h_tgt.device).reshape(-1, 1, 1)
     return (weight * h_tgt + (1 - weight) * h_retr).to(h_tgt.dtype)

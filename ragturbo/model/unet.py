@@ -223,12 +223,12 @@ class HSpaceUNet:
 
 
 def to_tokens(h: Tensor) -> Tensor:
-    """(B, C, h, w) -> (B, h·w, C): a view where h is channels_last, else one copy."""
+    """(B, C, h, w) -> (B, h·w, C): a view, contiguous where h is channels_last."""
     return h.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def from_tokens(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(B, h·w, C) -> (B, C, h, w), channels_last: always a view."""
+    """(B, h·w, C) -> (B, C, h, w): a view, channels_last where the tokens are contiguous."""
     return tokens.unflatten(1, grid).permute(0, 3, 1, 2)
 
 
