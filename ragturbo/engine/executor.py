@@ -108,10 +108,13 @@ class Executor:
 
     def close(self) -> None:
         """Takes no more, finishes what waits, ends the thread."""
+        if os.getpid() != self._pid:
+            # A forked child has no such thread, and its copy of the lock may be held for ever.
+            return
         with self._wake:
             self._closing = True
             self._wake.notify()
-        if os.getpid() == self._pid and threading.current_thread() is not self._thread:
+        if threading.current_thread() is not self._thread:
             self._thread.join()
 
     def _check_process(self) -> None:
