@@ -108,36 +108,6 @@ class StepBatch:
 
 _TEXT_FIELDS = ("input_ids", "text", "query_ids", "query_key", "negative_ids", "negative_text")
 _ROW_FIELDS = ("latents", "lam", "w", "min_score", *_TEXT_FIELDS)
-_RETRIEVED_FIELDS}
-            fields["retrieved"] = Retrieved(**rows)
-        return replace(self, seeds=self.seeds[start:stop], texts=self.texts[start:stop], **fields)
-
-    @property
-    def guided(self) -> bool:
-        return self.guidance_scale > 1.0
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """Batches with equal keys may run as one."""
-        tensors = [getattr(self, name) for name in _TEXT_FIELDS]
-        given = None if self.retrieved is None else tuple(self.retrieved.h_retr.shape[1:])
-        return (
-            tuple(self.latents.shape[1:]),
-            tuple(None if t is None else tuple(t.shape[1:]) for t in tensors),
-            given,
-            self.mode,
-            self.k,
-            id(self.source),
-            self.num_inference_steps,
-            self.guidance_scale,
-            self.per,
-            self.want,
-            self.min_bucket,
-        )
-
-
-_ROW_FIELDS = ("latents", "lam", "w", "min_score", "input_ids", "text", "query_ids", "query_key")
-_ROW_FIELDS = (*_ROW_FIELDS, "negative_ids", "negative_text")
 _RETRIEVED_FIELDS = ("ids", "scores", "keys", "h_retr")
 
 
