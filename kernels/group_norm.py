@@ -62,12 +62,29 @@ def _channel_moments(
 
 
 @triton.jit
-def _group_moments(n, mean, m2, c, m_c, WIDTH):
+def _group_moments(n, mean, m2, PER_BLOCK: tl.constexpr, WIDTH: tl.constexpr, BC: tl.constexpr):
     """From channels to their groups: each channel's lane gets its group's mean and M2. Groups are WIDTH channels."""
-    together = ((c // WIDTH)[:, None] == (c // WIDTH)[None, :]) & m_c[None, :]
-    g_mean = tl.sum(tl.where(together, mean[None, :], 0.0), axis=1) / WIDTH
-    d = mean[None, :] - g_mean[:, None]
-    return g_mean, tl.sum(tl.where(together, m2[None, :] + n * d * d, 0.0), axis=1)
+    if BC % WIDTH == 0:
+        COUNT: tl.constexpr = BC // WIDTH
+        split = tl.reshape(mean, [COUNT, WIDTH])
+        of_group = tl.sum(split, axis=1) / WIDTH
+        d = split - of_group[:, None]
+        m2_of_group = tl.sum(tl.reshape(m2, [COUNT, WIDTH]) + n * d * d, axis=1)
+        g_mean = tl.reshape(tl.broadcast_to(of_group[:, None], [COUNT, WIDTH]), [BC])
+        g_m2 = tl.reshape(tl.broadcast_to(m2_of_group[:, None], [COUNT, WIDTH]), [BC])
+    else:
+        # 10, 20, 40 or 80 channels a group: no shape of powers of two holds them, but there are few groups.
+        lane = tl.arange(0, BC)
+        g_mean = mean
+        g_m2 = m2
+        for g in tl.static_range(PER_BLOCK // WIDTH):
+            own = (lane >= g * WIDTH) & (lane < (g + 1) * WIDTH)
+            of_group = tl.sum(tl.where(own, mean, 0.0)) / WIDTH
+            d = mean - of_group
+            m2_of_group = tl.sum(tl.where(own, m2 + n * d * d, 0.0))
+            g_mean = tl.where(own, of_group, g_mean)
+            g_m2 = tl.where(own, m2_of_group, g_m2)
+    return g_mean, g_m2
 
 
 @triton.jit
@@ -82,20 +99,21 @@ def _activate(x, mean, rstd, weight_ptr, bias_ptr, c, m_c, SILU: tl.constexpr):
 
 @triton.jit
 def group_norm(
-    x_ptr, add_ptr, add_bias_ptr, weight_ptr, bias_ptr, sum_ptr, out_ptr, R, C, width, per_block, eps,
+    x_ptr, add_ptr, add_bias_ptr, weight_ptr, bias_ptr, sum_ptr, out_ptr, R, C, eps,
+    WIDTH: tl.constexpr, PER_BLOCK: tl.constexpr,
     ADD: tl.constexpr, ADD_BIAS: tl.constexpr, KEEP_SUM: tl.constexpr, SILU: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """One program: per_block channels, whole groups, of one image of R rows."""
+    """One program: PER_BLOCK channels, whole groups, of one image of R rows."""
     lane = tl.arange(0, BC)
-    c = tl.program_id(0) * per_block + lane
-    m_c = (lane < per_block) & (c < C)
+    c = tl.program_id(0) * PER_BLOCK + lane
+    m_c = (lane < PER_BLOCK) & (c < C)
     first = tl.program_id(1).to(tl.int64) * R * C
     n, mean, m2 = _channel_moments(
         x_ptr, add_ptr, add_bias_ptr, sum_ptr, first, 0, R, C, c, m_c, ADD, ADD_BIAS, KEEP_SUM, BR, BC
     )
-    mean, m2 = _group_moments(n, mean, m2, c, m_c, width)
-    rstd = 1 / tl.sqrt(m2 / (n * width) + eps)
+    mean, m2 = _group_moments(n, mean, m2, PER_BLOCK, WIDTH, BC)
+    rstd = 1 / tl.sqrt(m2 / (n * WIDTH) + eps)
     for r0 in range(0, R, BR):
         r = r0 + tl.arange(0, BR)
         m = (r < R)[:, None] & m_c[None, :]
@@ -108,13 +126,13 @@ def group_norm(
 
 @triton.jit
 def group_norm_partial(
-    x_ptr, add_ptr, add_bias_ptr, sum_ptr, part_ptr, R, C, width, per_block, rows_per_split,
+    x_ptr, add_ptr, add_bias_ptr, sum_ptr, part_ptr, R, C, rows_per_split, WIDTH: tl.constexpr, PER_BLOCK: tl.constexpr,
     ADD: tl.constexpr, ADD_BIAS: tl.constexpr, KEEP_SUM: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Mean and M2 of each group over one split of the rows -> part[b, group, split, 2]."""
     lane = tl.arange(0, BC)
-    c = tl.program_id(1) * per_block + lane
-    m_c = (lane < per_block) & (c < C)
+    c = tl.program_id(1) * PER_BLOCK + lane
+    m_c = (lane < PER_BLOCK) & (c < C)
     i_b = tl.program_id(2).to(tl.int64)
     first_row = tl.program_id(0) * rows_per_split
     last_row = tl.minimum(first_row + rows_per_split, R)
@@ -122,9 +140,9 @@ def group_norm_partial(
         x_ptr, add_ptr, add_bias_ptr, sum_ptr, i_b * R * C, first_row, last_row, C, c, m_c,
         ADD, ADD_BIAS, KEEP_SUM, BR, BC,
     )  # fmt: skip
-    mean, m2 = _group_moments(n, mean, m2, c, m_c, width)
-    o = ((i_b * (C // width) + c // width) * tl.num_programs(0) + tl.program_id(0)) * 2
-    one_a_group = m_c & (c % width == 0)
+    mean, m2 = _group_moments(n, mean, m2, PER_BLOCK, WIDTH, BC)
+    o = ((i_b * (C // WIDTH) + c // WIDTH) * tl.num_programs(0) + tl.program_id(0)) * 2
+    one_a_group = m_c & (c % WIDTH == 0)
     tl.store(part_ptr + o, mean, mask=one_a_group)
     tl.store(part_ptr + o + 1, m2, mask=one_a_group)
 
@@ -149,15 +167,16 @@ def group_norm_merge(part_ptr, stats_ptr, splits, R, rows_per_split, width, eps,
 
 @triton.jit
 def group_norm_apply(
-    x_ptr, add_ptr, add_bias_ptr, weight_ptr, bias_ptr, stats_ptr, sum_ptr, out_ptr, R, C, width, per_block,
+    x_ptr, add_ptr, add_bias_ptr, weight_ptr, bias_ptr, stats_ptr, sum_ptr, out_ptr, R, C,
+    WIDTH: tl.constexpr, PER_BLOCK: tl.constexpr,
     ADD: tl.constexpr, ADD_BIAS: tl.constexpr, KEEP_SUM: tl.constexpr, SILU: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     lane = tl.arange(0, BC)
-    c = tl.program_id(1) * per_block + lane
-    m_c = (lane < per_block) & (c < C)
+    c = tl.program_id(1) * PER_BLOCK + lane
+    m_c = (lane < PER_BLOCK) & (c < C)
     i_b = tl.program_id(2).to(tl.int64)
-    p_stats = stats_ptr + (i_b * (C // width) + c // width) * 2
+    p_stats = stats_ptr + (i_b * (C // WIDTH) + c // WIDTH) * 2
     mean = tl.load(p_stats, mask=m_c, other=0.0)
     rstd = tl.load(p_stats + 1, mask=m_c, other=0.0)
     r = tl.program_id(0) * BR + tl.arange(0, BR)
@@ -201,14 +220,15 @@ def forward(
     splits, one_launch = tile.pop("SPLITS"), tile.pop("ONE_LAUNCH")
     optional = [x if t is None else t.contiguous() for t in (add_bias, weight, bias)]
     inputs = x, x if add is None else add, optional[0]
+    channels = {"WIDTH": width, "PER_BLOCK": per_block}
     adds = {"ADD": add is not None, "ADD_BIAS": add_bias is not None, "KEEP_SUM": keep_sum}
     tile["BR"] = min(tile["BR"], tiles.power_of_2(r))
     tile["BC"] = bc
     blocks = triton.cdiv(c, per_block)
     if r <= one_launch:
         launch(
-            group_norm, (blocks, batch), *inputs, *optional[1:], total, out, r, c, width, per_block, eps,
-            **adds, SILU=silu, **tile,
+            group_norm, (blocks, batch), *inputs, *optional[1:], total, out, r, c, eps,
+            **channels, **adds, SILU=silu, **tile,
         )  # fmt: skip
         return out, total
     # A split is a whole number of tiles, and there are never more than SPLITS of them.
@@ -216,13 +236,11 @@ def forward(
     splits = triton.cdiv(r, rows)
     parts = torch.empty(batch, groups, splits, 2, dtype=torch.float32, device=x.device)
     stats = torch.empty(batch, groups, 2, dtype=torch.float32, device=x.device)
-    launch(
-        group_norm_partial, (splits, blocks, batch), *inputs, total, parts, r, c, width, per_block, rows, **adds, **tile
-    )
+    launch(group_norm_partial, (splits, blocks, batch), *inputs, total, parts, r, c, rows, **channels, **adds, **tile)
     merge_options = {"BS": tiles.power_of_2(splits), "num_warps": 4}
     launch(group_norm_merge, (batch * groups,), parts, stats, splits, r, rows, width, eps, **merge_options)
     launch(
         group_norm_apply, (triton.cdiv(r, tile["BR"]), blocks, batch), *inputs, *optional[1:], stats, total, out,
-        r, c, width, per_block, **adds, SILU=silu, **tile,
+        r, c, **channels, **adds, SILU=silu, **tile,
     )  # fmt: skip
     return out, total

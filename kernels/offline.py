@@ -7,12 +7,26 @@ would be given: the same tiles, constants and alignment.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
+
+from ragturbo.kernels.launch import INTERPRET, replaced
 
 # Bytes of shared memory one block may ask for, by compute capability.
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -50,18 +64,128 @@ class AbsentGPU(DriverBase):
 
 @dataclass(frozen=True)
 class Compiled:
-    """What one kernel, compiled for one target, uses of a multiprocessor."""
+    """What one kernel, compiled for one target, asks of a multiprocessor. Spilled registers show as stack or local."""
 
     kernel: str
     capability: int
+    dtype: str
+    cases: tuple[str, ...]
+    warps: int
     registers: int
     shared: int
     stack: int
-    spill_stores: int
-    spill_loads: int
-    warps: int
-    constants: str
+    local: int
 
     @property
     def spills(self) -> bool:
-        return self.spill_stores > 0 or self.spill_loads > 0 or self.stack > 0
+        return self.stack + self.local > 0
+
+    @property
+    def fits(self) -> bool:
+        return self.shared <= SHARED_LIMIT[self.capability]
+
+
+def cuobjdump() -> Path:
+    """The one in Triton's wheel."""
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """What cuobjdump says of a cubin: REG, STACK, LOCAL, SHARED and more."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(cuobjdump()), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", text)}
+    if "REG" not in found:
+        raise RuntimeError(f"cuobjdump says nothing of registers:\n{text}")
+    return found
+
+
+def compile_op(op: str, dtype: torch.dtype, capability: int) -> list[Compiled]:
+    """Every case of one op for one target; a kernel that several cases share appears once."""
+    from ragturbo.kernels.cases import CASES
+
+    if INTERPRET:
+        raise RuntimeError("TRITON_INTERPRET=1 leaves nothing to compile: unset it before Python starts")
+    # The driver of this process, from here on: run it in one of its own.
+    triton.runtime.driver.set_active(AbsentGPU(capability))
+    found: dict[str, tuple[Any, list[str]]] = {}
+    label = ""
+
+    def compile_only(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        compiled = kernel.warmup(*args, grid=grid, **options)
+        labels = found.setdefault(compiled.hash, (compiled, []))[1]
+        if label not in labels:
+            labels.append(label)
+
+    with replaced(compile_only):
+        for case in CASES:
+            if case.op == op:
+                label = case.label
+                case.make("meta", dtype)()
+    return [_read(compiled, labels, dtype, capability) for compiled, labels in found.values()]
+
+
+def _read(compiled: Any, labels: list[str], dtype: torch.dtype, capability: int) -> Compiled:
+    used = resources(compiled.asm["cubin"])
+    meta = compiled.metadata
+    return Compiled(
+        kernel=meta.name,
+        capability=capability,
+        dtype=str(dtype).removeprefix("torch."),
+        cases=tuple(labels),
+        warps=meta.num_warps,
+        registers=used["REG"],
+        shared=meta.shared,
+        stack=used.get("STACK", 0),
+        local=used.get("LOCAL", 0),
+    )
+
+
+def compile_all(
+    capabilities: Sequence[int], dtypes: Sequence[torch.dtype], ops: Sequence[str] = (), jobs: int | None = None
+) -> list[Compiled]:
+    """Every op (or those named) × dtype × capability, in parallel processes, one op of one target each at a time."""
+    from ragturbo.kernels.cases import CASES, FIXED_DTYPE
+
+    names = list(dict.fromkeys(case.op for case in CASES if not ops or case.op in ops))
+    tasks = [
+        (op, dtype, capability)
+        for op in names
+        for dtype in (dtypes if op not in FIXED_DTYPE else [FIXED_DTYPE[op]])
+        for capability in capabilities
+    ]
+    workers = min(jobs or os.cpu_count() or 1, len(tasks))
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        results = pool.map(compile_op, *zip(*tasks, strict=True))
+        return [row for rows in results for row in rows]
+
+
+def table(rows: Sequence[Compiled]) -> str:
+    lines = [f"{'kernel':<26}{'sm':>4} {'type':<9}{'warps':>5}{'regs':>5}{'shared':>8}{'stack':>6}{'local':>6}  cases"]
+    for r in rows:
+        mark = "".join((" SPILLS" if r.spills else "", "" if r.fits else " TOO MUCH SHARED"))
+        numbers = f"{r.warps:>5}{r.registers:>5}{r.shared:>8}{r.stack:>6}{r.local:>6}"
+        lines.append(f"{r.kernel:<26}{r.capability:>4} {r.dtype:<9}{numbers}  {', '.join(r.cases)}{mark}")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m ragturbo.kernels.offline", description=__doc__)
+    parser.add_argument("--sm", type=int, nargs="+", default=[80, 89, 90], choices=sorted(SHARED_LIMIT))
+    parser.add_argument("--dtype", nargs="+", default=["float16", "bfloat16", "float32"])
+    parser.add_argument("--op", nargs="+", default=[], help="only these")
+    parser.add_argument("--jobs", type=int, help="processes; one a core by default")
+    parser.add_argument("--json", type=Path, help="also write the rows here")
+    options = parser.parse_args(argv)
+    rows = compile_all(options.sm, [getattr(torch, name) for name in options.dtype], options.op, options.jobs)
+    if options.json:
+        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1, ensure_ascii=False))
+    print(table(rows))
+    return 1 if any(row.spills or not row.fits for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
