@@ -12,6 +12,10 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+# Without a GPU Triton's kernels run in its interpreter, which must be decided before anything imports triton.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 LONG = os.environ.get("RAGTURBO_LONG") == "1"
 SEED = int(os.environ.get("RAGTURBO_SEED") or secrets.randbits(32))
 # Worker processes of a parallel run, and children that tests start, share the controller's seed.
