@@ -11,7 +11,7 @@ import pytest
 LIGHT = """
 import sys
 import ragturbo
-heavy = {"torch", "triton", "scann", "diffusers", "transformers", "numpy", "PIL", "pyarrow", "typer", "ragturbo._native"}
+heavy = {"torch", "triton", "scann", "diffusers", "transformers", "numpy", "PIL", "pyarrow", "ragturbo._native"}
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 from ragturbo import generate
 from ragturbo.generate import Generator

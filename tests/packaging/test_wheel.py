@@ -99,9 +99,7 @@ def test_a_missing_compiler_is_a_warning_and_a_pure_python_install(no_compiler, 
         assert "no-such-compiler" in built.read("ragturbo/_native_off.txt").decode()
 
 
-def test_a_missing_compiler_is_an_error_where_the_module_is_required(
-    no_compiler, project: Path, tmp_path: Path
-) -> None:
+def test_a_missing_compiler_is_an_error_where_one_is_required(no_compiler, project: Path, tmp_path: Path) -> None:
     done, wheels = build_wheel(project, tmp_path, RAGTURBO_NATIVE="require")
     assert done.returncode != 0 and wheels == []
     assert "no-such-compiler" in done.stdout + done.stderr
