@@ -239,7 +239,7 @@ class Database:
         return out.reshape(*array.shape, -1)
 
     def features(self, ids: Any, *, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """ids (…,) -> (…, T, C) on the CPU: float16 as stored, int8 dequantised to float32. Zeros where the id is -1."""
+        """ids (…,) -> (…, T, C) on the CPU: float16 as stored, int8 dequantised to float32. Zeros for an id of -1."""
         import torch
 
         rows = self.rows(ids)

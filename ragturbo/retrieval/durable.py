@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -141,19 +142,28 @@ def remove_tree(path: Path) -> None:
         shutil.rmtree(path)
 
 
+def _locked(fd: int, path: Path) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise DatabaseError(f"{path}: locking failed: {error.strerror}") from error
+    return True
+
+
 @contextlib.contextmanager
-def writer_lock(folder: Path, name: str = "LOCK") -> Iterator[None]:
-    """One writer a database. The kernel drops the lock when its process ends, however it ends."""
+def writer_lock(folder: Path, name: str = "LOCK", patience: float = 2.0) -> Iterator[None]:
+    """One writer a database, waiting up to `patience` seconds. The kernel drops the lock with its process."""
     path = folder / name
     with naming(path, "opening"):
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DatabaseError(f"{folder}: another process is writing to this database; wait for it to end") from None
-        except OSError as error:
-            raise DatabaseError(f"{path}: locking failed: {error.strerror}") from error
+        deadline = time.monotonic() + patience
+        while not _locked(fd, path):
+            if time.monotonic() >= deadline:
+                raise DatabaseError(f"{folder}: another process is writing to this database; wait for it to end")
+            time.sleep(0.02)
         yield
     finally:
         os.close(fd)

@@ -67,7 +67,9 @@ def _rgb(picture: Image.Image) -> Image.Image:
 
 
 def square(image: Any, size: int) -> np.ndarray:
-    """PIL image, path or bytes -> (size, size, 3) uint8: the largest centred square, resized with antialiased bicubic."""
+    """PIL image, path or bytes -> (size, size, 3) uint8: the largest centred square, resized with antialiased
+    bicubic.
+    """
     return _square(load(image, size), size)
 
 

@@ -66,6 +66,8 @@ class Manifest:
     files: dict[str, FileSum]
     index: IndexEntry | None = None
     centred: bool = False
+    job: str = ""
+    """The change that made this generation: finding its own name here, a killed one knows that it was committed."""
 
     @property
     def encoder_digest(self) -> bytes:
@@ -77,6 +79,7 @@ class Manifest:
             "format": FORMAT_NAME,
             "version": FORMAT_VERSION,
             "generation": self.generation,
+            "job": self.job,
             "rows": self.rows,
             "removed": self.removed,
             "next_id": self.next_id,
@@ -95,7 +98,7 @@ class Manifest:
 
     def evolved(self, **changes: Any) -> Manifest:
         """The next generation, with what differs."""
-        return replace(self, generation=self.generation + 1, **changes)
+        return replace(self, **{"generation": self.generation + 1, "job": "", **changes})
 
 
 def encoder_digest(encoder: dict[str, Any], key_kind: str) -> bytes:
@@ -206,6 +209,7 @@ def parse(raw: bytes, where: str) -> Manifest:
         encoder=top.take("encoder", dict), segment_records=top.count("segment_records"), rows=top.count("rows"),
         removed=top.count("removed"), next_id=top.count("next_id"), next_segment=top.count("next_segment"),
         segments=segments, files=top.sums("files"), index=index, centred=keys.take("centred", bool),
+        job=top.take("job", str),
     )  # fmt: skip
     _check_consistency(manifest, where)
     return manifest

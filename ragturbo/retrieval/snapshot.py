@@ -1,4 +1,4 @@
-"""One generation, opened: what readers and retrievers share. Immutable, so a change never reaches a search that runs."""
+"""One generation, opened: what readers and retrievers share. Immutable, so a change never reaches a running search."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ class SegmentWriter:
     """One segment on its way to disk. Nothing of it exists under its name until `finish`."""
 
     def __init__(self, folder: Path, geometry: Geometry, number: int, digest: bytes) -> None:
-        self._folder, self._geometry, self.number = folder, geometry, number
+        self._folder, self.geometry, self.number = folder, geometry, number
         header = pack_header(geometry, number, digest)
         self._header_crc = int.from_bytes(header[-4:], "little")
         self._file = durable.NewFile(self._path("hseg"))
@@ -93,14 +93,14 @@ class SegmentWriter:
     def add(self, records: Sequence[Record], keys: np.ndarray, features: np.ndarray) -> None:
         """records (n), keys (n, K) float, features (n, T, C) float."""
         self.add_encoded(
-            records, encode_keys(keys, self._geometry.key_dim), encode_rows(features, self._geometry)
+            records, encode_keys(keys, self.geometry.key_dim), encode_rows(features, self.geometry)
         )  # fmt: skip
 
     def add_encoded(self, records: Sequence[Record], keys: np.ndarray, rows: np.ndarray) -> None:
         """keys (n, K) float16 normalised, rows (n, stride) uint8: the bytes as they are stored."""
         if not len(records) == len(keys) == len(rows):
             raise InvalidRequest(f"{len(records)} records, {len(keys)} keys and {len(rows)} features do not pair up")
-        payload = self._geometry.record_bytes
+        payload = self.geometry.record_bytes
         for record, row in zip(records, rows, strict=True):
             if self._ids and record.id <= self._ids[-1]:
                 raise InvalidRequest(f"id {record.id} does not follow {self._ids[-1]}")
@@ -112,10 +112,10 @@ class SegmentWriter:
 
     def finish(self) -> tuple[SegmentEntry, np.ndarray]:
         """Syncs the segment's files and gives them their names. Returns its entry and the fp64 sum of its keys."""
-        keys = np.concatenate(self._keys or [np.empty((0, self._geometry.key_dim), "<f2")])
+        keys = np.concatenate(self._keys or [np.empty((0, self.geometry.key_dim), "<f2")])
         try:
             footer, trailer_crc = pack_footer(
-                np.array(self._ids, np.int64), np.array(self._crcs, np.uint32), self._geometry, self._header_crc
+                np.array(self._ids, np.int64), np.array(self._crcs, np.uint32), self.geometry, self._header_crc
             )
             self._file.write(footer)
             sums = {
@@ -210,6 +210,13 @@ class Job:
                 if _unseal(path.read_bytes(), path).get("job") != self.name:
                     found.append(path.stem)
         return found
+
+    def forget(self, mine: Callable[[int], bool] = lambda number: True) -> None:
+        """Takes the marks off segments that wait for a commit: they are written again, whoever wrote them."""
+        for path in (self.folder / "segments").glob("*.json"):
+            if path.stem.isdigit() and mine(int(path.stem)):
+                with durable.naming(path, "deleting"):
+                    path.unlink()
 
     def clear(self, mine: Callable[[int], bool] = lambda number: True) -> None:
         """Deletes what no generation and no run of this job needs, among the segment numbers that are `mine`."""
@@ -306,13 +313,13 @@ def merged_mean(base: Manifest, done: Sequence[Finished]) -> tuple[float, ...]:
     return tuple(float(v) for v in total / max(rows, 1))
 
 
-def joined(base: Manifest, done: Sequence[Finished], next_id: int) -> Manifest:
+def joined(base: Manifest, done: Sequence[Finished], next_id: int, job: str = "") -> Manifest:
     """The generation after `base` with the segments `done` at its end."""
     entries = tuple(part.entry for part in done if part.entry.count)
     numbers = [part.entry.number + 1 for part in done]
     return base.evolved(
         segments=base.segments + entries, rows=base.rows + sum(entry.count for entry in entries), next_id=next_id,
-        next_segment=max([base.next_segment, *numbers]), key_mean=merged_mean(base, done),
+        next_segment=max([base.next_segment, *numbers]), key_mean=merged_mean(base, done), job=job,
     )  # fmt: skip
 
 
@@ -356,10 +363,8 @@ def write_encoded(folder: Path, start: Manifest, batches: Iterator[Batch] | Sequ
         base = current_or(folder, start)
         _same_shape(base, start)
         job = Job(folder, base, {"encoded": True})
-        for path in (folder / "segments").glob("*.json"):
-            # What these batches hold is not known before they are read, so nothing of an earlier run is taken over.
-            with durable.naming(path, "deleting"):
-                path.unlink()
+        # What these batches hold is not known before they are read, so nothing of an earlier run is taken over.
+        job.forget()
         job.clear()
         done: list[Finished] = []
         next_id = base.next_id

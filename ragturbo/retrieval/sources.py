@@ -1,0 +1,309 @@
+"""Where pairs come from: folders, tables, tar shards, iterables. One stream of numbered items, good and bad."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import string
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ragturbo.errors import InvalidRequest
+from ragturbo.retrieval.images import MAX_BYTES
+
+IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+# CLIP reads 77 tokens; a caption of megabytes is a mistake or an attack.
+MAX_CAPTION = 16_384
+_MAX_LINE = 64 << 20
+
+
+@dataclass(frozen=True)
+class Item:
+    """One pair to encode. `problem` says why it cannot be."""
+
+    caption: str = ""
+    image: Any = None
+    source: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """`description` tells one input from another, `total` is the number of items where it is known."""
+
+    description: dict[str, Any]
+    total: int | None
+    items: Callable[[], Iterator[Item]]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a table are what. `image` names a column, or is a pattern such as "train/{image_id}.jpg" or
+    "images/{url:name}", where `:name` and `:stem` take the file name of a URL or path. Paths are under `root`."""
+
+    caption: str = "caption"
+    image: str = "image"
+    root: Path | None = None
+    keep: Sequence[str] | None = None
+    """The user's own columns to store; None: all of them."""
+
+
+class _Pattern(string.Formatter):
+    def format_field(self, value: Any, format_spec: str) -> str:
+        if format_spec in ("name", "stem"):
+            name = Path(unquote(urlsplit(str(value)).path)).name
+            return name if format_spec == "name" else Path(name).stem
+        return super().format_field(value, format_spec)
+
+
+def open_source(pairs: Any, columns: Columns) -> Source:
+    """A folder, a .jsonl/.csv/.parquet/.tar file or pattern, a list of such files, or an iterable of tuples."""
+    if isinstance(pairs, (str, os.PathLike)):
+        path = Path(pairs).expanduser()
+        if path.is_dir():
+            shards = sorted(path.glob("*.tar"))
+            return _files(shards, columns) if shards and not _has_images(path) else _folder(path)
+        if any(mark in path.name for mark in "*?["):
+            files = sorted(path.parent.glob(path.name))
+            if not files:
+                raise InvalidRequest(f"{path}: no file matches")
+            return _files(files, columns)
+        if not path.is_file():
+            raise InvalidRequest(f"{path}: no such file or folder")
+        return _files([path], columns)
+    if isinstance(pairs, (list, tuple)) and pairs and all(isinstance(p, (str, os.PathLike)) for p in pairs):
+        return _files([Path(p).expanduser() for p in pairs], columns)
+    if isinstance(pairs, Iterable):
+        total = len(pairs) if isinstance(pairs, Sized) else None
+        return Source({"kind": "iterable"}, total, lambda: map(_from_tuple, iter(pairs)))
+    raise InvalidRequest(f"pairs={type(pairs).__name__} is neither a path nor an iterable of (caption, image)")
+
+
+def check_caption(caption: Any) -> str | None:
+    """Why a caption cannot be stored, or None."""
+    if not isinstance(caption, str):
+        return f"the caption is {type(caption).__name__}, not text"
+    if not caption.strip():
+        return "the caption is empty"
+    if len(caption) > MAX_CAPTION:
+        return f"the caption has {len(caption)} characters, more than {MAX_CAPTION}"
+    try:
+        caption.encode()
+    except UnicodeEncodeError:
+        return "the caption is not valid Unicode"
+    return None
+
+
+def _from_tuple(entry: Any) -> Item:
+    if not isinstance(entry, (tuple, list)) or len(entry) not in (2, 3):
+        return Item(problem=f"not (caption, image) or (caption, image, metadata) but {type(entry).__name__}")
+    extra = entry[2] if len(entry) == 3 else None
+    if extra is not None and not isinstance(extra, Mapping):
+        return Item(problem=f"metadata is {type(extra).__name__}, not a mapping")
+    meta = {str(name): value for name, value in (extra or {}).items()}
+    path = str(entry[1]) if isinstance(entry[1], (str, os.PathLike)) else None
+    source = meta.pop("source", path)
+    return Item(entry[0], entry[1], None if source is None else str(source), meta)
+
+
+def _has_images(path: Path) -> bool:
+    return any(entry.suffix.lower() in IMAGE_TYPES for entry in path.iterdir())
+
+
+def _folder(path: Path) -> Source:
+    """Images with a .txt of the same name beside them, in the order of their paths."""
+    found = sorted(
+        (Path(folder) / name).relative_to(path)
+        for folder, _, names in os.walk(path)
+        for name in names
+        if Path(name).suffix.lower() in IMAGE_TYPES
+    )
+    if not found:
+        raise InvalidRequest(f"{path}: no images ({', '.join(IMAGE_TYPES)}) and no .tar shards")
+
+    def items() -> Iterator[Item]:
+        for name in found:
+            text = (path / name).with_suffix(".txt")
+            try:
+                if text.stat().st_size > 4 * MAX_CAPTION:
+                    yield Item(source=str(name), problem=f"{text.name} has {text.stat().st_size} bytes")
+                    continue
+                caption = text.read_text(encoding="utf-8").strip()
+            except (OSError, UnicodeDecodeError) as error:
+                yield Item(source=str(name), problem=f"no caption: {text.name}: {error}")
+                continue
+            yield Item(caption, path / name, str(name))
+
+    return Source({"kind": "folder", "items": len(found)}, len(found), items)
+
+
+_READERS: dict[str, Callable[[Path], Iterator[Any]]] = {}
+
+
+def _files(files: Sequence[Path], columns: Columns) -> Source:
+    kinds = {path.suffix.lower() for path in files}
+    if kinds == {".tar"}:
+        return Source(
+            _identity("tar", files, columns), None, lambda: (i for f in files for i in _tar_items(f, columns))
+        )
+    odd = kinds - set(_READERS)
+    if odd:
+        raise InvalidRequest(f"{', '.join(sorted(odd))} is not read; use .jsonl, .csv, .parquet or .tar")
+
+    def items() -> Iterator[Item]:
+        for path in files:
+            for row in _READERS[path.suffix.lower()](path):
+                yield row if isinstance(row, Item) else _from_row(row, columns, path.parent)
+
+    total = sum(_rows(path) for path in files) if kinds == {".parquet"} else None
+    return Source(_identity("table", files, columns), total, items)
+
+
+def _identity(kind: str, files: Sequence[Path], columns: Columns) -> dict[str, Any]:
+    for path in files:
+        if not path.is_file():
+            raise InvalidRequest(f"{path}: no such file")
+    sizes = [[path.name, path.stat().st_size] for path in files]
+    return {"kind": kind, "files": sizes, "caption": columns.caption, "image": columns.image}
+
+
+def _rows(path: Path) -> int:
+    try:
+        return pq.ParquetFile(path).metadata.num_rows
+    except (pa.ArrowException, OSError) as error:
+        raise InvalidRequest(f"{path}: not a parquet file: {error}") from error
+
+
+def _jsonl(path: Path) -> Iterator[Any]:
+    with open(path, "rb") as file:
+        number = 0
+        while line := file.readline(_MAX_LINE):
+            number += 1
+            if not line.endswith(b"\n") and len(line) == _MAX_LINE:
+                while (rest := file.readline(_MAX_LINE)) and not rest.endswith(b"\n"):
+                    pass
+                yield Item(source=f"{path.name}:{number}", problem=f"the line is longer than {_MAX_LINE} bytes")
+            elif line.strip():
+                try:
+                    yield json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    yield Item(source=f"{path.name}:{number}", problem=f"not JSON: {error}")
+
+
+def _csv(path: Path) -> Iterator[Any]:
+    # The default limit of 128 KiB a field would end the whole build at one long caption.
+    csv.field_size_limit(_MAX_LINE)
+    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        reader = csv.DictReader(file)
+        while True:
+            try:
+                row = next(reader, None)
+            except csv.Error as error:
+                yield Item(source=f"{path.name}:{reader.line_num}", problem=f"not CSV: {error}")
+                continue
+            if row is None:
+                return
+            yield row
+
+
+def _parquet(path: Path) -> Iterator[Any]:
+    try:
+        for batch in pq.ParquetFile(path).iter_batches(256):
+            yield from batch.to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        yield Item(source=path.name, problem=f"not readable from here on: {error}")
+
+
+_READERS.update({".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet})
+
+
+def _from_row(row: Any, columns: Columns, folder: Path) -> Item:
+    if not isinstance(row, dict):
+        return Item(problem=f"not an object but {type(row).__name__}")
+    source = row.get("source")
+    pattern = "{" in columns.image
+    try:
+        image = _Pattern().format(columns.image, **row) if pattern else row[columns.image]
+        caption = row[columns.caption]
+    except (KeyError, IndexError, ValueError, TypeError) as error:
+        return Item(source=source, problem=f"no column {error}; there are {', '.join(map(str, row))[:200]}")
+    if isinstance(image, dict):
+        # The layout of Hugging Face datasets: {"bytes": …, "path": …}.
+        source = source or image.get("path")
+        image = image.get("bytes") or image.get("path")
+    if isinstance(image, str):
+        source = source or image
+        root = (columns.root or folder).resolve()
+        path = (root / image).resolve()
+        if not path.is_relative_to(root):
+            return Item(source=str(source), problem=f"the image path {image!r} leaves {root}; set image_root")
+        image = path
+    used = {columns.caption, "source"} | (set() if pattern else {columns.image})
+    keep = [name for name in row if name not in used] if columns.keep is None else columns.keep
+    extra = {str(name): row.get(name) for name in keep if name is not None}
+    return Item(caption, image, None if source is None else str(source), extra)
+
+
+def _tar_items(path: Path, columns: Columns) -> Iterator[Item]:
+    """Webdataset shards: neighbouring members with one key (the path up to the first dot of its last part).
+
+    Members are read, never extracted: a name like ../../x is a key and nothing else. Links and devices are passed over.
+    """
+    key: str | None = None
+    parts: dict[str, bytes] = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            while True:
+                member = tar.next()
+                # tarfile remembers every member it has seen; a shard may have millions.
+                tar.members = []  # type: ignore[attr-defined]
+                if member is None:
+                    break
+                if not member.isreg():
+                    continue
+                folder, _, name = member.name.rpartition("/")
+                stem, _, kind = name.partition(".")
+                this = f"{folder}/{stem}" if folder else stem
+                if this != key and parts:
+                    yield _from_parts(path.name, str(key), parts, columns)
+                    parts = {}
+                key = this
+                if member.size > MAX_BYTES:
+                    parts["problem"] = f"{member.name} has {member.size} bytes".encode()
+                    continue
+                file = tar.extractfile(member)
+                parts[kind.lower()] = b"" if file is None else file.read()
+        if parts:
+            yield _from_parts(path.name, str(key), parts, columns)
+    except (tarfile.TarError, OSError, EOFError) as error:
+        yield Item(source=path.name, problem=f"the shard is damaged from here on: {error}")
+
+
+def _from_parts(shard: str, key: str, parts: dict[str, bytes], columns: Columns) -> Item:
+    source = f"{shard}:{key}"
+    if "problem" in parts:
+        return Item(source=source, problem=parts["problem"].decode())
+    image = next((parts[kind[1:]] for kind in IMAGE_TYPES if kind[1:] in parts), None)
+    extra: dict[str, Any] = {}
+    try:
+        if "json" in parts:
+            meta = json.loads(parts["json"])
+            extra = meta if isinstance(meta, dict) else {}
+        caption = parts["txt"].decode() if "txt" in parts else extra.get(columns.caption)
+    except (ValueError, RecursionError) as error:
+        return Item(source=source, problem=f"no caption: {error}")
+    if image is None or caption is None:
+        return Item(source=source, problem=f"no {'image' if image is None else 'caption'} among {', '.join(parts)}")
+    keep = [name for name in extra if name not in (columns.caption, "source")] if columns.keep is None else columns.keep
+    source = str(extra.get("source", source))
+    return Item(caption.strip() if isinstance(caption, str) else caption, image, source,
+                {str(name): extra.get(name) for name in keep})  # fmt: skip
