@@ -51,8 +51,10 @@ class Backbone:
     def __init__(self, unet: Any, stages: Sequence[str] | None = None, *, shared: bool = False) -> None:
         """unet: the teacher's UNet2DConditionModel. stages: "down_0" … and "mid"; None: all of them. shared: it is the
         student's own frozen one and stays whole; otherwise its up blocks, which are never run, are let go."""
-        self.unet = HSpaceUNet(unet if shared else encoder_only(unet))
-        model = self.unet.unet.requires_grad_(False).eval()
+        if not shared:
+            unet = encoder_only(unet).requires_grad_(False).eval()
+        self.unet = HSpaceUNet(unet)
+        model = self.unet.unet
         self.checkpointing = False
         known = [f"down_{i}" for i in range(len(model.down_blocks))] + [MID]
         stages = list(known if stages is None else stages)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -116,6 +117,8 @@ class Shards:
             )
         self.files = [path for path in files if path.is_file()]
         self._handles: OrderedDict[Path, Any] = OrderedDict()
+        # The reading-ahead thread and whoever asks for a caption share the handles.
+        self._lock = threading.Lock()
         counts = [int((self._open(path).metadata() or {}).get("samples", -1)) for path in self.files]
         if -1 in counts:
             raise DatabaseCorrupt(f"{self.files[counts.index(-1)]} is no shard of training samples")
@@ -126,10 +129,6 @@ class Shards:
 
     def __len__(self) -> int:
         return int(self.starts[-1])
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Memory maps do not travel to another process; they are opened again there.
-        return {**self.__dict__, "_handles": OrderedDict()}
 
     def locate(self, index: int) -> tuple[int, int]:
         """Number of a sample -> (position of its file, row)."""
@@ -174,14 +173,15 @@ class Shards:
         return self._open(path).get_slice(name)[row : row + 1][0]
 
     def _open(self, path: Path) -> Any:
-        handle = self._handles.get(path)
-        if handle is None:
-            handle = self._handles[path] = open_safetensors(path)
-            while len(self._handles) > _OPEN:
-                self._handles.popitem(last=False)
-        else:
-            self._handles.move_to_end(path)
-        return handle
+        with self._lock:
+            handle = self._handles.get(path)
+            if handle is None:
+                handle = self._handles[path] = open_safetensors(path)
+                while len(self._handles) > _OPEN:
+                    self._handles.popitem(last=False)
+            else:
+                self._handles.move_to_end(path)
+            return handle
 
 
 class NeighborTable:

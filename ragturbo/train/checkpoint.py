@@ -1,0 +1,107 @@
+"""Checkpoints: a folder that is there whole or not at all, whatever killed the process that wrote it.
+
+    checkpoints/step-000500/
+      trainable.safetensors  ema.safetensors  heads.safetensors  optimizer_g.safetensors  optimizer_d.safetensors
+      state.json             step, samples, skipped steps, the configuration, sha256 of every file
+
+There is no random state in it: what a step draws, and which samples it reads, are functions of (seed, step, process).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ragturbo.errors import ModelError
+from ragturbo.model.weights import read_safetensors
+from ragturbo.retrieval import durable
+
+FACTS = "state.json"
+_NAME = re.compile(r"step-(\d{6,})")
+_PART = re.compile(r"\.step-\d{6,}\.part")
+
+
+def save(folder: Path, step: int, states: dict[str, dict[str, Tensor]], facts: dict[str, Any], keep: int) -> Path:
+    """Writes beside, syncs, renames; then removes all but the newest `keep` checkpoints."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _remove_parts(folder)
+    target = folder / f"step-{step:06d}"
+    if not target.is_dir():
+        part = folder / f".{target.name}.part"
+        part.mkdir()
+        sums = {}
+        for name, state in states.items():
+            path = part / f"{name}.safetensors"
+            save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, path)
+            durable.sync_file(path)
+            sums[path.name] = durable.sum_file(path).sha256
+        durable.write_file(part / FACTS, json.dumps({**facts, "step": step, "sha256": sums}, indent=2).encode())
+        durable.sync_folder(part)
+        os.rename(part, target)
+        durable.sync_folder(folder)
+    for old in checkpoints(folder)[:-keep]:
+        # Renamed first: a checkpoint half deleted must not look like one.
+        doomed = folder / f".{old.name}.part"
+        with contextlib.suppress(OSError):
+            os.rename(old, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+    return target
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    if not folder.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def latest(folder: Path) -> Path | None:
+    return next(iter(checkpoints(folder)[::-1]), None)
+
+
+def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """What `save` was given, proven byte for byte."""
+    try:
+        facts: dict[str, Any] = json.loads((path / FACTS).read_text("utf-8"))
+        sums: dict[str, str] = facts["sha256"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{path} is no checkpoint: {error!r}") from error
+    states = {}
+    for name, expected in sums.items():
+        if not (path / name).is_file() or durable.sum_file(path / name).sha256 != expected:
+            raise ModelError(f"{path / name} is not what was saved; resume from an older checkpoint: delete {path}")
+        states[name.removesuffix(".safetensors")] = read_safetensors(path / name)
+    return states, facts
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, names: Iterable[str]) -> dict[str, Tensor]:
+    """{"name/exp_avg": …} for the parameters in the order of their names. Empty before the first step."""
+    state = optimizer.state_dict()["state"]
+    return {f"{name}/{key}": value for i, name in enumerate(names) for key, value in state.get(i, {}).items()}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, names: Iterable[str], state: dict[str, Tensor]) -> None:
+    numbers = {name: i for i, name in enumerate(names)}
+    by_number: dict[int, dict[str, Tensor]] = {}
+    for full, value in state.items():
+        name, _, key = full.rpartition("/")
+        by_number.setdefault(numbers[name], {})[key] = value
+    optimizer.load_state_dict({"state": by_number, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _remove_parts(folder: Path) -> None:
+    """What a killed process left behind."""
+    for path in folder.iterdir():
+        if _PART.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)

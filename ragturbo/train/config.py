@@ -1,0 +1,346 @@
+"""One configuration of a training run: frozen dataclasses that refuse nonsense, from YAML, saved beside the results."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from ragturbo.config import one_of
+from ragturbo.errors import InvalidRequest
+from ragturbo.train.extras import require
+
+MODES = ("adapter", "student")
+ADAPTERS = ("transformer", "attention", "none")
+PRECISIONS = ("fp32", "bf16")
+NEIGHBORS = ("nearest", "random")
+DECODER_TARGETS = (
+    r"up_blocks\..*\.(to_q|to_k|to_v|to_out\.0|proj_in|proj_out|ff\.net\.0\.proj|ff\.net\.2|conv1|conv2|conv_shortcut)"
+)
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """The decoder's LoRA, through peft. rank 0: none."""
+
+    rank: int = 64
+    alpha: float = 64.0
+    dropout: float = 0.0
+    targets: str = DECODER_TARGETS
+    """A regular expression over module names; only the decoder's may match."""
+
+    def __post_init__(self) -> None:
+        _at_least("student.lora", self, rank=0, alpha=0)
+        _in_unit("student.lora.dropout", self.dropout)
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    steps: int = 1
+    """n of T_n: 1 to 4."""
+    adapter: str = "transformer"
+    heads: int | None = None
+    num_neighbors: int = 1
+    lam: float | None = None
+    """λ of Eq. 5; None: the cosine between the prompt's key and the neighbour's, as the paper."""
+    neighbors: str = "nearest"
+    """"random" takes any row of the database: the control that must not help."""
+    retrieval_dropout: float = 0.0
+    """Share of samples trained without neighbours."""
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+
+    def __post_init__(self) -> None:
+        one_of("student.adapter", self.adapter, ADAPTERS)
+        one_of("student.neighbors", self.neighbors, NEIGHBORS)
+        _in_unit("student.retrieval_dropout", self.retrieval_dropout)
+        if not 1 <= self.steps <= 4:
+            raise InvalidRequest(f"student.steps={self.steps}: a student has one to four steps")
+        if not 1 <= self.num_neighbors <= 64:
+            raise InvalidRequest(f"student.num_neighbors={self.num_neighbors} must be from 1 to 64")
+        if self.lam is not None:
+            _in_unit("student.lam", self.lam)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW at a constant rate, as the paper, after a linear warm-up where one is asked for."""
+
+    lr: float = 1e-5
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    """Largest norm of the gradient; 0 for no clipping."""
+    warmup: int = 0
+
+    def __post_init__(self) -> None:
+        _at_least("optim", self, lr=0, eps=0, weight_decay=0, clip=0, warmup=0)
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise InvalidRequest(f"optim.betas={self.betas} must be two numbers from 0 up to but not including 1")
+
+
+@dataclass(frozen=True)
+class DiscriminatorConfig:
+    stages: tuple[str, ...] | None = None
+    """"down_0", … and "mid"; None: all."""
+    width: int = 256
+    spectral_norm: bool = True
+    normalise: bool = True
+    """GroupNorm without affine on what a head reads."""
+    r1: float = 0.0
+    """γ of R1 on the real features; 0 for none."""
+    misaligned: bool = False
+    """Right images with wrong prompts as extra fakes."""
+    shared_fake: bool = True
+    """D and G read one pass of the fakes through the backbone, the G step's, which has gradients: a third fewer passes.
+    False: the D step makes its own, real and fake in one batch without gradients. The gradients are the same."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+    def __post_init__(self) -> None:
+        _at_least("discriminator", self, width=1, r1=0)
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    adversarial: float = 1.0
+    alpha: float = 2.5
+    beta: float = 1.0
+    lpips_weights: str | None = None
+    """A safetensors file, or "random" by that name."""
+    augment: float = 1.0
+    """Probability of each augmentation before the LPIPS network."""
+
+    def __post_init__(self) -> None:
+        _at_least("loss", self, adversarial=0, alpha=0, beta=0)
+        _in_unit("loss.augment", self.augment)
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    path: str
+    weight: float = 1.0
+    """Share of the samples, relative to the other sources'."""
+
+    def __post_init__(self) -> None:
+        if not self.weight > 0:
+            raise InvalidRequest(f"data.sources: {self.path} has weight {self.weight}; leave a source out instead")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    sources: tuple[SourceConfig, ...] = ()
+    prefetch: int = 2
+    """Micro-batches read ahead by a thread."""
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise InvalidRequest("data.sources is empty: name a folder made by `ragturbo data teacher` or `encode`")
+        _at_least("data", self, prefetch=1)
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    batch: int = 2048
+    """Samples an optimiser step, over all processes."""
+    micro_batch: int = 8
+    """Samples a forward on one process; the rest of the batch is accumulated."""
+    max_steps: int = 20_000
+    precision: str = "bf16"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    ema: float = 0.999
+    """Decay of the average that is exported; 0 for none."""
+    max_skipped: int = 50
+    """Steps in a row with a gradient that is not finite, before the run gives up."""
+    log_every: int = 10
+    save_every: int = 500
+    keep: int = 2
+    sample_every: int = 500
+    """Steps between sample grids; 0 for none."""
+    samples: int = 8
+    dead_after: int = 200
+    """Steps after which a discriminator head at its starting loss is reported."""
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        one_of("loop.precision", self.precision, PRECISIONS)
+        ones = ("batch", "micro_batch", "max_steps", "max_skipped", "log_every", "save_every", "keep", "samples")
+        _at_least("loop", self, **dict.fromkeys(ones, 1), sample_every=0, dead_after=1)
+        if not 0 <= self.ema < 1:
+            raise InvalidRequest(f"loop.ema={self.ema} must be from 0 up to but not including 1")
+        if self.batch % self.micro_batch:
+            raise InvalidRequest(f"loop.batch={self.batch} is not a multiple of loop.micro_batch={self.micro_batch}")
+
+    def accumulation(self, processes: int) -> int:
+        """Micro-batches a step on each process."""
+        if self.batch % (self.micro_batch * processes):
+            raise InvalidRequest(
+                f"loop.batch={self.batch} does not divide into {processes} processes of micro_batch={self.micro_batch}"
+            )
+        return self.batch // (self.micro_batch * processes)
+
+
+@dataclass(frozen=True)
+class LADDConfig:
+    """mode "adapter": the paper's Sec. 3.4, adapter and decoder LoRA on a frozen student. "student": the whole UNet."""
+
+    model: str
+    data: DataConfig
+    mode: str = "adapter"
+    revision: str | None = None
+    teacher: str | None = None
+    """The model whose UNet D is made of; None: the model's own teacher_unet/; "self": the student's frozen encoder."""
+    database: str | None = None
+    """None: the model's own database/."""
+    seed: int = 0
+    student: StudentConfig = field(default_factory=StudentConfig)
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+
+    def __post_init__(self) -> None:
+        one_of("mode", self.mode, MODES)
+        student = self.student
+        if self.mode == "adapter" and student.adapter == "none" and student.lora.rank == 0:
+            raise InvalidRequest("student.adapter=none and student.lora.rank=0: there is nothing to train")
+        if self.mode == "student" and (student.adapter != "none" or student.lora.rank):
+            raise InvalidRequest(
+                "mode=student trains the whole UNet: set student.adapter=none and student.lora.rank=0; an adapter is "
+                "trained on the result, in mode=adapter"
+            )
+        if self.mode == "student" and self.teacher == "self":
+            raise InvalidRequest("mode=student changes the student's encoder: teacher=self would let D drift with it")
+        if self.discriminator.misaligned and self.loop.micro_batch < 2:
+            raise InvalidRequest(
+                "discriminator.misaligned takes other samples' prompts from the micro-batch, and loop.micro_batch is "
+                f"{self.loop.micro_batch}: set it to 2 or more"
+            )
+
+    @property
+    def retrieves(self) -> bool:
+        return self.mode == "adapter" and self.student.adapter != "none"
+
+
+def load_config(source: str | Path, changes: Sequence[str] = ()) -> LADDConfig:
+    """source: a YAML file, or the bare name of one of ours; changes: "loop.batch=64" …, values in YAML."""
+    yaml = require("yaml")
+    path = find_config(source)
+    try:
+        values = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InvalidRequest(f"{path} cannot be read as YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise InvalidRequest(f"{path} holds no settings")
+    for change in changes:
+        name, separator, text = change.partition("=")
+        if not separator:
+            raise InvalidRequest(f"--set {change!r}: write key=value, such as loop.batch=64")
+        try:
+            _put(values, name.strip(), yaml.safe_load(text))
+        except yaml.YAMLError as error:
+            raise InvalidRequest(f"--set {change!r}: {error}") from error
+    return from_dict(values)
+
+
+def find_config(source: str | Path) -> Path:
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path
+    ours = Path(str(resources.files("ragturbo") / "train" / "configs"))
+    bare = ours / f"{source}.yaml"
+    if path.name == str(source) and bare.is_file():
+        return bare
+    names = ", ".join(sorted(file.stem for file in ours.glob("*.yaml")))
+    raise InvalidRequest(f"there is no configuration {source}; ours are: {names}")
+
+
+def from_dict(values: dict[str, Any]) -> LADDConfig:
+    return _build(LADDConfig, values, "")
+
+
+def to_dict(config: LADDConfig) -> dict[str, Any]:
+    """Plain values, as YAML and JSON take them."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: plain(v) for name, v in value.items()}
+        return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def to_yaml(config: LADDConfig) -> str:
+    return require("yaml").safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def _put(values: dict[str, Any], name: str, value: Any) -> None:
+    *path, last = name.split(".")
+    for part in path:
+        inner = values.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise InvalidRequest(f"--set {name}: {part} is not a group of settings")
+        values = inner
+    values[last] = value
+
+
+def _build(kind: Any, values: Any, where: str) -> Any:
+    """A dataclass from a mapping: unknown names and wrong types are errors that name the setting."""
+    if not isinstance(values, dict):
+        raise InvalidRequest(f"{where or 'the configuration'} must be a group of settings, not {values!r}")
+    hints = typing.get_type_hints(kind)
+    prefix = f"{where}." if where else ""
+    if unknown := sorted(set(values) - set(hints)):
+        raise InvalidRequest(f"there is no setting {prefix}{unknown[0]}; there are: {', '.join(sorted(hints))}")
+    required = [f.name for f in dataclasses.fields(kind) if _has_no_default(f)]
+    if missing := [name for name in required if name not in values]:
+        raise InvalidRequest(f"{prefix}{missing[0]} is not set")
+    return kind(**{name: _convert(hints[name], value, f"{prefix}{name}") for name, value in values.items()})
+
+
+def _convert(hint: Any, value: Any, name: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, name)
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else _convert(next(t for t in inner if t is not type(None)), value, name)
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise InvalidRequest(f"{name}={value!r} must be a list")
+        kinds = [inner[0]] * len(value) if len(inner) == 2 and inner[1] is Ellipsis else inner
+        if len(kinds) != len(value):
+            raise InvalidRequest(f"{name}={value!r} must have {len(kinds)} values")
+        return tuple(_convert(t, v, f"{name}[{i}]") for i, (t, v) in enumerate(zip(kinds, value, strict=True)))
+    # YAML 1.1 reads 1e-5 as a word.
+    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            value = float(value)
+        except ValueError:
+            raise InvalidRequest(f"{name}={value!r} must be a number") from None
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise InvalidRequest(f"{name}={value!r} must be {hint.__name__}")
+    if hint is float and not math.isfinite(value):
+        raise InvalidRequest(f"{name}={value!r} must be finite")
+    return value
+
+
+def _has_no_default(spec: dataclasses.Field) -> bool:
+    return spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
+
+
+def _at_least(group: str, config: Any, **least: float) -> None:
+    for name, low in least.items():
+        value = getattr(config, name)
+        if not value >= low:
+            raise InvalidRequest(f"{group}.{name}={value!r} must be at least {low}")
+
+
+def _in_unit(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise InvalidRequest(f"{name}={value!r} must be between 0 and 1")

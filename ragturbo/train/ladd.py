@@ -1,0 +1,523 @@
+"""Latent adversarial diffusion distillation (Sec. 3.4): the training loop."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ragturbo.errors import InvalidRequest, ModelError, NonFiniteOutput
+from ragturbo.model.bundle import TEACHER, Bundle
+from ragturbo.model.inject import blend_weights
+from ragturbo.model.source import resolve
+from ragturbo.model.text import TextStates
+from ragturbo.train import checkpoint
+from ragturbo.train.augment import Augmentation
+from ragturbo.train.config import LADDConfig, to_dict, to_yaml
+from ragturbo.train.data import Batch, Prefetcher, TrainingData
+from ragturbo.train.discriminator import Backbone, Discriminator, NoiseSchedule, accuracy
+from ragturbo.train.extras import require
+from ragturbo.train.losses import R1, HingeD, HingeG, SmoothL1, Total, masked_mean
+from ragturbo.train.lpips import LatentLPIPS, load_lpips
+from ragturbo.train.report import HeadWatch, Report
+from ragturbo.train.shards import Shards
+from ragturbo.train.student import EMA, Masters, Student, trailing_euler
+
+if TYPE_CHECKING:
+    from ragturbo.retrieval.database import Database
+
+log = logging.getLogger("ragturbo")
+
+CONFIG, CHECKPOINTS, SAMPLES, EXPORT = "config.yaml", "checkpoints", "samples", "export"
+# What may differ between a run and its resumption without changing what is trained.
+_FREE = {
+    f"loop.{name}"
+    for name in ("max_steps", "log_every", "save_every", "keep", "sample_every", "samples", "dead_after", "tensorboard")
+} | {"data.prefetch", "loop.compile"}
+
+
+class LADDTrainer:
+    """One process of a training run. `accelerate launch` or torchrun starts several; each holds the whole model."""
+
+    def __init__(
+        self, config: LADDConfig, out: str | Path, *, device: torch.device | str | None = None, resume: bool = False
+    ) -> None:
+        self.config, self.out = config, Path(out)
+        # Setup: processes
+        cpu = str(device or "").startswith("cpu") or not torch.cuda.is_available()
+        self.processes = require("accelerate").PartialState(cpu=cpu)
+        self.device = torch.device(device) if device is not None else self.processes.device
+        self.rank, self.world = self.processes.process_index, self.processes.num_processes
+        self.accumulation = config.loop.accumulation(self.world)
+        self._check_out(resume)
+
+        # Setup: models. The same seed everywhere gives every process the same start.
+        torch.manual_seed(config.seed)
+        self.dtype = torch.bfloat16 if config.loop.precision == "bf16" else torch.float32
+        teacher, scheduler, self.bundle = load_models(config, self.device, self.dtype)
+        self.noise = NoiseSchedule(scheduler, self.device)
+        self.student = Student(self.bundle.unet, self.bundle.scheduler, config).to(self.device)
+        self.masters = Masters(self.student.trainable())
+        for parameter in self.student.parameters():
+            parameter.data = parameter.data.to(self.dtype)
+        self.discriminator = make_discriminator(teacher, self.student, config).to(self.device)
+        self.lpips = self._load_lpips()
+        self.ema = EMA(self.masters, config.loop.ema) if config.loop.ema else None
+
+        # Setup: data
+        self.database = self._open_database()
+        self.data = self._open_data()
+
+        # Setup: optimisers, each with its own options
+        self.optimizer_g = _adamw(self.masters.parameters.values(), config.optim)
+        self.optimizer_d = _adamw(self.discriminator.parameters(), config.discriminator.optim)
+        self.total = Total(config.loss.alpha, config.loss.beta, config.loss.adversarial)
+        self.hinge_d, self.hinge_g, self.smooth_l1 = HingeD(), HingeG(), SmoothL1()
+        self.r1 = R1(config.discriminator.r1) if config.discriminator.r1 else None
+        if config.loop.compile:
+            self._compile()
+
+        self.step, self.updates, self.skipped = 0, 0, 0
+        self._skipped_in_a_row = 0
+        self._meters: dict[str, Tensor] = {}
+        self._metered = 0
+        self._watch = HeadWatch(self.discriminator.stages, config.loop.dead_after)
+        if resume:
+            self._resume()
+
+    # The loop
+
+    def train(self, max_steps: int | None = None) -> Path:
+        """Runs up to `max_steps` optimiser steps in all, saves, exports, and returns the exported folder."""
+        loop = self.config.loop
+        last = loop.max_steps if max_steps is None else max_steps
+        report = self._start_report(last)
+        prefetcher = Prefetcher(self._load, self._numbers(last), self.config.data.prefetch)
+        try:
+            while self.step < last:
+                # Update
+                self._update([prefetcher.next() for _ in range(self.accumulation)])
+                # Report
+                if self.step % loop.log_every == 0 or self.step == last:
+                    self._log(report)
+                # Save
+                if self.step % loop.save_every == 0 or self.step == last:
+                    self._save()
+                # Show
+                if loop.sample_every and (self.step % loop.sample_every == 0 or self.step == last):
+                    self._show()
+        finally:
+            prefetcher.close()
+            if report is not None:
+                report.close()
+        return self.export(self.out / EXPORT)
+
+    def _numbers(self, last: int) -> Iterator[range]:
+        """Sample numbers of this process's micro-batches, from the next step on."""
+        size = self.config.loop.micro_batch
+        for step in range(self.step, last):
+            for m in range(self.accumulation):
+                start = step * self.config.loop.batch + (self.rank * self.accumulation + m) * size
+                yield range(start, start + size)
+
+    def _load(self, numbers: range) -> Batch:
+        batch = self.data.batch(numbers)
+        return batch.pin() if self.device.type == "cuda" else batch
+
+    def _update(self, batches: list[Batch]) -> None:
+        """One optimiser step of D and of G on the gradients of all micro-batches. Both see the same D: with and without
+        accumulation, G's gradient is taken before D moves."""
+        self.student.train()
+        self.discriminator.train()
+        for m, batch in enumerate(batches):
+            self._micro_batch(batch.to(self.device), self._generator(m))
+            self.masters.accumulate()
+        g = list(self.masters.parameters.values())
+        d = list(self.discriminator.parameters())
+        self._average_gradients(g + d)
+        norm_g, norm_d = _clip(g, self.config.optim.clip), _clip(d, self.config.discriminator.optim.clip)
+        self._meter(norm_g=norm_g * self.accumulation, norm_d=norm_d * self.accumulation)
+        # The one wait for the device in a step: was anything in it not finite? Every process has the same norms.
+        if bool(torch.isfinite(norm_g) & torch.isfinite(norm_d)):
+            self._warm_up()
+            self.optimizer_d.step()
+            self.optimizer_g.step()
+            self.masters.publish()
+            self.updates += 1
+            self._skipped_in_a_row = 0
+            if self.ema is not None:
+                self.ema.update(self.masters, self.updates)
+        else:
+            self._skip()
+        self.masters.zero_grad()
+        self.optimizer_d.zero_grad(set_to_none=True)
+        self.step += 1
+
+    def _micro_batch(self, batch: Batch, generator: torch.Generator) -> None:
+        """Adds one micro-batch's gradients to D's heads and to what trains in the student."""
+        config, size = self.config, len(batch)
+
+        # What is drawn: the noise where none is stored, t_i of T_n, s of all N, and one ε for both z_s and ẑ_s
+        def integers(high: int) -> Tensor:
+            return torch.randint(0, high, (size,), generator=generator, device=self.device)
+
+        drawn, eps = (torch.randn(batch.z0.shape, generator=generator, device=self.device) for _ in range(2))
+        noise = torch.where(batch.paired.view(-1, 1, 1, 1), batch.noise, drawn)
+        i, s = integers(self.student.steps), integers(len(self.noise))
+        drop = torch.rand(size, generator=generator, device=self.device) < config.student.retrieval_dropout
+
+        # Student: ẑ_0
+        text = self._text(batch)
+        retrieved = self._retrieved(batch, text.key, drop)
+        z0_hat = self._denoise(self.student.noisy(batch.z0, noise, i), i, text.hidden_states, *retrieved)
+
+        # Discriminator: features of both, noised alike
+        z_s, z_s_hat = self.noise.noised(batch.z0, eps, s), self.noise.noised(z0_hat, eps, s)
+        real, fake, extra = self._features(z_s, z_s_hat, s, text.hidden_states)
+
+        # D's step, Eq. 6: the gradient stops at the features
+        if self.r1 is not None:
+            real = [f.detach().requires_grad_() for f in real]
+        seen = [f.detach() for f in fake] if config.discriminator.shared_fake else extra.pop(0)
+        wrong = extra[0] if extra else None
+        logits = self.discriminator(_join(real, seen, wrong))
+        on_real, on_fake = [x[:size] for x in logits], [x[size:] for x in logits]
+        per_head = self.hinge_d.per_head(on_real, on_fake, self._fake_weight(batch, wrong))
+        loss_d = per_head.sum()
+        if self.r1 is not None:
+            loss_d = loss_d + self.r1(on_real, real)
+        (loss_d / self.accumulation).backward()
+
+        # G's step, Eqs. 7-10: through the frozen heads and the frozen encoder to ẑ_0
+        adv = self.hinge_g(self.discriminator.judge(fake))
+        distill = masked_mean(self.smooth_l1(z0_hat, batch.z0), batch.paired)
+        lpips = self._lpips_loss(z0_hat, batch, generator)
+        loss_g = self.total(adv, distill, lpips)
+        (loss_g / self.accumulation).backward()
+
+        right = accuracy(on_real, [x[:size] for x in on_fake])
+        self._meter(d=loss_d, g=loss_g, adv=adv, distill=distill, lpips=lpips, head=per_head, accuracy=right)
+
+    # Its parts
+
+    def estimate(self, batch: Batch, noise: Tensor, i: Tensor) -> Tensor:
+        """ẑ_0 of a batch on the device, with its neighbours."""
+        text = self._text(batch)
+        retrieved = self._retrieved(batch, text.key, torch.zeros(len(batch), dtype=torch.bool, device=self.device))
+        return self._denoise(self.student.noisy(batch.z0, noise, i), i, text.hidden_states, *retrieved)
+
+    def _generator(self, m: int) -> torch.Generator:
+        """Draws of micro-batch m of this step on this process, whatever happened before."""
+        words = np.random.SeedSequence([self.config.seed, self.step, self.rank, m]).generate_state(1, np.uint64)
+        seed = int(words[0]) >> 1
+        # Dropout in the LoRA draws from the global state.
+        torch.manual_seed(seed)
+        return torch.Generator(self.device).manual_seed(seed)
+
+    @torch.no_grad()
+    def _text(self, batch: Batch) -> TextStates:
+        if batch.text is not None and batch.key is not None:
+            return TextStates(batch.text, batch.key)
+        return self.bundle.text.encode(batch.input_ids)
+
+    def _retrieved(
+        self, batch: Batch, key: Tensor, drop: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """h_retr (B, k, S, C), λ (B,) and valid (B, k), as a Generator would have them."""
+        if batch.h_retr is None:
+            return None, None, None
+        assert batch.ids is not None and batch.scores is not None and batch.retr_keys is not None
+        cosine = torch.einsum("bd,bkd->bk", key, batch.retr_keys)
+        fixed = self.config.student.lam
+        lam = None if fixed is None else torch.full_like(key[:, 0], fixed)
+        lam, valid = blend_weights(cosine, batch.ids, batch.scores, lam=lam)
+        return batch.h_retr, torch.where(drop, 0.0, lam), valid & ~drop[:, None]
+
+    def _denoise(self, *inputs: Any) -> Tensor:
+        return self.student(*inputs)
+
+    def _features(self, z_s: Tensor, z_s_hat: Tensor, s: Tensor, text: Tensor) -> tuple[list, list, list[list]]:
+        """Features of z_s, of ẑ_s with its graph, and what else D looks at: its own pass of ẑ_s where the pass is not
+        shared, and z_s with other samples' prompts."""
+        settings, size = self.config.discriminator, len(z_s)
+        parts = [(z_s, text)]
+        if not settings.shared_fake:
+            parts.append((z_s_hat.detach(), text))
+        if settings.misaligned:
+            parts.append((z_s, text.roll(1, 0)))
+        with torch.no_grad():
+            sample, states = (torch.cat([part[k] for part in parts]) for k in (0, 1))
+            together = self.discriminator.features(sample, s.repeat(len(parts)), states)
+        split = [[f[k * size : (k + 1) * size] for f in together] for k in range(len(parts))]
+        fake = self.discriminator.features(z_s_hat, s, text)
+        return split[0], fake, split[1:]
+
+    def _fake_weight(self, batch: Batch, wrong: Any) -> Tensor | None:
+        """A prompt that its neighbour in the batch has too is not misaligned: it counts for nothing."""
+        if wrong is None:
+            return None
+        differs = (batch.input_ids != batch.input_ids.roll(1, 0)).any(1).float()
+        return torch.cat([torch.ones_like(differs), differs])
+
+    def _lpips_loss(self, z0_hat: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
+        """Eq. 9. Only samples with a noise of their own have an estimate to compare."""
+        if self.lpips is None:
+            return z0_hat.new_zeros(())
+        return masked_mean(self.lpips(z0_hat, batch.z0, generator), batch.paired)
+
+    def _average_gradients(self, parameters: list[Tensor]) -> None:
+        """One all-reduce a step over one flat buffer: what trains is small, and nothing waits for it in between."""
+        if self.world == 1:
+            return
+        grads = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([grad.flatten() for grad in grads])
+        torch.distributed.all_reduce(flat)
+        flat /= self.world
+        for grad, mean in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+            grad.copy_(mean.view_as(grad))
+
+    def _warm_up(self) -> None:
+        for optimizer, settings in (
+            (self.optimizer_g, self.config.optim),
+            (self.optimizer_d, self.config.discriminator.optim),
+        ):
+            if settings.warmup:
+                for group in optimizer.param_groups:
+                    group["lr"] = settings.lr * min(1.0, (self.updates + 1) / settings.warmup)
+
+    def _skip(self) -> None:
+        self.skipped += 1
+        self._skipped_in_a_row += 1
+        log.warning("step %d: the gradient is not finite; skipped (%d in all)", self.step, self.skipped)
+        if self._skipped_in_a_row >= self.config.loop.max_skipped:
+            raise NonFiniteOutput(
+                f"{self._skipped_in_a_row} steps in a row had a gradient that is not finite, up to step {self.step}. "
+                "Resume from the last checkpoint with a lower optim.lr, or look at the data for NaN"
+            )
+
+    # Reporting
+
+    def _meter(self, **values: Tensor) -> None:
+        for name, value in values.items():
+            value = value.detach().float()
+            self._meters[name] = self._meters[name] + value if name in self._meters else value
+        self._metered += "d" in values
+
+    def _log(self, report: Report | None) -> None:
+        """Means since the last line, over all processes."""
+        means = {name: value / max(1, self._metered) for name, value in self._meters.items()}
+        self._meters, self._metered = {}, 0
+        if self.world > 1:
+            for value in means.values():
+                torch.distributed.all_reduce(value)
+                value /= self.world
+        values: dict[str, Any] = {
+            name: value.item() for name, value in means.items() if name not in ("head", "accuracy")
+        }
+        names, losses = self.discriminator.stages, means["head"].tolist()
+        values["d_heads"] = dict(zip(names, losses, strict=True))
+        values["d_accuracy"] = dict(zip(names, means["accuracy"].tolist(), strict=True))
+        if report is not None:
+            values["dead_heads"] = self._watch.check(self.step, losses)
+            values |= {"skipped": self.skipped, "lr": self.optimizer_g.param_groups[0]["lr"]}
+            report.write(self.step, self.config.loop.batch, values)
+
+    def _start_report(self, last: int) -> Report | None:
+        if not self.processes.is_main_process:
+            return None
+        self.out.mkdir(parents=True, exist_ok=True)
+        (self.out / CONFIG).write_text(to_yaml(self.config), "utf-8")
+        return Report(self.out, last, tensorboard=self.config.loop.tensorboard, start=self.step)
+
+    def _show(self) -> None:
+        from ragturbo.train.samples import sample_grid
+
+        if self.processes.is_main_process:
+            path = self.out / SAMPLES / f"{self.step:06d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            sample_grid(self).save(path)
+
+    # Checkpoints
+
+    def _save(self) -> None:
+        """Every process has the same state; the main one writes it."""
+        if self.processes.is_main_process:
+            states = {
+                "trainable": self.masters.state(),
+                "heads": self.discriminator.heads.state_dict(),
+                "optimizer_g": checkpoint.optimizer_state(self.optimizer_g, self.masters.parameters),
+                "optimizer_d": checkpoint.optimizer_state(self.optimizer_d, self._head_names()),
+            }
+            if self.ema is not None:
+                states["ema"] = self.ema.values
+            facts = {
+                "updates": self.updates,
+                "skipped": self.skipped,
+                "skipped_in_a_row": self._skipped_in_a_row,
+                "samples": self.step * self.config.loop.batch,
+                "processes": self.world,
+                "fingerprints": self.bundle.fingerprint(),
+                "config": to_dict(self.config),
+                "torch": torch.__version__,
+            }
+            checkpoint.save(self.out / CHECKPOINTS, self.step, states, facts, self.config.loop.keep)
+        self.processes.wait_for_everyone()
+
+    def _resume(self) -> None:
+        path = checkpoint.latest(self.out / CHECKPOINTS)
+        if path is None:
+            log.info("%s has no checkpoint: starting from the beginning", self.out)
+            return
+        states, facts = checkpoint.load(path)
+        self._check_same(facts, path)
+        self.masters.load(states["trainable"])
+        self.discriminator.heads.load_state_dict(states["heads"])
+        checkpoint.load_optimizer(self.optimizer_g, self.masters.parameters, states["optimizer_g"])
+        checkpoint.load_optimizer(self.optimizer_d, self._head_names(), states["optimizer_d"])
+        if self.ema is not None:
+            self.ema.load(states["ema"])
+        self.step, self.updates, self.skipped = facts["step"], facts["updates"], facts["skipped"]
+        self._skipped_in_a_row = facts["skipped_in_a_row"]
+        log.info("resumed from %s", path)
+
+    def _head_names(self) -> list[str]:
+        return [name for name, _ in self.discriminator.named_parameters()]
+
+    def _check_same(self, facts: dict[str, Any], path: Path) -> None:
+        theirs, mine = _flat(facts["config"]), _flat(to_dict(self.config))
+        changed = [k for k in sorted(theirs.keys() | mine.keys()) if theirs.get(k) != mine.get(k) and k not in _FREE]
+        if changed:
+            what = ", ".join(f"{name} ({theirs.get(name)!r} there, {mine.get(name)!r} now)" for name in changed)
+            raise InvalidRequest(f"{path} was trained with other settings: {what}. Use those, or another --out")
+        if facts["fingerprints"] != self.bundle.fingerprint():
+            raise ModelError(f"{path} was trained on another model than {self.config.model} is now")
+
+    def _check_out(self, resume: bool) -> None:
+        if not resume and (found := checkpoint.latest(self.out / CHECKPOINTS)):
+            raise InvalidRequest(f"{self.out} already holds {found.name}: pass --resume, or another --out")
+
+    def export(self, folder: str | Path, *, whole: bool = False) -> Path:
+        """Writes what was trained (its average, where one is kept) as a folder that Generator loads; see `export`."""
+        from ragturbo.train.export import export
+
+        if self.processes.is_main_process:
+            export(self, Path(folder), whole=whole or self.config.mode == "student")
+        self.processes.wait_for_everyone()
+        return Path(folder)
+
+    # Setup
+
+    def _load_lpips(self) -> LatentLPIPS | None:
+        if not self.config.loss.beta:
+            return None
+        augmentation = Augmentation(p=self.config.loss.augment) if self.config.loss.augment else None
+        lpips = load_lpips(self.config.loss.lpips_weights, self.bundle.vae.channels, augmentation)
+        return lpips.to(self.device, self.dtype)
+
+    def _open_database(self) -> Database | None:
+        if not self.config.retrieves:
+            return None
+        from ragturbo.retrieval.database import Database
+
+        path = self.config.database or self.bundle.database_path
+        if path is None:
+            raise InvalidRequest(f"{self.config.model} has no database of its own: set database=FOLDER")
+        database = Database.open(path, retriever="exact")
+        database.check_encoder(self.bundle.fingerprint(), self.bundle.text.key_kind)
+        return database
+
+    def _open_data(self) -> TrainingData:
+        settings = self.config.student
+        return TrainingData(
+            [Shards(source.path) for source in self.config.data.sources],
+            [source.weight for source in self.config.data.sources],
+            self.config.seed,
+            database=self.database,
+            num_neighbors=settings.num_neighbors,
+            random_neighbors=settings.neighbors == "random",
+        )
+
+    def _compile(self) -> None:
+        self._denoise = torch.compile(self.student)  # type: ignore[method-assign]
+        backbone = self.discriminator.backbone
+        backbone._features = torch.compile(backbone._features)  # type: ignore[method-assign]
+
+
+def load_models(config: LADDConfig, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any, Bundle]:
+    """The teacher's UNet for D (None: the student's own) and its scheduler, and the bundle of the student."""
+    # A student that trains whole keeps the digits of its file in its fp32 masters.
+    first = torch.float32 if config.mode == "student" else dtype
+    own = config.teacher is None
+    if own and not (resolve(config.model, revision=config.revision) / TEACHER).is_dir():
+        raise InvalidRequest(
+            f"{config.model} has no {TEACHER}/: name the teacher (teacher=FOLDER or hub id), or teacher=self to make "
+            "the discriminator of the student's own frozen encoder"
+        )
+    bundle = Bundle.load(config.model, device=device, dtype=first, adapter=False, teacher=own, revision=config.revision)
+    scheduler = bundle.scheduler
+    if config.mode == "student":
+        bundle.scheduler = trailing_euler(scheduler)
+    if own:
+        teacher, bundle.teacher = bundle.teacher, None
+    elif config.teacher == "self":
+        teacher = None
+    else:
+        other = Bundle.load(str(config.teacher), device=device, dtype=dtype, adapter=False)
+        teacher, scheduler = other.unet.unet, other.scheduler
+        if other.unet.text_width != bundle.text.width:
+            raise ModelError(
+                f"the teacher {config.teacher} takes text states {other.unet.text_width} wide; the student's are "
+                f"{bundle.text.width}: D reads the student's"
+            )
+    if dtype != first:
+        bundle.text.text_encoder.to(dtype)
+        bundle.vae.module.to(dtype)
+        if teacher is not None:
+            teacher.to(dtype)
+    if device.type == "cuda":
+        for unet in (bundle.unet.unet, teacher):
+            if unet is not None:
+                unet.to(memory_format=torch.channels_last)
+    return teacher, scheduler, bundle
+
+
+def make_discriminator(teacher: Any, student: Student, config: LADDConfig) -> Discriminator:
+    """teacher: its UNet; None: the student's own frozen encoder, in memory once."""
+    settings = config.discriminator
+    backbone = Backbone(student.unet if teacher is None else teacher, settings.stages, shared=teacher is None)
+    backbone.checkpointing = config.loop.gradient_checkpointing
+    return Discriminator(backbone, settings.width, settings.spectral_norm, settings.normalise)
+
+
+def _adamw(parameters: Any, settings: Any) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        list(parameters),
+        lr=settings.lr,
+        betas=settings.betas,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+
+
+def _clip(parameters: list[Tensor], largest: float) -> Tensor:
+    """The norm before clipping."""
+    return torch.nn.utils.clip_grad_norm_(parameters, largest if largest > 0 else float("inf"))
+
+
+def _join(real: list[Tensor], fake: list[Tensor], wrong: list[Tensor] | None) -> list[Tensor]:
+    """Heads see everything in one batch."""
+    groups = [real, fake] + ([wrong] if wrong is not None else [])
+    return [torch.cat(stage) for stage in zip(*groups, strict=True)]
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested settings as {"loop.batch": …}."""
+    if not isinstance(values, dict):
+        return {prefix: values}
+    return {k: v for name, value in values.items() for k, v in _flat(value, f"{prefix}.{name}".strip(".")).items()}

@@ -1,0 +1,142 @@
+"""`ragturbo data neighbors`: for every training sample, the rows of the database it is trained with."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from ragturbo.errors import InvalidRequest
+from ragturbo.model.bundle import Bundle
+from ragturbo.retrieval import durable
+from ragturbo.train.data import database_name
+from ragturbo.train.progress import local_device, rank_and_world, track
+from ragturbo.train.shards import INDEX, NEIGHBORS, Shards
+
+if TYPE_CHECKING:
+    from ragturbo.retrieval.database import Database
+
+log = logging.getLogger("ragturbo")
+
+# How deep a search goes for a sample whose nearest rows are all itself.
+_DEEPEST = 4096
+
+
+def make_neighbors(
+    data: str | Path,
+    database: str | Path,
+    *,
+    model: str,
+    k: int = 4,
+    max_cosine: float | None = None,
+    batch: int = 256,
+    retriever: str = "auto",
+    device: str | None = None,
+) -> int:
+    """Writes the tables that are missing of this process's share; returns how many.
+
+    A sample's own record and its near-duplicates are left out, or the student would learn to copy: rows with the same
+    caption (but for case and spaces), image or source, and, where max_cosine is given, keys at least that close.
+    """
+    from ragturbo.retrieval.database import Database
+
+    if k < 1:
+        raise InvalidRequest(f"k={k} must be at least 1")
+    shards = Shards(data)
+    db = Database.open(database, retriever=retriever)
+    bundle = Bundle.load(model, device=device or local_device(), adapter=False)
+    db.check_encoder(bundle.fingerprint(), bundle.text.key_kind)
+    folder = shards.folder / NEIGHBORS
+    _begin(folder, {"k": k, "database": database_name(db), "max_cosine": max_cosine, "retriever": retriever})
+    rank, world = rank_and_world()
+    missing = [i for i, path in enumerate(shards.files) if not (folder / path.name).is_file()]
+    todo = missing[rank::world]
+    search = NeighborSearch(db, k, max_cosine)
+    for shard in track(todo, len(todo), "neighbors"):
+        records = list(shards.records(shard))
+        found = []
+        for start in range(0, len(records), batch):
+            keys = _keys(bundle, shards, shard, slice(start, start + batch), records[start : start + batch])
+            found.append(search(keys, records[start : start + batch]))
+        ids, lam = (torch.cat([f[j] for f in found]) if found else torch.zeros(0, k) for j in (0, 1))
+        durable.write_file(folder / shards.files[shard].name, save({"ids": ids.long(), "lam": lam.float()}))
+    if search.short:
+        log.warning("%d samples have fewer than %d neighbours: the rest were themselves", search.short, k)
+    return len(todo)
+
+
+class NeighborSearch:
+    """Nearest rows that are not the sample itself."""
+
+    def __init__(self, database: Database, k: int, max_cosine: float | None = None) -> None:
+        self.database, self.k, self.max_cosine = database, k, max_cosine
+        self.short = 0
+        snapshot = database.snapshot
+        tables = [pairs.text() for pairs in snapshot.segments.pairs]
+        self._marks = {
+            name: np.array([_mark(name, v) for table in tables for v in table.column(name).to_pylist()], np.int64)
+            for name in ("caption", "sha256", "source")
+        }
+
+    def __call__(self, keys: Tensor, records: Sequence[dict[str, Any]]) -> tuple[Tensor, Tensor]:
+        """keys: (B, K); records: B -> ids (B, k) with −1 for none, λ (B, k), the clamped cosines, NaN for none."""
+        ids = torch.full((len(keys), self.k), -1, dtype=torch.int64)
+        lam = torch.full((len(keys), self.k), torch.nan)
+        rows, depth = list(range(len(keys))), self.k + 8
+        while rows:
+            depth = min(depth, len(self.database))
+            found, _ = self.database.search(keys[rows].float().cpu(), depth)
+            cosine = torch.einsum("bk,bnk->bn", keys[rows].float().cpu(), self.database.keys(found)).clamp(0, 1)
+            again = []
+            for row, candidates, scores in zip(rows, found, cosine, strict=True):
+                good = [n for n in self._others(candidates, scores, records[row])][: self.k]
+                ids[row, : len(good)], lam[row, : len(good)] = candidates[good], scores[good]
+                if len(good) < self.k:
+                    again.append(row)
+            if depth >= min(_DEEPEST, len(self.database)):
+                self.short += len(again)
+                break
+            rows, depth = again, 4 * depth
+        return ids, lam
+
+    def _others(self, candidates: Tensor, cosine: Tensor, record: dict[str, Any]) -> Iterator[int]:
+        """Positions of the candidates that are not this sample in another dress."""
+        places = self.database.snapshot.rows_of(candidates.numpy())
+        own = {name: _mark(name, record.get(name)) for name in self._marks}
+        for n, place in enumerate(places.tolist()):
+            same = place < 0 or any(own[name] and self._marks[name][place] == own[name] for name in own)
+            if not same and (self.max_cosine is None or cosine[n] < self.max_cosine):
+                yield n
+
+
+def _mark(name: str, value: Any) -> int:
+    """A number that two equal values share; 0 for none, which is equal to nothing."""
+    if not value:
+        return 0
+    text = " ".join(str(value).casefold().split()) if name == "caption" else str(value)
+    return hash(text) or 1
+
+
+def _keys(bundle: Bundle, shards: Shards, shard: int, rows: slice, records: Sequence[dict[str, Any]]) -> Tensor:
+    if "key" in shards.fields:
+        return shards.tensor(shard, "key")[rows].float()
+    with torch.no_grad():
+        ids = bundle.text.tokenize([record["caption"] for record in records]).input_ids
+        return bundle.text.encode(ids.to(bundle.device)).key.cpu()
+
+
+def _begin(folder: Path, settings: dict[str, Any]) -> None:
+    folder.mkdir(exist_ok=True)
+    path = folder / INDEX
+    if path.is_file():
+        if json.loads(path.read_text("utf-8")) != settings:
+            raise InvalidRequest(f"{folder} was made with other settings or another database: delete it first")
+        return
+    durable.write_file(path, json.dumps(settings, indent=2).encode())

@@ -1,0 +1,33 @@
+"""A bar on stderr where that is a terminal, and this process's share of the work."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def rank_and_world() -> tuple[int, int]:
+    """As torchrun and `accelerate launch` say; (0, 1) without them. Data commands share work but never talk."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_device() -> str:
+    """This process's GPU, or the CPU."""
+    import torch
+
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+
+
+def track(items: Iterable[T], total: int, what: str) -> Iterator[T]:
+    """`items`, with a bar for whoever looks."""
+    if not sys.stderr.isatty() or rank_and_world()[0]:
+        yield from items
+        return
+    from rich.console import Console
+    from rich.progress import track as bar
+
+    yield from bar(items, description=what, total=total, console=Console(stderr=True))

@@ -1,0 +1,191 @@
+"""The student f_θ with what trains in it: the adapter and the decoder's LoRA (Sec. 3.4), or the whole UNet."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ragturbo.errors import InvalidRequest, ModelError
+from ragturbo.model import lora
+from ragturbo.model.adapter import HSpaceAdapter
+from ragturbo.model.inject import inject
+from ragturbo.model.onestep import EulerSchedule, make_schedule
+from ragturbo.model.unet import HSpaceUNet
+from ragturbo.train.config import LADDConfig, LoRAConfig
+from ragturbo.train.extras import require
+
+
+class Student(nn.Module):
+    """ẑ_0 = f_θ(z_{t_i}, t_i, τ(p), h_retr) for t_i of T_n, a different i for every sample of the batch."""
+
+    def __init__(self, unet: HSpaceUNet, scheduler: Any, config: LADDConfig) -> None:
+        super().__init__()
+        if unet.unet.config.in_channels != unet.unet.config.out_channels:
+            raise ModelError("this UNet's output is not of its latents' shape")
+        self.config = config
+        self.hspace = unet
+        self.unet = unet.unet.requires_grad_(config.mode == "student")
+        self.adapter: HSpaceAdapter | None = None
+        if config.retrieves:
+            self.adapter = HSpaceAdapter(unet.channels, config.student.heads, config.student.adapter)
+        if config.mode == "adapter" and config.student.lora.rank:
+            add_lora(self.unet, config.student.lora)
+        self._set_schedule(scheduler, config.student.steps)
+        if config.loop.gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
+
+    def _set_schedule(self, scheduler: Any, steps: int) -> None:
+        schedule = make_schedule(scheduler, steps, distilled=True)
+        if not isinstance(schedule, EulerSchedule):
+            raise ModelError(
+                f"a student is trained on deterministic Euler steps, and its scheduler is {type(scheduler).__name__}: "
+                "save an EulerDiscreteScheduler with timestep_spacing trailing in its folder"
+            )
+        sigma = torch.tensor(schedule.sigmas[:steps], dtype=torch.float64)
+        a, b = zip(*(schedule.x0_coefficients(i) for i in range(steps)), strict=True)
+        share = sigma / sigma[0]
+        constants = {
+            # z_{t_i} lies where Euler's steps from pure noise arrive, had the first estimate been z_0.
+            "from_z0": 1 - share,
+            "from_noise": share * schedule.init_sigma,
+            "to_input": (sigma**2 + 1).rsqrt(),
+            "x0_from_x": torch.tensor(a, dtype=torch.float64),
+            "x0_from_out": torch.tensor(b, dtype=torch.float64),
+        }
+        for name, value in constants.items():
+            self.register_buffer(name, value.float(), persistent=False)
+        self.register_buffer("timesteps", schedule.timesteps.cpu().float(), persistent=False)
+
+    @property
+    def steps(self) -> int:
+        return len(self.timesteps)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.hspace.dtype
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Every parameter that trains, by its name: "adapter.…", "unet.….lora_A.…", or all of "unet.…"."""
+        return {name: value for name, value in self.named_parameters() if value.requires_grad}
+
+    def noisy(self, z0: Tensor, noise: Tensor, i: Tensor) -> Tensor:
+        """z_{t_i} in the scheduler's own scale, fp32. i: (B,) positions in T_n; at the first, z_0 plays no part."""
+        return _each(self.from_z0, i) * z0 + _each(self.from_noise, i) * noise
+
+    def forward(
+        self,
+        x: Tensor,
+        i: Tensor,
+        text: Tensor,
+        h_retr: Tensor | None = None,
+        lam: Tensor | None = None,
+        valid: Tensor | None = None,
+    ) -> Tensor:
+        """x: (B, c, H, W) fp32 from `noisy`; i: (B,); text: (B, L, D); h_retr: (B, k, S, C) -> ẑ_0, fp32 as x."""
+        sample = (_each(self.to_input, i) * x).to(self.dtype)
+        text = text.to(self.dtype)
+        # A frozen encoder stores no activations.
+        with torch.no_grad() if self.config.mode == "adapter" else nullcontext():
+            state = self.hspace.encode(sample, self.timesteps[i], text)
+        h = state.h
+        if self.adapter is not None and h_retr is not None:
+            h = inject("adapter", h, h_retr.to(self.dtype), lam=lam, valid=valid, adapter=self.adapter)
+        out = self.hspace.decode(state, h)
+        return _each(self.x0_from_x, i) * x + _each(self.x0_from_out, i) * out.float()
+
+
+class Masters:
+    """fp32 copies of what trains: the optimiser works on these, the model on copies in its own precision.
+
+    Micro-batches add their gradients here in fp32, so accumulation in bf16 loses nothing.
+    """
+
+    def __init__(self, working: dict[str, nn.Parameter]) -> None:
+        self._working = working
+        self.parameters = {name: nn.Parameter(p.detach().float().clone()) for name, p in working.items()}
+        for parameter in self.parameters.values():
+            parameter.grad = torch.zeros_like(parameter)
+
+    def accumulate(self) -> None:
+        """Moves the model's gradients into the masters'. A parameter that took no part adds nothing."""
+        for name, parameter in self._working.items():
+            if parameter.grad is not None:
+                grad = self.parameters[name].grad
+                assert grad is not None
+                grad.add_(parameter.grad)
+                parameter.grad = None
+
+    def zero_grad(self) -> None:
+        torch._foreach_zero_([parameter.grad for parameter in self.parameters.values()])
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Copies the masters into the model, in its precision."""
+        torch._foreach_copy_(list(self._working.values()), list(self.parameters.values()))
+
+    def state(self) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in self.parameters.items()}
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(state[name])
+        self.publish()
+
+
+class EMA:
+    """The exponential moving average of the masters. Its decay grows from 0.1, so that the start is soon forgotten."""
+
+    def __init__(self, masters: Masters, decay: float) -> None:
+        self.decay = decay
+        self.values = {name: value.clone() for name, value in masters.state().items()}
+
+    @torch.no_grad()
+    def update(self, masters: Masters, updates: int) -> None:
+        """After update number `updates`, counted from 1."""
+        decay = min(self.decay, (1 + updates) / (10 + updates))
+        current = masters.state()
+        torch._foreach_lerp_(list(self.values.values()), [current[name] for name in self.values], 1 - decay)
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Tensor]) -> None:
+        for name, value in self.values.items():
+            value.copy_(state[name])
+
+
+def add_lora(unet: Any, config: LoRAConfig) -> None:
+    """Puts a fresh LoRA, zero at the start, into the decoder."""
+    import re
+
+    peft = require("peft")
+    matched = [name for name, _ in unet.named_modules() if re.fullmatch(config.targets, name)]
+    if outside := [name for name in matched if not name.startswith("up_blocks.")]:
+        raise InvalidRequest(
+            f"student.lora.targets={config.targets!r} matches {outside[0]}: only the decoder may change, or cached "
+            "features would no longer be the model's own"
+        )
+    if not matched:
+        raise InvalidRequest(f"student.lora.targets={config.targets!r} matches no module of the decoder")
+    lora.remove_lora(unet)
+    settings = peft.LoraConfig(
+        r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=config.targets
+    )
+    peft.inject_adapter_in_model(settings, unet, adapter_name=lora.NAME)
+    unet.peft_config = {lora.NAME: settings}
+    for name, parameter in unet.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+
+
+def trailing_euler(scheduler: Any) -> Any:
+    """The deterministic steps of a distilled model on the noise levels of any of diffusers' schedulers."""
+    from diffusers import EulerDiscreteScheduler
+
+    return EulerDiscreteScheduler.from_config(scheduler.config, timestep_spacing="trailing")
+
+
+def _each(constants: Tensor, i: Tensor) -> Tensor:
+    """Per-step constants for samples at steps i: (B, 1, 1, 1)."""
+    return constants[i].view(-1, 1, 1, 1)
