@@ -79,8 +79,10 @@ class Generator:
         if adapter is True or database is True:
             raise InvalidRequest("adapter and database are a folder, None (the bundle's own) or False (off), not True")
         from ragturbo.engine.build import choose_device
+        from ragturbo.engine.executor import refuse_after_fork
         from ragturbo.model.bundle import Bundle
 
+        refuse_after_fork()
         where, precision = choose_device(device, dtype)
         bundle = Bundle.load(
             model,

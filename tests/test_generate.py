@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -208,6 +209,34 @@ def test_generate_gives_an_image_for_a_text_and_a_list_for_a_list(tiny_sd21):
     from ragturbo.generate import _generators
 
     assert len([k for k in _generators if k[0] == str(tiny_sd21)]) == 1
+
+
+FORK = """
+import os, sys, ragturbo
+def draw():
+    return ragturbo.generate("a dog", model=sys.argv[1], seed=1, output_type="uint8", device="cpu").tobytes()
+if sys.argv[2] == "after":
+    draw()
+child = os.fork()
+if child == 0:
+    try:
+        draw()
+        print("drawn", flush=True)
+    except ragturbo.errors.GenerationError as error:
+        print(error, flush=True)
+    os._exit(0)
+os.waitpid(child, 0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.parametrize(("when", "said"), [("before", "drawn"), ("after", "after forking")])
+def test_a_fork_before_the_first_image_is_fine_and_after_it_is_a_clear_error(tiny_sd21, when, said):
+    # Two threads: the pool that does not survive the fork.
+    command = [sys.executable, "-W", "ignore", "-c", FORK, str(tiny_sd21), when]
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert said in done.stdout, done.stderr
 
 
 def test_the_function_and_the_module_share_a_name():

@@ -32,6 +32,28 @@ from ragturbo.errors import (
 T = TypeVar("T")
 log = logging.getLogger("ragturbo")
 
+_used = False
+_forked_after_use = False
+
+
+def _note_fork() -> None:
+    global _forked_after_use
+    _forked_after_use = _forked_after_use or _used
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
+
+
+def refuse_after_fork() -> None:
+    """Torch's own threads do not survive a fork: a child of a process that has run a model would wait for them for
+    ever, or be refused by CUDA."""
+    if _forked_after_use:
+        raise GenerationError(
+            f"process {os.getpid()} was forked from one that had already run a model; torch cannot go on there. Make "
+            "the first Generator after forking, or start workers by 'spawn'."
+        )
+
 
 @dataclass
 class Job:
@@ -50,6 +72,7 @@ class Executor:
     def __init__(
         self, engine: Engine, *, batch_sizes: tuple[int, ...], batch_window: float = 0.0, max_queue: int = 64
     ) -> None:
+        refuse_after_fork()
         self._engine = engine
         self._buckets = batch_sizes
         self._window = batch_window
@@ -196,6 +219,8 @@ class Executor:
             self.counts["cancelled"] += 1
 
     def _run(self, jobs: list[Job]) -> None:
+        global _used
+        _used = True
         started = time.monotonic()
         rows = sum(len(j.batch) for j in jobs)
         least = max(rows, jobs[0].batch.min_bucket)
