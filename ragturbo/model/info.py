@@ -28,6 +28,8 @@ class BundleInfo:
     """How many neighbours the adapter was trained with: what a request takes unless it says otherwise."""
     base_model: str | None = None
     base_revision: str | None = None
+    provenance: dict[str, Any] | None = None
+    """Where the weights come from, in its makers' own words: recipe, commit, seeds, steps, losses."""
     format: int = FORMAT
     ragturbo: str = __version__
 
