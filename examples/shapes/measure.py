@@ -1,0 +1,166 @@
+"""What the embedded model can do, in numbers: `python examples/shapes/measure.py student --model build/shapes`.
+
+`--model` is any folder in the diffusers layout: the recipe's working folder or a bundle. Each measurement writes JSON
+with the seeds and the command; `--grid` also writes the first pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from data import batches, to_bytes, to_float, tokenize
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from PIL import Image
+from sampling import Texts, decode, noise_of, student_latents, teacher_latents
+from settings import Settings
+from stage_bundle import database_scenes
+from torch import Tensor
+from torch.nn import functional as F
+
+from ragturbo.evaluate.drawing import render_array
+from ragturbo.evaluate.faithfulness import faithfulness
+from ragturbo.evaluate.world import Scene, sample_scenes
+from ragturbo.model import HSpaceUNet
+
+
+class Model:
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.texts = folder, Texts(folder)
+        self.vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32).eval()
+
+    def unet(self, name: str) -> UNet2DConditionModel:
+        return UNet2DConditionModel.from_pretrained(self.folder / name, torch_dtype=torch.float32).eval()
+
+
+def teacher(model: Model, args: argparse.Namespace) -> dict:
+    unet, s = model.unet("teacher_unet"), Settings()
+
+    def latents(noise: Tensor, states: Tensor) -> Tensor:
+        steps, guidance = args.steps or s.sampling_steps, args.guidance or s.guidance
+        return teacher_latents(
+            unet, noise, states, model.texts.empty, steps=steps, guidance=guidance, order=args.order
+        )
+
+    return _score(model, args, latents)
+
+
+def student(model: Model, args: argparse.Namespace) -> dict:
+    unet = model.unet("unet")
+    return _score(model, args, lambda noise, states: student_latents(unet, noise, states))
+
+
+def swap(model: Model, args: argparse.Namespace) -> dict:
+    """The student with every picture's h taken from another prompt and noise: what is lost is what h carries."""
+    unet = HSpaceUNet(model.unet("unet"))
+
+    def latents(noise: Tensor, states: Tensor, other: bool) -> Tensor:
+        state = unet.encode(noise, torch.tensor(999), states)
+        return -unet.decode(state, state.h.roll(1, 0) if other else None)
+
+    own = _score(model, args, lambda noise, states: latents(noise, states, False))
+    swapped = _score(model, args, lambda noise, states: latents(noise, states, True))
+    return {"own": own, "swapped": swapped, "cost": own["overall"]["mean"] - swapped["overall"]["mean"]}
+
+
+def autoencoder(model: Model, args: argparse.Namespace) -> dict:
+    """The ceiling: true pictures, encoded and decoded."""
+    scenes = _scenes(args)
+    images = np.stack([render_array(scene) for scene in scenes])
+    with torch.no_grad():
+        means = [model.vae.encode(to_float(images[c])).latent_dist.mean for c in batches(len(images), 64)]
+    back = to_bytes(decode(model.vae, torch.cat(means) * model.vae.config.scaling_factor))
+    error = np.square(back.astype(np.float64) - images).mean()
+    _grid(args, back)
+    report = faithfulness([scene.caption for scene in scenes], back).as_dict()
+    return {**report, "psnr": float(10 * np.log10(255**2 / error))}
+
+
+def keys(model: Model, args: argparse.Namespace) -> dict:
+    """How often one of a caption's four nearest database captions names the same kinds of things."""
+    scenes = _scenes(args)
+    database = list(database_scenes(Settings().database_pairs, Settings()))
+    query, stored = (_keys(model, [scene.caption for scene in group]) for group in (scenes, database))
+    scores, top = (query @ stored.T).topk(4, dim=-1)
+    hits = [
+        any(database[j].meaning.kinds == scene.meaning.kinds for j in row)
+        for scene, row in zip(scenes, top.tolist(), strict=True)
+    ]
+    rare = [hit for hit, scene in zip(hits, scenes, strict=True) if scene.meaning.rare]
+    return {
+        "top4": float(np.mean(hits)),
+        "top4_rare": float(np.mean(rare)),
+        "cosine_of_nearest": np.quantile(scores[:, 0].numpy(), (0.05, 0.5, 0.95)).round(4).tolist(),
+        "cosine_at_random": np.quantile((query @ stored.T).numpy(), (0.05, 0.5, 0.95)).round(4).tolist(),
+    }
+
+
+MEASURES = {"autoencoder": autoencoder, "teacher": teacher, "student": student, "swap": swap, "keys": keys}
+
+
+def _scenes(args: argparse.Namespace) -> list[Scene]:
+    return sample_scenes(args.count, args.seed, "eval")
+
+
+def _keys(model: Model, captions: list[str]) -> Tensor:
+    with torch.no_grad():
+        ids = tokenize(model.texts.tokenizer, captions)
+        pooled = [model.texts.model(input_ids=ids[c]).pooler_output for c in batches(len(ids), 256)]
+    return F.normalize(torch.cat(pooled).float(), dim=-1)
+
+
+def _score(model: Model, args: argparse.Namespace, latents) -> dict:
+    scenes = _scenes(args)
+    images = []
+    for chunk in batches(len(scenes), 50):
+        captions = [scene.caption for scene in scenes[chunk]]
+        noise = noise_of(range(args.seed * 1_000_000 + chunk.start, args.seed * 1_000_000 + chunk.stop))
+        with torch.no_grad():
+            images.append(to_bytes(decode(model.vae, latents(noise, model.texts.states(captions)))))
+    pictures = np.concatenate(images)
+    _grid(args, pictures)
+    return faithfulness([scene.caption for scene in scenes], pictures).as_dict()
+
+
+def _grid(args: argparse.Namespace, pictures: np.ndarray) -> None:
+    if args.grid:
+        starts = range(0, min(len(pictures), 60) // 10 * 10, 10)
+        rows = [np.concatenate(list(pictures[i : i + 10]), axis=1) for i in starts]
+        Image.fromarray(np.concatenate(rows)).save(args.grid)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("measure", choices=MEASURES)
+    parser.add_argument("--model", type=Path, default=Path("build/shapes"))
+    parser.add_argument("--count", type=int, default=1000, help="unseen captions")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--steps", type=int, help="the teacher's; default: settings.sampling_steps")
+    parser.add_argument("--order", type=int, default=1, choices=(1, 2), help="1: Euler; 2: DPM-Solver++")
+    parser.add_argument("--guidance", type=float, help="the teacher's; default: settings.guidance")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--grid", type=Path, help="write the first sixty pictures here")
+    parser.add_argument("--out", type=Path, help="write the JSON here as well")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    begun = time.monotonic()
+    result = {
+        "measure": args.measure, "captions": args.count, "seed": args.seed,
+        "result": MEASURES[args.measure](Model(args.model), args),
+        "seconds": round(time.monotonic() - begun, 1), "command": " ".join(["python", *sys.argv]),
+        "machine": f"{platform.processor() or platform.machine()}, {args.threads} threads", "torch": torch.__version__,
+    }  # fmt: skip
+    text = json.dumps(result, indent=1)
+    print(text)
+    if args.out:
+        args.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

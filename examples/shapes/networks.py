@@ -1,0 +1,102 @@
+"""The embedded model's parts, in the very classes the real one uses, at sizes two cores can train."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
+from settings import Settings
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from ragturbo.evaluate.world import SIDE, vocabulary
+
+LATENT_SIDE = 16
+SPECIAL = ("<|startoftext|>", "<|endoftext|>", "<|unk|>")
+
+
+def make_tokenizer(folder: Path, s: Settings) -> CLIPTokenizer:
+    """Byte-pair merges trained on the closed vocabulary until every word of it is one token."""
+    folder.mkdir(parents=True, exist_ok=True)
+    bpe = Tokenizer(models.BPE(unk_token=SPECIAL[2], end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.BpeTrainer(
+        vocab_size=4096, min_frequency=1, special_tokens=list(SPECIAL), end_of_word_suffix="</w>", show_progress=False
+    )
+    bpe.train_from_iterator(vocabulary(), trainer)
+    bpe.model.save(str(folder))
+    tokenizer = CLIPTokenizer(
+        vocab=str(folder / "vocab.json"),
+        merges=str(folder / "merges.txt"),
+        unk_token=SPECIAL[2],
+        model_max_length=s.context,
+    )
+    tokenizer.save_pretrained(folder)
+    split = [word for word in vocabulary() if len(tokenizer(word)["input_ids"]) != 3]
+    if split:
+        raise RuntimeError(f"words of the world that are not one token: {split}")
+    return tokenizer
+
+
+def make_text_encoder(folder: Path, s: Settings) -> CLIPTextModel:
+    words = json.loads((folder / "vocab.json").read_text())
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(words), hidden_size=s.text_width, intermediate_size=3 * s.text_width,
+            num_hidden_layers=s.text_layers, num_attention_heads=4, max_position_embeddings=s.context,
+            projection_dim=s.text_width, hidden_act="quick_gelu", bos_token_id=0, eos_token_id=1, pad_token_id=1,
+        )
+    )  # fmt: skip
+
+
+def make_vae(s: Settings) -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=s.vae_channels, layers_per_block=1, latent_channels=4, norm_num_groups=8, sample_size=SIDE,
+        force_upcast=False,
+    )  # fmt: skip
+
+
+def make_unet(s: Settings) -> UNet2DConditionModel:
+    """Text attention in the middle block alone: the skips, made before it, cannot carry what the prompt says."""
+    return UNet2DConditionModel(
+        sample_size=LATENT_SIDE, in_channels=4, out_channels=4, block_out_channels=s.unet_channels, layers_per_block=1,
+        down_block_types=("DownBlock2D",) * 3, up_block_types=("UpBlock2D",) * 3,
+        mid_block_type="UNetMidBlock2DCrossAttn",
+        transformer_layers_per_block=(1, 1, s.unet_middle_layers), attention_head_dim=(4, 4, 4),
+        cross_attention_dim=s.text_width, use_linear_projection=True, norm_num_groups=16,
+    )  # fmt: skip
+
+
+def make_scheduler() -> EulerDiscreteScheduler:
+    """sd-turbo's, but v-prediction and zero terminal SNR: at t = 999 the input is noise alone, as in generation."""
+    return EulerDiscreteScheduler(
+        num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+        prediction_type="v_prediction", timestep_spacing="trailing", rescale_betas_zero_snr=True,
+    )  # fmt: skip
+
+
+class ImageEncoder(nn.Module):
+    """The other half of the contrastive pair: images (B, 3, 64, 64) to an embedding (B, D)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for i, o, stride in ((48, 64, 1), (64, 96, 2), (96, 96, 1), (96, 128, 2), (128, 128, 1)):
+            layers += [nn.Conv2d(i, o, 3, stride, 1), nn.GroupNorm(8, o), nn.SiLU()]
+        self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * 16, width))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.body(functional.pixel_unshuffle(images, 4))
+
+
+def parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def half(module: nn.Module) -> nn.Module:
+    return module.to(torch.float16)

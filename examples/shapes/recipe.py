@@ -1,0 +1,65 @@
+"""From nothing to a bundle, build/shapes/bundle: `python examples/shapes/recipe.py all --work build/shapes`.
+
+Every stage resumes where it stopped and is a function of settings.py alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import data
+import torch
+from diffusers import AutoencoderKL
+from networks import make_tokenizer
+from settings import Settings
+from stage_bundle import build_database, build_large_database, write_bundle
+from stage_lcm import distil_lcm
+from stage_student import distil_student, make_pairs
+from stage_teacher import train_teacher
+from stage_text import train_text
+from stage_vae import train_vae
+
+
+def draw(work: Path, s: Settings, minutes: float | None) -> None:
+    data.draw(work, make_tokenizer(work / "tokenizer", s), s)
+
+
+def encode(work: Path, s: Settings, minutes: float | None) -> None:
+    data.encode(work, AutoencoderKL.from_pretrained(work / "vae").eval(), s)
+
+
+STAGES: dict[str, Callable[[Path, Settings, float | None], None]] = {
+    "draw": draw,
+    "text": train_text,
+    "vae": train_vae,
+    "encode": encode,
+    "teacher": train_teacher,
+    "pairs": make_pairs,
+    "student": distil_student,
+    "lcm": distil_lcm,
+    "bundle": write_bundle,
+    "database": build_database,
+    "database-large": build_large_database,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("stage", nargs="+", choices=[*STAGES, "all"])
+    parser.add_argument("--work", type=Path, default=Path("build/shapes"), help="checkpoints, caches and logs")
+    parser.add_argument("--minutes", type=float, help="stop a training stage after so long; run it again to go on")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    torch.set_num_threads(args.threads)
+    args.work.mkdir(parents=True, exist_ok=True)
+    for name in STAGES if "all" in args.stage else args.stage:
+        logging.getLogger("ragturbo.recipe").info("stage %s", name)
+        STAGES[name](args.work, Settings(), args.minutes)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Latents from the teacher (many steps, guided) and from the student (one step), for the recipe's own use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from data import batches, tokenize
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from networks import LATENT_SIDE, make_scheduler
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+
+class Texts:
+    """The frozen text encoder: captions to hidden states, and the empty prompt's."""
+
+    def __init__(self, work: Path) -> None:
+        self.tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
+        self.model = CLIPTextModel.from_pretrained(work / "text_encoder").eval().requires_grad_(False)
+        self.empty_ids = tokenize(self.tokenizer, [""])
+        with torch.no_grad():
+            self.empty = self.model(input_ids=self.empty_ids).last_hidden_state
+
+    @torch.no_grad()
+    def states(self, captions: list[str]) -> Tensor:
+        return self.model(input_ids=tokenize(self.tokenizer, captions)).last_hidden_state
+
+
+def noise_levels() -> tuple[Tensor, Tensor]:
+    """(α, σ) of every timestep of the variance-preserving process the scheduler describes."""
+    kept = make_scheduler().alphas_cumprod.float()
+    return kept.sqrt(), (1 - kept).sqrt()
+
+
+def noise_of(seeds: range) -> Tensor:
+    """(B, 4, 16, 16): each picture's noise is a function of its seed alone."""
+    shape = (4, LATENT_SIDE, LATENT_SIDE)
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+@torch.no_grad()
+def teacher_latents(
+    unet: UNet2DConditionModel, noise: Tensor, states: Tensor, empty: Tensor, *,
+    steps: int, guidance: float, order: int = 1,
+) -> Tensor:  # fmt: skip
+    """Trailing timesteps, classifier-free guidance. order 1 is deterministic Euler (DDIM); 2 is DPM-Solver++(2M), which
+    reaches the same latents in a quarter of the steps."""
+    alpha, sigma = noise_levels()
+    times = (1000 - torch.arange(steps) * (1000 / steps)).round().long() - 1
+    both = torch.cat([empty.expand(len(noise), -1, -1), states])
+    x, last, last_h = noise, None, None
+    for i, t in enumerate(times):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = unet(torch.cat([x, x]), t, both).sample
+        free, led = out.float().chunk(2)
+        x0 = alpha[t] * x - sigma[t] * (free + guidance * (led - free))
+        if i + 1 == steps:
+            return x0
+        s = times[i + 1]
+        # e^-h is the ratio of the noise-to-signal ratios; zero at the start, where there is no signal.
+        shrink = sigma[s] * alpha[t] / (alpha[s] * sigma[t])
+        h = -torch.log(shrink.clamp_min(1e-12))
+        guess = x0
+        if order == 2 and last is not None:
+            guess = x0 + (x0 - last) * (h / (2 * last_h))
+        x = sigma[s] / sigma[t] * x - alpha[s] * (shrink - 1) * guess
+        last, last_h = x0, h
+    raise ValueError(f"steps={steps}: at least one")
+
+
+def student_latents(unet: UNet2DConditionModel, noise: Tensor, states: Tensor) -> Tensor:
+    """One step from t = 999, where x0 = -v: there is no signal in the input."""
+    return -unet(noise, torch.full((len(noise),), 999), states).sample
+
+
+@torch.no_grad()
+def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """(B, 4, 16, 16) -> (B, 3, 64, 64) in about [-1, 1]."""
+    scaled = latents.float() / vae.config.scaling_factor
+    return torch.cat([vae.decode(scaled[chunk]).sample for chunk in batches(len(scaled), 64)])

@@ -1,0 +1,51 @@
+"""Every number of the recipe. Seeds are fixed: a stage is a function of these and of the stages before it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Settings:
+    seed: int = 2026
+    # Scenes the teacher and student train on; each rare kind is glimpsed this often among them.
+    scenes: int = 50_000
+    rare_glimpses: int = 3
+
+    vae_channels: tuple[int, ...] = (16, 32, 64)
+    vae_steps: int = 1_100
+    vae_batch: int = 32
+    vae_rate: float = 2e-3
+    vae_kl: float = 1e-5
+
+    context: int = 24
+    text_width: int = 128
+    text_layers: int = 4
+    text_steps: int = 600
+    text_batch: int = 128
+    text_rate: float = 1.5e-3
+
+    # Text enters the middle block alone, and the middle block is where the depth is: h carries the meaning.
+    unet_channels: tuple[int, ...] = (48, 64, 96)
+    unet_middle_layers: int = 4
+    teacher_steps: int = 14_000
+    teacher_batch: int = 64
+    teacher_rate: float = 1.2e-3
+    text_dropout: float = 0.1
+    guidance: float = 3.0
+    sampling_steps: int = 50
+
+    # Fewer steps than the teacher is measured with: twice the pairs for the time.
+    pairs: int = 10_000
+    pair_steps: int = 12
+    student_steps: int = 4_000
+    student_batch: int = 64
+    student_rate: float = 5e-4
+    discriminator_rate: float = 5e-4
+    adversarial: float = 0.1
+
+    lcm_steps: int = 2_000
+    lcm_rate: float = 3e-4
+
+    database_pairs: int = 4_096
+    large_database_pairs: int = 20_480

@@ -1,0 +1,101 @@
+"""The last stages: the folder the library loads, and the databases made with it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from networks import make_scheduler
+from PIL import Image
+from settings import Settings
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from ragturbo import Database
+from ragturbo.evaluate.drawing import render
+from ragturbo.evaluate.world import Scene, all_kind_sets, sample_scene, vocabulary
+from ragturbo.model import Bundle, HSpaceUNet
+from ragturbo.model.info import BundleInfo
+from ragturbo.model.text import TextEncoder
+from ragturbo.model.vae import VAE
+
+log = logging.getLogger("ragturbo.recipe")
+# What every training stage leaves behind; the last row of its log goes into the bundle's provenance.
+LOGS = ("text", "vae", "teacher", "student", "lcm")
+
+
+def write_bundle(work: Path, s: Settings, minutes: float | None = None) -> None:
+    """work/bundle: fp16, in the diffusers layout, with the teacher, the recipe's settings and its last losses."""
+    half = {"torch_dtype": torch.float16}
+    tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
+    info = BundleInfo(distilled=True, base_model="shapes", provenance=provenance(work, s))
+    bundle = Bundle(
+        name="shapes",
+        info=info,
+        text=TextEncoder(tokenizer, CLIPTextModel.from_pretrained(work / "text_encoder", dtype=torch.float16).eval()),
+        unet=HSpaceUNet(UNet2DConditionModel.from_pretrained(work / "unet", **half).eval()),
+        vae=VAE(AutoencoderKL.from_pretrained(work / "vae", **half).eval()),
+        scheduler=make_scheduler(),
+        teacher=UNet2DConditionModel.from_pretrained(work / "teacher_unet", **half).eval(),
+    )
+    folder = bundle.save(work / "bundle")
+    for name in ("vocab.json", "merges.txt"):
+        (folder / "tokenizer" / name).write_bytes((work / "tokenizer" / name).read_bytes())
+    log.info("bundle: %.1f MB without its database", size_of(folder) / 1e6)
+
+
+def build_database(work: Path, s: Settings, minutes: float | None = None) -> None:
+    """work/bundle/database: one scene a pair, int8 features; exact search is right at this size, so no index."""
+    folder = work / "bundle"
+    Database.build(
+        pairs(s.database_pairs, s), folder / "database", model=folder, feature_dtype="int8", index=False, batch_size=64,
+        resume=False,
+    )  # fmt: skip
+    log.info("bundle: %.1f MB with its database", size_of(folder) / 1e6)
+
+
+def build_large_database(work: Path, s: Settings, minutes: float | None = None) -> None:
+    """work/database-large: for evaluations, with an index."""
+    Database.build(
+        pairs(s.large_database_pairs, s), work / "database-large", model=work / "bundle", feature_dtype="int8",
+        batch_size=64, resume=False,
+    )  # fmt: skip
+
+
+def pairs(count: int, s: Settings) -> Iterator[tuple[str, Image.Image]]:
+    for scene in database_scenes(count, s):
+        yield scene.caption, render(scene)
+
+
+def database_scenes(count: int, s: Settings) -> Iterator[Scene]:
+    """Every set of kinds the world can name, in turn, so that the rare ones are as well covered as the others."""
+    sets = all_kind_sets()
+    order = np.random.default_rng(s.seed).permutation(len(sets))
+    for i in range(count):
+        yield sample_scene(s.seed * 11_000_000 + i, "database", kinds=sets[order[i % len(sets)]])
+
+
+def provenance(work: Path, s: Settings) -> dict:
+    """The recipe's commit and settings, and every stage's last losses."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run([*git, "status", "--porcelain", "."], capture_output=True, text=True).stdout.strip()
+    stages = {}
+    for name in LOGS:
+        path = work / f"{name}.jsonl"
+        if path.exists():
+            stages[name] = json.loads(path.read_text().splitlines()[-1])
+    return {
+        "recipe": "examples/shapes", "commit": commit, "recipe_changed_since": bool(changed), "settings": asdict(s),
+        "stages": stages, "words": vocabulary(),
+    }  # fmt: skip
+
+
+def size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

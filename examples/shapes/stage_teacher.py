@@ -1,0 +1,54 @@
+"""Stage 3: the teacher, v-prediction diffusion on latents with the caption dropped now and then for guidance."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from data import tokenize
+from loop import Average, rate, run, set_rate
+from networks import make_unet
+from sampling import noise_levels
+from settings import Settings
+from transformers import CLIPTextModel, CLIPTokenizer
+
+
+def train_teacher(work: Path, s: Settings, minutes: float | None = None) -> None:
+    latents = np.load(work / "latents.npy", mmap_mode="r")
+    tokens = torch.from_numpy(np.load(work / "tokens.npy")[: s.scenes]).long()
+    text = CLIPTextModel.from_pretrained(work / "text_encoder").eval().requires_grad_(False)
+    empty = tokenize(CLIPTokenizer.from_pretrained(work / "tokenizer"), [""])[0]
+    alpha, sigma = noise_levels()
+    torch.manual_seed(s.seed + 4)
+    unet = make_unet(s)
+    mean = Average(unet, 0.9995)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=s.teacher_rate, weight_decay=0.01, betas=(0.9, 0.99))
+
+    def update(step: int, generator: torch.Generator) -> dict[str, float]:
+        set_rate(optimizer, rate(step, s.teacher_steps, s.teacher_rate))
+        index = np.sort(torch.randint(len(tokens), (s.teacher_batch,), generator=generator).numpy())
+        x0 = torch.from_numpy(latents[index]).float()
+        noise = torch.randn(x0.shape, generator=generator)
+        # One timestep from each of B equal strata: less noise in the loss than B free draws.
+        t = ((torch.arange(len(x0)) + torch.rand(len(x0), generator=generator)) * (1000 / len(x0))).long()
+        t = t[torch.randperm(len(t), generator=generator)]
+        a, b = alpha[t].view(-1, 1, 1, 1), sigma[t].view(-1, 1, 1, 1)
+        ids = tokens[index].clone()
+        ids[torch.rand(len(ids), generator=generator) < s.text_dropout] = empty
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                states = text(input_ids=ids).last_hidden_state
+            out = unet(a * x0 + b * noise, t, states).sample
+        error = (out.float() - (a * noise - b * x0)) ** 2
+        loss = error.mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        mean.update(unet, step)
+        return {"v": loss.item(), "v_late": error[t > 750].mean().item(), "v_early": error[t < 250].mean().item()}
+
+    state = {"unet": unet, "mean": mean, "optimizer": optimizer}
+    run("teacher", work, update, state, steps=s.teacher_steps, seed=s.seed + 5, minutes=minutes)
+    mean.module.save_pretrained(work / "teacher_unet")
