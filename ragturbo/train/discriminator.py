@@ -129,7 +129,8 @@ class NoiseSchedule:
             if name in scheduler.config
         }
         zero_snr = bool(scheduler.config.get("rescale_betas_zero_snr", False))
-        alphas_cumprod = DDPMScheduler(**config, rescale_betas_zero_snr=zero_snr).alphas_cumprod.double()
+        schedule: Any = DDPMScheduler(**config, rescale_betas_zero_snr=zero_snr)
+        alphas_cumprod = schedule.alphas_cumprod.double()
         self.alpha = alphas_cumprod.sqrt().float().to(device)
         self.sigma = (1 - alphas_cumprod).sqrt().float().to(device)
 

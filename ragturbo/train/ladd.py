@@ -3,42 +3,38 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ragturbo.errors import InvalidRequest, ModelError, NonFiniteOutput
-from ragturbo.model.bundle import TEACHER, Bundle
+from ragturbo.errors import InvalidRequest, NonFiniteOutput
 from ragturbo.model.inject import blend_weights
-from ragturbo.model.source import resolve
 from ragturbo.model.text import TextStates
 from ragturbo.train import checkpoint
-from ragturbo.train.augment import Augmentation
-from ragturbo.train.config import LADDConfig, to_dict, to_yaml
-from ragturbo.train.data import Batch, Prefetcher, TrainingData
-from ragturbo.train.discriminator import Backbone, Discriminator, NoiseSchedule, accuracy
+from ragturbo.train.config import LADDConfig, to_yaml
+from ragturbo.train.data import Batch, Prefetcher
+from ragturbo.train.discriminator import NoiseSchedule, accuracy
 from ragturbo.train.extras import require
 from ragturbo.train.losses import R1, HingeD, HingeG, SmoothL1, Total, masked_mean
-from ragturbo.train.lpips import LatentLPIPS, load_lpips
+from ragturbo.train.models import (
+    load_models,
+    make_adamw,
+    make_discriminator,
+    make_lpips,
+    open_data,
+    open_database,
+)
 from ragturbo.train.report import HeadWatch, Report
-from ragturbo.train.shards import Shards
-from ragturbo.train.student import EMA, Masters, Student, trailing_euler
-
-if TYPE_CHECKING:
-    from ragturbo.retrieval.database import Database
+from ragturbo.train.state import load_state, save_state
+from ragturbo.train.student import EMA, Masters, Student
 
 log = logging.getLogger("ragturbo")
 
 CONFIG, CHECKPOINTS, SAMPLES, EXPORT = "config.yaml", "checkpoints", "samples", "export"
-# What may differ between a run and its resumption without changing what is trained.
-_FREE = {
-    f"loop.{name}"
-    for name in ("max_steps", "log_every", "save_every", "keep", "sample_every", "samples", "dead_after", "tensorboard")
-} | {"data.prefetch", "loop.compile"}
 
 
 class LADDTrainer:
@@ -66,16 +62,17 @@ class LADDTrainer:
         for parameter in self.student.parameters():
             parameter.data = parameter.data.to(self.dtype)
         self.discriminator = make_discriminator(teacher, self.student, config).to(self.device)
-        self.lpips = self._load_lpips()
+        self.lpips = make_lpips(config, self.bundle.vae.channels)
+        if self.lpips is not None:
+            self.lpips.to(self.device, self.dtype)
         self.ema = EMA(self.masters, config.loop.ema) if config.loop.ema else None
 
         # Setup: data
-        self.database = self._open_database()
-        self.data = self._open_data()
+        self.data = open_data(config, open_database(config, self.bundle))
 
         # Setup: optimisers, each with its own options
-        self.optimizer_g = _adamw(self.masters.parameters.values(), config.optim)
-        self.optimizer_d = _adamw(self.discriminator.parameters(), config.discriminator.optim)
+        self.optimizer_g = make_adamw(self.masters.parameters.values(), config.optim)
+        self.optimizer_d = make_adamw(self.discriminator.parameters(), config.discriminator.optim)
         self.total = Total(config.loss.alpha, config.loss.beta, config.loss.adversarial)
         self.hinge_d, self.hinge_g, self.smooth_l1 = HingeD(), HingeG(), SmoothL1()
         self.r1 = R1(config.discriminator.r1) if config.discriminator.r1 else None
@@ -83,12 +80,12 @@ class LADDTrainer:
             self._compile()
 
         self.step, self.updates, self.skipped = 0, 0, 0
-        self._skipped_in_a_row = 0
+        self.skipped_in_a_row = 0
         self._meters: dict[str, Tensor] = {}
         self._metered = 0
         self._watch = HeadWatch(self.discriminator.stages, config.loop.dead_after)
-        if resume:
-            self._resume()
+        if resume and (path := checkpoint.latest(self.out / CHECKPOINTS)):
+            load_state(self, path)
 
     # The loop
 
@@ -149,7 +146,7 @@ class LADDTrainer:
             self.optimizer_g.step()
             self.masters.publish()
             self.updates += 1
-            self._skipped_in_a_row = 0
+            self.skipped_in_a_row = 0
             if self.ema is not None:
                 self.ema.update(self.masters, self.updates)
         else:
@@ -270,7 +267,7 @@ class LADDTrainer:
             return z0_hat.new_zeros(())
         return masked_mean(self.lpips(z0_hat, batch.z0, generator), batch.paired)
 
-    def _average_gradients(self, parameters: list[Tensor]) -> None:
+    def _average_gradients(self, parameters: Sequence[Tensor]) -> None:
         """One all-reduce a step over one flat buffer: what trains is small, and nothing waits for it in between."""
         if self.world == 1:
             return
@@ -292,11 +289,11 @@ class LADDTrainer:
 
     def _skip(self) -> None:
         self.skipped += 1
-        self._skipped_in_a_row += 1
+        self.skipped_in_a_row += 1
         log.warning("step %d: the gradient is not finite; skipped (%d in all)", self.step, self.skipped)
-        if self._skipped_in_a_row >= self.config.loop.max_skipped:
+        if self.skipped_in_a_row >= self.config.loop.max_skipped:
             raise NonFiniteOutput(
-                f"{self._skipped_in_a_row} steps in a row had a gradient that is not finite, up to step {self.step}. "
+                f"{self.skipped_in_a_row} steps in a row had a gradient that is not finite, up to step {self.step}. "
                 "Resume from the last checkpoint with a lower optim.lr, or look at the data for NaN"
             )
 
@@ -342,60 +339,13 @@ class LADDTrainer:
             path.parent.mkdir(parents=True, exist_ok=True)
             sample_grid(self).save(path)
 
-    # Checkpoints
+    # Saving
 
     def _save(self) -> None:
         """Every process has the same state; the main one writes it."""
         if self.processes.is_main_process:
-            states = {
-                "trainable": self.masters.state(),
-                "heads": self.discriminator.heads.state_dict(),
-                "optimizer_g": checkpoint.optimizer_state(self.optimizer_g, self.masters.parameters),
-                "optimizer_d": checkpoint.optimizer_state(self.optimizer_d, self._head_names()),
-            }
-            if self.ema is not None:
-                states["ema"] = self.ema.values
-            facts = {
-                "updates": self.updates,
-                "skipped": self.skipped,
-                "skipped_in_a_row": self._skipped_in_a_row,
-                "samples": self.step * self.config.loop.batch,
-                "processes": self.world,
-                "fingerprints": self.bundle.fingerprint(),
-                "config": to_dict(self.config),
-                "torch": torch.__version__,
-            }
-            checkpoint.save(self.out / CHECKPOINTS, self.step, states, facts, self.config.loop.keep)
+            save_state(self, self.out / CHECKPOINTS)
         self.processes.wait_for_everyone()
-
-    def _resume(self) -> None:
-        path = checkpoint.latest(self.out / CHECKPOINTS)
-        if path is None:
-            log.info("%s has no checkpoint: starting from the beginning", self.out)
-            return
-        states, facts = checkpoint.load(path)
-        self._check_same(facts, path)
-        self.masters.load(states["trainable"])
-        self.discriminator.heads.load_state_dict(states["heads"])
-        checkpoint.load_optimizer(self.optimizer_g, self.masters.parameters, states["optimizer_g"])
-        checkpoint.load_optimizer(self.optimizer_d, self._head_names(), states["optimizer_d"])
-        if self.ema is not None:
-            self.ema.load(states["ema"])
-        self.step, self.updates, self.skipped = facts["step"], facts["updates"], facts["skipped"]
-        self._skipped_in_a_row = facts["skipped_in_a_row"]
-        log.info("resumed from %s", path)
-
-    def _head_names(self) -> list[str]:
-        return [name for name, _ in self.discriminator.named_parameters()]
-
-    def _check_same(self, facts: dict[str, Any], path: Path) -> None:
-        theirs, mine = _flat(facts["config"]), _flat(to_dict(self.config))
-        changed = [k for k in sorted(theirs.keys() | mine.keys()) if theirs.get(k) != mine.get(k) and k not in _FREE]
-        if changed:
-            what = ", ".join(f"{name} ({theirs.get(name)!r} there, {mine.get(name)!r} now)" for name in changed)
-            raise InvalidRequest(f"{path} was trained with other settings: {what}. Use those, or another --out")
-        if facts["fingerprints"] != self.bundle.fingerprint():
-            raise ModelError(f"{path} was trained on another model than {self.config.model} is now")
 
     def _check_out(self, resume: bool) -> None:
         if not resume and (found := checkpoint.latest(self.out / CHECKPOINTS)):
@@ -410,102 +360,13 @@ class LADDTrainer:
         self.processes.wait_for_everyone()
         return Path(folder)
 
-    # Setup
-
-    def _load_lpips(self) -> LatentLPIPS | None:
-        if not self.config.loss.beta:
-            return None
-        augmentation = Augmentation(p=self.config.loss.augment) if self.config.loss.augment else None
-        lpips = load_lpips(self.config.loss.lpips_weights, self.bundle.vae.channels, augmentation)
-        return lpips.to(self.device, self.dtype)
-
-    def _open_database(self) -> Database | None:
-        if not self.config.retrieves:
-            return None
-        from ragturbo.retrieval.database import Database
-
-        path = self.config.database or self.bundle.database_path
-        if path is None:
-            raise InvalidRequest(f"{self.config.model} has no database of its own: set database=FOLDER")
-        database = Database.open(path, retriever="exact")
-        database.check_encoder(self.bundle.fingerprint(), self.bundle.text.key_kind)
-        return database
-
-    def _open_data(self) -> TrainingData:
-        settings = self.config.student
-        return TrainingData(
-            [Shards(source.path) for source in self.config.data.sources],
-            [source.weight for source in self.config.data.sources],
-            self.config.seed,
-            database=self.database,
-            num_neighbors=settings.num_neighbors,
-            random_neighbors=settings.neighbors == "random",
-        )
-
     def _compile(self) -> None:
         self._denoise = torch.compile(self.student)  # type: ignore[method-assign]
         backbone = self.discriminator.backbone
         backbone._features = torch.compile(backbone._features)  # type: ignore[method-assign]
 
 
-def load_models(config: LADDConfig, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any, Bundle]:
-    """The teacher's UNet for D (None: the student's own) and its scheduler, and the bundle of the student."""
-    # A student that trains whole keeps the digits of its file in its fp32 masters.
-    first = torch.float32 if config.mode == "student" else dtype
-    own = config.teacher is None
-    if own and not (resolve(config.model, revision=config.revision) / TEACHER).is_dir():
-        raise InvalidRequest(
-            f"{config.model} has no {TEACHER}/: name the teacher (teacher=FOLDER or hub id), or teacher=self to make "
-            "the discriminator of the student's own frozen encoder"
-        )
-    bundle = Bundle.load(config.model, device=device, dtype=first, adapter=False, teacher=own, revision=config.revision)
-    scheduler = bundle.scheduler
-    if config.mode == "student":
-        bundle.scheduler = trailing_euler(scheduler)
-    if own:
-        teacher, bundle.teacher = bundle.teacher, None
-    elif config.teacher == "self":
-        teacher = None
-    else:
-        other = Bundle.load(str(config.teacher), device=device, dtype=dtype, adapter=False)
-        teacher, scheduler = other.unet.unet, other.scheduler
-        if other.unet.text_width != bundle.text.width:
-            raise ModelError(
-                f"the teacher {config.teacher} takes text states {other.unet.text_width} wide; the student's are "
-                f"{bundle.text.width}: D reads the student's"
-            )
-    if dtype != first:
-        bundle.text.text_encoder.to(dtype)
-        bundle.vae.module.to(dtype)
-        if teacher is not None:
-            teacher.to(dtype)
-    if device.type == "cuda":
-        for unet in (bundle.unet.unet, teacher):
-            if unet is not None:
-                unet.to(memory_format=torch.channels_last)
-    return teacher, scheduler, bundle
-
-
-def make_discriminator(teacher: Any, student: Student, config: LADDConfig) -> Discriminator:
-    """teacher: its UNet; None: the student's own frozen encoder, in memory once."""
-    settings = config.discriminator
-    backbone = Backbone(student.unet if teacher is None else teacher, settings.stages, shared=teacher is None)
-    backbone.checkpointing = config.loop.gradient_checkpointing
-    return Discriminator(backbone, settings.width, settings.spectral_norm, settings.normalise)
-
-
-def _adamw(parameters: Any, settings: Any) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
-        list(parameters),
-        lr=settings.lr,
-        betas=settings.betas,
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
-
-
-def _clip(parameters: list[Tensor], largest: float) -> Tensor:
+def _clip(parameters: Sequence[Tensor], largest: float) -> Tensor:
     """The norm before clipping."""
     return torch.nn.utils.clip_grad_norm_(parameters, largest if largest > 0 else float("inf"))
 
@@ -514,10 +375,3 @@ def _join(real: list[Tensor], fake: list[Tensor], wrong: list[Tensor] | None) ->
     """Heads see everything in one batch."""
     groups = [real, fake] + ([wrong] if wrong is not None else [])
     return [torch.cat(stage) for stage in zip(*groups, strict=True)]
-
-
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested settings as {"loop.batch": …}."""
-    if not isinstance(values, dict):
-        return {prefix: values}
-    return {k: v for name, value in values.items() for k, v in _flat(value, f"{prefix}.{name}".strip(".")).items()}

@@ -76,7 +76,7 @@ class LatentLPIPS(nn.Module):
         if generator is not None and self.augmentation is not None:
             drawn = self.augmentation.draw(len(z0), generator, z0.device)
             z0_hat, z0 = drawn(z0_hat), drawn(z0)
-        dtype = self.vgg.features[0].weight.dtype
+        dtype = next(self.vgg.parameters()).dtype
         z0_hat, z0 = z0_hat.to(dtype), z0.to(dtype)
         # Two passes, not one batch: the target's needs no gradient and stores nothing.
         with torch.no_grad():

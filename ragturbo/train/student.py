@@ -21,6 +21,13 @@ from ragturbo.train.extras import require
 class Student(nn.Module):
     """ẑ_0 = f_θ(z_{t_i}, t_i, τ(p), h_retr) for t_i of T_n, a different i for every sample of the batch."""
 
+    from_z0: Tensor
+    from_noise: Tensor
+    to_input: Tensor
+    x0_from_x: Tensor
+    x0_from_out: Tensor
+    timesteps: Tensor
+
     def __init__(self, unet: HSpaceUNet, scheduler: Any, config: LADDConfig) -> None:
         super().__init__()
         if unet.unet.config.in_channels != unet.unet.config.out_channels:
@@ -119,7 +126,7 @@ class Masters:
                 parameter.grad = None
 
     def zero_grad(self) -> None:
-        torch._foreach_zero_([parameter.grad for parameter in self.parameters.values()])
+        torch._foreach_zero_([grad for parameter in self.parameters.values() if (grad := parameter.grad) is not None])
 
     @torch.no_grad()
     def publish(self) -> None:
