@@ -1,0 +1,162 @@
+"""What a caller waits for: prompt in, uint8 images on the host out. Prompts and seeds differ from call to call."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ragturbo.bench.peers import Diffusers, agreement, equal, noise_of
+from ragturbo.bench.prompts import prompts
+from ragturbo.bench.timing import interleaved, percentiles
+from ragturbo.model.onestep import make_schedule
+
+WORDS = prompts(128)
+MODES = ("none", "slerp", "adapter")
+
+
+def calls(gen: Any, batch: int, **options: Any) -> Any:
+    """A call that takes other prompts and seeds each time."""
+    turn = itertools.count()
+
+    def call() -> Any:
+        i = next(turn)
+        words = [WORDS[(i * batch + j) % len(WORDS)] for j in range(batch)]
+        return gen(words, seed=[i * batch + j for j in range(batch)], output_type="uint8", **options)
+
+    return call
+
+
+def images(gen: Any, mode: str) -> Any:
+    return lambda words, seeds: gen(words, seed=seeds, mode=mode, output_type="np").images
+
+
+def verify(gen: Any, bundle: Any, mode: str) -> None:
+    """Mode none is diffusers' image; the others answer to their neighbour."""
+    if mode == "none":
+        why = equal(agreement(images(gen, "none"), Diffusers(bundle), WORDS[:2]))
+        # A LoRA in the decoder is in the pipeline's UNet as well: both run the same modules.
+        assert why is None, why
+        return
+    ids = [int(i) for i in gen.database.ids[:2]]
+    one, other = (gen(WORDS[0], seed=1, mode=mode, neighbors=[i], output_type="np").images for i in ids)
+    assert np.isfinite(one).all() and not np.array_equal(one, other)
+
+
+def needs(bundle: Any, mode: str) -> None:
+    if mode == "adapter" and bundle.adapter is None:
+        pytest.skip(f"{bundle.name} has no adapter")
+
+
+def record(measure: Any, bundle: Any, gen: Any, mode: str, batch: int, **options: Any) -> None:
+    measure(
+        calls(gen, batch, mode=mode), verify=lambda: verify(gen, bundle, mode), dtype=bundle.dtype, capture=False,
+        group=f"generate, batch {batch}",
+        sizes={"model": bundle.name, "batch": batch, "pixels": bundle.default_size, "pairs": len(gen.database)},
+        extra={"op": "generate", "mode": mode, "engine": gen.info["engine"], "images_a_call": batch, **options},
+    )  # fmt: skip
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("mode", MODES)
+def test_generate(measure, bundle, make_generator, mode):
+    needs(bundle, mode)
+    record(measure, bundle, make_generator(engine="auto"), mode, 1)
+
+
+@pytest.mark.parametrize("batch", [2, 4, 8])
+@pytest.mark.parametrize("mode", ["none", "adapter"])
+def test_generate_in_batches(measure, bundle, make_generator, mode, batch):
+    needs(bundle, mode)
+    record(measure, bundle, make_generator(engine="auto"), mode, batch)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("engine", ["eager", "graph"])
+def test_generate_by_engine(measure, bundle, make_generator, engine, mode, batch):
+    record(measure, bundle, make_generator(engine=engine), mode, batch)
+
+
+@pytest.mark.quick
+def test_peer_diffusers(measure, bundle):
+    """The same modules through diffusers' own pipeline: what generate is compared with."""
+    peer = Diffusers(bundle)
+    turn = itertools.count()
+
+    def call() -> Any:
+        i = next(turn)
+        return (peer([WORDS[i % len(WORDS)]], [i]) * 255).round().astype("uint8")
+
+    measure(
+        call, dtype=bundle.dtype, capture=False, group="generate, batch 1",
+        sizes={"model": bundle.name, "batch": 1, "pixels": bundle.default_size},
+        extra={"op": "peer.diffusers", "images_a_call": 1},
+    )  # fmt: skip
+
+
+@pytest.mark.gpu
+def test_peer_diffusers_compiled(measure, sd21):
+    peer = Diffusers(sd21, compile=True)
+    reference = Diffusers(sd21)
+    turn = itertools.count()
+
+    def same() -> None:
+        why = equal(agreement(peer, reference, WORDS[:1]))
+        assert why is None, why
+
+    def call() -> Any:
+        i = next(turn)
+        return (peer([WORDS[i % len(WORDS)]], [i]) * 255).round().astype("uint8")
+
+    measure(
+        call, verify=same, dtype=sd21.dtype, capture=False, group="generate, batch 1",
+        sizes={"model": sd21.name, "batch": 1, "pixels": sd21.default_size},
+        extra={"op": "peer.diffusers_compiled", "images_a_call": 1},
+    )  # fmt: skip
+
+
+@pytest.mark.quick
+def test_library_overhead(measure, bundle, make_generator):
+    """The same modules called by hand, without requests, queue or checks: what the library adds is the difference."""
+    gen = make_generator(engine="eager")
+    turn = itertools.count()
+    by_hand = _by_hand(bundle)
+
+    def check() -> None:
+        theirs = gen(WORDS[0], seed=0, mode="none", output_type="uint8").images
+        assert np.abs(by_hand(WORDS[0], 0).astype(int) - theirs.astype(int)).max() <= 1
+
+    def call() -> Any:
+        i = next(turn)
+        return by_hand(WORDS[i % len(WORDS)], i)
+
+    check()
+    rounds = interleaved({"library": calls(gen, 1, mode="none"), "by hand": call}, rounds=40)
+    library, hand = (percentiles(rounds[name])["p50"] for name in ("library", "by hand"))
+    measure(
+        call, dtype=bundle.dtype, capture=False, group="generate, batch 1",
+        sizes={"model": bundle.name, "batch": 1, "pixels": bundle.default_size},
+        extra={"op": "modules_by_hand", "mode": "none", "images_a_call": 1, "library_overhead": library / hand - 1},
+    )  # fmt: skip
+
+
+def _by_hand(bundle: Any) -> Any:
+    schedule = make_schedule(bundle.scheduler, 1, distilled=bundle.info.distilled, device=bundle.device)
+
+    @torch.inference_mode()
+    def run(prompt: str, seed: int) -> np.ndarray:
+        text = bundle.text.encode(bundle.text.tokenize([prompt]).input_ids.to(bundle.device)).hidden_states
+        x = noise_of(bundle, [seed]).to(bundle.device) * schedule.init_sigma
+        for i, timestep in enumerate(schedule.timesteps):
+            sample = schedule.scale_input(x, i).to(bundle.dtype)
+            out = bundle.unet.unet(sample, timestep, text).sample
+            x = schedule.step(x, out.float(), i)
+        image = bundle.vae.decode(x).float()
+        return (image * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+    return run

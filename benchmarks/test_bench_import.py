@@ -1,0 +1,45 @@
+"""Start-up: `import ragturbo` over an empty package, and a fresh process to its first image."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from ragturbo.bench.cold import empty_package_time, first_image, import_time
+from ragturbo.bench.timing import percentiles
+
+
+def record(benchmark: Any, seconds: list[float], **extra: Any) -> None:
+    benchmark.extra_info.update({"seconds": percentiles(seconds), "sizes": {}, "dtype": None, **extra})
+
+
+@pytest.mark.quick
+def test_import_over_an_empty_package(benchmark):
+    """Interleaved, so that a busy machine is as busy for one as for the other."""
+    empty: list[float] = []
+    ours: list[float] = []
+
+    def pair() -> None:
+        empty.append(empty_package_time())
+        ours.append(import_time("ragturbo"))
+
+    benchmark.group = "start"
+    benchmark.pedantic(pair, rounds=10, warmup_rounds=1)
+    added = percentiles(ours)["p50"] - percentiles(empty)["p50"]
+    record(benchmark, ours, op="import", device="cpu", added_s=added, empty_s=percentiles(empty)["p50"])
+
+
+def test_first_image(benchmark, bundle, device, tmp_path_factory):
+    """Import, load, first image. The files were written just now: a warm disk cache."""
+    folder = bundle.save(tmp_path_factory.mktemp("cold") / "model")
+    parts = [first_image(str(folder), device)]
+    benchmark.group = "start"
+    # A slow machine tells enough in one more.
+    rounds = 4 if parts[0]["total_s"] < 10 else 1
+    benchmark.pedantic(lambda: parts.append(first_image(str(folder), device)), rounds=rounds)
+    middle = sorted(parts, key=lambda p: p["total_s"])[len(parts) // 2]
+    record(
+        benchmark, [p["total_s"] for p in parts], op="first_image", device=device,
+        sizes={"model": bundle.name, "pixels": bundle.default_size}, parts=middle,
+    )  # fmt: skip

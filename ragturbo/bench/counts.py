@@ -1,0 +1,197 @@
+"""What a stage must do, counted without a GPU: FLOPs by dtype, bytes, and launches. The same on every machine.
+
+The modules run under FakeTensorMode as if on a CUDA device: shapes and dtypes flow, nothing is computed or stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+STAGES = ("text", "encode", "adapter", "decode", "vae")
+
+
+@dataclass
+class Counts:
+    flops: dict[str, int] = field(default_factory=dict)
+    """Of matrix products, convolutions and attention, by the dtype they run in."""
+    eager_bytes: int = 0
+    """Read and written by the eager ops, each by itself."""
+    least_bytes: int = 0
+    """Every tensor from outside read once, every result that leaves written once."""
+    launches: int = 0
+    """Ops that start at least one kernel: views, shapes and empty allocations do not."""
+
+    @property
+    def total_flops(self) -> int:
+        return sum(self.flops.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class _Counter(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = Counts()
+        self._inside: set[int] = set()
+        self._outside: dict[int, int] = {}
+        # Storages are told apart by identity, so they must outlive the count.
+        self._kept: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        made = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        storages = {t.untyped_storage()._cdata for t in given}
+        works = launches(func, made)
+        for tensor in given if works else ():
+            self._see(tensor)
+        for tensor in made:
+            if tensor.untyped_storage()._cdata not in storages:
+                self._own(tensor)
+        if not works:
+            return out
+        packet = func._overloadpacket
+        flops = int(flop_registry[packet](*args, **(kwargs or {}), out_val=out)) if packet in flop_registry else 0
+        self.add(given, made, flops)
+        return out
+
+    def add(self, given: list[torch.Tensor], made: list[torch.Tensor], flops: int) -> None:
+        counts = self.counts
+        counts.launches += 1
+        counts.eager_bytes += sum(_nbytes(t) for t in given) + sum(_nbytes(t) for t in made)
+        if flops:
+            name = str(given[0].dtype).removeprefix("torch.")
+            counts.flops[name] = counts.flops.get(name, 0) + flops
+
+    def attention(self, given: list[torch.Tensor], out: torch.Tensor, flops: int) -> None:
+        """One fused kernel, entered from above the dispatcher."""
+        for tensor in given:
+            self._see(tensor)
+        self._own(out)
+        self.add(given, [out], flops)
+
+    def _own(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self._kept.append(storage)
+        self._inside.add(storage._cdata)
+
+    def _see(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._inside and storage._cdata not in self._outside:
+            self._kept.append(storage)
+            self._outside[storage._cdata] = _nbytes(tensor)
+
+    def finish(self, out: Any) -> Counts:
+        results = sum(_nbytes(t) for t in tree_leaves(out) if isinstance(t, torch.Tensor))
+        self.counts.least_bytes = sum(self._outside.values()) + results
+        return self.counts
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Without a driver torch would take attention apart into products and a softmax; on a GPU it is one kernel."""
+
+    def __init__(self, counter: _Counter) -> None:
+        super().__init__()
+        self._counter = counter
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        q, k, v = args[:3] if len(args) >= 3 else (*args, *((kwargs or {})[n] for n in ("query", "key", "value")))[:3]
+        out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+        # Two products, two FLOPs to a multiply and add.
+        flops = 2 * q.shape[:-1].numel() * k.shape[-2] * (q.shape[-1] + v.shape[-1])
+        self._counter.attention([q, k, v], out, flops)
+        return out
+
+
+_FREE = ("empty", "new_empty", "empty_like", "empty_strided", "detach", "lift_fresh", "_unsafe_view", "_reshape_alias")
+
+
+def launches(func: Any, made: list[torch.Tensor]) -> bool:
+    """Whether an op starts a kernel: not a view (its result shares an input's storage) and not an empty allocation."""
+    name = func._schema.name.split("::")[-1]
+    return bool(made) and not func.is_view and name not in _FREE
+
+
+def _nbytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def count(call: Callable[[], Any]) -> Counts:
+    """Counts one call; tensors may be fake."""
+    with torch.no_grad(), _Counter() as counter, _FusedAttention(counter):
+        out = call()
+    return counter.finish(out)
+
+
+def fake_cuda() -> Any:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+@lru_cache(maxsize=16)
+def stage_counts(config: str, dtype: torch.dtype = torch.float16, batch: int = 1, neighbors: int = 1,
+                 vae_dtype: torch.dtype | None = None) -> dict[str, Counts]:  # fmt: skip
+    """Counts of each stage of one image batch in a configuration of `ragturbo.bench.models`."""
+    from ragturbo.bench.models import CONFIGS, modules
+    from ragturbo.model.unet import HSpaceUNet
+    from ragturbo.model.vae import VAE
+
+    length = CONFIGS[config]["text"]["max_position_embeddings"]
+    out: dict[str, Counts] = {}
+    parts = modules(config, {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1})
+    with fake_cuda(), torch.device("cuda"):
+        for name, module in parts.items():
+            precision = vae_dtype if name == "vae" and vae_dtype else dtype
+            _as_if_on_cuda(module.eval(), precision)
+        unet, vae, adapter = HSpaceUNet(parts["unet"]), VAE(parts["vae"]), parts["adapter"]
+        options = unet.unet.config
+        text = torch.empty((batch, length, options.cross_attention_dim), dtype=dtype)
+        latents = torch.empty((batch, vae.channels, options.sample_size, options.sample_size), dtype=dtype)
+        timestep = torch.empty((batch,))
+        ids = torch.empty((batch, length), dtype=torch.int64)
+        out["text"] = count(lambda: parts["text"](input_ids=ids).last_hidden_state)
+        conditions: dict[str, Any] = {}
+        if width := options.time_cond_proj_dim:
+            conditions["timestep_cond"] = torch.empty((batch, width), dtype=dtype)
+        out["encode"] = count(lambda: unet.encode(latents, timestep, text, **conditions))
+        state = unet.encode(latents, timestep, text, **conditions)
+        h_tgt = state.h.flatten(2).transpose(1, 2)
+        h_retr = torch.empty((batch, neighbors, *h_tgt.shape[1:]), dtype=dtype)
+        lam, valid = torch.empty((batch,)), torch.empty((batch, neighbors), dtype=torch.bool)
+        out["adapter"] = count(lambda: adapter(h_tgt, h_retr, lam, valid, impl="sdpa"))
+        out["decode"] = count(lambda: unet.decode(state))
+        out["vae"] = count(lambda: vae.decode(latents))
+    return out
+
+
+def _as_if_on_cuda(module: torch.nn.Module, dtype: torch.dtype) -> None:
+    """nn.Module.to swaps parameters in place, which fake ones refuse."""
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                new = torch.empty(parameter.shape, dtype=dtype, device="cuda")
+                part._parameters[name] = torch.nn.Parameter(new, requires_grad=False)
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cuda")
+
+
+def counted_by_torch(call: Callable[[], Any]) -> int:
+    """The same FLOPs by torch's own counter: what the tests hold ours against."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()

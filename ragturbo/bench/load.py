@@ -1,0 +1,114 @@
+"""Load on one Generator: closed-loop threads, and open-loop Poisson arrivals timed from the intended arrival."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ragturbo.bench.timing import percentiles
+from ragturbo.errors import Overloaded
+
+Submit = Callable[[int], "Future[Any]"]
+
+
+@dataclass
+class LoadResult:
+    rate: float
+    """Arrivals a second asked for; 0 for a closed loop."""
+    seconds: float = 0.0
+    latencies: list[float] = field(default_factory=list)
+    """From the intended arrival to the finished image: a server that falls behind cannot hide it."""
+    rejected: int = 0
+    late_start: float = 0.0
+    """The most by which the generator of load itself was late: large values spoil the run."""
+
+    def summary(self) -> dict[str, Any]:
+        out: dict[str, Any] = {
+            "rate": self.rate,
+            "requests": len(self.latencies) + self.rejected,
+            "rejected": self.rejected,
+            "images_per_s": len(self.latencies) / self.seconds if self.seconds else 0.0,
+            "late_start_s": self.late_start,
+        }
+        if self.latencies:
+            out["seconds"] = percentiles(self.latencies)
+        return out
+
+
+def closed_loop(call: Callable[[int], Any], *, threads: int, seconds: float) -> LoadResult:
+    """`threads` callers, each with one request in flight, for `seconds`. Gives the capacity."""
+    result, lock = LoadResult(rate=0.0), threading.Lock()
+    turn = iter(range(10**9))
+    start = time.perf_counter()
+    until = start + seconds
+
+    def caller() -> None:
+        while (begin := time.perf_counter()) < until:
+            with lock:
+                i = next(turn)
+            call(i)
+            took = time.perf_counter() - begin
+            with lock:
+                result.latencies.append(took)
+
+    workers = [threading.Thread(target=caller) for _ in range(threads)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    result.seconds = time.perf_counter() - start
+    return result
+
+
+def open_loop(submit: Submit, *, rate: float, seconds: float, seed: int = 0, least: int = 10) -> LoadResult:
+    """Poisson arrivals at `rate` a second, whether or not earlier requests have finished."""
+    rng = np.random.default_rng(seed)
+    gaps = rng.exponential(1 / rate, size=max(least, int(rate * seconds)))
+    arrivals = np.cumsum(gaps)
+    result, lock = LoadResult(rate=rate), threading.Lock()
+    done = threading.Semaphore(0)
+    start = time.perf_counter()
+
+    def finished(intended: float, future: Future[Any]) -> None:
+        now = time.perf_counter()
+        with lock:
+            if future.exception() is None:
+                result.latencies.append(now - intended)
+            else:
+                result.rejected += 1
+        done.release()
+
+    for i, offset in enumerate(arrivals):
+        intended = start + float(offset)
+        wait = intended - time.perf_counter()
+        if wait > 0:
+            time.sleep(wait)
+        result.late_start = max(result.late_start, time.perf_counter() - intended)
+        try:
+            future = submit(i)
+        except Overloaded:
+            result.rejected += 1
+            done.release()
+            continue
+        future.add_done_callback(lambda f, at=intended: finished(at, f))
+    for _ in arrivals:
+        done.acquire()
+    result.seconds = time.perf_counter() - start
+    return result
+
+
+def after_idling(call: Callable[[int], Any], *, pauses: int, idle: float) -> list[float]:
+    """Seconds of the first request after each pause: clocks fall and caches cool while nothing runs."""
+    out = []
+    for i in range(pauses):
+        time.sleep(idle)
+        begin = time.perf_counter()
+        call(i)
+        out.append(time.perf_counter() - begin)
+    return out
