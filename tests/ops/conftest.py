@@ -1,0 +1,71 @@
+"""How the kernels are judged: against fp64, by what the same-dtype torch composition errs, on poisoned memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreted_or_on_a_gpu() -> None:
+    from ragturbo.ops import dispatch
+
+    if DEVICE == "cpu" and dispatch.HAS_TRITON and not dispatch.INTERPRET:
+        pytest.fail("triton was imported before TRITON_INTERPRET=1 was set: see tests/conftest.py")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """torch.empty and its kin give NaN (the greatest integer): what a kernel forgets to write is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def device() -> str:
+    return DEVICE
+
+
+@pytest.fixture(params=["float32", "float16", "bfloat16"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return getattr(torch, request.param)
+
+
+@pytest.fixture
+def randn(rng) -> Callable[..., Tensor]:
+    """randn(shape, dtype) on the test's device, repeatable by the run's seed."""
+    generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
+
+    def make(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype).to(DEVICE)
+
+    return make
+
+
+@pytest.fixture
+def no_worse() -> Callable[[Tensor, Tensor, Tensor], None]:
+    """no_worse(out, exact, eager): out errs at most twice what eager does, in the mean and at its worst.
+
+    Beyond that out may be rounded to its own type once, which a lucky eager result may not show; and a handful of
+    numbers has no mean that luck leaves alone.
+    """
+
+    def check(out: Tensor, exact: Tensor, eager: Tensor) -> None:
+        assert out.shape == exact.shape and out.dtype == eager.dtype
+        assert exact.dtype == torch.float64
+        assert out.isfinite().all()
+        eps = torch.finfo(out.dtype).eps
+        error, eager_error = (x.double() - exact for x in (out, eager))
+        scale = exact.norm()
+        rounding = eps / 3 if out.numel() >= 32 else 2 * eps
+        assert error.norm() <= 2 * eager_error.norm() + rounding * scale, f"{error.norm() / scale:.2e} relative"
+        worst = error.abs().max()
+        assert worst <= 2 * eager_error.abs().max() + 3 * rounding * exact.abs().max(), f"{worst:.2e} at worst"
+
+    return check
