@@ -21,7 +21,7 @@ def blend_weights(
     A neighbour is valid if it is there and its score, the retriever's own, reaches min_score ((B,) or float). λ is the
     mean over the valid ones of the cosine clamped to [0, 1], or `lam` (B,) where it is not NaN; 0 where none is valid.
     """
-    limit = torch.as_tensor(min_score, dtype=scores.dtype, device=scores.device).reshape(-1, 1)
+    limit = _on_device(min_score, scores).reshape(-1, 1)
     # A neighbour without a score passes only where there is no limit.
     valid = (ids >= 0) & ((scores >= limit) | (limit == -torch.inf))
     count = valid.sum(-1)
@@ -92,6 +92,13 @@ def _relation(cosine: Tensor, valid: Tensor) -> Tensor:
     return torch.where(valid, cosine.float().nan_to_num(0.0).clamp(0, 1), 0.0)
 
 
+def _on_device(value: Tensor | float, like: Tensor) -> Tensor:
+    """A number becomes a tensor by a fill: a copy from the host would wait."""
+    if isinstance(value, Tensor):
+        return value
+    return torch.full((1,), value, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+
+
 def _check_grid(own: tuple[int, int], h_retr: Tensor, grid: tuple[int, int] | None) -> None:
     if (grid is None or grid == own) and h_retr.shape[2] == own[0] * own[1]:
         return
@@ -110,8 +117,7 @@ def _lerp(h_tgt: Tensor, h_retr: Tensor, w: Tensor | float, per: str, impl: str)
     """The straight line between the two: what slerp must beat."""
     if not isinstance(w, Tensor) and not 0 <= w <= 1:
         raise InvalidRequest(f"w={w} is outside [0, 1]: it is the weight of the target feature")
-    dtype = torch.promote_types(h_tgt.dtype, torch.float32)
-    weight = torch.as_tensor(w, dtype=dtype, device=h_tgt.device).reshape(-1, 1, 1)
+    weight = _on_device(w, h_tgt).to(torch.promote_types(h_tgt.dtype, torch.float32)).reshape(-1, 1, 1)
     return (weight * h_tgt + (1 - weight) * h_retr).to(h_tgt.dtype)
 
 

@@ -63,7 +63,8 @@ def remove_lora(unet: Any) -> None:
         for name, module in list(unet.named_modules()):
             if isinstance(module, BaseTunerLayer):
                 unet.set_submodule(name, module.get_base_layer())
-        unet.peft_config = {}
+        # peft warns of a second adapter where it finds even an empty table.
+        del unet.peft_config
 
 
 def _weights(folder: Path) -> Path:
