@@ -16,10 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ragturbo.engine.eager import EagerEngine
 from ragturbo.engine.executor import Executor
 from ragturbo.engine.source import DatabaseSource
-from ragturbo.engine.step import Retrieved, StepBatch, StepResult
+from ragturbo.engine.step import Engine, Retrieved, StepBatch, StepResult
 from ragturbo.errors import DeadlineExceeded, InvalidRequest
 from ragturbo.model.bundle import Bundle
 from ragturbo.output import Neighbor, Output, encode, to_pil
@@ -66,7 +65,7 @@ class Call:
     def start(
         cls,
         bundle: Bundle,
-        engine: EagerEngine,
+        engine: Engine,
         executor: Executor,
         source: DatabaseSource | None,
         prompt: Any,
@@ -249,7 +248,7 @@ def _split(batch: StepBatch, largest: int) -> list[StepBatch]:
 
 
 def _given(
-    bundle: Bundle, engine: EagerEngine, executor: Executor, source: DatabaseSource | None, plan: Plan
+    bundle: Bundle, engine: Engine, executor: Executor, source: DatabaseSource | None, plan: Plan
 ) -> tuple[Retrieved, list[list[Neighbor]]]:
     """The caller's own neighbours: from the database by id, or encoded on the spot (the paper's Fig. 2, uncached)."""
     assert plan.neighbors is not None

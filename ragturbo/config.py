@@ -53,6 +53,8 @@ class GeneratorConfig:
     batch_sizes: tuple[int, ...] = (1, 2, 4, 8)
     batch_window: float = 0.0
     max_queue: int = 64
+    prompt_cache: int = 0
+    """How many prompts' hidden states and keys are remembered, so that a repeated prompt skips the text encoder."""
 
     def __post_init__(self) -> None:
         one_of("engine", self.engine, ENGINES)
@@ -74,5 +76,7 @@ class GeneratorConfig:
             raise InvalidRequest(f"batch_window={self.batch_window!r} must be between 0 and 1 second")
         if not isinstance(self.max_queue, int) or self.max_queue < 1:
             raise InvalidRequest(f"max_queue={self.max_queue!r} must be at least 1")
+        if isinstance(self.prompt_cache, bool) or not isinstance(self.prompt_cache, int) or self.prompt_cache < 0:
+            raise InvalidRequest(f"prompt_cache={self.prompt_cache!r} must be a number of prompts, 0 for none")
         object.__setattr__(self, "host_cache", parse_bytes(self.host_cache, "host_cache"))
         object.__setattr__(self, "device_cache", parse_bytes(self.device_cache, "device_cache"))

@@ -130,7 +130,8 @@ class Generator:
 
     def warmup(self) -> None:
         """Runs every bucket once, so that the first request finds everything loaded, compiled and captured."""
-        for size in self.config.batch_sizes:
+        # The largest first: the smaller ones' graphs find room in its memory.
+        for size in reversed(self.config.batch_sizes):
             self._start(["warm up"] * size, {"seed": 0, "output_type": "uint8"}, quiet=True).wait()
 
     def use_database(self, database: Any) -> None:
@@ -162,6 +163,7 @@ class Generator:
             "device": str(bundle.device),
             "dtype": str(bundle.dtype).removeprefix("torch."),
             "engine": self._engine.name,
+            "ways": self._engine.describe(),
             "distilled": bundle.info.distilled,
             "adapter": None if bundle.adapter is None else bundle.adapter.kind,
             "decoder_lora": bundle.has_lora,

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ragturbo.errors import InvalidRequest, ModelError
+from ragturbo.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from ragturbo.config import GeneratorConfig
-    from ragturbo.engine.eager import EagerEngine
     from ragturbo.engine.source import DatabaseSource
+    from ragturbo.engine.step import Engine
     from ragturbo.model.bundle import Bundle
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -37,22 +37,29 @@ def choose_device(device: Any, dtype: Any) -> tuple[torch.device, torch.dtype]:
     return where, dtype
 
 
-def make_engine(bundle: Bundle, config: GeneratorConfig) -> EagerEngine:
-    from ragturbo.engine.eager import EagerEngine
-
+def make_engine(bundle: Bundle, config: GeneratorConfig) -> Engine:
+    """"auto" is CUDA graphs on a GPU, and eager elsewhere; a named engine runs or raises."""
     if config.engine == "graph" and bundle.device.type != "cuda":
         raise InvalidRequest("engine='graph' captures CUDA graphs and needs a CUDA device; use 'eager' or 'auto' here")
-    set_attention(bundle, config.attention)
-    return EagerEngine(bundle)
+    if config.engine == "eager" or bundle.device.type != "cuda":
+        from ragturbo.engine.eager import EagerEngine
+
+        set_attention(bundle, config.attention)
+        return EagerEngine(bundle, prompt_cache=config.prompt_cache, compiled=config.compile)
+    from ragturbo.engine.graph import GraphEngine
+
+    return GraphEngine(bundle, config)
 
 
 def set_attention(bundle: Bundle, name: str) -> None:
-    """diffusers' own processors run torch's scaled_dot_product_attention, which is "sdpa" and, so far, "auto"."""
+    """diffusers' own processors run torch's scaled_dot_product_attention, which is "sdpa" and "auto"."""
+    if name == "triton":
+        raise InvalidRequest("attention='triton' is the graph engine's; the eager engine runs sdpa or xformers")
     if name == "xformers":
         try:
             bundle.unet.unet.enable_xformers_memory_efficient_attention()
         except Exception as error:  # diffusers and xformers each raise their own kinds
-            raise ModelError(f"attention='xformers' cannot run here: {error}") from error
+            raise InvalidRequest(f"attention='xformers' cannot run here: {error}") from error
 
 
 def open_source(database: Any, bundle: Bundle, config: GeneratorConfig) -> DatabaseSource:

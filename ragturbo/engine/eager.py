@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ragturbo.engine.prompts import PromptCache
 from ragturbo.engine.step import Retrieved, StepBatch, StepResult
 from ragturbo.engine.timings import StageClock
 from ragturbo.errors import InvalidRequest
@@ -20,9 +22,15 @@ from ragturbo.model.text import TextStates
 class EagerEngine:
     name = "eager"
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, *, prompt_cache: int = 0, compiled: bool = False) -> None:
+        """compiled: torch.compile on every block of the UNet and on the VAE's decoder."""
         self.bundle = bundle
+        self.prompts = PromptCache(prompt_cache)
         self._schedules: dict[int, Schedule] = {}
+        if compiled:
+            unet = bundle.unet.unet
+            for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks, bundle.vae.module.decoder):
+                block.compile()
 
     @property
     def device(self) -> torch.device:
@@ -31,6 +39,7 @@ class EagerEngine:
     @torch.inference_mode()
     def run(self, batch: StepBatch) -> StepResult:
         clock = StageClock(self.device)
+        batch = self.prompts.known(batch) or batch
         with clock.stage("text"):
             text, key = self._text(batch)
         found = self._retrieve(batch, key, clock)
@@ -46,6 +55,10 @@ class EagerEngine:
 
     def load_adapter(self, path: str | os.PathLike[str]) -> None:
         self.bundle.load_adapter(path)
+
+    def describe(self) -> dict[str, Any]:
+        prompts = self.prompts
+        return {"prompts": {"held": len(prompts), "hits": prompts.hits, "misses": prompts.misses}}
 
     def encode_pairs(self, captions: list[str], images: Tensor) -> tuple[Tensor, Tensor]:
         """Sec. 3.2 on the spot: images (B, 3, H, W) in [-1, 1] -> keys (B, K), features (B, T, C)."""
@@ -67,6 +80,7 @@ class EagerEngine:
             assert batch.input_ids is not None
             states = self._states(batch.input_ids)
             text, key = states.hidden_states, states.key
+            self.prompts.remember(batch, text, key)
         if batch.query_key is not None:
             key = batch.query_key.to(self.device)
         elif batch.query_ids is not None:

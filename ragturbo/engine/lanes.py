@@ -46,6 +46,14 @@ class Lanes(Protocol):
 
     def join(self) -> None: ...
 
+    def mark_asked(self) -> None:
+        """Remembers how far the main lane has come."""
+        ...
+
+    def await_asked(self) -> None:
+        """The host waits for the main lane to come as far as that, not for what was replayed since."""
+        ...
+
     def await_main(self) -> None:
         """The host waits for what was replayed on the main lane."""
         ...
@@ -75,6 +83,11 @@ class Direct:
         yield
 
     def join(self) -> None: ...
+
+    def mark_asked(self) -> None: ...
+
+    def await_asked(self) -> None:
+        self.await_main()
 
     def await_main(self) -> None:
         if torch.cuda.is_available():
@@ -107,6 +120,7 @@ class CudaGraphs:
         self._beside = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
         self._marks: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] | None = None
+        self._asked = torch.cuda.Event()
         self._done = torch.cuda.Event()
         self._retrieved = torch.cuda.Event()
 
@@ -119,7 +133,8 @@ class CudaGraphs:
                 for _ in range(WARMUPS):
                     step()
             stream.synchronize()
-            graph, marks = torch.cuda.CUDAGraph(), []
+            graph = torch.cuda.CUDAGraph()
+            marks: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
             self._marks = marks
             # Thread-local: other threads go on allocating and copying while this one records.
             with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
@@ -152,6 +167,12 @@ class CudaGraphs:
 
     def join(self) -> None:
         torch.cuda.current_stream(self._device).wait_stream(self._beside)
+
+    def mark_asked(self) -> None:
+        self._asked.record(self._main)
+
+    def await_asked(self) -> None:
+        self._asked.synchronize()
 
     def await_main(self) -> None:
         self._done.record(self._main)

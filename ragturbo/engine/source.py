@@ -26,8 +26,9 @@ class DatabaseSource:
         """database: searched and read as it is now; what is appended to or removed from it later is another source."""
         self.live = database
         self.database = database.frozen()
-        self._named = retriever
+        self.named = retriever
         self._retriever = self.database.retriever() if retriever == "auto" else self.database.retriever(retriever)
+        self.retriever_name: str = getattr(self._retriever, "name", type(self._retriever).__name__)
         # A lexical retriever is asked with the prompts; everything else with their keys.
         self.by_text: bool = getattr(self._retriever, "query_kind", "key") == "text"
 
@@ -47,7 +48,7 @@ class DatabaseSource:
         """This source, or a new one where the database has changed since: a removal takes effect with the next call."""
         if self.live.snapshot is self.database.snapshot:
             return self
-        return DatabaseSource(self.live, self._named)
+        return DatabaseSource(self.live, self.named)
 
     def search(self, keys: Tensor, texts: Sequence[str] | None, k: int) -> tuple[Tensor, Tensor]:
         """keys (B, K), or the texts where the retriever is lexical -> ids (B, k) int64, scores (B, k), best first."""

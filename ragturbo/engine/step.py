@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -166,3 +167,13 @@ class Engine(Protocol):
     name: str
 
     def run(self, batch: StepBatch) -> StepResult: ...
+
+    def encode_pairs(self, captions: list[str], images: Tensor) -> tuple[Tensor, Tensor]:
+        """Sec. 3.2 on the spot: images (B, 3, H, W) in [-1, 1] -> keys (B, K), features (B, T, C)."""
+        ...
+
+    def load_adapter(self, path: str | os.PathLike[str]) -> None: ...
+
+    def describe(self) -> dict[str, Any]:
+        """What was chosen and why, for `gen.info`."""
+        ...

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ragturbo.errors import InvalidRequest, ModelError
-from ragturbo.model.fused import ContextLayout, Resnet, Transformer
+from ragturbo.model.fused import ContextLayout, NormAct, Resnet, Transformer
 from ragturbo.model.onestep import EulerSchedule
 from ragturbo.model.ties import Ties, sharing_copy
 from ragturbo.model.unet import HSpaceUNet, UNetState
@@ -61,6 +61,9 @@ class FoldedUNet(HSpaceUNet):
                 self._replace(path, module, Transformer(self.ties, path, module, self._layout, attention))
             elif kind == "ResnetBlockCondNorm2D":
                 raise ModelError(f"{path} cannot be folded: it normalises by the time embedding")
+        if isinstance(self.unet.conv_act, torch.nn.SiLU) and self.unet.conv_norm_out is not None:
+            self._replace("conv_norm_out", self.unet.conv_norm_out, NormAct(self.unet.conv_norm_out))
+            self.unet.conv_act = torch.nn.Identity()
         self.unet.eval()
         self.context_weight = self.ties.packed(*self._layout.paths) if self._layout.paths else None
 

@@ -16,20 +16,26 @@ from torch.nn import functional as F
 from ragturbo.errors import ModelError
 from ragturbo.model.ties import Ties
 from ragturbo.model.unet import from_tokens, to_tokens
-from ragturbo.ops import cross_attention
+from ragturbo.ops import cross_attention, geglu, group_norm, layer_norm
 
 
-def group_norm_silu(x: Tensor, norm: nn.GroupNorm) -> Tensor:
-    return F.silu(F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps))
+def group_norm_silu(x: Tensor, norm: nn.GroupNorm, add_bias: Tensor | None = None) -> Tensor:
+    return group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu=True, add_bias=add_bias)
 
 
-def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
-    return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+class NormAct(nn.Module):
+    """GroupNorm and the SiLU behind it in one launch."""
+
+    def __init__(self, norm: nn.GroupNorm) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return group_norm_silu(x, self.norm)
 
 
-def geglu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    hidden, gate = F.linear(x, weight, bias).chunk(2, dim=-1)
-    return hidden * F.gelu(gate)
+def _layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    return layer_norm(x, norm.weight, norm.bias, norm.eps)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, impl: str) -> Tensor:
@@ -45,27 +51,39 @@ class Resnet(nn.Module):
 
     def __init__(self, ties: Ties, path: str, block: Any, embeddings: list[Tensor] | None) -> None:
         super().__init__()
-        if block.upsample is not None or block.downsample is not None or block.time_embedding_norm != "default":
+        shifted = embeddings is None or block.time_embedding_norm == "default"
+        if block.upsample is not None or block.downsample is not None or not shifted:
             raise ModelError(
                 f"{path} cannot be folded: it resamples, or takes its time embedding as {block.time_embedding_norm!r}"
             )
         self.norm1, self.norm2 = block.norm1, block.norm2
         self.conv1, self.conv2 = ties.weight(f"{path}.conv1"), ties.weight(f"{path}.conv2")
+        # A convolution adds its bias in a launch of its own on a GPU: conv1's goes into the norm behind it, conv2's
+        # into the shortcut's where there is one.
         self.bias1 = ties.own(lambda: _folded_biases(ties, path, block.skip_time_act, embeddings))
-        self.bias2 = ties.bias(f"{path}.conv2")
         self.shortcut: Tensor | None = None
-        if block.conv_shortcut is not None:
+        if block.conv_shortcut is None:
+            self.bias2 = ties.bias(f"{path}.conv2")
+        else:
             self.shortcut = ties.weight(f"{path}.conv_shortcut")
-            self.shortcut_bias = ties.bias(f"{path}.conv_shortcut")
+            self.bias2 = ties.own(lambda: _sum(ties.bias(f"{path}.conv2"), ties.bias(f"{path}.conv_shortcut")))
         self.scale = block.output_scale_factor
 
     def forward(self, x: Tensor, temb: Any = None) -> Tensor:
         """temb: which of the folded timesteps, an int; None where there is no time."""
-        h = F.conv2d(group_norm_silu(x, self.norm1), self.conv1, self.bias1[temb or 0], padding=1)
-        h = F.conv2d(group_norm_silu(h, self.norm2), self.conv2, self.bias2, padding=1)
-        if self.shortcut is not None:
-            x = F.conv2d(x, self.shortcut, self.shortcut_bias)
+        h = F.conv2d(group_norm_silu(x, self.norm1), self.conv1, padding=1)
+        h = group_norm_silu(h, self.norm2, self.bias1[temb or 0])
+        if self.shortcut is None:
+            h = F.conv2d(h, self.conv2, self.bias2, padding=1)
+        else:
+            h = F.conv2d(h, self.conv2, padding=1)
+            x = F.conv2d(x, self.shortcut, self.bias2)
         return x + h if self.scale == 1 else (x + h) / self.scale
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor:
+    assert a is not None
+    return a if b is None else (a.float() + b.float()).to(a.dtype)
 
 
 def _folded_biases(ties: Ties, path: str, activated: bool, embeddings: list[Tensor] | None) -> Tensor:
@@ -103,7 +121,7 @@ class Transformer(nn.Module):
     def forward(self, x: Tensor, encoder_hidden_states: Tensor, **_: Any) -> tuple[Tensor]:
         tokens = to_tokens(x)
         norm = self.norm
-        normed = to_tokens(F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps))
+        normed = to_tokens(group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps))
         h = F.linear(normed, self.proj_in, self.bias_in)
         for block in self.blocks:
             h = block(h, encoder_hidden_states)
@@ -112,7 +130,7 @@ class Transformer(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """BasicTransformerBlock: Q, K and V of self-attention in one product, those of cross-attention found in the context."""
+    """BasicTransformerBlock with one product for self-attention's Q, K and V; cross-attention's are in the context."""
 
     def __init__(self, ties: Ties, path: str, block: Any, context: ContextLayout, attention: str) -> None:
         super().__init__()
@@ -128,13 +146,13 @@ class TransformerBlock(nn.Module):
         self.down, self.down_bias = ties.weight(f"{path}.ff.net.2"), ties.bias(f"{path}.ff.net.2")
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        q, k, v = F.linear(layer_norm(x, self.norm1), self.qkv).chunk(3, dim=-1)
+        q, k, v = F.linear(_layer_norm(x, self.norm1), self.qkv).chunk(3, dim=-1)
         x = x + F.linear(attend(q, k, v, self.heads, self.attention), self.out1, self.out1_bias)
-        q = F.linear(layer_norm(x, self.norm2), self.q)
+        q = F.linear(_layer_norm(x, self.norm2), self.q)
         start, width = self.where
         k, v = context[..., start : start + width], context[..., start + width : start + 2 * width]
         x = x + F.linear(attend(q, k, v, self.heads, self.attention), self.out2, self.out2_bias)
-        hidden = geglu(layer_norm(x, self.norm3), self.up, self.up_bias)
+        hidden = geglu(F.linear(_layer_norm(x, self.norm3), self.up), self.up_bias)
         return x + F.linear(hidden, self.down, self.down_bias)
 
 

@@ -1,8 +1,8 @@
 """Weights of a derived model that follow the model it was derived from.
 
-A folded or packed model shares the original's tensors where it can and owns a tensor where it must: two weights packed
-into one, a constant added to a bias, a LoRA merged. What it owns is tied to a rule that computes it, so that new weights
-are copied into the same memory: a captured CUDA graph reads addresses, and a tensor in another place would be ignored.
+A folded or packed model shares the original's tensors where it can and owns a tensor where it must: two weights in one,
+a constant added to a bias, a LoRA merged. What it owns is tied to a rule that computes it, so that new weights are
+copied into the same memory: a captured CUDA graph reads addresses, and a tensor in another place would be ignored.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def weight_of(module: nn.Module) -> Tensor:
 
 def bias_of(module: nn.Module) -> Tensor | None:
     layer = lora_of(module)
-    return (module if layer is None else layer.get_base_layer()).bias
+    return (module if layer is None else layer.get_base_layer()).bias  # type: ignore[return-value]
 
 
 def sharing_copy(module: nn.Module) -> Any:

@@ -1,0 +1,278 @@
+"""The low-latency engine: a batch is numbers written into page-locked memory, one replay, and numbers read back.
+
+Graphs are recorded on the first batch of their kind (`Spec`) and kept. Three forms of retrieval, by where the search
+runs and where the rows are; `describe` names the one in use:
+
+* "one graph": exact search over keys on the device, every row in page-locked memory. Search and gather are a branch
+  beside the UNet's encoder, and nothing waits for the host from the first copy to the last.
+* "three graphs": the search runs on the host (ScaNN, BM25 or the caller's own) while the encoder runs on the device.
+  One wait, for the key.
+* "ids to the host": exact search on the device over more rows than memory holds. The host waits for the ids, reads
+  what is missing into page-locked slots, and the rest replays.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ragturbo.config import GeneratorConfig, parse_bytes
+from ragturbo.engine.eager import EagerEngine
+from ragturbo.engine.fast import FastModel
+from ragturbo.engine.lanes import CudaGraphs, Lanes, Program
+from ragturbo.engine.prompts import PromptCache
+from ragturbo.engine.source import DatabaseSource
+from ragturbo.engine.step import StepBatch, StepResult
+from ragturbo.engine.steps import Spec, Step, spec_of
+from ragturbo.engine.tables import Tables, open_tables
+from ragturbo.errors import InvalidRequest
+from ragturbo.model.bundle import Bundle
+
+log = logging.getLogger("ragturbo")
+# Every kind of batch keeps its graphs and buffers; the least recently used makes way.
+MAX_SPECS = 32
+
+
+class GraphEngine:
+    name = "graph"
+
+    def __init__(self, bundle: Bundle, config: GeneratorConfig, lanes: Lanes | None = None) -> None:
+        """lanes: how steps run; None captures CUDA graphs on the bundle's device."""
+        self.bundle, self._config = bundle, config
+        self.oracle = EagerEngine(bundle)
+        self.lanes = lanes or CudaGraphs(bundle.device)
+        self.model = FastModel(bundle, attention=config.attention, compiled=config.compile)
+        self.prompts = PromptCache(config.prompt_cache)
+        self._recorded: OrderedDict[Spec, Recorded] = OrderedDict()
+        self._tables: Tables | None = None
+        self._budget = parse_bytes(config.host_cache, "host_cache")
+        # The buffers are one batch's at a time, also for callers without an executor.
+        self._lock = threading.Lock()
+        self.eager_batches = 0
+
+    @property
+    def device(self) -> torch.device:
+        return self.bundle.device
+
+    @torch.inference_mode()
+    def run(self, batch: StepBatch) -> StepResult:
+        why_not = self.refusal(batch)
+        if why_not is not None:
+            if self._config.engine == "graph":
+                raise InvalidRequest(f"engine='graph': {why_not}; use engine='auto' or 'eager'")
+            if not self.eager_batches:
+                log.info("a batch runs eagerly: %s", why_not)
+            self.eager_batches += 1
+            return self.oracle.run(batch)
+        with self._lock:
+            known = self.prompts.known(batch)
+            result = self._run(known or batch)
+            if self._overflowed(result):
+                self.model.use_fp32_vae()
+                self._recorded.clear()
+                result = self._run(known or batch)
+            return result
+
+    def refusal(self, batch: StepBatch) -> str | None:
+        """Why a batch is not for graphs: their number of steps is recorded, and their scheduler is constants."""
+        if batch.guided:
+            return "guidance runs the UNet on two prompts an image, for models of many steps"
+        if batch.num_inference_steps not in self.model.schedules:
+            return (
+                f"{batch.num_inference_steps} steps of {type(self.bundle.scheduler).__name__}: graphs take "
+                f"{', '.join(map(str, self.model.schedules)) or 'no'} steps of a deterministic Euler scheduler"
+            )
+        if batch.mode != "none" and batch.retrieved is None and not isinstance(batch.source, DatabaseSource):
+            return "neighbours come from something that is not a database"
+        return None
+
+    def encode_pairs(self, captions: list[str], images: Tensor) -> tuple[Tensor, Tensor]:
+        return self.oracle.encode_pairs(captions, images)
+
+    def load_adapter(self, path: str | os.PathLike[str]) -> None:
+        """New weights go into the memory the graphs read; where they do not fit there, the graphs are recorded anew."""
+        self.oracle.load_adapter(path)
+        with self._lock, torch.inference_mode():
+            if not self.model.refresh():
+                log.info("the new weights touch other layers than before: graphs are recorded again")
+                self._recorded.clear()
+
+    def describe(self) -> dict[str, Any]:
+        """What was chosen and why, what stands in the place of what, and what the graphs hold."""
+        model, tables = self.model, self._tables
+        replaced: dict[str, int] = {}
+        for row in model.replaced:
+            name = f"{row.was} -> {row.now}"
+            replaced[name] = replaced.get(name, 0) + 1
+        return {
+            "recorded by": self.lanes.name,
+            "attention": f"{model.attention}: {model.attention_why}",
+            "compile": model.compiled,
+            "replaced": replaced,
+            "vae dtype": str(model.vae_dtype).removeprefix("torch."),
+            "retrieval": None if tables is None else tables.form,
+            "owned weights, bytes": model.unet.ties.owned_bytes,
+            "keys on the device, bytes": 0 if tables is None or tables.keys is None else tables.keys.bytes,
+            "graphs": [{"kind": spec.label, "bytes": r.bytes, "seconds": r.took} for spec, r in self._recorded.items()],
+            "eager batches": self.eager_batches,
+            "prompts": {"held": len(self.prompts), "hits": self.prompts.hits, "misses": self.prompts.misses},
+            "rows": {} if tables is None else dict(tables.rows.counts),
+        }
+
+    def _run(self, batch: StepBatch) -> StepResult:
+        tables = None
+        if batch.mode != "none" and batch.retrieved is None:
+            tables = self._tables_of(batch.source)
+        spec = spec_of(batch, tables, self.bundle.text.max_length)
+        recorded = self._recorded.get(spec)
+        if recorded is None:
+            recorded = self._record(spec, batch, tables)
+        self._recorded.move_to_end(spec)
+        result = recorded.run(batch, tables)
+        if batch.input_ids is not None and recorded.step.key is not None:
+            self.prompts.remember(batch, recorded.step.hidden, recorded.step.key)
+        return result
+
+    def _record(self, spec: Spec, batch: StepBatch, tables: Tables | None) -> Recorded:
+        while len(self._recorded) >= MAX_SPECS:
+            self._recorded.popitem(last=False)
+        before, start = _reserved(self.device), time.perf_counter()
+        recorded = Recorded(Step(self.model, spec, self.lanes, page_locked=self.device.type == "cuda"))
+        recorded.fill(batch, tables)
+        recorded.record()
+        recorded.bytes, recorded.took = _reserved(self.device) - before, time.perf_counter() - start
+        log.info("recorded %s: %.1f MB, %.2f s", spec.label, recorded.bytes / 1e6, recorded.took)
+        self._recorded[spec] = recorded
+        return recorded
+
+    def _tables_of(self, source: Any) -> Tables:
+        # A batch that waited through a swap still finds its own generation: its tables are made again if need be.
+        if self._tables is None or self._tables.source is not source:
+            self._tables = open_tables(source, self._tables, budget=self._budget, device=self.device)
+        return self._tables
+
+    def _overflowed(self, result: StepResult) -> bool:
+        """fp16 has no room above 65,504: finite latents whose image is not finite."""
+        step = next(reversed(self._recorded.values())).step
+        half = self.model.vae_dtype == torch.float16
+        return half and bool((step.out.host["latents_ok"] & ~step.out.host["ok"]).any())
+
+
+class Recorded:
+    """A spec's buffers and what replays over them."""
+
+    def __init__(self, step: Step) -> None:
+        self.step, self.spec, self.lanes = step, step.spec, step.lanes
+        self.bytes, self.took = 0, 0.0
+        self._programs: dict[str, Program] = {}
+
+    def record(self) -> None:
+        step, record, label = self.step, self.lanes.record, self.spec.label
+        if not self.spec.split:
+            self._programs = {"whole": record(label, step.whole)}
+            return
+        # In the order they will run: each reads what the one before it left.
+        self._programs = {"ask": record(f"{label}: text", step.ask), "encode": record(f"{label}: encoder", step.encode)}
+        self._programs["fetch"] = record(f"{label}: rows", step.fetch, beside=True)
+        self._programs["finish"] = record(f"{label}: decoder", step.finish)
+
+    def fill(self, batch: StepBatch, tables: Tables | None) -> None:
+        """The request's numbers, into page-locked memory."""
+        host = self.step.given.host
+        for name in ("latents", "text", "input_ids", "query_ids", "query_key", "lam", "w", "min_score"):
+            if name in host:
+                host[name].copy_(getattr(batch, name))
+        if "tables" in host:
+            assert tables is not None
+            host["tables"].copy_(tables.descriptors())
+        if "mean" in host:
+            assert tables is not None and tables.keys is not None and tables.keys.mean is not None
+            host["mean"].copy_(tables.keys.mean)
+        if self.spec.retrieval == "given":
+            assert batch.retrieved is not None
+            for name in ("ids", "scores", "keys", "h_retr"):
+                host[name].copy_(getattr(batch.retrieved, name))
+
+    def run(self, batch: StepBatch, tables: Tables | None) -> StepResult:
+        self.fill(batch, tables)
+        extra: dict[str, float] = {}
+        ids = None
+        if not self.spec.split:
+            self._programs["whole"].replay()
+        else:
+            assert tables is not None
+            ids = self._split(batch, tables, extra)
+        self.lanes.await_main()
+        result = self._result(batch, tables, ids)
+        for program in self._programs.values():
+            for stage, seconds in program.seconds().items():
+                extra[stage] = extra.get(stage, 0.0) + seconds
+        result.timings = extra
+        return result
+
+    def _split(self, batch: StepBatch, tables: Tables, took: dict[str, float]) -> Tensor:
+        """The encoder is on its way before the host waits for the key or the ids, and runs while the host searches."""
+        programs, asked = self._programs, self.step.asked.host
+        programs["ask"].replay()
+        self.lanes.mark_asked()
+        programs["encode"].replay()
+        self.lanes.await_asked()
+        start = time.perf_counter()
+        snapshot = tables.snapshot
+        if self.spec.searches:
+            rows, scores = asked["rows"], asked["scores"]
+            ids = _ids_of(rows, tables)
+        else:
+            ids, scores = tables.source.search(asked["key"], batch.texts or None, self.spec.k)
+        searched = time.perf_counter()
+        found = self.step.found.host
+        found["ids"].copy_(torch.from_numpy(tables.rows.slots(snapshot, ids.numpy())))
+        found["scores"].copy_(scores)
+        found["keys"].copy_(tables.source.database.keys(ids))
+        found["tables"].copy_(tables.descriptors())
+        took |= {"search": searched - start, "gather": time.perf_counter() - searched}
+        programs["fetch"].replay()
+        self.lanes.join_replayed()
+        programs["finish"].replay()
+        return ids.clone()
+
+    def _result(self, batch: StepBatch, tables: Tables | None, ids: Tensor | None) -> StepResult:
+        """Copies: the next replay writes over these buffers."""
+        out = {name: value.clone() for name, value in self.step.out.host.items()}
+        n = self.spec.rows
+        if ids is None:
+            ids = torch.empty((n, 0), dtype=torch.int64)
+            if batch.retrieved is not None and self.spec.mode != "none":
+                ids = batch.retrieved.ids.clone()
+            elif "rows" in out:
+                assert tables is not None
+                ids = _ids_of(out["rows"], tables)
+        nothing = torch.empty((n, 0))
+        return StepResult(
+            ok=out["ok"],
+            lam=out.get("lam", torch.zeros(n)),
+            ids=ids,
+            scores=out.get("scores", nothing),
+            cosine=out.get("cosine", nothing),
+            valid=out.get("valid", nothing.bool()),
+            uint8=out.get("uint8"),
+            image=out.get("image"),
+            latents=out.get("latents"),
+        )
+
+
+def _ids_of(rows: Tensor, tables: Tables) -> Tensor:
+    """Row numbers of a generation -> ids; -1 stays."""
+    ids = torch.from_numpy(tables.snapshot.ids)
+    return torch.where(rows >= 0, ids[rows.clamp(min=0)], -1)
+
+
+def _reserved(device: torch.device) -> int:
+    return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0

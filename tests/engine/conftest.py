@@ -1,0 +1,146 @@
+"""A small real model with an adapter that does something, a database it made itself, and engines over both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+from ragturbo.config import GeneratorConfig
+from ragturbo.engine.eager import EagerEngine
+from ragturbo.engine.graph import GraphEngine
+from ragturbo.engine.lanes import Direct
+from ragturbo.engine.source import DatabaseSource
+from ragturbo.engine.step import StepBatch
+from ragturbo.model.adapter import HSpaceAdapter
+from ragturbo.model.bundle import Bundle
+from ragturbo.retrieval import Database, Geometry, Record
+
+COLOURS = ("red", "green", "blue", "yellow")
+SHAPES = ("circle", "square", "triangle", "cat", "dog")
+CAPTIONS = [f"a {c} {s}" for c in COLOURS for s in SHAPES]
+
+
+@pytest.fixture(scope="session")
+def model_folder(tiny: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tiny.make_bundle(tmp_path_factory.mktemp("engine") / "model")
+    with torch.random.fork_rng(devices=[]):
+        save_adapter(folder, seed=0)
+    return folder
+
+
+def save_adapter(folder: Path, seed: int) -> None:
+    """An adapter with an output projection that is not zero: a neighbour's id must change the image."""
+    torch.manual_seed(seed)
+    adapter = HSpaceAdapter(64)
+    torch.nn.init.normal_(adapter.proj_out.weight, std=0.3)
+    adapter.save(folder)
+
+
+@pytest.fixture
+def new_adapter() -> Callable[..., None]:
+    return save_adapter
+
+
+@pytest.fixture
+def decoder_lora(model_folder: Path) -> Callable[[Path, int], None]:
+    """Writes a decoder_lora folder (and the adapter beside it) with weights that are not zero."""
+
+    def write(folder: Path, seed: int) -> None:
+        import peft
+
+        from ragturbo.model import lora
+
+        unet = Bundle.load(model_folder, device="cpu").unet.unet
+        config = peft.LoraConfig(r=4, target_modules=r"up_blocks\..*(to_q|to_k|to_out\.0)")
+        peft.inject_adapter_in_model(config, unet, adapter_name=lora.NAME)
+        unet.peft_config = {lora.NAME: config}
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in unet.named_parameters():
+                if "lora_" in name:
+                    parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+        lora.save_lora(unet, folder / lora.FOLDER)
+        save_adapter(folder, seed=0)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def bundle(model_folder: Path) -> Bundle:
+    """Shared: a test that changes weights loads its own."""
+    return Bundle.load(model_folder, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def write_database(bundle: Bundle) -> Callable[..., Database]:
+    """Keys are the captions' own; features are noise of the features' size, one seed a pair."""
+
+    def write(path: Path, captions: list[str] = CAPTIONS, seed: int = 0, dtype: str = "float16") -> Database:
+        with torch.inference_mode():
+            keys = bundle.text.encode(bundle.text.tokenize(captions).input_ids).key.numpy()
+        rng = np.random.default_rng(seed)
+        rows = rng.normal(size=(len(captions), 4, 64)).astype(np.float32)
+        records = [Record(i, caption) for i, caption in enumerate(captions)]
+        geometry = Geometry(2, 2, 64, dtype, keys.shape[1])
+        if dtype == "float16":
+            rows = rows.astype(np.float16)
+        return Database.write(path, [(records, keys, rows)], geometry=geometry, encoder=bundle.fingerprint())
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def database_folder(write_database: Callable[..., Database], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("engine-db") / "db"
+    write_database(path)
+    return path
+
+
+@pytest.fixture
+def database(database_folder: Path) -> Database:
+    return Database.open(database_folder)
+
+
+@pytest.fixture
+def source(database: Database) -> DatabaseSource:
+    return DatabaseSource(database)
+
+
+@pytest.fixture
+def eager(bundle: Bundle) -> EagerEngine:
+    return EagerEngine(bundle)
+
+
+@pytest.fixture
+def graph_engine(bundle: Bundle) -> Callable[..., GraphEngine]:
+    """The graph engine, its steps called where a GPU would replay them: every line but the capture itself."""
+
+    def make(of: Bundle = bundle, **options: object) -> GraphEngine:
+        return GraphEngine(of, GeneratorConfig(**options), Direct())  # type: ignore[arg-type]
+
+    return make
+
+
+@pytest.fixture
+def make_batch(bundle: Bundle) -> Callable[..., StepBatch]:
+    def make(*prompts: str, seed: int = 0, **fields: object) -> StepBatch:
+        n = len(prompts)
+        rows = [torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(seed + i)) for i in range(n)]
+        values = {
+            "latents": torch.cat(rows),
+            "lam": torch.full((n,), float("nan")),
+            "w": torch.full((n,), 0.8),
+            "min_score": torch.full((n,), -float("inf")),
+            "input_ids": bundle.text.tokenize(list(prompts)).input_ids,
+            "texts": tuple(prompts),
+            "seeds": tuple(range(seed, seed + n)),
+            "want": "latent",
+        }
+        return StepBatch(**(values | fields))  # type: ignore[arg-type]
+
+    return make

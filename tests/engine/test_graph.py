@@ -1,0 +1,290 @@
+"""The graph engine against the oracle, its steps called rather than captured: buffers, forms of retrieval, new weights.
+
+What only a GPU can show (that a replay equals the call bit for bit) is in tests/gpu.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from ragturbo.config import GeneratorConfig
+from ragturbo.engine.build import make_engine
+from ragturbo.engine.fast import FastModel
+from ragturbo.engine.graph import MAX_SPECS
+from ragturbo.engine.source import DatabaseSource
+from ragturbo.engine.step import Retrieved
+from ragturbo.engine.tables import HostRows
+from ragturbo.errors import InvalidRequest
+from ragturbo.model.bundle import Bundle
+
+PROMPTS = ("a red circle", "a blue cat")
+
+
+def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((got - expected).norm() / expected.norm())
+
+
+def agree(got, expected, bar: float = 1e-5) -> None:
+    assert relative(got.latents, expected.latents) < bar
+    assert torch.equal(got.ids, expected.ids) and torch.equal(got.valid, expected.valid)
+    assert torch.allclose(got.lam, expected.lam, atol=1e-6)
+    assert torch.allclose(got.scores, expected.scores, atol=2e-3, equal_nan=True)
+    assert bool(got.ok.all())
+
+
+@pytest.mark.parametrize("want", ["uint8", "float", "latent"])
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_without_retrieval_it_is_the_oracle(eager, graph_engine, make_batch, want, steps):
+    batch = make_batch(*PROMPTS, want=want, num_inference_steps=steps)
+    got, expected = graph_engine().run(batch), eager.run(batch)
+    if want == "uint8":
+        assert int((got.uint8.int() - expected.uint8.int()).abs().max()) <= 1
+    elif want == "float":
+        assert float((got.image - expected.image).abs().max()) < 1e-5
+    else:
+        assert relative(got.latents, expected.latents) < 1e-5
+        # The control: another prompt is another image.
+        other = eager.run(make_batch("a dog", "a dog", want=want, num_inference_steps=steps))
+        assert relative(got.latents, other.latents) > 1e-4
+
+
+FORMS = {
+    "one graph": {"retriever": "auto"},
+    "ids to the host": {"retriever": "exact", "host_cache": 4 * 512},
+    "three graphs": {"retriever": "bm25"},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("mode", "k"), [("adapter", 1), ("adapter", 3), ("slerp", 1), ("slerp", 2), ("lerp", 1)])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_every_form_of_retrieval_is_the_oracle(database, eager, graph_engine, make_batch, form, mode, k, steps):
+    options = FORMS[form]
+    source = DatabaseSource(database, options["retriever"])
+    engine = graph_engine(**options)
+    k = min(k, 2) if form == "ids to the host" else k
+    batch = make_batch(*PROMPTS, mode=mode, k=k, source=source, num_inference_steps=steps)
+    got, expected = engine.run(batch), eager.run(batch)
+    agree(got, expected)
+    assert engine.describe()["retrieval"] == form
+    # The controls: no retrieval, and another noise.
+    assert relative(got.latents, eager.run(replace(batch, mode="none", k=0)).latents) > 1e-4
+    assert relative(got.latents, eager.run(make_batch(*PROMPTS, seed=9, mode=mode, k=k, source=source)).latents) > 1e-2
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_requests_numbers_are_read_from_memory(database, eager, graph_engine, make_batch, form):
+    """One recording serves every λ, w, min_score, seed, prompt."""
+    source, engine = DatabaseSource(database, FORMS[form]["retriever"]), graph_engine(**FORMS[form])
+    for i, (lam, floor) in enumerate([(float("nan"), -float("inf")), (0.3, -float("inf")), (float("nan"), 1e9)]):
+        batch = make_batch(
+            f"a {('red', 'green', 'blue')[i]} dog", "a square", seed=i, mode="adapter", k=2, source=source,
+            lam=torch.full((2,), lam), min_score=torch.full((2,), floor),
+        )  # fmt: skip
+        agree(engine.run(batch), eager.run(batch))
+    assert len(engine.describe()["graphs"]) == 1
+
+
+def test_lambda_zero_is_no_retrieval_bit_for_bit(source, graph_engine, make_batch):
+    engine = graph_engine()
+    with_zero = engine.run(make_batch(*PROMPTS, mode="adapter", k=1, source=source, lam=torch.zeros(2)))
+    without = engine.run(make_batch(*PROMPTS))
+    assert torch.equal(with_zero.latents, without.latents)
+
+
+@pytest.mark.parametrize("query", ["ids", "key", "none"])
+def test_another_text_or_key_to_search_by(bundle, source, eager, graph_engine, make_batch, query):
+    engine = graph_engine()
+    batch = make_batch(*PROMPTS, mode="adapter", k=2, source=source)
+    tokens = bundle.text.tokenize(["a yellow dog", "a green square"]).input_ids
+    if query == "ids":
+        batch = replace(batch, query_ids=tokens)
+    else:
+        with torch.inference_mode():
+            states = bundle.text.encode(tokens)
+        batch = replace(batch, query_key=states.key) if query == "key" else replace(
+            batch, input_ids=None, text=states.hidden_states, mode="none", k=0, source=None
+        )  # fmt: skip
+    agree(engine.run(batch), eager.run(batch))
+
+
+def test_neighbours_given_with_the_request(bundle, source, eager, graph_engine, make_batch):
+    engine = graph_engine()
+    ids = torch.tensor([[3, 7], [5, -1]])
+    found = source.gather(ids, torch.tensor([[0.9, 0.8], [0.7, float("nan")]]))
+    batch = make_batch(*PROMPTS, mode="adapter", k=2, retrieved=found)
+    agree(engine.run(batch), eager.run(batch))
+    # One other neighbour must change its own row, and no other.
+    other = Retrieved(ids, found.scores, found.keys, found.h_retr.clone())
+    other.h_retr[0, 0] = source.gather(torch.tensor([[11]]), torch.tensor([[0.9]])).h_retr[0, 0]
+    a, b = engine.run(batch).latents, engine.run(replace(batch, retrieved=other)).latents
+    assert relative(a[0], b[0]) > 1e-3 and torch.equal(a[1], b[1])
+
+
+def test_results_do_not_change_while_the_buffers_are_used_again(source, graph_engine, make_batch):
+    engine = graph_engine()
+    held = engine.run(make_batch(*PROMPTS, mode="adapter", k=1, source=source, want="uint8"))
+    before = {n: getattr(held, n).clone() for n in ("uint8", "ids", "scores", "lam", "cosine", "valid", "ok")}
+    for seed in range(1, 6):
+        engine.run(make_batch("a dog", "a cat", seed=seed, mode="adapter", k=1, source=source, want="uint8"))
+    assert all(torch.equal(getattr(held, n), value) for n, value in before.items())
+
+
+def test_a_new_adapter_takes_effect_in_the_memory_that_was_recorded(
+    model_folder, tmp_path, new_adapter, source, graph_engine, make_batch
+):
+    bundle = Bundle.load(model_folder, device="cpu")
+    engine = graph_engine(bundle)
+    batch = make_batch(*PROMPTS, mode="adapter", k=1, source=source)
+    before = engine.run(batch).latents
+    places = [p.data_ptr() for p in engine.model.adapter.parameters()]
+    recorded = list(engine._recorded.values())
+    new_adapter(tmp_path, seed=1)
+    engine.load_adapter(tmp_path)
+    assert places == [p.data_ptr() for p in engine.model.adapter.parameters()]
+    assert all(a is b for a, b in zip(recorded, engine._recorded.values(), strict=True))
+    after = engine.run(batch)
+    agree(after, engine.oracle.run(batch))
+    assert relative(after.latents, before) > 1e-3
+
+
+def test_a_lora_on_other_layers_records_anew_and_one_on_the_same_layers_does_not(
+    model_folder, tmp_path, decoder_lora, graph_engine, make_batch
+):
+    bundle = Bundle.load(model_folder, device="cpu")
+    engine, batch = graph_engine(bundle), make_batch(*PROMPTS)
+    results = [engine.run(batch).latents]
+    for seed, kept in ((1, False), (2, True)):
+        decoder_lora(tmp_path / str(seed), seed)
+        recorded = list(engine._recorded.values())
+        engine.load_adapter(tmp_path / str(seed))
+        assert (list(engine._recorded.values()) == recorded) is kept
+        results.append(engine.run(batch).latents)
+        assert relative(results[-1], engine.oracle.run(batch).latents) < 1e-5
+    assert relative(results[1], results[0]) > 1e-3 and relative(results[2], results[1]) > 1e-3
+
+
+def test_a_swapped_database_is_other_numbers_for_the_same_recording(
+    write_database, tmp_path, source, eager, graph_engine, make_batch
+):
+    other = DatabaseSource(write_database(tmp_path / "other", ["a dog on a boat", "a photo of a cat"], seed=5))
+    engine = graph_engine()
+    for turn in (source, other, source, other):
+        batch = make_batch(*PROMPTS, mode="adapter", k=1, source=turn)
+        agree(engine.run(batch), eager.run(batch))
+    assert len(engine.describe()["graphs"]) == 1
+
+
+@pytest.mark.parametrize("form", ["one graph", "ids to the host"])
+def test_removed_and_appended_pairs(write_database, tmp_path, eager, graph_engine, make_batch, form):
+    database = write_database(tmp_path / "db")
+    engine = graph_engine(**FORMS[form])
+    source = DatabaseSource(database, FORMS[form]["retriever"])
+
+    def run(k: int = 1):
+        batch = make_batch(*PROMPTS, mode="adapter", k=k, source=source)
+        got = engine.run(batch)
+        agree(got, eager.run(batch))
+        return got.ids
+
+    first = run()
+    rows = engine._tables.rows
+    database.remove([int(first[0, 0])])
+    source = source.current()
+    second = run()
+    assert int(second[0, 0]) != int(first[0, 0]) and int(second[1, 0]) == int(first[1, 0])
+    assert engine._tables.rows is rows
+
+
+def test_a_centred_database_is_searched_centred(write_database, tmp_path, eager, graph_engine, make_batch):
+    database = write_database(tmp_path / "db")
+    manifest = database.snapshot.manifest
+    object.__setattr__(manifest, "centred", True)
+    source = DatabaseSource(database, "exact")
+    batch = make_batch(*PROMPTS, mode="adapter", k=2, source=source)
+    agree(graph_engine().run(batch), eager.run(batch))
+
+
+def test_a_small_row_memory_reads_what_is_missing_and_never_a_wrong_row(database, rng):
+    snapshot = database.snapshot
+    stride = -(-snapshot.geometry.record_bytes // 128) * 128
+    rows = HostRows(snapshot, 5 * stride)
+    assert not rows.resident and rows.capacity == 5
+    memory = np.frombuffer(rows._memory, np.uint8).reshape(5, stride)
+    for _ in range(60):
+        ids = rng.integers(-1, len(snapshot.ids), size=(2, 2))
+        slots = rows.slots(snapshot, ids)
+        assert ((slots == -1) == (ids == -1)).all()
+        for i, slot in zip(ids.ravel(), slots.ravel(), strict=True):
+            if i >= 0:
+                assert np.array_equal(memory[slot, : snapshot.geometry.record_bytes], database.rows([i])[0])
+    assert rows.counts["hits"] > 0 and rows.counts["misses"] > 5
+    with pytest.raises(InvalidRequest, match="host_cache holds 5"):
+        rows.slots(snapshot, np.arange(6))
+
+
+def test_remembered_prompts_give_the_same_bytes_and_are_bounded(source, graph_engine, eager, make_batch):
+    plain, engine = graph_engine(), graph_engine(prompt_cache=3)
+    for seed, prompts in enumerate([PROMPTS, PROMPTS, PROMPTS[::-1], ("a dog", "a cat"), PROMPTS]):
+        batch = make_batch(*prompts, seed=seed, mode="adapter", k=1, source=source)
+        assert torch.equal(engine.run(batch).latents, plain.run(batch).latents)
+    counts = engine.describe()["prompts"]
+    assert counts == {"held": 3, "hits": 2, "misses": 3}
+
+
+def test_what_graphs_do_not_take_is_refused_by_name_and_eager_under_auto(bundle, graph_engine, eager, make_batch):
+    tokens = bundle.text.tokenize(["", ""]).input_ids
+    guided = make_batch(*PROMPTS, guidance_scale=3.0, negative_ids=tokens)
+    engine = graph_engine()
+    assert torch.equal(engine.run(guided).latents, eager.run(guided).latents)
+    assert engine.describe()["eager batches"] == 1
+    with pytest.raises(InvalidRequest, match="engine='graph': guidance"):
+        graph_engine(engine="graph").run(guided)
+
+
+def test_recordings_are_bounded(graph_engine, make_batch):
+    engine = graph_engine()
+    for rows in range(1, 3):
+        for side in range(4, 40, 2):
+            latents = torch.zeros(rows, 4, side, 4)
+            engine.run(make_batch(*PROMPTS[:rows], latents=latents))
+    assert len(engine.describe()["graphs"]) == MAX_SPECS
+
+
+def test_a_decoder_that_overflows_moves_to_fp32_and_says_so(model_folder, graph_engine, make_batch, caplog):
+    bundle = Bundle.load(model_folder, device="cpu", dtype=torch.float16)
+    with torch.no_grad():
+        bundle.vae.module.decoder.conv_in.weight.mul_(3e4)
+    batch = make_batch(*PROMPTS, want="uint8")
+    engine = graph_engine(bundle)
+    result = engine.run(batch)
+    assert bool(result.ok.all()) and engine.describe()["vae dtype"] == "float32"
+    assert "float32 from now on" in caplog.text
+    assert bundle.vae.dtype == torch.float16
+    # A model that fits stays where it is.
+    fits = graph_engine(Bundle.load(model_folder, device="cpu", dtype=torch.float16))
+    assert bool(fits.run(batch).ok.all()) and fits.describe()["vae dtype"] == "float16"
+
+
+def test_the_table_of_replacements_is_whole_and_the_bundle_is_untouched(model_folder):
+    bundle = Bundle.load(model_folder, device="cpu")
+    before = {n: p.clone() for n, p in bundle.unet.unet.named_parameters()}
+    kinds = [type(m).__name__ for m in bundle.unet.unet.modules()]
+    model = FastModel(bundle)
+    table = {row.path: row for row in model.replaced}
+    for path, module in bundle.unet.unet.named_modules():
+        if type(module).__name__ in ("ResnetBlock2D", "Transformer2DModel"):
+            assert table[path].was == type(module).__name__
+    assert kinds == [type(m).__name__ for m in bundle.unet.unet.modules()]
+    assert all(torch.equal(before[n], p) for n, p in bundle.unet.unet.named_parameters())
+
+
+def test_a_cpu_has_no_cuda_graphs_and_no_kernel_by_name(bundle):
+    with pytest.raises(InvalidRequest, match="needs a CUDA device"):
+        make_engine(bundle, GeneratorConfig(engine="graph"))
+    with pytest.raises(InvalidRequest, match="attention='xformers'"):
+        FastModel(bundle, attention="xformers")
