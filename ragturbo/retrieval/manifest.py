@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -72,6 +73,10 @@ class Manifest:
     @property
     def encoder_digest(self) -> bytes:
         return encoder_digest(self.encoder, self.key_kind)
+
+    @property
+    def generation_folder(self) -> str:
+        return generation_name(self.generation)
 
     def to_json(self) -> bytes:
         geometry = asdict(self.geometry)
@@ -191,8 +196,8 @@ def parse(raw: bytes, where: str) -> Manifest:
         if features.count(name) != value:
             raise features._fail(name, f"is {features.data[name]}; this geometry gives {value}")
     mean = keys.take("mean", list)
-    if len(mean) != geometry.key_dim or not all(isinstance(v, float) for v in mean):
-        raise keys._fail("mean", f"must be {geometry.key_dim} numbers")
+    if len(mean) != geometry.key_dim or not all(isinstance(v, float) and math.isfinite(v) for v in mean):
+        raise keys._fail("mean", f"must be {geometry.key_dim} finite numbers")
     segments = tuple(
         segment_from_json(entry, where, f"segments[{i}].") for i, entry in enumerate(top.take("segments", list))
     )

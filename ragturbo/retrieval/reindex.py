@@ -40,11 +40,13 @@ def reindex(
             durable.remove_tree(draft)
         with durable.naming(draft, "creating"):
             draft.mkdir()
-        chosen = config or ScannConfig.by_size(len(snapshot), centre)
-        index = scann.build_index(snapshot, replace(chosen, centred=centre), draft, threads)
-        manifest = writer.commit(
-            folder, base.evolved(index=index, centred=centre), writer.removed_ids(folder, base), draft
-        )
-        durable.remove_tree(draft)
+        try:
+            chosen = config or ScannConfig.by_size(len(snapshot), centre)
+            index = scann.build_index(snapshot, replace(chosen, centred=centre), draft, threads)
+            manifest = writer.commit(
+                folder, base.evolved(index=index, centred=centre), writer.removed_ids(folder, base), draft
+            )
+        finally:
+            durable.remove_tree(draft)
         writer.clean(folder, manifest)
         return manifest

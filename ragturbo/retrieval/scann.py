@@ -109,6 +109,8 @@ def build_index(snapshot: Snapshot, config: ScannConfig, folder: Path, threads: 
     try:
         searcher = build_searcher(vectors(snapshot, rows, config.centred), config, threads)
         searcher.serialize(str(folder), relative_path=True)
+    except InvalidRequest:
+        raise
     except (RuntimeError, ValueError) as error:
         raise DatabaseError(f"{folder}: ScaNN could not build an index of {len(rows)} pairs: {error}") from error
     buffer = io.BytesIO()
