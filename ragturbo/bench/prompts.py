@@ -9,7 +9,7 @@ _SUBJECTS = ("a red fox", "a lighthouse", "an old bicycle", "a wooden boat", "tw
              "a marble statue", "a hot air balloon", "a street musician", "a lemon tree")  # fmt: skip
 _PLACES = ("beside a river at dawn", "in front of a brick wall", "on a crowded market square", "under a stormy sky",
            "in a field of lavender", "at the edge of a frozen lake", "on a rooftop at night", "in an empty library",
-           "behind a rusty gate", "among autumn leaves", "on a foggy pier", "in the light of a single lamp")  # fmt: skip
+           "behind a rusty gate", "among autumn leaves", "on a foggy pier", "in the light of one lamp")  # fmt: skip
 _STYLES = ("", ", a photograph", ", oil on canvas", ", watercolour", ", studio lighting", ", seen from above")
 
 
