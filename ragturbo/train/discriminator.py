@@ -39,10 +39,10 @@ class Head(nn.Module):
         self.conv_out = nn.Conv2d(width, 1, 1)
 
     def forward(self, features: Tensor) -> Tensor:
-        x = self.act(self.conv_in(self.norm(features)))
+        # In fp32: the heads are a thousandth of the work, and spectral norm's power iteration needs the digits.
+        x = self.act(self.conv_in(self.norm(features.float())))
         x = x + self.act(self.conv_mid(x))
-        # fp32 logits: the hinge compares them with 1.
-        return self.conv_out(x).flatten(1).float()
+        return self.conv_out(x).flatten(1)
 
 
 class Backbone:

@@ -1,0 +1,64 @@
+"""`ragturbo train`: the LADD trainer from a configuration."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ragturbo.cli.terminal import quiet_libraries
+
+
+def train(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or paper, one-gpu or shapes.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for checkpoints, statistics and the result.")],
+    max_steps: Annotated[int | None, typer.Option(help="Stop after this many optimiser steps in all.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, such as loop.batch=64.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be trained, held and computed, and stop.")
+    ] = False,
+    processes: Annotated[int, typer.Option(help="With --dry-run: on this many processes.")] = 1,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; the launcher's own by default.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Report for machines.")] = False,
+) -> None:
+    """Train an adapter and decoder LoRA, or a one-step student. Several GPUs: torchrun --no-python … ragturbo train …"""
+    quiet_libraries()
+    from ragturbo.train.config import load_config, to_yaml
+
+    settings = load_config(config, changes or [])
+    if dry_run:
+        from ragturbo.train.estimate import estimate
+
+        report = estimate(settings, out, processes)
+        typer.echo(json.dumps(report, indent=2) if as_json else _readable(report))
+        return
+    import logging
+
+    from ragturbo.train.ladd import LADDTrainer
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if not as_json:
+        typer.echo(to_yaml(settings), err=True)
+    trainer = LADDTrainer(settings, out, device=device, resume=resume)
+    folder = trainer.train(max_steps)
+    if trainer.processes.is_main_process:
+        facts = {"export": str(folder), "steps": trainer.step, "skipped": trainer.skipped}
+        typer.echo(json.dumps(facts) if as_json else f"wrote {folder} after {trainer.step} steps")
+
+
+def _readable(report: dict[str, Any]) -> str:
+    lines = [f"note: {note}" for note in report["notes"]]
+    for kind, parts in report["parameters"].items():
+        lines += [f"{kind:<10} {name:<44} {count:>15,}" for name, count in parts.items()]
+    lines += [f"{'memory':<10} {name:<44} {size / 2**30:>11.2f} GiB" for name, size in report["memory_bytes"].items()]
+    flops, parts = report["flops_per_step"] / 1e15, report["micro_batches_per_step"]
+    lines += [f"{'a sample':<10} {name:<44} {n / 1e12:>10.3f} TFLOP" for name, n in report["flops_per_sample"].items()]
+    lines.append(f"a step: {flops:.2f} PFLOP in all, {parts} micro-batches on each process")
+    rate = report["samples_per_s"]
+    lines.append("samples/s: not measured here" if rate is None else f"samples/s, measured by the run there: {rate:.1f}")
+    return "\n".join(lines)

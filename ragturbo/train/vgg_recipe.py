@@ -1,0 +1,122 @@
+"""`ragturbo data lpips`: trains the network behind latent LPIPS on any captioned latents.
+
+The public weights were trained as an ImageNet classifier on latents. Where there are captions in place of classes, the
+words are the classes: which of the most telling words does this latent's caption have?
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections import Counter
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ragturbo.errors import InvalidRequest
+from ragturbo.train.augment import Augmentation
+from ragturbo.train.lpips import LatentVGG, save_vgg
+from ragturbo.train.progress import local_device, track
+from ragturbo.train.shards import Shards
+
+log = logging.getLogger("ragturbo")
+
+# Flips and turns would make words such as "left of" impossible to learn; the rest keeps the network from memorising.
+_AUGMENTATION = Augmentation(flip=False, quarter_turns=False, max_angle=0.1, scale_std=0.1, max_shift=0.06, cutout=0.25)
+
+
+def train_vgg(
+    data: str | Path,
+    out: str | Path,
+    *,
+    width: int = 64,
+    words: int = 512,
+    steps: int = 20_000,
+    batch: int = 64,
+    lr: float = 1e-3,
+    seed: int = 0,
+    device: str | None = None,
+) -> dict[str, float]:
+    """Writes `out` (safetensors) and returns how well held-out captions' words are told: mean average precision, and
+    the same for guessing by frequency alone."""
+    place = torch.device(device or local_device())
+    shards = Shards(data)
+    captions = [_words(record["caption"]) for shard in range(len(shards.files)) for record in shards.records(shard)]
+    vocabulary = telling_words(captions, words)
+    if len(vocabulary) < 2:
+        raise InvalidRequest(f"{data}: its {len(captions)} captions share no words that tell them apart")
+    targets = torch.zeros(len(captions), len(vocabulary))
+    for i, caption in enumerate(captions):
+        targets[i, [vocabulary[word] for word in caption if word in vocabulary]] = 1
+    # Every 16th sample is held out.
+    held = torch.arange(len(captions)) % 16 == 15
+    train = (~held).nonzero().flatten() if held.any() else torch.arange(len(captions))
+
+    torch.manual_seed(seed)
+    channels = shards.read(0, "latents").shape[0]
+    vgg = LatentVGG(channels, width).to(place).train()
+    head = nn.Linear(vgg.widths[-1], len(vocabulary)).to(place)
+    # Starts at the words' frequencies: what is learnt is what the latent adds.
+    frequency = targets[train].mean(0).clamp(1e-4, 1 - 1e-4)
+    head.bias.data.copy_(torch.logit(frequency))
+    optimizer = torch.optim.AdamW([*vgg.parameters(), *head.parameters()], lr=lr, weight_decay=0.01, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, steps))
+    generator, draws = torch.Generator().manual_seed(seed), torch.Generator(place).manual_seed(seed)
+    for _ in track(range(steps), steps, "latent VGG"):
+        rows = train[torch.randint(len(train), (batch,), generator=generator)]
+        z = torch.stack([shards.read(int(i), "latents") for i in rows]).float().to(place)
+        z = _AUGMENTATION.draw(batch, draws, place)(z)
+        loss = F.binary_cross_entropy_with_logits(head(vgg(z)[-1].mean((2, 3))), targets[rows].to(place))
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    test = held.nonzero().flatten()[:1024] if held.any() else train[:1024]
+    scores = _scores(vgg.eval(), head, shards, test, batch)
+    told, guessed = (average_precision(x, targets[test]) for x in (scores, frequency.expand(len(test), -1)))
+    log.info("mean average precision on %d held-out samples: %.3f; by frequency alone %.3f", len(test), told, guessed)
+    save_vgg(vgg, out, words=str(len(vocabulary)), steps=str(steps), average_precision=f"{told:.4f}")
+    return {"average_precision": told, "by_frequency": guessed, "words": float(len(vocabulary))}
+
+
+def telling_words(captions: list[set[str]], most: int) -> dict[str, int]:
+    """The words that say most about which caption this is: neither in nearly all of them nor in hardly any."""
+    counts = Counter(word for caption in captions for word in caption)
+    total = len(captions)
+    entropy = {word: _entropy(n / total) for word, n in counts.items() if 0.001 * total <= n <= 0.95 * total and n > 1}
+    chosen = sorted(entropy, key=lambda word: (-entropy[word], word))[:most]
+    return {word: i for i, word in enumerate(sorted(chosen))}
+
+
+def average_precision(scores: Tensor, targets: Tensor) -> float:
+    """Mean over samples of the average precision of the ranking of words. scores, targets: (N, W)."""
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    hits = targets.gather(1, order)
+    precision = hits.cumsum(1) / torch.arange(1, hits.shape[1] + 1)
+    each = (precision * hits).sum(1) / hits.sum(1).clamp(min=1)
+    return float(each[targets.any(1)].mean()) if targets.any() else 0.0
+
+
+@torch.no_grad()
+def _scores(vgg: LatentVGG, head: nn.Module, shards: Shards, rows: Tensor, batch: int) -> Tensor:
+    parts = []
+    for chunk in rows.split(batch):
+        z = torch.stack([shards.read(int(i), "latents") for i in chunk]).float()
+        parts.append(head(vgg(z.to(next(vgg.parameters()).device))[-1].mean((2, 3))).cpu())
+    return torch.cat(parts)
+
+
+def _words(caption: str) -> set[str]:
+    return set(re.findall(r"\w+", caption.casefold()))
+
+
+def _entropy(p: float) -> float:
+    return -(p * math.log(p) + (1 - p) * math.log(1 - p))
+
+
+def _cosine(step: int, steps: int) -> float:
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, steps))))
