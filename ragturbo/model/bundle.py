@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -50,11 +50,13 @@ class Bundle:
     """The undistilled UNet the student came from, where asked for."""
     database_path: Path | None = None
     fingerprints: dict[str, str] = field(default_factory=dict)
-    """Of the text encoder, the UNet's encoder and the VAE's: what a database must have been built with."""
+    """Of the text encoder, the UNet's encoder, the VAE's, the clip key: what a database must have been built with."""
 
     def __post_init__(self) -> None:
         if not self.fingerprints:
-            self.fingerprints = fingerprints(self.text.text_encoder, self.unet.unet, self.vae.module)
+            self.fingerprints = fingerprints(
+                self.text.text_encoder, self.unet.unet, self.vae.module, self.text.clip_key
+            )
         _check_widths(self)
 
     @property
@@ -86,7 +88,7 @@ class Bundle:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         vae: str = "full",
-        adapter: str | os.PathLike[str] | bool | None = None,
+        adapter: str | os.PathLike[str] | Literal[False] | None = None,
         teacher: bool = False,
         local_files_only: bool = False,
         revision: str | None = None,
@@ -105,7 +107,6 @@ class Bundle:
 
         text_encoder, tokenizer = _load_text_encoder(folder), _load_tokenizer(folder)
         unet, vae_module = _load_unet(folder, "unet"), _load_vae(folder, vae, hub)
-        names = fingerprints(text_encoder, unet, vae_module)
         clip_key = ClipKey.load(folder) if (folder / clip_key_file.FILE).is_file() else None
         scheduler = _load_scheduler(folder)
         info = BundleInfo.read(folder) or BundleInfo(
@@ -113,6 +114,8 @@ class Bundle:
         )
         if info.key_kind == "clip" and clip_key is None:
             raise ModelError(f'{folder} says its key is "clip", but {clip_key_file.FILE} is not there')
+        clip_key = clip_key if info.key_kind == "clip" else None
+        names = fingerprints(text_encoder, unet, vae_module, clip_key, own_vae=vae == "full")
 
         def place(module: Any) -> Any:
             # torch's own `to`: diffusers' warns about a list of fp32 modules that is empty.
@@ -121,9 +124,7 @@ class Bundle:
         bundle = cls(
             name=str(name),
             info=info,
-            text=TextEncoder(
-                tokenizer, place(text_encoder), place(clip_key) if clip_key and info.key_kind == "clip" else None
-            ),
+            text=TextEncoder(tokenizer, place(text_encoder), None if clip_key is None else place(clip_key)),
             unet=HSpaceUNet(place(unet)),
             vae=VAE(place(vae_module)),
             scheduler=scheduler,
@@ -132,11 +133,9 @@ class Bundle:
             fingerprints=names,
         )
         own = folder if (folder / adapter_file.FILE).is_file() or (folder / lora.FOLDER).is_dir() else None
-        chosen = own if adapter is None or adapter is True else adapter
+        chosen = own if adapter is None else adapter
         if chosen:
             bundle.load_adapter(chosen)
-        elif adapter is True:
-            raise ModelError(f"{folder} has no {adapter_file.FILE}")
         return bundle
 
     def load_adapter(self, path: str | os.PathLike[str]) -> None:
@@ -146,7 +145,8 @@ class Bundle:
         has_adapter = path.is_file() or (folder / adapter_file.FILE).is_file()
         has_lora = (folder / lora.FOLDER).is_dir()
         if not path.exists() or not (has_adapter or has_lora):
-            refuse_pickle(path)
+            for other in (path, *sorted(folder.glob("adapter.*"))):
+                refuse_pickle(other)
             raise ModelError(f"{path} holds neither {adapter_file.FILE} nor {lora.FOLDER}/")
         # The adapter first: if it does not fit, the LoRA stays as it was.
         new = HSpaceAdapter.load(path, self.unet.channels) if has_adapter else None
@@ -180,12 +180,16 @@ class Bundle:
         return folder
 
 
-def fingerprints(text_encoder: Any, unet: Any, vae: Any) -> dict[str, str]:
-    return {
+def fingerprints(
+    text_encoder: Any, unet: Any, vae: Any, clip_key: ClipKey | None = None, *, own_vae: bool = True
+) -> dict[str, str]:
+    """By part. A VAE in place of the model's own has another name: searching needs no VAE, only building does."""
+    names = {
         "text_encoder": fingerprint(text_encoder),
         "unet_encoder": fingerprint(unet, UNET_ENCODER),
-        "vae_encoder": fingerprint(vae, VAE_ENCODER),
+        "vae_encoder" if own_vae else "substitute_vae_encoder": fingerprint(vae, VAE_ENCODER),
     }
+    return names if clip_key is None else {**names, "clip_key": fingerprint(clip_key)}
 
 
 def _check_widths(bundle: Bundle) -> None:
@@ -306,6 +310,8 @@ def _load_scheduler(folder: Path) -> Any:
     try:
         config = json.loads(path.read_text("utf-8"))
         kind = getattr(diffusers, config["_class_name"])
+        if not issubclass(kind, diffusers.SchedulerMixin):
+            raise TypeError(f"{kind.__name__} is no scheduler")
         return kind.from_config(config)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ModelError(f"{path} is no scheduler of diffusers: {error!r}") from error

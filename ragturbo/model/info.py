@@ -44,6 +44,8 @@ class BundleInfo:
             raise ModelError(f"{FILE}: adapter_kind is {self.adapter_kind!r}, not one of {', '.join(_ADAPTER_KINDS)}")
         if not isinstance(self.num_neighbors, int) or not 1 <= self.num_neighbors <= 64:
             raise ModelError(f"{FILE}: num_neighbors is {self.num_neighbors!r}, not a number from 1 to 64")
+        if self.provenance is not None and not isinstance(self.provenance, dict):
+            raise ModelError(f"{FILE}: provenance is {self.provenance!r}, not a table")
 
     @classmethod
     def read(cls, folder: Path) -> BundleInfo | None:

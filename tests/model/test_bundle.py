@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ragturbo.errors import ModelError
 from ragturbo.model import Bundle, HSpaceAdapter
+from ragturbo.model.clip_key import ClipKey
 from ragturbo.model.info import BundleInfo
 from ragturbo.model.lora import NAME
 
@@ -121,6 +122,10 @@ def test_an_adapter_can_be_swapped_and_a_wrong_one_changes_nothing(tiny_sd21: Pa
         bundle.load_adapter(tmp_path / "out1")
     with pytest.raises(ModelError, match="ragturbo convert"):
         bundle.load_adapter(tmp_path / "adapter.pt")
+    (tmp_path / "old").mkdir()
+    torch.save({}, tmp_path / "old" / "adapter.bin")
+    with pytest.raises(ModelError, match="ragturbo convert.*adapter.bin"):
+        bundle.load_adapter(tmp_path / "old")
     assert torch.equal(run(Bundle.load(tmp_path / "1", device="cpu", adapter=False)), plain)
     # An adapter without a LoRA takes the old LoRA away with the old adapter.
     HSpaceAdapter(64).save(tmp_path / "bare")
@@ -240,6 +245,10 @@ SPOILS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "two-encoders": (lambda f: set_json(f / "model_index.json", text_encoder_2=["a", "b"]), "two text encoders"),
     "other-encoder": (lambda f: set_json(f / "text_encoder/config.json", model_type="t5"), "'t5'"),
     "unknown-scheduler": (lambda f: set_json(f / "scheduler/scheduler_config.json", _class_name="Fast"), "Fast"),
+    "no-scheduler-class": (
+        lambda f: set_json(f / "scheduler/scheduler_config.json", _class_name="UNet2DConditionModel"),
+        "no scheduler",
+    ),
     "newer-bundle": (lambda f: set_json(f / "ragturbo.json", format=2, distilled=True, more=1), "format 2"),
     "odd-entry": (lambda f: set_json(f / "ragturbo.json", distilled=True, colour=1), "colour"),
     "odd-value": (lambda f: set_json(f / "ragturbo.json", distilled="yes"), "'yes'"),
@@ -282,10 +291,28 @@ def test_the_tiny_vae_takes_the_place_of_the_full_one(tiny: ModuleType, folder: 
             shutil.copytree(tmp_path / "taesd", place)
         bundle = Bundle.load(folder, device="cpu", vae=choice)
         assert bundle.vae.kind == "tiny"
+        # Searching needs no VAE: a database built with the full one is still this model's.
+        assert set(bundle.fingerprint()) == {"text_encoder", "unet_encoder", "substitute_vae_encoder"}
         with torch.no_grad():
             assert bundle.vae.decode(torch.zeros(1, 4, 4, 4)).shape == (1, 3, 32, 32)
     with pytest.raises(ModelError, match="not an AutoencoderTiny"):
         Bundle.load(folder, device="cpu", vae=str(folder / "vae"))
+
+
+def test_a_bundle_with_a_clip_key_comes_back_with_it(tiny_sd21: Path, tmp_path: Path) -> None:
+    bundle = Bundle.load(tiny_sd21, device="cpu")
+    key = ClipKey(32, 4, 24, 128)
+    torch.nn.init.normal_(key.text_projection)
+    key.save(tiny := tmp_path / "key")
+    shutil.copytree(tiny_sd21, folder := tmp_path / "model")
+    shutil.copy(tiny / "clip_key.safetensors", folder)
+    with_key = Bundle.load(folder, device="cpu", dtype=torch.bfloat16)
+    assert with_key.text.key_kind == "clip" and with_key.info.key_kind == "clip" and with_key.text.key_dim == 24
+    again = Bundle.load(with_key.save(tmp_path / "again"), device="cpu")
+    assert again.text.key_kind == "clip" and again.info.key_kind == "clip"
+    # Another key, another fingerprint; the rest is the same model.
+    assert set(with_key.fingerprint()) - set(bundle.fingerprint()) == {"clip_key"}
+    assert bundle.fingerprint().items() <= with_key.fingerprint().items()
 
 
 def test_the_teacher_is_loaded_only_where_asked_for(folder: Path) -> None:
@@ -361,6 +388,7 @@ def test_a_bundles_description_checks_itself() -> None:
         {"distilled": True, "adapter_kind": "mlp"},
         {"distilled": True, "num_neighbors": 0},
         {"distilled": True, "format": "one"},
+        {"distilled": True, "provenance": "somewhere"},
     ):
         with pytest.raises(ModelError):
             BundleInfo(**wrong)  # type: ignore[arg-type]
