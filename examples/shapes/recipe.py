@@ -20,7 +20,7 @@ from stage_lcm import distil_lcm
 from stage_student import distil_student, make_pairs
 from stage_teacher import train_teacher
 from stage_text import train_text
-from stage_vae import train_vae
+from stage_vae import train_decoder, train_vae
 
 
 def draw(work: Path, s: Settings, minutes: float | None) -> None:
@@ -36,6 +36,7 @@ STAGES: dict[str, Callable[[Path, Settings, float | None], None]] = {
     "text": train_text,
     "vae": train_vae,
     "encode": encode,
+    "decoder": train_decoder,
     "teacher": train_teacher,
     "pairs": make_pairs,
     "student": distil_student,

@@ -13,9 +13,10 @@ class Settings:
     rare_glimpses: int = 3
 
     vae_channels: tuple[int, ...] = (16, 32, 64)
-    vae_steps: int = 1_100
+    vae_steps: int = 1_600
+    decoder_steps: int = 1_500
     vae_batch: int = 32
-    vae_rate: float = 2e-3
+    vae_rate: float = 3e-3
     vae_kl: float = 1e-5
 
     context: int = 24
@@ -28,7 +29,7 @@ class Settings:
     # Text enters the middle block alone, and the middle block is where the depth is: h carries the meaning.
     unet_channels: tuple[int, ...] = (48, 64, 96)
     unet_middle_layers: int = 4
-    teacher_steps: int = 14_000
+    teacher_steps: int = 9_000
     teacher_batch: int = 64
     teacher_rate: float = 1.2e-3
     text_dropout: float = 0.1

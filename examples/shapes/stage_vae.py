@@ -12,6 +12,7 @@ from loop import Average, rate, run, set_rate
 from networks import make_vae
 from settings import Settings
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def train_vae(work: Path, s: Settings, minutes: float | None = None) -> None:
@@ -29,7 +30,7 @@ def train_vae(work: Path, s: Settings, minutes: float | None = None) -> None:
             posterior = vae.encode(x).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=generator)
             y = vae.decode(posterior.mean + posterior.std * noise).sample
-        error = y.float() - x
+        error = weighted(y.float() - x, x)
         # Squares first see the colours of things, which cover a tenth of the picture; absolute values then see edges.
         pixels, squares, edges = error.abs().mean(), error.square().mean(), differences(error)
         kl = 0.5 * (posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float()).mean()
@@ -43,8 +44,47 @@ def train_vae(work: Path, s: Settings, minutes: float | None = None) -> None:
     state = {"vae": vae, "mean": mean, "optimizer": optimizer}
     run("vae", work, update, state, steps=s.vae_steps, seed=s.seed + 1, minutes=minutes)
     best = mean.module
-    best.register_to_config(scaling_factor=1 / latent_deviation(best, images[:2048]))
+    whiten(best, images[:2048])
     best.save_pretrained(work / "vae")
+
+
+def train_decoder(work: Path, s: Settings, minutes: float | None = None) -> None:
+    """The encoder stays as the teacher knows it; the decoder goes on alone, with the latents it will be given."""
+    images = np.load(work / "images.npy", mmap_mode="r")
+    latents = np.load(work / "latents.npy", mmap_mode="r")
+    torch.manual_seed(s.seed + 20)
+    vae = AutoencoderKL.from_pretrained(work / "vae")
+    parts = torch.nn.ModuleList([vae.post_quant_conv, vae.decoder]).train()
+    mean = Average(parts, 0.995)
+    optimizer = torch.optim.AdamW(parts.parameters(), lr=s.vae_rate, weight_decay=1e-3, betas=(0.9, 0.99))
+
+    def update(step: int, generator: torch.Generator) -> dict[str, float]:
+        set_rate(optimizer, rate(step, s.decoder_steps, s.vae_rate / 2))
+        index = np.sort(torch.randint(len(latents), (s.vae_batch,), generator=generator).numpy())
+        x, z = to_float(images[index]), torch.from_numpy(latents[index]).float()
+        # A sampler's latents are never quite the encoder's.
+        z = z + 0.03 * torch.randn(z.shape, generator=generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = parts[1](parts[0](z / vae.config.scaling_factor))
+        error = weighted(y.float() - x, x)
+        pixels, squares, edges = error.abs().mean(), error.square().mean(), differences(error)
+        optimizer.zero_grad(set_to_none=True)
+        (pixels + 4 * squares + edges).backward()
+        torch.nn.utils.clip_grad_norm_(parts.parameters(), 1.0)
+        optimizer.step()
+        mean.update(parts, step)
+        return {"pixels": pixels.item(), "squares": squares.item(), "edges": edges.item()}
+
+    state = {"parts": parts, "mean": mean, "optimizer": optimizer}
+    run("decoder", work, update, state, steps=s.decoder_steps, seed=s.seed + 21, minutes=minutes)
+    vae.post_quant_conv, vae.decoder = mean.module
+    vae.save_pretrained(work / "vae")
+
+
+def weighted(error: Tensor, x: Tensor) -> Tensor:
+    """Errors in and around things count four times: the ground is most of the picture, and easy."""
+    thing = ((x - x[:, :, :1, :1]).abs().amax(1, keepdim=True) > 0.1).float()
+    return error * (1 + 3 * F.max_pool2d(thing, 5, 1, 2))
 
 
 def differences(error: Tensor) -> Tensor:
@@ -52,6 +92,18 @@ def differences(error: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def latent_deviation(vae: AutoencoderKL, images: np.ndarray) -> float:
-    means = [vae.encode(to_float(images[chunk])).latent_dist.mean for chunk in batches(len(images), 128)]
-    return float(torch.cat(means).std())
+def whiten(vae: AutoencoderKL, images: np.ndarray) -> None:
+    """Folds into the 1×1 convolutions around the latents what makes their channels independent, of zero mean and unit
+    variance: otherwise the ground's brightness fills three of four, and noise drowns colours long before it."""
+    means = torch.cat([vae.encode(to_float(images[c])).latent_dist.mean for c in batches(len(images), 128)])
+    cells = means.permute(1, 0, 2, 3).reshape(means.shape[1], -1)
+    shift = cells.mean(1)
+    variance, axes = torch.linalg.eigh(torch.cov(cells))
+    into = axes @ torch.diag(variance.rsqrt()) @ axes.T
+    before, after = vae.quant_conv, vae.post_quant_conv
+    # The variances keep their channels: nothing samples them any more.
+    before.weight[:4] = (into @ before.weight[:4, :, 0, 0])[..., None, None]
+    before.bias[:4] = into @ (before.bias[:4] - shift)
+    after.bias += after.weight[:, :, 0, 0] @ shift
+    after.weight.copy_((after.weight[:, :, 0, 0] @ torch.linalg.inv(into))[..., None, None])
+    vae.register_to_config(scaling_factor=1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -80,16 +81,21 @@ class TextEncoder:
         return Tokens(batch["input_ids"].to(torch.int64), tuple(dropped), unknown)
 
     def _unknown(self, prompt: str, batch: Any, row: int) -> tuple[str, ...]:
-        """The words that became the unknown token. CLIP's own is also its end and its padding, which are not words."""
-        if not batch.encodings:
+        """The words that a closed vocabulary lacks: those that became its unknown token, or fell into pieces.
+
+        CLIP's own unknown token is its end of text as well: its vocabulary is open, every word has pieces.
+        """
+        tokenizer = self.tokenizer
+        if not batch.encodings or tokenizer.unk_token_id in (None, tokenizer.eos_token_id):
             return ()
         encoding = batch.encodings[row]
+        pieces = Counter(word for word in encoding.word_ids if word is not None)
         words: dict[str, None] = {}
-        for token, special, word in zip(encoding.ids, encoding.special_tokens_mask, encoding.word_ids, strict=True):
-            if token == self.tokenizer.unk_token_id and not special and word is not None:
+        for token, word in zip(encoding.ids, encoding.word_ids, strict=True):
+            if word is not None and (token == tokenizer.unk_token_id or pieces[word] > 1):
                 start, stop = encoding.word_to_chars(word)
                 words[prompt[start:stop].strip()] = None
-        return tuple(words)
+        return tuple(word for word in words if any(map(str.isalnum, word)))
 
     def encode(self, input_ids: Tensor) -> TextStates:
         """input_ids: (B, L) on the encoder's device. Waits for nothing: it can be captured in a CUDA graph."""
