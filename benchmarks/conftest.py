@@ -10,7 +10,6 @@ A benchmark takes the fixture `measure`:
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 
 from ragturbo.bench.ceilings import ceilings
 from ragturbo.bench.context import NOISE_LIMIT, context, gpu_state, no_gpu_reason, throttled
+from ragturbo.bench.roofline import Work
 from ragturbo.bench.timing import BULK_BELOW, bulk_calls, captured, noise, once, percentiles, rotating, synchronized
 
 MAX_ROUNDS = 1000
@@ -45,6 +45,10 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
     device = "cpu" if no_gpu_reason() else "cuda"
     output_json["ceilings"] = {device: ceilings(device)}
+    if not config.getoption("benchmark_save_data"):
+        # Percentiles are in extra_info; a thousand times a row is for those who ask.
+        for entry in output_json["benchmarks"]:
+            entry["stats"].pop("data", None)
 
 
 def pytest_benchmark_compare_machine_info(
@@ -75,7 +79,7 @@ def measure(benchmark: Any, request: pytest.FixtureRequest, device: str) -> Call
 
 class Measure:
     def __init__(self, benchmark: Any, request: pytest.FixtureRequest, device: str) -> None:
-        self._benchmark, self._device = benchmark, device
+        self._benchmark, self._request, self._device = benchmark, request, device
         self._seconds = float(request.config.getoption("benchmark_max_time"))
 
     def __call__(
@@ -138,6 +142,7 @@ class Measure:
         else:
             bench.pedantic(run, setup=look, rounds=count, warmup_rounds=0 if slow else 1)
         info = {
+            "op": request_op(self._request),
             "device": "cuda" if cuda else "cpu",
             "dtype": str(dtype).removeprefix("torch.") if dtype is not None else None,
             "sizes": sizes or {},
@@ -169,20 +174,29 @@ class Measure:
         return out
 
 
+def request_op(request: pytest.FixtureRequest) -> str:
+    """One op, one file: test_bench_slerp.py measures slerp."""
+    return request.node.path.stem.removeprefix("test_bench_")
+
+
 def _cost(cost: Any) -> dict[str, Any]:
+    """A `roofline.Work`, or bytes and flops by name."""
     if cost is None:
         return {}
-    if dataclasses.is_dataclass(cost) and not isinstance(cost, type):
-        return {"bytes": cost.bytes, "flops": cost.flops}  # type: ignore[attr-defined]
+    if isinstance(cost, Work):
+        return {"bytes": cost.memory_bytes, "link_bytes": cost.link_bytes, "flops": cost.flops}
     return {"bytes": cost["bytes"], "flops": cost["flops"]}
 
 
 def floor_seconds(info: dict[str, Any], best: dict[str, Any]) -> float | None:
-    """The larger of bytes over bandwidth and FLOPs over the dtype's rate."""
-    rate = best["flops_per_s"].get(info["dtype"] or "float32")
+    """The largest of bytes over bandwidth, bytes over the host's link and FLOPs over the dtype's rate."""
+    rates = best["flops_per_s"]
+    # A CPU computes fp16 at no rate of its own.
+    rate = rates.get(info["dtype"] or "float32", rates["float32"] if info["device"] == "cpu" else None)
     if rate is None:
         return None
-    return max(info["bytes"] / best["bytes_per_s"], info["flops"] / rate)
+    link = info.get("link_bytes", 0) / (best.get("link_bytes_per_s") or best["bytes_per_s"])
+    return max(info["bytes"] / best["bytes_per_s"], link, info["flops"] / rate)
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 
 from ragturbo.bench import projection
 from ragturbo.bench.ceilings import ceilings
-from ragturbo.bench.context import NOISE_LIMIT, context, gpu, gpu_state, throttled
+from ragturbo.bench.context import NOISE_LIMIT, context, gpu, gpu_state, now, throttled
 from ragturbo.bench.counts import Counts, stage_counts
 from ragturbo.bench.models import clustered_keys, make_bundle, make_database
 from ragturbo.bench.paper import ROWS, figure
@@ -76,6 +77,7 @@ def breakdown(settings: Settings, on_row: Callable[[str, str], None] | None = No
         tell = on_row or (lambda profile, kind: None)
         record: dict[str, Any] = {
             "kind": "breakdown",
+            "datetime": now(),
             "context": context(),
             "ceilings": {settings.device: ceilings(settings.device, settings.quick)},
             "model": bundle.name,
@@ -210,9 +212,10 @@ def _turbo(settings: Settings, bundle: Bundle, database: Any, tell: Callable[[st
                 gen(words[-1 - i], seed=10_000 + i, mode=mode, output_type="pil")
             seconds, stages = [], []
             for seed, word in enumerate(words):
-                out: list[Any] = []
-                seconds.append(once(lambda w=word, s=seed, o=out: o.append(gen(w, seed=s, mode=mode))))
-                timings = dict(out[0].timings)
+                start = time.perf_counter()
+                out: Any = gen(word, seed=seed, mode=mode)
+                seconds.append(time.perf_counter() - start)
+                timings = dict(out.timings)
                 timings.pop("total", None)
                 stages.append(timings)
             rows[kind] = {**_row(seconds, stages), "engine": gen.info["engine"]}

@@ -25,6 +25,8 @@ def ceilings(device: str, quick: bool = False) -> dict[str, Any]:
         "bytes_per_s": copy_rate(device, nbytes=_copy_bytes(cuda, quick), seconds=seconds),
         "flops_per_s": rates,
         "launch_s": launch_time(device),
+        # What rows in page-locked memory come over.
+        "link_bytes_per_s": link_rate(nbytes=_copy_bytes(cuda, quick) // 4, seconds=seconds) if cuda else None,
     }
 
 
@@ -36,6 +38,14 @@ def copy_rate(device: str, *, nbytes: int, seconds: float) -> float:
         target.copy_(source)
 
     return 2 * nbytes / percentiles(sample(_waiting(copy, device), seconds=seconds))["p50"]
+
+
+def link_rate(*, nbytes: int, seconds: float) -> float:
+    """Bytes a second from page-locked host memory to the device."""
+    source = torch.randint(0, 255, (nbytes,), dtype=torch.uint8).pin_memory()
+    target = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
+    run = synchronized(lambda: target.copy_(source, non_blocking=True))
+    return nbytes / percentiles(sample(run, seconds=seconds))["p50"]
 
 
 def matmul_rate(device: str, dtype: torch.dtype, *, size: int, seconds: float, tf32: bool = False) -> float:

@@ -6,6 +6,7 @@ import hashlib
 import os
 import platform
 import subprocess
+from datetime import datetime, timezone
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -49,6 +50,10 @@ def context() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "gpu": gpu(),
     }
+
+
+def now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def machine() -> str:

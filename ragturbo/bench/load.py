@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -96,7 +97,7 @@ def open_loop(submit: Submit, *, rate: float, seconds: float, seed: int = 0, lea
             result.rejected += 1
             done.release()
             continue
-        future.add_done_callback(lambda f, at=intended: finished(at, f))
+        future.add_done_callback(partial(finished, intended))
     for _ in arrivals:
         done.acquire()
     result.seconds = time.perf_counter() - start

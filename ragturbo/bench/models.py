@@ -73,7 +73,7 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def modules(config: str, special: dict[str, int] | None = None) -> dict[str, Any]:
+def modules(config: str, special: dict[str, Any] | None = None) -> dict[str, Any]:
     """text, unet, vae and adapter of a configuration on the meta device: shapes without storage."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -161,7 +161,7 @@ def diffusers_pipeline(bundle: Bundle) -> Any:
     """diffusers' own pipeline over the same modules: equal work, and the reference our images are held against."""
     from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline(
+    pipe: Any = StableDiffusionPipeline(
         vae=bundle.vae.module,
         text_encoder=bundle.text.text_encoder,
         tokenizer=bundle.text.tokenizer,

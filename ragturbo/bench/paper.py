@@ -1,4 +1,4 @@
-"""The paper's figures, each with its place, and what follows from them: where its text and tables disagree, we say so."""
+"""The paper's figures, each with its place, and what follows from them: where text and tables disagree, we say so."""
 
 from __future__ import annotations
 

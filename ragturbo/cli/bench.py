@@ -16,7 +16,7 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="For machines.")]
 def breakdown(
     model: Annotated[
         str,
-        typer.Option(help='"sd21" (random weights at its size), "rehearsal" (small), "shapes", a folder or hub id.'),
+        typer.Option(help='"sd21" (random weights), "rehearsal" (small ones), "shapes", a folder or a hub id.'),
     ] = "sd21",
     device: Annotated[str | None, typer.Option(help="cuda or cpu; by default a GPU if there is one.")] = None,
     prompts: Annotated[int, typer.Option(help="Different prompts, one image each.")] = 100,
@@ -24,9 +24,7 @@ def breakdown(
     pairs: Annotated[int, typer.Option(help="Pairs in the database rows are read from, for random weights.")] = 4096,
     keys: Annotated[int, typer.Option(help="Keys that are searched.")] = 630_000,
     profile: Annotated[list[str] | None, typer.Option(help="paper, turbo; both by default.")] = None,
-    out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="A folder for breakdown.json and breakdown.png.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="A folder for JSON and bar chart.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """The paper's Fig. 6: teacher, LCM, SD Turbo and ours, in the paper's way and in ragturbo's."""
@@ -68,9 +66,7 @@ def report(
     page: Annotated[Path, typer.Option(help="The page whose marked sections are made from them.")] = Path(
         "docs/performance.md"
     ),
-    check: Annotated[
-        bool, typer.Option("--check", help="Change nothing; exit 3 where page and data disagree.")
-    ] = False,
+    check: Annotated[bool, typer.Option("--check", help="Change nothing; exit 3 on disagreement.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Make the tables and plots of docs/performance.md from the raw JSON, or check that they agree."""

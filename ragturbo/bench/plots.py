@@ -1,0 +1,96 @@
+"""The page's plots: latency by stage, throughput by batch, share of the roofline by op, one image by commit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ragturbo.bench.chart import bars
+from ragturbo.bench.results import Machine, Run, rows
+
+
+def suite_name(machine: Machine, plot: str) -> str:
+    return f"{machine.name}-{plot}.png"
+
+
+def bars_name(machine: Machine, run: Run) -> str:
+    return f"{machine.name}-{run.path.stem}.png"
+
+
+def wanted(machines: list[Machine]) -> list[str]:
+    """The names of all plots these results give."""
+    return [name for name, _ in _jobs(machines)]
+
+
+def draw(machines: list[Machine], folder: Path) -> None:
+    jobs = _jobs(machines)
+    if jobs:
+        folder.mkdir(parents=True, exist_ok=True)
+    for name, job in jobs:
+        job(folder / name)
+
+
+def _jobs(machines: list[Machine]) -> list[tuple[str, Callable[[Path], Any]]]:
+    out: list[tuple[str, Callable[[Path], Any]]] = []
+    for machine in machines:
+        for run in (r for r in machine.runs if r.kind == "breakdown"):
+            out.append((bars_name(machine, run), partial(bars, run.data)))
+        latest = machine.latest("suite")
+        if latest is None:
+            continue
+        for plot, data in _series(machine, latest).items():
+            if data["places"]:
+                out.append((suite_name(machine, plot), partial(_draw, data)))
+    return out
+
+
+def _series(machine: Machine, run: Run) -> dict[str, dict[str, Any]]:
+    stages = [b for b in rows(run, "stage") if "seconds" in b["extra_info"] and b["extra_info"]["sizes"]["batch"] == 1]
+    throughput = [b for b in rows(run, "generate") if "seconds" in b["extra_info"]]
+    roofline = [b for b in run.data["benchmarks"] if "fraction_of_roofline" in b["extra_info"]]
+    history = [
+        (other.commit, b["extra_info"]["seconds"]["p50"] * 1e3)
+        for other in sorted((r for r in machine.runs if r.kind == "suite"), key=lambda r: r.when)
+        for b in rows(other, "generate")
+        if b["extra_info"].get("mode") == "adapter" and b["extra_info"]["sizes"].get("batch") == 1
+    ]
+    return {
+        "stages": {
+            "title": "latency by stage, batch 1", "unit": "ms (p50)",
+            "labels": [f"{b['name']}\n{b['extra_info']['sizes']['model']}" for b in stages],
+            "places": [b["extra_info"]["seconds"]["p50"] * 1e3 for b in stages],
+        },
+        "throughput": {
+            "title": "throughput by batch", "unit": "images/s (p50)",
+            "labels": [f"{b['extra_info']['mode']}, batch {b['extra_info']['sizes']['batch']}" for b in throughput],
+            "places": [b["extra_info"]["images_a_call"] / b["extra_info"]["seconds"]["p50"] for b in throughput],
+        },
+        "roofline": {
+            "title": "share of the measured roofline", "unit": "%",
+            "labels": [b["name"] for b in roofline],
+            "places": [b["extra_info"]["fraction_of_roofline"] * 100 for b in roofline],
+        },
+        "history": {
+            "title": "one image, mode adapter, by commit", "unit": "ms (p50)",
+            "labels": [commit for commit, _ in history],
+            "places": [value for _, value in history] if len(history) > 1 else [],
+        },
+    }  # fmt: skip
+
+
+def _draw(data: dict[str, Any], path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    count = len(data["places"])
+    plot = Figure(figsize=(9, min(60.0, 0.26 * count + 1.2)), layout="constrained")
+    FigureCanvasAgg(plot)
+    axes = plot.add_subplot()
+    axes.barh(range(count), data["places"], color="#4477aa")
+    axes.set_yticks(range(count), data["labels"], fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel(data["unit"])
+    axes.set_title(data["title"], fontsize=10)
+    plot.savefig(path, dpi=100, metadata={"Software": None})
