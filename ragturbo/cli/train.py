@@ -26,7 +26,7 @@ def train(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; the launcher's own by default.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Report for machines.")] = False,
 ) -> None:
-    """Train an adapter and decoder LoRA, or a one-step student. Several GPUs: torchrun --no-python … ragturbo train …"""
+    """Train an adapter and decoder LoRA, or a one-step student. Several GPUs: torchrun --no-python … ragturbo train"""
     quiet_libraries()
     from ragturbo.train.config import load_config, to_yaml
 
@@ -55,9 +55,9 @@ def _readable(report: dict[str, Any]) -> str:
     lines = [f"note: {note}" for note in report["notes"]]
     for kind, parts in report["parameters"].items():
         lines += [f"{kind:<10} {name:<44} {count:>15,}" for name, count in parts.items()]
-    lines += [f"{'memory':<10} {name:<44} {size / 2**30:>11.2f} GiB" for name, size in report["memory_bytes"].items()]
+    lines += [f"{'memory':<10} {name:<44} {n / 2**30:>11.2f} GiB" for name, n in report["memory_bytes"].items()]
     flops, parts = report["flops_per_step"] / 1e15, report["micro_batches_per_step"]
-    lines += [f"{'a sample':<10} {name:<44} {n / 1e12:>10.3f} TFLOP" for name, n in report["flops_per_sample"].items()]
+    lines += [f"{'a sample':<10} {name:<44} {n / 1e12:>9.3f} TFLOP" for name, n in report["flops_per_sample"].items()]
     lines.append(f"a step: {flops:.2f} PFLOP in all, {parts} micro-batches on each process")
     rate = report["samples_per_s"]
     lines.append("samples/s: not measured here" if rate is None else f"samples/s, measured by the run there: {rate:.1f}")

@@ -56,8 +56,7 @@ def make_neighbors(
     folder = shards.folder / NEIGHBORS
     _begin(folder, {"k": k, "database": database_name(db), "max_cosine": max_cosine, "retriever": retriever})
     rank, world = rank_and_world()
-    missing = [i for i, path in enumerate(shards.files) if not (folder / path.name).is_file()]
-    todo = missing[rank::world]
+    todo = [i for i in range(rank, len(shards.files), world) if not (folder / shards.files[i].name).is_file()]
     search = NeighborSearch(db, k, max_cosine)
     for shard in track(todo, len(todo), "neighbors"):
         records = list(shards.records(shard))

@@ -85,8 +85,8 @@ def shard_path(folder: Path, shard: int) -> Path:
 
 def remaining(folder: Path, shards: int, rank: int = 0, world: int = 1) -> list[int]:
     """This process's part of the shards that are not there yet, whatever number of processes wrote the others."""
-    missing = [i for i in range(shards) if not shard_path(folder, i).is_file()]
-    return missing[rank::world]
+    # By number, not by place among the missing: processes that start late see fewer of those.
+    return [i for i in range(rank, shards, world) if not shard_path(folder, i).is_file()]
 
 
 def write_shard(folder: Path, shard: int, tensors: dict[str, Tensor], records: Sequence[dict[str, Any]]) -> None:

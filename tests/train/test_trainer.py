@@ -1,0 +1,397 @@
+"""The loop's promises, among them every failure that public LADD trainers have been reported with."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+import torch
+
+from ragturbo.errors import InvalidRequest, NonFiniteOutput
+from ragturbo.train import checkpoint
+from ragturbo.train.ladd import LADDTrainer
+
+
+@pytest.fixture
+def make(world, tmp_path):
+    """A trainer of the tiny world; each call has an --out of its own."""
+    count = iter(range(100))
+
+    def trainer(**changes):
+        return LADDTrainer(world.config(**changes), tmp_path / str(next(count)), device="cpu")
+
+    return trainer
+
+
+def grown(trainer):
+    """The same trainer with adapter and LoRA away from zero, as after some training: all of them get gradients."""
+    state = trainer.masters.state()
+    generator = torch.Generator().manual_seed(1)
+    moved = {name: v + 0.05 * torch.randn(v.shape, generator=generator) for name, v in state.items()}
+    trainer.masters.load(moved)
+    return trainer
+
+
+def batches(trainer, count=None):
+    numbers = trainer._numbers(10)
+    return [trainer._load(next(numbers)) for _ in range(count or trainer.accumulation)]
+
+
+def gradients(trainer, parts):
+    """The gradients of one step's micro-batches, before anything moves."""
+    trainer.student.train()
+    trainer.discriminator.train()
+    for m, batch in enumerate(parts):
+        trainer._micro_batch(batch, trainer._generator(m))
+        trainer.masters.accumulate()
+    g = {name: p.grad.clone() for name, p in trainer.masters.parameters.items()}
+    return g, {name: p.grad.clone() for name, p in trainer.discriminator.named_parameters()}
+
+
+def copies(state):
+    return {name: value.detach().clone() for name, value in state.items()}
+
+
+# What trains, and what does not
+
+
+def test_only_adapter_decoder_lora_and_heads_move(make):
+    trainer = make()
+    frozen = {name: p for name, p in trainer.student.named_parameters() if not p.requires_grad}
+    teacher = trainer.discriminator.backbone.unet.unet
+    before = copies(frozen), copies(dict(teacher.named_parameters())), copies(trainer.masters.state())
+    heads = copies(trainer.discriminator.heads.state_dict())
+    for _ in range(2):
+        trainer._update(batches(trainer))
+    assert all(torch.equal(value, frozen[name]) for name, value in before[0].items())
+    assert all(torch.equal(value, p) for (_, value), p in zip(before[1].items(), teacher.parameters(), strict=True))
+    moved = {name for name, value in before[2].items() if not torch.equal(value, trainer.masters.state()[name])}
+    # The first step moves what is zero; the second everything.
+    assert moved == set(before[2])
+    now = trainer.discriminator.heads.state_dict()
+    # A hinge with every logit inside its margin pushes the last bias up as much as down.
+    assert all(not torch.equal(v, heads[k]) for k, v in now.items() if not k.endswith("conv_out.bias"))
+    assert {name.split(".")[0] for name in moved} == {"adapter", "unet"}
+    assert all("up_blocks" in name and "lora_" in name for name in moved if name.startswith("unet"))
+
+
+def test_the_encoder_stores_nothing_for_a_backward_pass(make):
+    trainer = make()
+    batch = batches(trainer, 1)[0]
+    state = trainer.student.hspace.encode
+    seen = []
+    trainer.student.hspace.encode = lambda *a, **k: seen.append(state(*a, **k)) or seen[-1]
+    trainer.estimate(batch, batch.noise, torch.zeros(2, dtype=torch.int64))
+    assert seen and not seen[0].h.requires_grad and not any(skip.requires_grad for skip in seen[0].skips)
+
+
+def test_training_starts_at_the_student_itself(make):
+    trainer = make()
+    batch = batches(trainer, 1)[0]
+    first = torch.zeros(2, dtype=torch.int64)
+    ours = trainer.estimate(batch, batch.noise, first)
+    from ragturbo.model.bundle import Bundle
+    from ragturbo.model.onestep import make_schedule
+
+    plain = Bundle.load(trainer.config.model, device="cpu")
+    schedule = make_schedule(plain.scheduler, 1, distilled=True)
+    text = plain.text.encode(batch.input_ids).hidden_states
+    x = batch.noise * schedule.init_sigma
+    with torch.no_grad():
+        out = plain.unet.unet(schedule.scale_input(x, 0), schedule.timesteps[0], text).sample
+    torch.testing.assert_close(ours.detach(), schedule.x0(x, out, 0), atol=1e-4, rtol=1e-4)
+
+
+# The reported failures
+
+
+def test_a_later_checkpoint_differs_from_an_earlier_one(make):
+    """Reported: saved checkpoints unchanged across steps."""
+    trainer = make(loop__save_every=1, loop__max_steps=3, loop__keep=3)
+    trainer.train()
+    found = checkpoint.checkpoints(trainer.out / "checkpoints")
+    assert [path.name for path in found] == ["step-000001", "step-000002", "step-000003"]
+    states = [checkpoint.load(path)[0] for path in found]
+    for earlier, later in zip(states, states[1:], strict=False):
+        for kind in ("trainable", "ema", "heads", "optimizer_g", "optimizer_d"):
+            same = [name for name, value in earlier[kind].items() if torch.equal(value, later[kind][name])]
+            # The heads' last bias has no gradient while every logit is inside the hinge's margin.
+            assert not [name for name in same if "conv_out.bias" not in name], (kind, same)
+    last = trainer.masters.state()
+    assert all(torch.equal(value, states[-1]["trainable"][name]) for name, value in last.items())
+
+
+def test_the_average_follows_what_trains(make):
+    """Reported: an EMA created and never updated."""
+    trainer = make(loop__ema=0.5)
+    start = copies(trainer.masters.state())
+    trainer._update(batches(trainer))
+    # The decay of the first update is (1 + 1) / (10 + 1).
+    now, decay = trainer.masters.state(), 2 / 11
+    for name, value in trainer.ema.values.items():
+        torch.testing.assert_close(value, decay * start[name] + (1 - decay) * now[name])
+    for n in range(40):
+        trainer.ema.update(trainer.masters, 100 + n)
+    assert all(torch.allclose(trainer.ema.values[name], now[name], atol=1e-6) for name in now)
+
+
+def test_the_export_is_the_average_and_a_generator_loads_it(make, world):
+    from ragturbo.model.bundle import Bundle
+
+    trainer = make(loop__max_steps=2)
+    folder = trainer.train()
+    bundle = Bundle.load(world.model, device="cpu", adapter=folder)
+    for name, value in bundle.adapter.state_dict().items():
+        assert torch.equal(value, trainer.ema.values[f"adapter.{name}"])
+    assert bundle.has_lora
+    lora = {n: v for n, v in bundle.unet.unet.state_dict().items() if "lora_" in n}
+    assert lora and all(torch.equal(value, trainer.ema.values[f"unet.{name}"]) for name, value in lora.items())
+
+
+def test_each_optimiser_has_its_own_options(make):
+    """Reported: the discriminator's optimiser ignores its options."""
+    options = {"lr": 3e-3, "betas": [0.0, 0.9], "weight_decay": 0.1, "eps": 1e-6}
+    trainer = make(discriminator__optim=options, optim={"lr": 1e-4})
+    d, g = trainer.optimizer_d.param_groups[0], trainer.optimizer_g.param_groups[0]
+    assert (d["lr"], d["betas"], d["weight_decay"], d["eps"]) == (3e-3, (0.0, 0.9), 0.1, 1e-6)
+    assert (g["lr"], g["betas"], g["weight_decay"], g["eps"]) == (1e-4, (0.9, 0.999), 0.0, 1e-8)
+    heads, masters = set(trainer.discriminator.parameters()), set(trainer.masters.parameters.values())
+    assert set(d["params"]) == heads and set(g["params"]) == masters and not heads & masters
+    # At rate 0 the heads stay where they are; the student goes on.
+    still = make(discriminator__optim={"lr": 0.0})
+    before, student = copies(dict(still.discriminator.named_parameters())), copies(still.masters.state())
+    still._update(batches(still))
+    assert all(torch.equal(value, before[name]) for name, value in still.discriminator.named_parameters())
+    assert any(not torch.equal(value, student[name]) for name, value in still.masters.state().items())
+
+
+def test_the_g_step_leaves_no_gradient_in_d_and_no_mark_on_its_spectral_norm(make):
+    """Reported: D's gradients polluted by the G step."""
+    trainer = grown(make())
+    batch = batches(trainer, 1)[0]
+    z = torch.randn(2, 4, 8, 8, requires_grad=True)
+    text = trainer._text(batch).hidden_states
+    trainer.discriminator.train()
+    before = copies(trainer.discriminator.state_dict())
+    features = trainer.discriminator.features(z, torch.tensor([5, 900]), text)
+    trainer.hinge_g(trainer.discriminator.judge(features)).backward()
+    assert z.grad.abs().sum() > 0
+    assert all(p.grad is None and p.requires_grad for p in trainer.discriminator.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in trainer.discriminator.state_dict().items())
+    assert trainer.discriminator.training
+    teacher = trainer.discriminator.backbone.unet.unet
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_d_learns_from_its_own_loss_alone(make):
+    """The gradient in the heads is Eq. 6's whatever the weights of G's losses."""
+    _, with_g = gradients(grown(make(loss__adversarial=1.0)), batches(make()))
+    _, without = gradients(grown(make(loss__adversarial=0.0, loss__alpha=0.0)), batches(make()))
+    assert with_g and all(torch.equal(value, without[name]) for name, value in with_g.items())
+
+
+def test_a_batch_of_one_is_a_batch_like_any_other(make, monkeypatch):
+    """Reported: collapse at batch size 1. Nothing here depends on the other samples of a batch: four micro-batches of
+    one have the gradient of one of four."""
+    draws = torch.Generator().manual_seed(3)
+    fixed = {name: torch.rand(4, generator=draws) for name in "is"}
+    eps = torch.randn(2, 4, 4, 8, 8, generator=draws)
+
+    class Draws:
+        """torch's functions, on the same numbers for the same samples however they are batched."""
+
+        start = 0
+
+        def randint(self, low, high, size, **_):
+            which = "i" if high == 1 else "s"
+            return (fixed[which][self.start : self.start + size[0]] * high).long()
+
+        def randn(self, shape, **_):
+            self.count += 1
+            return eps[self.count - 1][self.start : self.start + shape[0]]
+
+        def rand(self, size, **_):
+            return torch.ones(size)
+
+    sizes, results = (4, 1), []
+    for size in sizes:
+        trainer = grown(make(loop__micro_batch=size, student__retrieval_dropout=0.2))
+        parts, given = batches(trainer), Draws()
+        for name in ("randint", "randn", "rand"):
+            monkeypatch.setattr(torch, name, getattr(given, name))
+        trainer.student.train()
+        # One power iteration a pass would move D between the micro-batches: held still to compare.
+        trainer.discriminator.eval()
+        for m, batch in enumerate(parts):
+            given.start, given.count = m * size, 0
+            trainer._micro_batch(batch, None)
+            trainer.masters.accumulate()
+        monkeypatch.undo()
+        d = {name: p.grad.clone() for name, p in trainer.discriminator.named_parameters()}
+        results.append(({name: p.grad.clone() for name, p in trainer.masters.parameters.items()}, d))
+    for whole, split in zip(*results, strict=True):
+        for name in whole:
+            torch.testing.assert_close(split[name], whole[name], atol=2e-5, rtol=2e-3)
+
+
+def test_batches_of_one_train_without_collapse(make):
+    trainer = make(loop__batch=1, loop__micro_batch=1, loop__max_steps=12, optim__lr=2e-3)
+    other = batches(make(loop__batch=4, loop__micro_batch=4), 1)[0]
+    first = torch.zeros(4, dtype=torch.int64)
+    with torch.no_grad():
+        before = trainer.estimate(other, other.noise, first).std(0).mean()
+    trainer.train()
+    with torch.no_grad():
+        after = trainer.estimate(other, other.noise, first).std(0).mean()
+    assert trainer.skipped == 0 and after > 0.5 * before
+
+
+def test_a_head_at_its_starting_loss_is_reported_by_name(make, caplog):
+    """Measured elsewhere: heads that stay at a hinge of 2 give no signal at all."""
+    trainer = make(loop__max_steps=3, loop__dead_after=2, discriminator__optim={"lr": 0.0})
+    with torch.no_grad():
+        for head in trainer.discriminator.heads.values():
+            head.conv_out.weight.zero_()
+            head.conv_out.bias.zero_()
+    with caplog.at_level(logging.WARNING, "ragturbo"):
+        trainer.train()
+    lines = [json.loads(line) for line in (trainer.out / "stats.jsonl").read_text().splitlines()]
+    assert [line["dead_heads"] for line in lines] == [[], ["down_0", "down_1", "mid"], ["down_0", "down_1", "mid"]]
+    assert sum("mid is at its starting loss" in r.message for r in caplog.records) == 1
+
+
+# NaN
+
+
+def test_a_step_with_nan_is_skipped_and_counted(make):
+    trainer = make()
+    before = copies(trainer.masters.state()), copies(dict(trainer.discriminator.named_parameters()))
+    average = copies(trainer.ema.values)
+    bad = batches(trainer)
+    bad[0].z0[0, 0, 0, 0] = float("nan")
+    trainer._update(bad)
+    assert (trainer.step, trainer.updates, trainer.skipped) == (1, 0, 1)
+    assert all(torch.equal(value, before[0][name]) for name, value in trainer.masters.state().items())
+    assert all(torch.equal(value, before[1][name]) for name, value in trainer.discriminator.named_parameters())
+    assert all(torch.equal(value, average[name]) for name, value in trainer.ema.values.items())
+    trainer._update(batches(trainer))
+    assert (trainer.updates, trainer.skipped, trainer.skipped_in_a_row) == (1, 1, 0)
+    assert all(torch.isfinite(value).all() for value in trainer.masters.state().values())
+
+
+def test_a_run_of_nan_ends_with_an_error_and_not_in_silence(make):
+    trainer = make(loop__max_skipped=2)
+    with pytest.raises(NonFiniteOutput, match="2 steps in a row"):
+        for _ in range(2):
+            bad = batches(trainer)
+            bad[0].z0.fill_(float("inf"))
+            trainer._update(bad)
+
+
+# The objective
+
+
+def test_regression_is_only_on_samples_with_a_noise_of_their_own(make, world):
+    """A real image has no noise at t = T: Eqs. 8-9 on it are ill-posed."""
+    paired = make()
+    real = make(data__sources=[{"path": str(world.real)}], loss__adversarial=0.0)
+    assert all(bool(b.paired.all()) for b in batches(paired)) and not any(bool(b.paired.any()) for b in batches(real))
+    g, d = gradients(grown(real), batches(real))
+    assert all(not value.any() for value in g.values()) and any(value.any() for value in d.values())
+
+
+def test_one_shared_pass_of_the_fakes_has_the_gradients_of_two(make):
+    parts = batches(make())
+    for misaligned in (False, True):
+        one = gradients(grown(make(discriminator__misaligned=misaligned)), parts)
+        settings = {"discriminator__misaligned": misaligned, "discriminator__shared_fake": False}
+        two = gradients(grown(make(**settings)), parts)
+        for a, b in zip(one, two, strict=True):
+            for name in a:
+                torch.testing.assert_close(a[name], b[name], atol=2e-5, rtol=2e-3)
+
+
+def test_a_misaligned_pair_with_the_same_prompt_counts_for_nothing(make):
+    trainer = make(discriminator__misaligned=True)
+    batch = batches(trainer, 1)[0]
+    batch.input_ids[1] = batch.input_ids[0]
+    assert trainer._fake_weight(batch, [0]).tolist() == [1, 1, 0, 0]
+    with pytest.raises(InvalidRequest, match="micro_batch is 1"):
+        make(discriminator__misaligned=True, loop__micro_batch=1)
+
+
+def test_r1_smooths_the_heads_and_reaches_nothing_else(make):
+    parts = batches(make())
+    g0, d0 = gradients(grown(make()), parts)
+    g1, d1 = gradients(grown(make(discriminator__r1=1.0)), parts)
+    assert all(torch.equal(g0[name], g1[name]) for name in g0)
+    assert any(not torch.allclose(d0[name], d1[name]) for name in d0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loop__precision": "bf16"},
+        {"loop__gradient_checkpointing": True},
+        {"student__steps": 4},
+        {"student__adapter": "attention", "student__num_neighbors": 2},
+        {"student__adapter": "none"},
+        {"student__lora": {"rank": 0}},
+        {"student__neighbors": "random", "student__lam": 0.5},
+        {"teacher": "self"},
+        {"loss": {"beta": 1.0, "lpips_weights": "random"}},
+        {"discriminator__stages": ["mid"]},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_every_way_to_train_moves_what_it_should_and_stays_finite(make, changes):
+    trainer = make(loop__max_steps=2, loop__sample_every=2, loop__batch=2, **changes)
+    start = copies(trainer.masters.state())
+    folder = trainer.train()
+    assert trainer.skipped == 0 and trainer.updates == 2
+    assert all(not torch.equal(value, start[name]) for name, value in trainer.masters.state().items())
+    assert (trainer.out / "samples" / "000002.png").stat().st_size > 0
+    adapter = changes.get("student__adapter") != "none"
+    assert (folder / "adapter.safetensors").is_file() == adapter
+    assert (folder / "decoder_lora").is_dir() == ("student__lora" not in changes)
+
+
+def test_checkpointing_recomputes_and_changes_nothing(make):
+    parts = batches(make())
+    plain, saved = gradients(grown(make()), parts), gradients(grown(make(loop__gradient_checkpointing=True)), parts)
+    for a, b in zip(plain, saved, strict=True):
+        for name in a:
+            torch.testing.assert_close(a[name], b[name])
+
+
+def test_a_whole_student_trains_and_exports_as_a_model_of_its_own(make):
+    from ragturbo.model.bundle import Bundle
+
+    trainer = make(mode="student", student={"adapter": "none", "lora": {"rank": 0}}, loop__max_steps=2)
+    assert set(trainer.masters.parameters) == {f"unet.{n}" for n, _ in trainer.student.unet.named_parameters()}
+    folder = trainer.train()
+    bundle = Bundle.load(folder, device="cpu")
+    assert bundle.info.distilled and bundle.scheduler.config.timestep_spacing == "trailing"
+    for name, value in bundle.unet.unet.state_dict().items():
+        torch.testing.assert_close(value, trainer.ema.values[f"unet.{name}"])
+
+
+def test_retrieval_dropout_leaves_the_dropped_samples_to_the_plain_student(make):
+    trainer = grown(make())
+    batch = batches(trainer, 1)[0]
+    key = trainer._text(batch).key
+    _, lam, valid = trainer._retrieved(batch, key, torch.tensor([True, False]))
+    assert lam[0] == 0 and lam[1] > 0 and valid.tolist() == [[False], [True]]
+    cosine = (key[1] @ batch.retr_keys[1, 0]).clamp(0, 1)
+    torch.testing.assert_close(lam[1], cosine)
+
+
+def test_stats_say_what_each_head_does(make):
+    trainer = make(loop__max_steps=2)
+    trainer.train()
+    lines = [json.loads(line) for line in (trainer.out / "stats.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert set(lines[0]["d_heads"]) == set(lines[0]["d_accuracy"]) == {"down_0", "down_1", "mid"}
+    assert lines[1]["d"] == pytest.approx(sum(lines[1]["d_heads"].values()), rel=1e-5)
+    assert all(0 <= value <= 1 for line in lines for value in line["d_accuracy"].values())
