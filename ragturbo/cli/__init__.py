@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from ragturbo.cli import convert, generate, info
+from ragturbo.cli import bench, convert, data, db, eval, generate, info, train
 from ragturbo.cli.errors import exit_code
 
 app = typer.Typer(
@@ -17,6 +17,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("generate")(generate.generate)
+app.add_typer(db.app, name="db")
+app.add_typer(data.app, name="data")
+app.command("train")(train.train)
+app.command("eval")(eval.evaluate)
+app.add_typer(bench.app, name="bench")
 app.command("convert")(convert.convert)
 app.command("info")(info.info)
 
