@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +24,25 @@ log = logging.getLogger("ragturbo")
 MAX_STEPS = 4
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """A deterministic scheduler as numbers on the host: a captured step has no others."""
+
+    timesteps: tuple[float, ...]
+    constants: tuple[StepConstants, ...]
+
+
+def schedules_of(bundle: Bundle) -> dict[int, Schedule]:
+    """By number of steps: those that can be recorded."""
+    found = {}
+    for steps in range(1, MAX_STEPS + 1):
+        schedule = make_schedule(bundle.scheduler, steps, distilled=bundle.info.distilled)
+        if isinstance(schedule, EulerSchedule):
+            timesteps = tuple(float(t) for t in schedule.timesteps.tolist())
+            found[steps] = Schedule(timesteps, tuple(StepConstants.of(schedule)))
+    return found
+
+
 def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """What runs the UNet's attention, and why. A name runs or raises; only "auto" chooses."""
     if name == "auto":
@@ -38,15 +58,8 @@ class FastModel:
     def __init__(self, bundle: Bundle, *, attention: str = "auto", compiled: bool = False) -> None:
         self.bundle, self.compiled = bundle, compiled
         self.attention, self.attention_why = choose_attention(attention, bundle.device, bundle.dtype)
-        self.schedules: dict[int, EulerSchedule] = {}
-        for steps in range(1, MAX_STEPS + 1):
-            schedule = make_schedule(bundle.scheduler, steps, distilled=bundle.info.distilled)
-            if isinstance(schedule, EulerSchedule):
-                self.schedules[steps] = schedule
-        self.constants = {steps: StepConstants.of(schedule) for steps, schedule in self.schedules.items()}
-        timesteps = sorted({float(t) for s in self.schedules.values() for t in s.timesteps.tolist()}, reverse=True)
-        self._index = {t: i for i, t in enumerate(timesteps)}
-        self._timesteps = timesteps
+        self.schedules = schedules_of(bundle)
+        self._timesteps = sorted({t for s in self.schedules.values() for t in s.timesteps}, reverse=True)
         # fp16 is tried first everywhere; what overflows moves the decoder to fp32, by name and for good.
         self.vae_dtype = bundle.dtype
         self._make()
@@ -63,14 +76,15 @@ class FastModel:
         bundle = self.bundle
         if bundle.device.type == "cuda":
             # The layout of the tensor cores' convolutions, and of H-space tokens. Values stay as they are.
-            for module in (bundle.unet.unet, bundle.vae.module):
-                nn.Module.to(module, memory_format=torch.channels_last)
+            for weight in (*bundle.unet.unet.parameters(), *bundle.vae.module.parameters()):
+                if weight.ndim == 4:
+                    weight.data = weight.data.contiguous(memory_format=torch.channels_last)
         # Whole numbers, as the schedulers' own timesteps are where they are whole.
         steps = [int(t) if t == int(t) else t for t in self._timesteps]
         self.unet = FoldedUNet(bundle.unet, steps, self.attention)
         self.vae, self._vae_ties, vae_table = fused_decoder(bundle.vae.module, self.vae_dtype)
         self.replaced: list[Replaced] = [*self.unet.replaced, *vae_table]
-        self.adapter = None if bundle.adapter is None else copy.deepcopy(bundle.adapter)
+        self.adapter = None if bundle.adapter is None else _own_copy(bundle.adapter)
         if self.compiled:
             self._compile()
 
@@ -105,7 +119,8 @@ class FastModel:
         self._make()
 
     def timestep(self, steps: int, i: int) -> int:
-        return self._index[float(self.schedules[steps].timesteps[i])]
+        """The folded UNet's index of step i of so many."""
+        return self._timesteps.index(self.schedules[steps].timesteps[i])
 
     def text(self, input_ids: Tensor) -> TextStates:
         return self.bundle.text.encode(input_ids)
@@ -125,7 +140,7 @@ def fused_decoder(module: Any, dtype: torch.dtype) -> tuple[Any, Ties, list[Repl
         # A real copy before the cast, which works in place.
         was = str(next(module.parameters()).dtype)
         return copy.deepcopy(other).to(dtype), ties, [Replaced("vae.decoder", was, str(dtype))]
-    view = sharing_copy(module)
+    view = sharing_copy(module, ("ResnetBlock2D", "Encoder"))
     for path, part in list(module.decoder.named_modules()):
         if type(part).__name__ == "ResnetBlock2D" and part.time_emb_proj is None:
             view.set_submodule(f"decoder.{path}", Resnet(ties, f"decoder.{path}", part, None))
@@ -135,6 +150,15 @@ def fused_decoder(module: Any, dtype: torch.dtype) -> tuple[Any, Ties, list[Repl
         view.decoder.conv_act = nn.Identity()
         table.append(Replaced("vae.decoder.conv_norm_out", "GroupNorm + SiLU", "NormAct"))
     return view, ties, table
+
+
+def _own_copy(adapter: HSpaceAdapter) -> HSpaceAdapter:
+    """In memory of its own, which stays where it is when the bundle's adapter is another one."""
+    own: HSpaceAdapter = sharing_copy(adapter)
+    for module in own.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(weight.detach().clone(), requires_grad=False))
+    return own
 
 
 def _same_shape(own: HSpaceAdapter | None, new: HSpaceAdapter | None) -> bool:

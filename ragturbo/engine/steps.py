@@ -213,7 +213,7 @@ class Step:
         """The UNet's encoder at the first timestep, while the retrieval goes on. Split: the second graph."""
         spec, model = self.spec, self.model
         with self.lanes.stage("encode"):
-            sample = (self.given.device["latents"] * model.constants[spec.steps][0].p).to(model.dtype)
+            sample = (self.given.device["latents"] * model.schedules[spec.steps].constants[0].p).to(model.dtype)
             if model.device.type == "cuda":
                 sample = sample.contiguous(memory_format=torch.channels_last)
             self.state = model.unet.encode(sample, model.timestep(spec.steps, 0), self.context)
@@ -228,7 +228,7 @@ class Step:
         """Adapter, decoder, further steps, VAE, bytes, and the copy to the host. Split: the third graph."""
         spec, model = self.spec, self.model
         x = self.given.device["latents"]
-        constants = model.constants[spec.steps]
+        constants = model.schedules[spec.steps].constants
         for i, c in enumerate(constants):
             if i > 0:
                 with self.lanes.stage("encode"):

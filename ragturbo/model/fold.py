@@ -45,7 +45,7 @@ class FoldedUNet(HSpaceUNet):
                 raise ModelError(
                     f"this UNet cannot be folded: {name}={getattr(config, name)!r} is more than t and text"
                 )
-        super().__init__(sharing_copy(unet.unet))
+        super().__init__(sharing_copy(unet.unet, ("ResnetBlock2D", "Transformer2DModel")))
         self.original = unet
         self.timesteps = torch.as_tensor(timesteps, device=unet.device).reshape(-1)
         self.ties = Ties(unet.unet)

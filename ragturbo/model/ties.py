@@ -94,10 +94,14 @@ def bias_of(module: nn.Module) -> Tensor | None:
     return (module if layer is None else layer.get_base_layer()).bias  # type: ignore[return-value]
 
 
-def sharing_copy(module: nn.Module) -> Any:
-    """A copy of the modules over the same tensors: to be taken apart without the original noticing."""
-    tensors = [*module.parameters(), *module.buffers()]
-    return copy.deepcopy(module, {id(t): t for t in tensors})
+def sharing_copy(module: nn.Module, kept: tuple[str, ...] = ()) -> Any:
+    """A copy of the modules over the same tensors: to be taken apart without the original noticing.
+
+    kept: names of classes whose modules are not copied but used as they are, being replaced in the copy anyway.
+    """
+    memo: dict[int, Any] = {id(t): t for t in [*module.parameters(), *module.buffers()]}
+    memo |= {id(m): m for m in module.modules() if type(m).__name__ in kept}
+    return copy.deepcopy(module, memo)
 
 
 def _is_channels_last(tensor: Tensor) -> bool:
