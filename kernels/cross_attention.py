@@ -129,12 +129,15 @@ def same_layout(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _tile(t: int, s: int, d: int, x: Tensor) -> tiles.Tile:
-    wide = x.dtype == torch.float32
+    # The largest tiles that spill on none of sm_80, sm_89 and sm_90.
+    if x.dtype == torch.float32:
+        largest = {"BT": 32 if d <= 32 else 16, "BS": 32 if d <= 64 else 16, "num_warps": 4, "num_stages": 1}
+    else:
+        largest = {"BT": 64, "BS": 64 if d <= 64 else 32, "num_warps": 4, "num_stages": 3 if d <= 32 else 2}
     default = {
-        "BT": min(32 if wide else 64, tiles.power_of_2(t, 16)),
-        "BS": min(32 if wide or d > 128 else 64, tiles.power_of_2(s, 16)),
-        "num_warps": 4,
-        "num_stages": 1 if wide else 2,
+        **largest,
+        "BT": min(largest["BT"], tiles.power_of_2(t, 16)),
+        "BS": min(largest["BS"], tiles.power_of_2(s, 16)),
     }
     return tiles.choose("cross_attention", f"T{t} S{s} D{d} {x.dtype}", x.device, default)
 

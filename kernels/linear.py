@@ -120,7 +120,7 @@ def _default(rows: int, geglu: bool, norm: str, dtype: torch.dtype) -> tiles.Til
         return {"BM": 128, "BN": 64, "BK": 32 if dtype == torch.float32 else 64, "num_warps": 8, "num_stages": 3}
     tile = {"BM": min(64, tiles.power_of_2(rows, 16)), "BN": 32, "BK": 64, "num_warps": 4, "num_stages": 4}
     if dtype == torch.float32:
-        tile.update(BK=32, num_stages=2)
+        tile.update(BM=min(32, tile["BM"]), BK=32, num_stages=2)
     return tile
 
 

@@ -75,6 +75,9 @@ class Compiled:
     shared: int
     stack: int
     local: int
+    # The widest load from global memory, in bytes; the matrix instruction, if any.
+    load_bytes: int
+    matrix: str
 
     @property
     def spills(self) -> bool:
@@ -101,6 +104,14 @@ def resources(cubin: bytes) -> dict[str, int]:
     if "REG" not in found:
         raise RuntimeError(f"cuobjdump says nothing of registers:\n{text}")
     return found
+
+
+def _widest_load(ptx: str) -> int:
+    """In bytes, of plain loads and of asynchronous copies to shared memory."""
+    plain = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.b(\d+)", ptx)
+    copied = re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*, (?:0x)?(\d+)\s*,", ptx)
+    widths = [int(count or 1) * int(bits) // 8 for count, bits in plain] + [int(count) for count in copied]
+    return max(widths, default=0)
 
 
 def compile_op(op: str, dtype: torch.dtype, capability: int) -> list[Compiled]:
@@ -141,6 +152,8 @@ def _read(compiled: Any, labels: list[str], dtype: torch.dtype, capability: int)
         shared=meta.shared,
         stack=used.get("STACK", 0),
         local=used.get("LOCAL", 0),
+        load_bytes=_widest_load(compiled.asm["ptx"]),
+        matrix=next((name for name in ("wgmma", "mma.sync") if name in compiled.asm["ptx"]), ""),
     )
 
 
@@ -164,11 +177,13 @@ def compile_all(
 
 
 def table(rows: Sequence[Compiled]) -> str:
-    lines = [f"{'kernel':<26}{'sm':>4} {'type':<9}{'warps':>5}{'regs':>5}{'shared':>8}{'stack':>6}{'local':>6}  cases"]
+    heads = "kernel", "sm", "type", "warps", "regs", "shared", "stack", "local", "load", "matrix", "cases"
+    layout = "{:<26}{:>4} {:<9}{:>5}{:>5}{:>8}{:>6}{:>6}{:>5} {:<9}{}"
+    lines = [layout.format(*heads)]
     for r in rows:
         mark = "".join((" SPILLS" if r.spills else "", "" if r.fits else " TOO MUCH SHARED"))
-        numbers = f"{r.warps:>5}{r.registers:>5}{r.shared:>8}{r.stack:>6}{r.local:>6}"
-        lines.append(f"{r.kernel:<26}{r.capability:>4} {r.dtype:<9}{numbers}  {', '.join(r.cases)}{mark}")
+        numbers = r.warps, r.registers, r.shared, r.stack, r.local, r.load_bytes, r.matrix
+        lines.append(layout.format(r.kernel, r.capability, r.dtype, *numbers, ", ".join(r.cases) + mark))
     return "\n".join(lines)
 
 

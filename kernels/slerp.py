@@ -40,6 +40,30 @@ def _arccos(x):
 
 
 @triton.jit
+def _sin_near_0(x):
+    """sin x for |x| ≤ π/2, to fp32 rounding."""
+    z = x * x
+    p = -2.4080527794012596e-08
+    p = p * z + 2.753648004727438e-06
+    p = p * z - 0.00019841086759697646
+    p = p * z + 0.00833333283662796
+    p = p * z - 0.1666666716337204
+    return x + x * z * p
+
+
+# tl.sin and tl.cos reduce arguments of any size and keep a stack frame for it; an angle of Eq. 3 is in [0, π].
+@triton.jit
+def _sin(x):
+    # π to 48 bits: sin near π is the difference of the two.
+    return _sin_near_0(tl.minimum(x, (3.1415927410125732 - x) - 8.742277657347586e-08))
+
+
+@triton.jit
+def _cos(x):
+    return _sin_near_0((1.5707963705062866 - x) - 4.371138828673793e-08)
+
+
+@triton.jit
 def _angle(tt, rr, tr, PARALLEL: tl.constexpr, ANTIPODAL: tl.constexpr):
     """cos Ω, Ω (π/2 where it is of no use), |t||r| and whether the blend is linear."""
     zero = (tt == 0) | (rr == 0)
@@ -53,9 +77,9 @@ def _angle(tt, rr, tr, PARALLEL: tl.constexpr, ANTIPODAL: tl.constexpr):
 @triton.jit
 def _blend(t, r, w, tt, rr, tr, PARALLEL: tl.constexpr, ANTIPODAL: tl.constexpr):
     cos, omega, norms, linear = _angle(tt, rr, tr, PARALLEL, ANTIPODAL)
-    sin = tl.sin(omega)
-    a = tl.where(linear, 1 - w, tl.sin((1 - w) * omega) / sin)
-    b = tl.where(linear, w, tl.sin(w * omega) / sin)
+    sin = _sin(omega)
+    a = tl.where(linear, 1 - w, _sin((1 - w) * omega) / sin)
+    b = tl.where(linear, w, _sin(w * omega) / sin)
     return a * r + b * t
 
 
@@ -63,9 +87,9 @@ def _blend(t, r, w, tt, rr, tr, PARALLEL: tl.constexpr, ANTIPODAL: tl.constexpr)
 def _gradients(t, r, g, w, tt, rr, tr, gt, gr, PARALLEL: tl.constexpr, ANTIPODAL: tl.constexpr):
     """dL/dt, dL/dr and dL/dw of the blend, from its inner products and those with the incoming gradient g."""
     cos, omega, norms, linear = _angle(tt, rr, tr, PARALLEL, ANTIPODAL)
-    sin = tl.sin(omega)
-    sin_a, cos_a = tl.sin((1 - w) * omega), tl.cos((1 - w) * omega)
-    sin_b, cos_b = tl.sin(w * omega), tl.cos(w * omega)
+    sin = _sin(omega)
+    sin_a, cos_a = _sin((1 - w) * omega), _cos((1 - w) * omega)
+    sin_b, cos_b = _sin(w * omega), _cos(w * omega)
     a = tl.where(linear, 1 - w, sin_a / sin)
     b = tl.where(linear, w, sin_b / sin)
     da = ((1 - w) * cos_a - sin_a * cos / sin) / sin

@@ -41,6 +41,11 @@ class Work:
     link_bytes: float = 0
     launches: int = 1
 
+    @property
+    def bytes(self) -> float:
+        """All that moves, whichever way."""
+        return self.memory_bytes + self.link_bytes
+
     def __add__(self, other: Work) -> Work:
         return Work(
             self.flops + other.flops,
@@ -71,16 +76,16 @@ def scaled_residual(batch: int, tokens: int, channels: int, itemsize: int = 2) -
     return Work(2 * n, 3 * n * itemsize + 4 * batch)
 
 
-def linear(rows: int, width: int, inner: int, itemsize: int = 2, *, geglu: bool = False, residual: bool = False) -> Work:
+def linear(
+    rows: int, width: int, inner: int, itemsize: int = 2, *, geglu: bool = False, residual: bool = False
+) -> Work:
     """rows × inner times (width × inner)ᵀ. GEGLU: twice the weights for the same output."""
     weights = (2 if geglu else 1) * width * inner
     moved = rows * inner + weights + (2 if residual else 1) * rows * width
     return Work(2 * rows * weights, moved * itemsize)
 
 
-def cross_attention(
-    batch: int, tokens: int, neighbours: int, retrieved: int, channels: int, itemsize: int = 2
-) -> Work:
+def cross_attention(batch: int, tokens: int, neighbours: int, retrieved: int, channels: int, itemsize: int = 2) -> Work:
     """Eq. 4's core: Q Kᵀ and P V over neighbours · retrieved tokens."""
     keys = neighbours * retrieved
     return Work(4 * batch * tokens * keys * channels, batch * channels * (2 * tokens + 2 * keys) * itemsize)
@@ -89,7 +94,7 @@ def cross_attention(
 def attention_adapter(
     batch: int, tokens: int, neighbours: int, retrieved: int, channels: int, itemsize: int = 2
 ) -> Work:
-    """Kind "attention": 3 launches. Between them only K, V and the attended tokens are counted, as they may stay in L2."""
+    """Kind "attention": 3 launches. What passes between them fits in L2 and is not counted."""
     m, keys = batch * tokens, batch * neighbours * retrieved
     flops = 2 * channels**2 * (2 * m + 2 * keys)
     core = cross_attention(batch, tokens, neighbours, retrieved, channels, itemsize).flops
@@ -180,7 +185,7 @@ def table(machines: Sequence[Machine]) -> str:
     heads = ["op", "launches", "MB", "GFLOP", *(f"{machine.name}, µs" for machine in machines)]
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for name, work in main_shapes().items():
-        moved = (work.memory_bytes + work.link_bytes) / 1e6
+        moved = work.bytes / 1e6
         floors = (f"{work.seconds(machine) * 1e6:.3g}" for machine in machines)
         lines.append(f"| {name} | {work.launches} | {moved:.3g} | {work.flops / 1e9:.3g} | {' | '.join(floors)} |")
     return "\n".join(lines)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -26,7 +29,7 @@ def cross_attention(
     if name == "xformers":
         return xformers(q, k, v, valid, heads)
     if name == "compile":
-        return _compiled(q, k, v, valid, heads)
+        return _compiled()(q, k, v, valid, heads)
     return reference(q, k, v, valid, heads)
 
 
@@ -98,8 +101,10 @@ def xformers(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, heads: int) 
     return out.flatten(2)
 
 
-# torch.compile is lazy: nothing is compiled until the first call.
-_compiled = torch.compile(reference)
+@functools.cache
+def _compiled() -> Callable[..., Tensor]:
+    # On demand: torch.compile imports its compiler, which takes seconds.
+    return torch.compile(reference)
 
 
 @torch.library.custom_op("ragturbo::cross_attention", mutates_args=())

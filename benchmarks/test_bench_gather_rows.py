@@ -1,0 +1,79 @@
+"""Feature rows by random ids: the Triton kernel and its CUDA twin, from page-locked host memory and from the device.
+
+The host table is larger than any cache between; index_select of the device table and a copy of the same bytes from
+page-locked memory are the yardsticks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from ragturbo.bench import roofline
+from ragturbo.ops import Rows, describe, gather_rows
+
+TOKENS, CHANNELS, ROTATE = 64, 1280, 16
+TABLE_BYTES = {"cuda": 4 << 30, "cpu": 64 << 20}
+GPU = pytest.mark.gpu
+IMPLS = ["reference", *(pytest.param(name, marks=GPU) for name in ("triton", "cuda", "copy"))]
+
+
+@pytest.fixture(scope="module")
+def tables(device: str) -> Any:
+    """Tables by (where, stored), made when asked for and kept: (count, bytes a record) uint8."""
+    made: dict[tuple[str, str], torch.Tensor] = {}
+
+    def table(where: str, stored: str) -> torch.Tensor:
+        if (where, stored) not in made:
+            made.clear()
+            values = TOKENS * CHANNELS
+            record = 2 * values if stored == "float16" else values + 4 * TOKENS
+            count = TABLE_BYTES[device] // record
+            made[where, stored] = torch.randint(
+                0, 60, (count, record), dtype=torch.uint8, device=device if where == "device" else "cpu",
+                pin_memory=device == "cuda" and where == "host",
+            )  # fmt: skip
+        return made[where, stored]
+
+    return table
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("stored", ["float16", "int8"])
+@pytest.mark.parametrize("where", ["host", pytest.param("device", marks=GPU)])
+@pytest.mark.parametrize("rows", [1, pytest.param(16, marks=pytest.mark.quick), 64])
+def test_gather_rows(measure: Any, device: str, tables: Any, rows: int, where: str, stored: str, impl: str) -> None:
+    table = tables(where, stored)
+    source = Rows(describe(table.data_ptr(), len(table), device), table.shape[1], TOKENS, CHANNELS, stored)
+    generator = torch.Generator().manual_seed(1)
+    ids = [torch.randint(0, len(table), (rows,), generator=generator).to(device) for _ in range(ROTATE)]
+    out = torch.empty(rows, table.shape[1], dtype=torch.uint8, device=device)
+
+    def call(ids: torch.Tensor) -> torch.Tensor:
+        return gather_rows(source, ids, impl=impl)
+
+    def copy(ids: torch.Tensor) -> torch.Tensor:
+        return out.copy_(table[:rows], non_blocking=True)
+
+    def verify() -> None:
+        if impl == "copy":
+            return
+        # Each row's bytes, dequantised by hand.
+        values = TOKENS * CHANNELS
+        row = table[ids[0].to(table.device)].cpu()
+        if stored == "float16":
+            exact = row.view(torch.float16).view(rows, TOKENS, CHANNELS)
+        else:
+            scales = row[:, values:].contiguous().view(torch.float32)[..., None]
+            exact = (row[:, :values].view(torch.int8).view(rows, TOKENS, CHANNELS).float() * scales).half()
+        assert torch.equal(call(ids[0]).cpu(), exact)
+
+    cost = roofline.gather_rows(rows, TOKENS, CHANNELS, stored, host=where == "host")
+    link = {"link_bytes": cost.link_bytes}
+    sizes = {"rows": rows, "where": where, "stored": stored, "impl": impl}
+    measure(
+        copy if impl == "copy" else call, inputs=[(i,) for i in ids], verify=verify, cost=cost, dtype=torch.float16,
+        sizes=sizes, group=f"gather_rows {rows} {stored} {where}", extra=link,
+    )  # fmt: skip

@@ -1,0 +1,40 @@
+"""GEGLU with its projection's bias at the UNet's token grids: the kernel against torch's composition."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from ragturbo.bench import roofline
+from ragturbo.ops import geglu
+
+IMPLS = ["torch", pytest.param("triton", marks=pytest.mark.gpu), pytest.param("compile", marks=pytest.mark.gpu)]
+
+
+def composed(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    value, gate = (x + bias).chunk(2, dim=-1)
+    return value * F.gelu(gate)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("rows, width", [(4096, 1280), pytest.param(1024, 2560, marks=pytest.mark.quick), (256, 5120)])
+def test_geglu(measure: Any, device: str, rows: int, width: int, impl: str) -> None:
+    dtype = torch.float16 if device == "cuda" else torch.float32
+    generator = torch.Generator().manual_seed(1)
+    bias = torch.randn(2 * width, generator=generator).to(device, dtype)
+    inputs = [(torch.randn(rows, 2 * width, generator=generator).to(device, dtype), bias) for _ in range(4)]
+    calls = {"torch": composed, "triton": lambda x, bias: geglu(x, bias, impl="triton")}
+    call = calls[impl] if impl in calls else torch.compile(composed, fullgraph=True, dynamic=False)
+
+    def verify() -> None:
+        exact = composed(*(x.double() for x in inputs[0]))
+        error = (call(*inputs[0]).double() - exact).norm() / exact.norm()
+        assert error < 8 * torch.finfo(dtype).eps, error
+
+    cost = roofline.geglu(rows, width, dtype.itemsize)
+    sizes = {"rows": rows, "width": width, "impl": impl}
+    with torch.inference_mode():
+        measure(call, inputs=inputs, verify=verify, cost=cost, dtype=dtype, sizes=sizes, group=f"geglu {rows}x{width}")

@@ -1,0 +1,79 @@
+"""GroupNorm and SiLU at the UNet's and the VAE's shapes, with and without the residual's sum; a copy as yardstick."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from ragturbo.bench import roofline
+from ragturbo.ops import group_norm, group_norm_and_sum
+from ragturbo.ops.group_norm import reference
+
+GPU = pytest.mark.gpu
+IMPLS = ["torch", "copy", pytest.param("triton", marks=GPU), pytest.param("compile", marks=GPU)]
+# Channels and side: the larger ones are too much for a CPU's patience.
+SHAPES = [
+    pytest.param(320, 64, marks=pytest.mark.quick),
+    (640, 32),
+    (1280, 16),
+    (1280, 8),
+    (512, 64),
+    (512, 128),
+    pytest.param(256, 256, marks=GPU),
+    pytest.param(256, 512, marks=GPU),
+    pytest.param(128, 512, marks=GPU),
+]
+
+
+def normalise(impl: str, weight: torch.Tensor, bias: torch.Tensor, add: torch.Tensor | None) -> Any:
+    def composed(x: torch.Tensor) -> Any:
+        total = x if add is None else x + add
+        out = F.silu(F.group_norm(total, 32, weight, bias))
+        return out if add is None else (out, total)
+
+    def copy(x: torch.Tensor) -> Any:
+        return x.clone() if add is None else (x.clone(), add.clone())
+
+    def kernel(x: torch.Tensor) -> Any:
+        if add is None:
+            return group_norm(x, 32, weight, bias, silu=True, impl="triton")
+        return group_norm_and_sum(x, 32, weight, bias, silu=True, add=add, impl="triton")
+
+    if impl == "compile":
+        return torch.compile(composed, fullgraph=True, dynamic=False)
+    return {"torch": composed, "copy": copy, "triton": kernel}[impl]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("with_sum", [False, True])
+@pytest.mark.parametrize("channels, size", SHAPES)
+def test_group_norm(measure: Any, device: str, channels: int, size: int, with_sum: bool, impl: str) -> None:
+    dtype = torch.float16 if device == "cuda" else torch.float32
+    generator = torch.Generator().manual_seed(1)
+
+    def image() -> torch.Tensor:
+        x = torch.randn(1, channels, size, size, generator=generator).to(device, dtype)
+        return x.contiguous(memory_format=torch.channels_last)
+
+    weight, bias = (torch.randn(channels, generator=generator).to(device, dtype) for _ in range(2))
+    add = image() if with_sum else None
+    inputs = [(image(),) for _ in range(2 if size >= 256 else 8)]
+    call = normalise(impl, weight, bias, add)
+
+    def verify() -> None:
+        if impl == "copy":
+            return
+        wide = None if add is None else add.double()
+        exact, _ = reference(inputs[0][0].double(), 32, weight.double(), bias.double(), 1e-5, True, wide, None)
+        out = call(*inputs[0])
+        error = ((out if add is None else out[0]).double() - exact).norm() / exact.norm()
+        assert error < 8 * torch.finfo(dtype).eps, error
+
+    cost = roofline.group_norm(1, channels, size * size, dtype.itemsize, add=with_sum)
+    sizes = {"channels": channels, "size": size, "sum": with_sum, "impl": impl}
+    group = f"group_norm {channels}x{size}{' + sum' if with_sum else ''}"
+    with torch.inference_mode():
+        measure(call, inputs=inputs, verify=verify, cost=cost, dtype=dtype, sizes=sizes, group=group)

@@ -1,0 +1,39 @@
+"""LayerNorm of the UNet's token grids: the kernel against torch's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from ragturbo.bench import roofline
+from ragturbo.ops import layer_norm
+
+IMPLS = ["torch", pytest.param("triton", marks=pytest.mark.gpu), pytest.param("compile", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("rows, channels", [pytest.param(4096, 320, marks=pytest.mark.quick), (1024, 640), (256, 1280)])
+def test_layer_norm(measure: Any, device: str, rows: int, channels: int, impl: str) -> None:
+    dtype = torch.float16 if device == "cuda" else torch.float32
+    generator = torch.Generator().manual_seed(1)
+    weight, bias = (torch.randn(channels, generator=generator).to(device, dtype) for _ in range(2))
+    inputs = [(torch.randn(rows, channels, generator=generator).to(device, dtype),) for _ in range(8)]
+
+    def eager(x: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x, (channels,), weight, bias)
+
+    calls = {"torch": eager, "triton": lambda x: layer_norm(x, weight, bias, impl="triton")}
+    call = calls[impl] if impl in calls else torch.compile(eager, fullgraph=True, dynamic=False)
+
+    def verify() -> None:
+        exact = F.layer_norm(inputs[0][0].double(), (channels,), weight.double(), bias.double())
+        error = (call(*inputs[0]).double() - exact).norm() / exact.norm()
+        assert error < 8 * torch.finfo(dtype).eps, error
+
+    cost = roofline.layer_norm(rows, channels, dtype.itemsize)
+    sizes = {"rows": rows, "channels": channels, "impl": impl}
+    with torch.inference_mode():
+        measure(call, inputs=inputs, verify=verify, cost=cost, dtype=dtype, sizes=sizes, group=f"layer_norm {channels}")

@@ -1,0 +1,51 @@
+"""Eq. 3: the kernel, the reference, torch.compile of it, and an addition of the same bytes as the yardstick."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from ragturbo.bench import roofline
+from ragturbo.ops import slerp
+from ragturbo.ops.slerp import reference
+
+TOKENS, CHANNELS, ROTATE = 64, 1280, 8
+GPU = pytest.mark.gpu
+IMPLS = ["reference", "addition", pytest.param("triton", marks=GPU), pytest.param("compile", marks=GPU)]
+
+
+def blend(impl: str, per: str) -> Any:
+    if impl == "addition":
+        return lambda t, r, w: t + r
+    if impl == "compile":
+        return torch.compile(lambda t, r, w: reference(t, r, w, per), fullgraph=True, dynamic=False)
+    return lambda t, r, w: slerp(t, r, w, per=per, impl=impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("per", ["sample", "token"])
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.quick), 8])
+def test_slerp(measure: Any, device: str, batch: int, per: str, impl: str) -> None:
+    dtype = torch.float16 if device == "cuda" else torch.float32
+    generator = torch.Generator().manual_seed(1)
+
+    def feature() -> torch.Tensor:
+        return torch.randn(batch, TOKENS, CHANNELS, generator=generator).to(device, dtype)
+
+    w = torch.full((batch,), 0.8, device=device)
+    inputs = [(feature(), feature(), w) for _ in range(ROTATE)]
+    call = blend(impl, per)
+
+    def verify() -> None:
+        if impl == "addition":
+            return
+        t, r, _ = inputs[0]
+        exact = reference(t.double(), r.double(), w.double(), per)
+        error = (call(*inputs[0]).double() - exact).norm() / exact.norm()
+        assert error < torch.finfo(dtype).eps, error
+
+    cost = roofline.slerp(batch, TOKENS, CHANNELS, dtype.itemsize, per)
+    sizes = {"batch": batch, "tokens": TOKENS, "channels": CHANNELS, "per": per, "impl": impl}
+    measure(call, inputs=inputs, verify=verify, cost=cost, dtype=dtype, sizes=sizes, group=f"slerp {per} b{batch}")

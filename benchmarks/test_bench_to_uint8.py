@@ -1,0 +1,37 @@
+"""Images to bytes at 512²: the kernel against the composition of torch's ops."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from ragturbo.bench import roofline
+from ragturbo.ops import to_uint8
+from ragturbo.ops.to_uint8 import reference
+
+IMPLS = ["reference", pytest.param("triton", marks=pytest.mark.gpu), pytest.param("compile", marks=pytest.mark.gpu)]
+SIZE = 512
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.quick), 8])
+def test_to_uint8(measure: Any, device: str, batch: int, impl: str) -> None:
+    dtype = torch.float16 if device == "cuda" else torch.float32
+    generator = torch.Generator().manual_seed(1)
+    images = [torch.randn(batch, 3, SIZE, SIZE, generator=generator).to(device, dtype) for _ in range(4)]
+    inputs = [(x.contiguous(memory_format=torch.channels_last),) for x in images]
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        return to_uint8(x, impl="reference" if impl == "compile" else impl)
+
+    if impl == "compile":
+        call = torch.compile(call, fullgraph=True, dynamic=False)
+
+    def verify() -> None:
+        assert torch.equal(call(*inputs[0]), reference(inputs[0][0], True))
+
+    cost = roofline.to_uint8(batch, SIZE * SIZE, dtype.itemsize)
+    sizes = {"batch": batch, "size": SIZE, "impl": impl}
+    measure(call, inputs=inputs, verify=verify, cost=cost, dtype=dtype, sizes=sizes, group=f"to_uint8 b{batch}")
