@@ -37,16 +37,18 @@ class Settings:
     sampling_steps: int = 50
 
     # Fewer steps than the teacher is measured with: twice the pairs for the time.
-    pairs: int = 10_000
+    pairs: int = 8_000
     pair_steps: int = 12
-    student_steps: int = 4_000
+    student_steps: int = 1_600
     student_batch: int = 64
     student_rate: float = 5e-4
     discriminator_rate: float = 5e-4
+    # The game starts when the regression has the layout; before, it only costs time.
     adversarial: float = 0.1
+    adversarial_from: int = 700
 
     lcm_steps: int = 2_000
     lcm_rate: float = 3e-4
 
-    database_pairs: int = 4_096
+    database_pairs: int = 4_000
     large_database_pairs: int = 20_480

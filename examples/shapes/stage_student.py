@@ -112,50 +112,57 @@ def distil_student(work: Path, s: Settings, minutes: float | None = None) -> Non
         set_rate(generator_step, s.student_rate * pace)
         set_rate(heads_step, s.discriminator_rate * pace)
         i = torch.randint(count, (s.student_batch,), generator=generator)
-        states, target = all_states[i].float(), torch.from_numpy(targets[i.numpy()]).float()
-        with torch.autocast("cpu", torch.bfloat16):
-            made = student_latents(student, noises[i], states)
-        made = made.float()
+        told, target = all_states[i].float(), torch.from_numpy(targets[i.numpy()]).float()
         t = torch.randint(1000, (len(i),), generator=generator)
         a, b = alpha[t].view(-1, 1, 1, 1), sigma[t].view(-1, 1, 1, 1)
         eps = torch.randn(target.shape, generator=generator)
 
-        def judge(latents: Tensor, told: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        def seen(latents: Tensor, states: Tensor = told) -> list[Tensor]:
             with torch.autocast("cpu", torch.bfloat16):
-                seen = features(a * latents + b * eps, t, told)
-            return seen, heads(seen)
+                return features(a * latents + b * eps, t, states)
 
-        # Heads: a real picture of the caption against the student's, and against a real picture of another caption.
-        real = torch.from_numpy(real_latents[rows[i.numpy()]]).float()
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            seen_real = features(a * real + b * eps, t, states)
-            seen_made = features(a * made.detach() + b * eps, t, states)
-            seen_other = features(a * real + b * eps, t, states.roll(1, 0))
-        on_real, on_made, on_other = heads(seen_real), heads(seen_made), heads(seen_other)
-        d_loss = sum(F.relu(1 - r).mean() + 0.5 * F.relu(1 + m).mean() + 0.5 * F.relu(1 + o).mean()
-                     for r, m, o in zip(on_real, on_made, on_other, strict=True)) / len(on_real)  # fmt: skip
-        heads_step.zero_grad(set_to_none=True)
-        d_loss.backward()
-        heads_step.step()
-
-        # Student.
-        heads.requires_grad_(False)
-        seen, verdicts = judge(made, states)
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            seen_target = features(a * target + b * eps, t, states)
-        heads.requires_grad_(True)
+        with torch.autocast("cpu", torch.bfloat16):
+            made = student_latents(student, noises[i], told)
+        made = made.float()
+        features_made = seen(made)
+        with torch.no_grad():
+            features_target = seen(target)
         copy = F.smooth_l1_loss(made, target, beta=0.5)
-        likeness = sum((f - g).abs().mean() for f, g in zip(seen, seen_target, strict=True)) / len(seen)
-        fool = -sum(v.mean() for v in verdicts) / len(verdicts)
-        warm = min(1.0, step / 300)
+        likeness = sum((f - g).abs().mean() for f, g in zip(features_made, features_target, strict=True)) / 4
+        losses = {"copy": copy.item(), "likeness": likeness.item()}
+        loss = copy + 0.5 * likeness
+
+        if step >= s.adversarial_from:
+            heads.requires_grad_(False)
+            fool = -sum(verdict.mean() for verdict in heads(features_made)) / 4
+            heads.requires_grad_(True)
+            loss = loss + s.adversarial * min(1.0, (step - s.adversarial_from) / 200) * fool
+            losses["fool"] = fool.item()
         generator_step.zero_grad(set_to_none=True)
-        (copy + 0.5 * likeness + s.adversarial * warm * fool).backward()
+        loss.backward()
         nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         generator_step.step()
         mean.update(student, step)
-        right = sum((r > 0).float().mean() + (m < 0).float().mean() for r, m in zip(on_real, on_made, strict=True))
-        return {"copy": copy.item(), "likeness": likeness.item(), "fool": fool.item(), "d": float(d_loss),
-                "d_right": float(right) / 2 / len(on_real)}  # fmt: skip
+
+        if step >= s.adversarial_from:
+            # A real picture of the caption, against the student's, and against a real picture told another caption.
+            real = torch.from_numpy(real_latents[rows[i.numpy()]]).float()
+            with torch.no_grad():
+                features_real, features_other = seen(real), seen(real, told.roll(1, 0))
+            on_real, on_other = heads(features_real), heads(features_other)
+            on_made = heads([f.detach() for f in features_made])
+            hinges = [
+                F.relu(1 - r).mean() + 0.5 * F.relu(1 + m).mean() + 0.5 * F.relu(1 + o).mean()
+                for r, m, o in zip(on_real, on_made, on_other, strict=True)
+            ]
+            d_loss = sum(hinges) / 4
+            heads_step.zero_grad(set_to_none=True)
+            d_loss.backward()
+            heads_step.step()
+            losses["hinge"] = d_loss.item()
+            for n, (r, m) in enumerate(zip(on_real, on_made, strict=True)):
+                losses[f"right_{n}"] = ((r > 0).float().mean() + (m < 0).float().mean()).item() / 2
+        return losses
 
     state = {"student": student, "mean": mean, "heads": heads, "g": generator_step, "d": heads_step}
     run("student", work, update, state, steps=s.student_steps, seed=s.seed + 7, minutes=minutes)

@@ -1,0 +1,161 @@
+"""The recipe of the embedded model: what its parts promise, at sizes that run in seconds."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+RECIPE = Path(__file__).parents[2] / "examples" / "shapes"
+MODULES = ("settings", "networks", "loop", "data", "sampling", "stage_vae", "stage_student", "stage_text")
+
+
+@pytest.fixture(scope="module")
+def recipe() -> dict[str, ModuleType]:
+    """The recipe's modules, imported as its scripts import each other, and forgotten afterwards."""
+    sys.path.insert(0, str(RECIPE))
+    try:
+        yield {name: importlib.import_module(name) for name in MODULES}
+    finally:
+        sys.path.remove(str(RECIPE))
+        for name, module in list(sys.modules.items()):
+            if str(RECIPE) in str(getattr(module, "__file__", "")):
+                del sys.modules[name]
+
+
+def test_training_scenes_glimpse_rare_kinds_a_few_times_and_never_again(recipe):
+    from ragturbo.evaluate.world import RARE
+
+    s, scene = recipe["settings"].Settings(), recipe["data"].training_scene
+    seen = [kind for i in range(2000) for kind in scene(i, s).meaning.kinds if kind in RARE]
+    assert {kind: seen.count(kind) for kind in RARE} == dict.fromkeys(RARE, s.rare_glimpses)
+    assert all(scene(i, s).meaning.split == "train" for i in range(200))
+
+
+def test_every_word_of_the_world_is_one_token(recipe, tmp_path):
+    from ragturbo.evaluate.world import vocabulary
+
+    tokenizer = recipe["networks"].make_tokenizer(tmp_path, recipe["settings"].Settings())
+    ids = [tokenizer(word)["input_ids"] for word in vocabulary()]
+    assert all(len(row) == 3 for row in ids) and len({row[1] for row in ids}) == len(ids)
+    assert (tmp_path / "vocab.json").exists() and (tmp_path / "merges.txt").exists()
+
+
+def test_a_stopped_run_resumes_to_the_same_weights(recipe, tmp_path):
+    loop = recipe["loop"]
+
+    def train(work: Path, stops: list[int]) -> torch.Tensor:
+        work.mkdir()
+        for stop in stops:
+            torch.manual_seed(0)
+            model = torch.nn.Linear(3, 3)
+            mean, optimizer = loop.Average(model), torch.optim.AdamW(model.parameters(), lr=0.1)
+
+            def update(step, generator, model=model, mean=mean, optimizer=optimizer):
+                loss = (model(torch.randn(4, 3, generator=generator)) - 1).square().mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                mean.update(model, step)
+                return {"loss": loss.item()}
+
+            loop.run("run", work, update, {"model": model, "mean": mean, "optimizer": optimizer}, steps=stop, seed=5)
+        return torch.cat([p.flatten() for p in [*model.parameters(), *mean.parameters()]])
+
+    whole = train(tmp_path / "whole", [70])
+    assert torch.equal(whole, train(tmp_path / "parts", [1, 33, 70]))
+    rows = [json.loads(line) for line in (tmp_path / "parts" / "run.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == 70
+
+
+def test_an_average_follows_its_module(recipe):
+    module = torch.nn.Linear(2, 2)
+    mean = recipe["loop"].Average(module, 0.9)
+    with torch.no_grad():
+        module.weight.add_(1)
+    before = mean.module.weight.clone()
+    mean.update(module, 10**6)
+    assert torch.allclose(mean.module.weight, before + 0.1, atol=1e-6)
+
+
+def test_whitening_changes_the_latents_and_not_the_pictures(recipe, rng):
+    torch.manual_seed(1)
+    vae = recipe["networks"].make_vae(recipe["settings"].Settings()).eval()
+    images = rng.integers(0, 255, (48, 64, 64, 3), dtype=np.uint8)
+    x = recipe["data"].to_float(images)
+    with torch.no_grad():
+        before = vae.decode(vae.encode(x).latent_dist.mean).sample
+        recipe["stage_vae"].whiten(vae, images)
+        latents = vae.encode(x).latent_dist.mean
+        after = vae.decode(latents).sample
+    cells = latents.permute(1, 0, 2, 3).flatten(1)
+    assert torch.allclose(before, after, atol=1e-4)
+    assert torch.allclose(torch.cov(cells), torch.eye(4), atol=1e-3) and cells.mean(1).abs().max() < 1e-3
+
+
+class _Gaussian(torch.nn.Module):
+    """The exact v where latents are normal with mean `where` and deviation `spread`; guidance has no effect."""
+
+    def __init__(self, levels: tuple[torch.Tensor, torch.Tensor], where: float, spread: float) -> None:
+        super().__init__()
+        self.alpha, self.sigma = levels
+        self.where, self.spread = where, spread
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, states: torch.Tensor):
+        a, b = self.alpha[t].double(), self.sigma[t].double()
+        gain = a * self.spread**2 / (a**2 * self.spread**2 + b**2)
+        x0 = self.where + gain * (x.double() - a * self.where)
+        eps = (x - a * x0) / b
+        return type("Out", (), {"sample": (a * eps - b * x0).float()})()
+
+
+def test_both_solvers_reach_the_latents_the_exact_flow_leads_to(recipe):
+    sampling = recipe["sampling"]
+    unet = _Gaussian(sampling.noise_levels(), 0.7, 0.4)
+    noise = sampling.noise_of(range(64))
+    empty = torch.zeros(1, 2, 3)
+    exact = 0.7 + 0.4 * noise
+
+    def miss(steps: int, order: int) -> float:
+        made = sampling.teacher_latents(
+            unet, noise, empty.expand(64, -1, -1), empty, steps=steps, guidance=3.0, order=order
+        )
+        return float((made - exact).abs().mean())
+
+    assert miss(200, 1) < 0.02 and miss(50, 2) < 0.02
+    assert miss(12, 2) < miss(12, 1)
+
+
+def test_pairs_have_captions_of_their_own_and_noise_of_their_seed(recipe):
+    s, student = recipe["settings"].Settings(), recipe["stage_student"]
+    assert len({student.pair_caption(i, s) for i in range(s.pairs)}) == s.pairs
+    noise_of = recipe["sampling"].noise_of
+    assert torch.equal(noise_of(range(3, 6))[1], noise_of(range(4, 5))[0])
+
+
+def test_captions_that_name_the_same_kinds_are_not_each_others_negatives(recipe):
+    contrast = recipe["stage_text"].contrast
+    keys = torch.eye(4)[[0, 0, 1]]
+    scale = torch.tensor(20.0)
+    assert contrast(keys, keys, scale, torch.tensor([7, 7, 8])) < 1e-3 < contrast(keys, keys, scale)
+
+
+def test_teacher_features_are_the_unets_own(recipe):
+    s, networks, student = recipe["settings"].Settings(), recipe["networks"], recipe["stage_student"]
+    torch.manual_seed(2)
+    unet = networks.make_unet(s).eval()
+    x, t, states = torch.randn(2, 4, 16, 16), torch.tensor([10, 999]), torch.randn(2, s.context, s.text_width)
+    seen = {}
+    unet.mid_block.register_forward_hook(lambda module, args, out: seen.update(middle=out))
+    with torch.no_grad():
+        features = student.TeacherFeatures(unet)(x, t, states)
+        seen.clear()
+        unet(x, t, states)
+    assert [f.shape[-1] for f in features] == [16, 8, 4, 4]
+    assert torch.allclose(features[-1], torch.nn.functional.group_norm(seen["middle"], 8), atol=1e-5)
