@@ -2,31 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
-import pytest
 import torch
-
-RECIPE = Path(__file__).parents[2] / "examples" / "shapes"
-MODULES = ("settings", "networks", "loop", "data", "sampling", "stage_vae", "stage_student", "stage_text")
-
-
-@pytest.fixture(scope="module")
-def recipe() -> dict[str, ModuleType]:
-    """The recipe's modules, imported as its scripts import each other, and forgotten afterwards."""
-    sys.path.insert(0, str(RECIPE))
-    try:
-        yield {name: importlib.import_module(name) for name in MODULES}
-    finally:
-        sys.path.remove(str(RECIPE))
-        for name, module in list(sys.modules.items()):
-            if str(RECIPE) in str(getattr(module, "__file__", "")):
-                del sys.modules[name]
 
 
 def test_training_scenes_glimpse_rare_kinds_a_few_times_and_never_again(recipe):
