@@ -24,11 +24,15 @@ def inputs(unet, batch=2):
 def test_the_features_are_the_outputs_of_the_blocks(unet):
     """Against hooks on diffusers' own forward."""
     hooked = {}
-    hooks = [
-        block.register_forward_hook(lambda _m, _a, out, i=i: hooked.setdefault(f"down_{i}", out[0].clone()))
-        for i, block in enumerate(unet.down_blocks)
-    ]
-    hooks.append(unet.mid_block.register_forward_hook(lambda _m, _a, out: hooked.setdefault("mid", out.clone())))
+
+    def keep(name):
+        def hook(_module, _inputs, out):
+            hooked[name] = (out[0] if isinstance(out, tuple) else out).clone()
+
+        return hook
+
+    blocks = {**{f"down_{i}": block for i, block in enumerate(unet.down_blocks)}, "mid": unet.mid_block}
+    hooks = [block.register_forward_hook(keep(name)) for name, block in blocks.items()]
     z, s, text = inputs(unet)
     with torch.no_grad():
         unet(z, s, text)
