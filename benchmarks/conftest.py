@@ -25,6 +25,10 @@ from ragturbo.bench.timing import BULK_BELOW, bulk_calls, captured, noise, once,
 MAX_ROUNDS = 1000
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--scale", choices=["default", "paper"], default="default", help="paper: 0.63M keys to search")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "quick: one row of each kind; `-m quick` takes under a minute")
 

@@ -399,3 +399,21 @@ def test_searching_imports_scann_only_when_it_searches(folder):
         "print(sorted({'scann', 'diffusers', 'bm25s'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_the_one_pass_kernels_contract_gives_what_the_blocked_product_gives(tmp_path):
+    """On a GPU exact search is `ops.topk` over keys in which removed pairs are NaN: here by that op's reference."""
+    from ragturbo.ops import describe
+    from ragturbo.retrieval.exact import ExactRetriever
+
+    database = Database.write(tmp_path / "db", [batch(clustered(200, 3))], geometry=GEOMETRY)
+    database.remove(range(0, 200, 3))
+    retriever = ExactRetriever(database.snapshot)
+    query = torch.nn.functional.normalize(torch.from_numpy(clustered(3, 4)), dim=1)
+    expected = retriever.search(query, 10)
+    retriever.keys = retriever.keys.clone()
+    retriever.keys.masked_fill_(retriever.dead[:, None], float("nan"))
+    retriever._descriptor = describe(retriever.keys.data_ptr(), 200, "cpu")
+    ids, scores = retriever._one_pass(query, 10)
+    assert torch.equal(ids, expected[0])
+    torch.testing.assert_close(scores, expected[1])
