@@ -22,6 +22,7 @@ Tile = dict[str, int]
 INSTALLED = Path(__file__).parent / "configs"
 _OVERRIDE = os.environ.get("RAGTURBO_KERNEL_CONFIGS")
 
+_asked: ContextVar[list[tuple[str, str]] | None] = ContextVar("ragturbo_asked_tiles", default=None)
 _forced: ContextVar[dict[str, Tile] | None] = ContextVar("ragturbo_forced_tiles", default=None)
 
 
@@ -46,7 +47,10 @@ def _measured(device: int) -> dict[str, dict[str, Tile]]:
 
 
 def choose(kernel: str, shape: str, device: torch.device, default: Tile) -> Tile:
-    """The tile for `kernel` on `shape` (a name such as "M64 N1280 K1280 fp16"): forced, measured, or the default."""
+    """The tile for `kernel` on `shape` (a name such as "N81920 torch.float16"): forced, measured, or the default."""
+    asked = _asked.get()
+    if asked is not None:
+        asked.append((kernel, shape))
     forced = _forced.get()
     if forced is not None and kernel in forced:
         return {**default, **forced[kernel]}
@@ -54,6 +58,17 @@ def choose(kernel: str, shape: str, device: torch.device, default: Tile) -> Tile
         index = torch.cuda.current_device() if device.index is None else device.index
         return {**default, **_measured(index).get(kernel, {}).get(shape, {})}
     return default
+
+
+@contextmanager
+def recorded() -> Iterator[list[tuple[str, str]]]:
+    """The (kernel, shape) of every tile asked for inside the block."""
+    asked: list[tuple[str, str]] = []
+    token = _asked.set(asked)
+    try:
+        yield asked
+    finally:
+        _asked.reset(token)
 
 
 @contextmanager
