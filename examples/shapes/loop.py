@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import parallel
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -32,6 +33,7 @@ def run(
         for key, part in state.items():
             part.load_state_dict(saved[key])
         log.info("%s: resumed at step %d of %d", name, step, steps)
+    parallel.start()
     begun, sums, since, mark = time.monotonic(), {}, 0, time.monotonic()
     threads = Threads()
     while step < steps and not (minutes and time.monotonic() - begun > 60 * minutes):
@@ -41,7 +43,7 @@ def run(
         step, since = step + 1, since + 1
         for key, value in losses.items():
             sums[key] = sums.get(key, 0.0) + float(value)
-        if step % 50 == 0 or step == steps:
+        if parallel.RANK == 0 and (step % 50 == 0 or step == steps):
             row = {"step": step, **{k: round(v / since, 5) for k, v in sums.items()}}
             row["seconds_a_step"] = round((time.monotonic() - mark) / since, 4)
             row["threads"] = threads.now
@@ -49,9 +51,10 @@ def run(
             with open(work / f"{name}.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
             sums, since, mark = {}, 0, time.monotonic()
-        if step % save_every == 0:
+        if parallel.RANK == 0 and step % save_every == 0:
             _save(checkpoint, step, state)
-    _save(checkpoint, step, state)
+    if parallel.RANK == 0:
+        _save(checkpoint, step, state)
     return step >= steps
 
 

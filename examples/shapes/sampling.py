@@ -17,7 +17,8 @@ class Texts:
 
     def __init__(self, work: Path) -> None:
         self.tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
-        self.model = CLIPTextModel.from_pretrained(work / "text_encoder", dtype=torch.float32).eval().requires_grad_(False)
+        self.model = CLIPTextModel.from_pretrained(work / "text_encoder", dtype=torch.float32).eval()
+        self.model.requires_grad_(False)
         self.empty_ids = tokenize(self.tokenizer, [""])
         with torch.no_grad():
             self.empty = self.model(input_ids=self.empty_ids).last_hidden_state

@@ -11,6 +11,7 @@ import logging
 from pathlib import Path
 
 import numpy as np
+import parallel
 import torch
 from data import batches
 from diffusers import UNet2DConditionModel
@@ -112,10 +113,11 @@ def distil_student(work: Path, s: Settings, minutes: float | None = None) -> Non
         set_rate(generator_step, s.student_rate * pace)
         set_rate(heads_step, s.discriminator_rate * pace)
         i = torch.randint(count, (s.student_batch,), generator=generator)
-        told, target = all_states[i].float(), torch.from_numpy(targets[i.numpy()]).float()
         t = torch.randint(1000, (len(i),), generator=generator)
+        eps = torch.randn((len(i), *targets.shape[1:]), generator=generator)
+        i, t, eps = map(parallel.part, (i, t, eps))
+        told, target = all_states[i].float(), torch.from_numpy(targets[i.numpy()]).float()
         a, b = alpha[t].view(-1, 1, 1, 1), sigma[t].view(-1, 1, 1, 1)
-        eps = torch.randn(target.shape, generator=generator)
 
         def seen(latents: Tensor, states: Tensor = told) -> list[Tensor]:
             with torch.autocast("cpu", torch.bfloat16):
@@ -140,6 +142,7 @@ def distil_student(work: Path, s: Settings, minutes: float | None = None) -> Non
             losses["fool"] = fool.item()
         generator_step.zero_grad(set_to_none=True)
         loss.backward()
+        parallel.mean_gradients(student.parameters())
         nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         generator_step.step()
         mean.update(student, step)
@@ -158,6 +161,7 @@ def distil_student(work: Path, s: Settings, minutes: float | None = None) -> Non
             d_loss = sum(hinges) / 4
             heads_step.zero_grad(set_to_none=True)
             d_loss.backward()
+            parallel.mean_gradients(heads.parameters())
             heads_step.step()
             losses["hinge"] = d_loss.item()
             for n, (r, m) in enumerate(zip(on_real, on_made, strict=True)):
@@ -166,4 +170,5 @@ def distil_student(work: Path, s: Settings, minutes: float | None = None) -> Non
 
     state = {"student": student, "mean": mean, "heads": heads, "g": generator_step, "d": heads_step}
     run("student", work, update, state, steps=s.student_steps, seed=s.seed + 7, minutes=minutes)
-    mean.module.save_pretrained(work / "unet")
+    if parallel.RANK == 0:
+        mean.module.save_pretrained(work / "unet")

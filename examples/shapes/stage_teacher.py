@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import parallel
 import torch
 from data import tokenize
 from loop import Average, rate, run, set_rate
-from networks import make_unet
+from networks import LATENT_SIDE, make_unet
 from sampling import noise_levels
 from settings import Settings
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -27,15 +28,17 @@ def train_teacher(work: Path, s: Settings, minutes: float | None = None) -> None
 
     def update(step: int, generator: torch.Generator) -> dict[str, float]:
         set_rate(optimizer, rate(step, s.teacher_steps, s.teacher_rate))
-        index = np.sort(torch.randint(len(tokens), (s.teacher_batch,), generator=generator).numpy())
-        x0 = torch.from_numpy(latents[index]).float()
-        noise = torch.randn(x0.shape, generator=generator)
+        index = torch.randint(len(tokens), (s.teacher_batch,), generator=generator)
+        noise = torch.randn((len(index), 4, LATENT_SIDE, LATENT_SIDE), generator=generator)
         # One timestep from each of B equal strata: less noise in the loss than B free draws.
-        t = ((torch.arange(len(x0)) + torch.rand(len(x0), generator=generator)) * (1000 / len(x0))).long()
+        t = ((torch.arange(len(index)) + torch.rand(len(index), generator=generator)) * (1000 / len(index))).long()
         t = t[torch.randperm(len(t), generator=generator)]
+        dropped = torch.rand(len(index), generator=generator) < s.text_dropout
+        index, noise, t, dropped = map(parallel.part, (index, noise, t, dropped))
+        x0 = torch.from_numpy(latents[index.numpy()]).float()
         a, b = alpha[t].view(-1, 1, 1, 1), sigma[t].view(-1, 1, 1, 1)
         ids = tokens[index].clone()
-        ids[torch.rand(len(ids), generator=generator) < s.text_dropout] = empty
+        ids[dropped] = empty
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
                 states = text(input_ids=ids).last_hidden_state
@@ -44,6 +47,7 @@ def train_teacher(work: Path, s: Settings, minutes: float | None = None) -> None
         loss = error.mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        parallel.mean_gradients(unet.parameters())
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
         mean.update(unet, step)
@@ -51,4 +55,5 @@ def train_teacher(work: Path, s: Settings, minutes: float | None = None) -> None
 
     state = {"unet": unet, "mean": mean, "optimizer": optimizer}
     run("teacher", work, update, state, steps=s.teacher_steps, seed=s.seed + 5, minutes=minutes)
-    mean.module.save_pretrained(work / "teacher_unet")
+    if parallel.RANK == 0:
+        mean.module.save_pretrained(work / "teacher_unet")
