@@ -1,4 +1,4 @@
-"""ragturbo._native: checked parallel reads, CRC-32, page-locked memory. Built from csrc/; may be absent (see ragturbo.info)."""
+"""ragturbo._native, built from csrc/: checked parallel reads, CRC-32, page-locked memory. May be absent: ragturbo.info."""
 
 from collections.abc import Sequence
 from types import TracebackType
@@ -30,7 +30,7 @@ class Store:
         expected_crc: NDArray[np.uint32] | None = None,
         threads: int = 2,
     ) -> list[tuple[int, str, str]]:
-        """Read n records; record i goes to byte `slots[i] * slot_bytes` of dst (slots: 0..n-1, slot_bytes: payload_bytes).
+        """Read n records; record i goes to byte `slots[i] * slot_bytes` of dst (0..n-1 and payload_bytes if None).
 
         Returns the records that failed as (i, kind, detail), kind "io" | "short" | "crc"; empty means all are good.
         The bytes in the slot of a failed record are unspecified. With `expected_crc` each payload is checked as read.
@@ -69,7 +69,7 @@ def crc32(data: Buffer, value: int = 0) -> int:
     """zlib.crc32, faster."""
 
 def build_info() -> dict[str, Any]:
-    """compiler, crc32 ("pclmul" | "slice16"), cuda (toolkit version or ""), cuda_off (why there is no CUDA part), archs."""
+    """compiler, crc32 ("pclmul" | "slice16"), cuda (toolkit version or ""), cuda_off (why there is none), archs."""
 
 # The three below are there only where ragturbo was installed with nvcc: ask hasattr(_native, "gather_rows").
 # Addresses are integers (tensor.data_ptr(), stream.cuda_stream); `*_at` is the device address of one int64, read by
@@ -89,7 +89,7 @@ def gather_rows(
     out: int,
     stream: int,
 ) -> None:
-    """out[i] (n, tokens, channels) fp16 = row ids[i] (int64) of the table at *base_at, zeros for an id not in 0..*count_at-1.
+    """out (n, tokens, channels) fp16: rows ids (int64) of the table at *base_at, zeros for an id not in 0..*count_at-1.
 
     Rows are `stride` bytes apart, in device or page-locked memory. stored: "float16", or "int8" (tokens·channels int8,
     then `tokens` fp32 scales). channels: a multiple of 8, or of 16 for int8.

@@ -62,8 +62,7 @@ def test_inside_the_root_our_kernels_are_not_taken_for_hugging_faces() -> None:
 
 
 def test_kernels_are_of_the_packages_version() -> None:
-    import ragturbo.kernels
-
     import ragturbo
+    import ragturbo.kernels
 
     assert ragturbo.kernels.__version__ == ragturbo.__version__
