@@ -1,4 +1,4 @@
-"""ragturbo._native, built from csrc/: checked parallel reads, CRC-32, page-locked memory. May be absent: ragturbo.info."""
+"""ragturbo._native, built from csrc/: checked parallel reads, CRC-32, page-locked memory. Absent where not built."""
 
 from collections.abc import Sequence
 from types import TracebackType
