@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 # Two workers on two cores: each one's maths stays on its own core.
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
-.PHONY: help install demo test test-long lint bench bench-check clean
+.PHONY: help install demo test test-long lint bench bench-check gpu clean
 
 help:
 	@echo "make demo        install, then draw demo.png with the embedded model"
@@ -13,6 +13,7 @@ help:
 	@echo "make test-long   the same with full counts and the slow tests"
 	@echo "make lint        ruff and mypy"
 	@echo "make bench       the benchmarks; make bench-check runs each once, to see that it runs"
+	@echo "make gpu         what needs a GPU; PART=kernels|engine|breakdown|train, RESULTS=folder"
 	@echo "make install     the installation alone, into .venv; PYTHON=python3.12 chooses the interpreter"
 	@echo "make clean       remove .venv and what was built"
 
@@ -49,6 +50,12 @@ bench: install
 
 bench-check: install
 	$(PYTEST) benchmarks -q --benchmark-disable
+
+# An interpreter that has torch already is taken as it is: GPU images come with one that fits their driver.
+gpu:
+	@if $(PYTHON) -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)' 2>/dev/null; \
+	then PYTHON=$(PYTHON) bash benchmarks/gpu.sh; \
+	else $(MAKE) install && PYTHON=$(BIN)/python bash benchmarks/gpu.sh; fi
 
 clean:
 	rm -rf .venv build dist *.egg-info ragturbo/_native*.so ragturbo/_native_off.txt
