@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ragturbo.bench.chart import bars
-from ragturbo.bench.results import Machine, Run, rows
+from ragturbo.bench.results import Machine, Run, history
 
 
 def suite_name(machine: Machine, plot: str) -> str:
@@ -37,25 +37,18 @@ def _jobs(machines: list[Machine]) -> list[tuple[str, Callable[[Path], Any]]]:
     for machine in machines:
         for run in (r for r in machine.runs if r.kind == "breakdown"):
             out.append((bars_name(machine, run), partial(bars, run.data)))
-        latest = machine.latest("suite")
-        if latest is None:
-            continue
-        for plot, data in _series(machine, latest).items():
+        for plot, data in _series(machine).items():
             if data["places"]:
                 out.append((suite_name(machine, plot), partial(_draw, data)))
     return out
 
 
-def _series(machine: Machine, run: Run) -> dict[str, dict[str, Any]]:
-    stages = [b for b in rows(run, "stage") if "seconds" in b["extra_info"] and b["extra_info"]["sizes"]["batch"] == 1]
-    throughput = [b for b in rows(run, "generate") if "seconds" in b["extra_info"]]
-    roofline = [b for b in run.data["benchmarks"] if "fraction_of_roofline" in b["extra_info"]]
-    history = [
-        (other.commit, b["extra_info"]["seconds"]["p50"] * 1e3)
-        for other in sorted((r for r in machine.runs if r.kind == "suite"), key=lambda r: r.when)
-        for b in rows(other, "generate")
-        if b["extra_info"].get("mode") == "adapter" and b["extra_info"]["sizes"].get("batch") == 1
-    ]
+def _series(machine: Machine) -> dict[str, dict[str, Any]]:
+    timed = [b for _, b in machine.benchmarks() if "seconds" in b["extra_info"]]
+    stages = [b for b in timed if _op(b).startswith("stage") and b["extra_info"]["sizes"].get("batch") == 1]
+    throughput = [b for b in timed if _op(b) == "generate"]
+    roofline = [b for b in timed if "fraction_of_roofline" in b["extra_info"]]
+    past = [(run.commit, b["extra_info"]["seconds"]["p50"] * 1e3) for run, b in history(machine)]
     return {
         "stages": {
             "title": "latency by stage, batch 1", "unit": "ms (p50)",
@@ -74,10 +67,14 @@ def _series(machine: Machine, run: Run) -> dict[str, dict[str, Any]]:
         },
         "history": {
             "title": "one image, mode adapter, by commit", "unit": "ms (p50)",
-            "labels": [commit for commit, _ in history],
-            "places": [value for _, value in history] if len(history) > 1 else [],
+            "labels": [commit for commit, _ in past],
+            "places": [value for _, value in past] if len(past) > 1 else [],
         },
     }  # fmt: skip
+
+
+def _op(benchmark: dict[str, Any]) -> str:
+    return str(benchmark["extra_info"].get("op", ""))
 
 
 def _draw(data: dict[str, Any], path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ragturbo.bench import budgets, chart, plots
-from ragturbo.bench.results import Machine, read, rows
+from ragturbo.bench.results import Machine, history, read
 from ragturbo.errors import InvalidRequest
 
 # <!-- bench:NAME --> … <!-- /bench -->
@@ -112,14 +112,12 @@ def history_section(machines: list[Machine]) -> str:
     """One row a run of the suites: what one image took, by commit."""
     lines = ["| machine | when | commit | model | generate, batch 1, p50 ms | file |", "|---|---|---|---|--:|---|"]
     for machine in machines:
-        for run in sorted((r for r in machine.runs if r.kind == "suite"), key=lambda r: r.when):
-            for b in rows(run, "generate"):
-                info = b["extra_info"]
-                if info["sizes"].get("batch") == 1 and info.get("mode") == "adapter":
-                    lines.append(
-                        f"| {machine.name} | {run.when[:10]} | {run.commit} | {info['sizes'].get('model')} "
-                        f"| {info['seconds']['p50'] * 1e3:.2f} | {run.path.name} |"
-                    )
+        for run, b in history(machine):
+            info = b["extra_info"]
+            lines.append(
+                f"| {machine.name} | {run.when[:10]} | {run.commit} | {info['sizes'].get('model')} "
+                f"| {info['seconds']['p50'] * 1e3:.2f} | {run.path.name} |"
+            )
     pictures = [text for machine in machines if (text := _picture(machine, "history"))]
     return _block(lines) + "".join(f"\n{text}" for text in pictures)
 
@@ -145,14 +143,12 @@ def _suites(
 ) -> str:
     parts = []
     for machine in machines:
-        run = machine.latest("suite")
-        if run is None:
+        pairs = [(run, b) for run, b in machine.benchmarks() if belongs(b["extra_info"])]
+        if not pairs:
             continue
-        found = [b for b in run.data["benchmarks"] if belongs(b["extra_info"])]
-        if not found:
-            continue
-        found.sort(key=lambda b: (b.get("group") or "", b["fullname"]))
-        parts.append(f"{machine.name} ({run.path.name}, {run.commit}):\n")
+        found = [b for _, b in pairs]
+        files = dict.fromkeys(f"{run.path.name}, {run.commit}" for run, _ in pairs)
+        parts.append(f"{machine.name} ({'; '.join(files)}):\n")
         parts.append(_block(table(found)))
         if plot is not None:
             parts.append(_picture(machine, plot))

@@ -40,9 +40,12 @@ class Machine:
     name: str
     runs: list[Run] = field(default_factory=list)
 
-    def latest(self, kind: str) -> Run | None:
-        found = [run for run in self.runs if run.kind == kind]
-        return max(found, key=lambda run: (run.when, run.path.name)) if found else None
+    def benchmarks(self) -> list[tuple[Run, dict[str, Any]]]:
+        """Every benchmark of every suite, the newest measurement of each, by group and name."""
+        newest: dict[str, tuple[Run, dict[str, Any]]] = {}
+        for run in sorted((r for r in self.runs if r.kind == "suite"), key=lambda r: (r.when, r.path.name)):
+            newest |= {b["fullname"]: (run, b) for b in run.data["benchmarks"]}
+        return sorted(newest.values(), key=lambda pair: (pair[1].get("group") or "", pair[1]["fullname"]))
 
     def figures(self) -> dict[str, tuple[float, str]]:
         """Budget key -> (value, file) from every run; the newest wins."""
@@ -55,12 +58,17 @@ class Machine:
 
 def read(folder: Path) -> list[Machine]:
     """Every machine under a results folder, by name."""
-    machines = []
-    for place in sorted(p for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []:
-        runs = [_run(path) for path in sorted(place.glob("*.json"))]
-        if runs:
-            machines.append(Machine(place.name, runs))
+    places = sorted(p for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+    machines = [machine for machine in map(read_folder, places) if machine.runs]
+    for run in (run for machine in machines for run in machine.runs):
+        if run.data.get("rehearsal"):
+            raise InvalidRequest(f"{run.path} is a rehearsal at tiny sizes, no result: delete it")
     return machines
+
+
+def read_folder(place: Path) -> Machine:
+    """One machine's files."""
+    return Machine(place.name, [_run(path) for path in sorted(place.glob("*.json"))])
 
 
 def _run(path: Path) -> Run:
@@ -75,10 +83,17 @@ def _run(path: Path) -> Run:
     return Run(path, str(data["kind"]), data)
 
 
-def rows(run: Run, prefix: str) -> list[dict[str, Any]]:
-    """A suite's benchmarks whose op starts with `prefix`, by name."""
-    found = [b for b in run.data["benchmarks"] if str(b["extra_info"].get("op", "")).startswith(prefix)]
-    return sorted(found, key=lambda b: (b.get("group") or "", b["fullname"]))
+def history(machine: Machine) -> list[tuple[Run, dict[str, Any]]]:
+    """One image in mode adapter, batch 1, from every suite in the order of their making."""
+    return [
+        (run, b)
+        for run in sorted((r for r in machine.runs if r.kind == "suite"), key=lambda r: (r.when, r.path.name))
+        for b in run.data["benchmarks"]
+        if b["extra_info"].get("op") == "generate"
+        and b["extra_info"].get("mode") == "adapter"
+        and b["extra_info"]["sizes"].get("batch") == 1
+        and "seconds" in b["extra_info"]
+    ]
 
 
 def figures(run: Run) -> Iterator[tuple[str, float]]:

@@ -1,0 +1,240 @@
+"""Measures a GPU in parts, each within a time box: `make gpu PART=kernels|engine|breakdown|train RESULTS=dir`.
+
+Every step is a process of its own: one that fails or hangs costs its box and nothing else, and what is finished is on
+disk. `--rehearse` runs the same lines at tiny sizes without a GPU, and says so in what it writes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+PARTS = ("kernels", "engine", "breakdown", "train")
+NEEDED = ("diffusers", "transformers", "safetensors", "pyarrow", "PIL", "scann", "bm25s", "peft", "accelerate",
+          "pytest_benchmark", "pynvml", "matplotlib", "typer", "rich")  # fmt: skip
+# The whole of a part, and of the quick cut of all four; the machine is lent for little longer.
+PART_SECONDS = 470.0
+QUICK_SHARES = {"kernels": 110.0, "engine": 160.0, "breakdown": 110.0, "train": 90.0}
+
+
+@dataclass(frozen=True)
+class Step:
+    name: str
+    command: list[str]
+    box: float
+    """Seconds after which it is ended."""
+    result: Path | None = None
+    """JSON it leaves: merged into the part's file, or, for a suite, a file of its own."""
+    needs: tuple[str, ...] = ()
+    """Programs or modules without which it is skipped, by name."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--part", choices=(*PARTS, "all"), default="all")
+    parser.add_argument("--results", type=Path, default=Path("gpu-results"))
+    parser.add_argument("--cache", type=Path, help="where compiled kernels are kept from run to run")
+    parser.add_argument("--rehearse", action="store_true", help="tiny sizes, no GPU: does every line run?")
+    parser.add_argument("--step", help=argparse.SUPPRESS)
+    parser.add_argument("--quick", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.step:
+        return run_step(options)
+    if not options.rehearse and (why := no_gpu()):
+        print(f"gpu: nothing to measure: {why} (--rehearse runs the same lines without one)", file=sys.stderr)
+        return 4
+    if options.cache:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(options.cache.resolve() / "inductor")
+        os.environ["TRITON_CACHE_DIR"] = str(options.cache.resolve() / "triton")
+    options.results.mkdir(parents=True, exist_ok=True)
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"gpu: not installed, and what needs them is skipped: {', '.join(missing)}", flush=True)
+    quick = options.part == "all"
+    for part in PARTS if quick else (options.part,):
+        with tempfile.TemporaryDirectory(prefix="ragturbo-gpu-") as scratch:
+            steps = plan(part, options, quick, Path(scratch))
+            seconds = QUICK_SHARES[part] if quick else PART_SECONDS
+            run_part(part, steps, options.results, seconds, rehearsal=options.rehearse, missing=missing)
+    text = summary(options.results)
+    (options.results / "summary.md").write_text(text, "utf-8")
+    print(text)
+    return 0
+
+
+def no_gpu() -> str | None:
+    from ragturbo.bench.context import no_gpu_reason
+
+    return no_gpu_reason()
+
+
+def plan(part: str, options: argparse.Namespace, quick: bool, scratch: Path) -> list[Step]:
+    """The steps of a part, dearest last: a part that runs out of time has the rest already."""
+    rehearse = options.rehearse
+
+    def own(name: str, box: float, *needs: str) -> Step:
+        out = scratch / f"{name.replace(' ', '-')}.json"
+        command = [sys.executable, str(Path(__file__)), "--step", name, "--out", str(out)]
+        command += ["--rehearse"] * rehearse + ["--quick"] * quick
+        return Step(name, command, box, out, needs)
+
+    def suite(name: str, files: list[str], box: float, seconds: float) -> Step:
+        command = [sys.executable, "-m", "pytest", *files, "-q", "--benchmark-only", "-p", "no:cacheprovider",
+                   f"--benchmark-json={options.results / f'{name}.json'}", f"--benchmark-max-time={seconds}",
+                   "--benchmark-columns=median,iqr,rounds"]  # fmt: skip
+        return Step(name, command + (["-m", "quick"] if quick or rehearse else []), box, None, ("pytest_benchmark",))
+
+    benchmarks = ROOT / "benchmarks"
+    bundles = {"generate", "stages", "serve", "import"}
+    named = {p.stem.removeprefix("test_bench_"): str(p) for p in sorted(benchmarks.glob("test_bench_*.py"))}
+    if part == "kernels":
+        ops = [path for name, path in named.items() if name not in bundles | {"train", "retrieval", "features"}]
+        # The ops' tests take a GPU where there is one; in a rehearsal, one quick file of them.
+        folder = ROOT / "tests" / "ops"
+        chosen = [folder / "test_dispatch.py"] if rehearse else [folder, ROOT / "tests" / "native" / "test_cuda.py"]
+        tests = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *map(str, chosen)]
+        sanitized = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "1", sys.executable, *tests,
+                     "-k", "gather or topk or slerp", "-x"]  # fmt: skip
+        return [
+            Step("kernel tests", [sys.executable, *tests], 60 if quick else 150, None, ("pytest",)),
+            suite("kernels-suite", ops, 60 if quick else 260, 0.1 if quick or rehearse else 0.3),
+            *([] if quick else [Step("sanitizer", sanitized, 120, None, ("compute-sanitizer",))]),
+        ]
+    if part == "engine":
+        return [
+            own("parts", 60, "diffusers"),
+            own("image", 90, "diffusers"),
+            own("tail", 90, "diffusers"),
+            own("added", 170, "diffusers"),
+            own("cold", 60, "diffusers"),
+            *([] if quick else [own("compiled peer", 330, "diffusers")]),
+        ]
+    if part == "breakdown":
+        files = [named[name] for name in ("stages", "generate", "serve") if name in named]
+        return [
+            own("breakdown", 100 if quick else 260, "diffusers"),
+            suite("image-suite", files, 60 if quick else 200, 0.1 if quick or rehearse else 0.5),
+        ]
+    files = [named[name] for name in ("train", "retrieval", "features") if name in named]
+    return [
+        own("build", 45 if quick else 90, "diffusers"),
+        suite("train-suite", files, 60 if quick else 370, 0.1 if quick or rehearse else 1.0),
+    ]
+
+
+def run_part(
+    part: str, steps: list[Step], results: Path, seconds: float, *, rehearsal: bool, missing: list[str]
+) -> dict[str, Any]:
+    """Runs the steps within `seconds`; the part's file is written anew after each."""
+    from ragturbo.bench.context import context, now
+
+    until = time.monotonic() + seconds
+    record: dict[str, Any] = {"kind": part if part != "breakdown" else "breakdown-steps", "datetime": now(),
+                              "context": context(), "rehearsal": rehearsal, "missing": missing, "measured": {},
+                              "steps": {}}  # fmt: skip
+    path = results / f"{part}.json"
+    for step in steps:
+        print(f"gpu: {part}: {step.name} …", flush=True)
+        found = run_boxed(step, min(step.box, until - time.monotonic()))
+        result = found.pop("result", None)
+        if result and result.get("kind") == "breakdown":
+            # The part is this one record; what became of its other steps is beside it.
+            record = {**result, "rehearsal": rehearsal, "missing": missing, "steps": record["steps"]}
+        elif result:
+            record["measured"] |= result.pop("measured", {})
+            found |= result
+        record["steps"][step.name] = found
+        path.write_text(json.dumps(record, indent=1, default=str) + "\n", "utf-8")
+        print(f"gpu: {part}: {step.name}: {found['outcome']}, {found.get('wall_s', 0):.0f} s", flush=True)
+    return record
+
+
+def run_boxed(step: Step, box: float) -> dict[str, Any]:
+    """One process, ended with all its children when its box is used up."""
+    for need in step.needs:
+        if shutil.which(need) is None and (not need.isidentifier() or importlib.util.find_spec(need) is None):
+            return {"outcome": f"skipped: {need} is not installed"}
+    if box < 5:
+        return {"outcome": "skipped: the part's time is used up"}
+    start = time.monotonic()
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            step.command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True
+        )
+        try:
+            code: int | None = process.wait(box)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            code = None
+        log.seek(0)
+        tail = log.read()[-1500:]
+    found: dict[str, Any] = {"wall_s": time.monotonic() - start, "box_s": box}
+    if code == 0:
+        found["outcome"] = "done"
+    else:
+        found |= {"outcome": "out of time" if code is None else f"failed with {code}", "tail": tail}
+    if step.result is not None and step.result.is_file():
+        found["result"] = json.loads(step.result.read_text("utf-8"))
+    return found
+
+
+def run_step(options: argparse.Namespace) -> int:
+    """In the step's own process."""
+    from ragturbo.bench.breakdown import Settings, breakdown
+    from ragturbo.bench.gpu_steps import STEPS, Scale
+
+    scale = Scale(options.rehearse, options.quick)
+    if options.step == "breakdown":
+        small = {"prompts": 3, "teacher_prompts": 1, "teacher_steps": 3, "pairs": 64, "keys": 200, "quick": True}
+        less = {"prompts": 20, "teacher_prompts": 2, "pairs": 1024, "keys": 100_000}
+        result = breakdown(
+            Settings(scale.config, scale.device, **(small if scale.rehearse else less if scale.quick else {}))
+        )
+    else:
+        result = STEPS[options.step](scale)
+    options.out.write_text(json.dumps(result, default=str), "utf-8")
+    return 0
+
+
+def summary(results: Path) -> str:
+    """One page: every budget, what was measured here and whether it is met; every step that did not finish."""
+    from ragturbo.bench import budgets
+    from ragturbo.bench.results import Machine, read_folder
+
+    machine: Machine = read_folder(results)
+    context = machine.runs[0].context
+    rehearsal = any(run.data.get("rehearsal") for run in machine.runs)
+    name = (context.get("gpu") or {}).get("name") or context["cpu"]
+    lines = [f"# {name}, torch {context['packages'].get('torch')}, commit {machine.runs[0].commit}", ""]
+    if rehearsal:
+        keys = ", ".join(sorted(machine.figures()))
+        lines += [f"A rehearsal at tiny sizes: nothing here was measured. A real run would fill: {keys}."]
+    else:
+        lines += budgets.table(machine.figures())
+    for run in machine.runs:
+        for step, found in run.data.get("steps", {}).items():
+            if found["outcome"] != "done":
+                lines += ["", f"{run.path.stem}: {step}: {found['outcome']}"]
+    flags = [flag for run in machine.runs for flag in run.data.get("flags", [])]
+    lines += ["", f"Flags: {'; '.join(flags) or 'none'}.", ""]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
