@@ -55,7 +55,7 @@ bench-check: install
 gpu:
 	@if $(PYTHON) -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)' 2>/dev/null; \
 	then PYTHON=$(PYTHON) bash benchmarks/gpu.sh; \
-	else $(MAKE) install && PYTHON=$(BIN)/python bash benchmarks/gpu.sh; fi
+	else make install && PYTHON=$(BIN)/python bash benchmarks/gpu.sh; fi
 
 clean:
 	rm -rf .venv build dist *.egg-info ragturbo/_native*.so ragturbo/_native_off.txt
