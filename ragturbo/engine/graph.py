@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ragturbo.config import GeneratorConfig, parse_bytes
+from ragturbo.config import GeneratorConfig
 from ragturbo.engine.eager import EagerEngine
 from ragturbo.engine.fast import FastModel
 from ragturbo.engine.lanes import CudaGraphs, Lanes, Program
@@ -31,7 +31,7 @@ from ragturbo.engine.prompts import PromptCache
 from ragturbo.engine.source import DatabaseSource
 from ragturbo.engine.step import StepBatch, StepResult
 from ragturbo.engine.steps import Spec, Step, spec_of
-from ragturbo.engine.tables import Tables, open_tables
+from ragturbo.engine.tables import Tables
 from ragturbo.errors import InvalidRequest
 from ragturbo.model.bundle import Bundle
 
@@ -52,7 +52,6 @@ class GraphEngine:
         self.prompts = PromptCache(config.prompt_cache)
         self._recorded: OrderedDict[Spec, Recorded] = OrderedDict()
         self._tables: Tables | None = None
-        self._budget = parse_bytes(config.host_cache, "host_cache")
         # The buffers are one batch's at a time, also for callers without an executor.
         self._lock = threading.Lock()
         self.eager_batches = 0
@@ -123,7 +122,7 @@ class GraphEngine:
             "graphs": [{"kind": spec.label, "bytes": r.bytes, "seconds": r.took} for spec, r in self._recorded.items()],
             "eager batches": self.eager_batches,
             "prompts": {"held": len(self.prompts), "hits": self.prompts.hits, "misses": self.prompts.misses},
-            "rows": {} if tables is None else dict(tables.rows.counts),
+            "rows in memory": 0 if tables is None else len(tables.rows.host_rows),
         }
 
     def _run(self, batch: StepBatch) -> StepResult:
@@ -155,7 +154,7 @@ class GraphEngine:
     def _tables_of(self, source: Any) -> Tables:
         # A batch that waited through a swap still finds its own generation: its tables are made again if need be.
         if self._tables is None or self._tables.source is not source:
-            self._tables = open_tables(source, self._tables, budget=self._budget, device=self.device)
+            self._tables = Tables(source, self.device)
         return self._tables
 
     def _overflowed(self, result: StepResult) -> bool:
@@ -172,6 +171,7 @@ class Recorded:
         self.step, self.spec, self.lanes = step, step.spec, step.lanes
         self.bytes, self.took = 0, 0.0
         self._programs: dict[str, Program] = {}
+        self._lease: Any = None
 
     def record(self) -> None:
         step, record, label = self.step, self.lanes.record, self.spec.label
@@ -208,7 +208,13 @@ class Recorded:
             self._programs["whole"].replay()
         else:
             assert tables is not None
-            ids = self._split(batch, tables, extra)
+            try:
+                ids = self._split(batch, tables, extra)
+                self.lanes.await_main()
+            finally:
+                if self._lease is not None:
+                    self._lease.release()
+                    self._lease = None
         self.lanes.await_main()
         result = self._result(batch, tables, ids)
         for program in self._programs.values():
@@ -225,7 +231,6 @@ class Recorded:
         programs["encode"].replay()
         self.lanes.await_asked()
         start = time.perf_counter()
-        snapshot = tables.snapshot
         if self.spec.searches:
             rows, scores = asked["rows"], asked["scores"]
             ids = _ids_of(rows, tables)
@@ -233,7 +238,12 @@ class Recorded:
             ids, scores = tables.source.search(asked["key"], batch.texts or None, self.spec.k)
         searched = time.perf_counter()
         found = self.step.found.host
-        found["ids"].copy_(torch.from_numpy(tables.rows.slots(snapshot, ids.numpy())))
+        # The rows stay where they are until the host has seen the end of the batch.
+        with self.lanes.beside():
+            self._lease = tables.rows.lease(ids.reshape(-1))
+        found["ids"].copy_(ids)
+        found["slots"].copy_(torch.from_numpy(self._lease.host_slots).view(ids.shape))
+        found["hot"].copy_(torch.from_numpy(self._lease.device_slots).view(ids.shape))
         found["scores"].copy_(scores)
         found["keys"].copy_(tables.source.database.keys(ids))
         found["tables"].copy_(tables.descriptors())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -45,6 +45,10 @@ class Lanes(Protocol):
         ...
 
     def join(self) -> None: ...
+
+    def beside(self) -> Any:
+        """A context manager for the host's part: what it starts on the device goes to the retrieval lane."""
+        ...
 
     def mark_asked(self) -> None:
         """Remembers how far the main lane has come."""
@@ -83,6 +87,9 @@ class Direct:
         yield
 
     def join(self) -> None: ...
+
+    def beside(self) -> Any:
+        return nullcontext()
 
     def mark_asked(self) -> None: ...
 
@@ -167,6 +174,9 @@ class CudaGraphs:
 
     def join(self) -> None:
         torch.cuda.current_stream(self._device).wait_stream(self._beside)
+
+    def beside(self) -> Any:
+        return torch.cuda.stream(self._beside)
 
     def mark_asked(self) -> None:
         self._asked.record(self._main)

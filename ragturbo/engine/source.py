@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ragturbo.config import parse_bytes
 from ragturbo.engine.step import Retrieved
 from ragturbo.errors import DatabaseMismatch
 from ragturbo.output import Neighbor
@@ -16,16 +17,30 @@ from ragturbo.output import Neighbor
 if TYPE_CHECKING:
     from ragturbo.config import GeneratorConfig
     from ragturbo.model.bundle import Bundle
-    from ragturbo.retrieval import Database
+    from ragturbo.retrieval import Database, FeatureCache
 
 
 class DatabaseSource:
     """One generation of a database, with the retriever that searches it."""
 
-    def __init__(self, database: Database, retriever: Any = "auto") -> None:
-        """database: searched and read as it is now; what is appended to or removed from it later is another source."""
+    def __init__(
+        self,
+        database: Database,
+        retriever: Any = "auto",
+        *,
+        host_bytes: int | None = None,
+        device_bytes: int | None = None,
+        device: torch.device | str = "cpu",
+        cache: FeatureCache | None = None,
+    ) -> None:
+        """database: searched and read as it is now; what is appended to or removed from it later is another source.
+        host_bytes, device_bytes: budgets of its rows in memory; cache: of an earlier source of the same rows."""
         self.live = database
         self.database = database.frozen()
+        self._memory: dict[str, Any] = {"host_bytes": host_bytes, "device_bytes": device_bytes, "device": device}
+        self._cache = cache
+        if host_bytes is not None or device_bytes is not None:
+            self._cache = self.cache
         self.named = retriever
         self._retriever = self.database.retriever() if retriever == "auto" else self.database.retriever(retriever)
         self.retriever_name: str = getattr(self._retriever, "name", type(self._retriever).__name__)
@@ -42,13 +57,34 @@ class DatabaseSource:
                 f"{database.path} holds features of {geometry.channels} channels and keys of {geometry.key_dim}; the "
                 f"model has {bundle.unet.channels} and {bundle.text.key_dim}"
             )
-        return cls(database, config.retriever)
+        return cls(
+            database,
+            config.retriever,
+            host_bytes=parse_bytes(config.host_cache, "host_cache"),
+            device_bytes=parse_bytes(config.device_cache, "device_cache"),
+            device=bundle.device,
+        )
+
+    @property
+    def cache(self) -> FeatureCache:
+        """Rows in memory: page-locked where there is a GPU to read them."""
+        if self._cache is None:
+            from ragturbo.retrieval import FeatureCache
+
+            self._cache = FeatureCache(
+                self.database, checksums=self.database.checksums, threads=self.database.threads, **self._memory
+            )
+        return self._cache
 
     def current(self) -> DatabaseSource:
         """This source, or a new one where the database has changed since: a removal takes effect with the next call."""
         if self.live.snapshot is self.database.snapshot:
             return self
-        return DatabaseSource(self.live, self.named)
+        cache = self._cache
+        # A removal leaves the rows as they are, and what holds them in memory is used again.
+        if cache is not None and not np.array_equal(cache.database.snapshot.ids, self.live.snapshot.ids):
+            cache = None
+        return DatabaseSource(self.live, self.named, cache=cache, **self._memory)
 
     def search(self, keys: Tensor, texts: Sequence[str] | None, k: int) -> tuple[Tensor, Tensor]:
         """keys (B, K), or the texts where the retriever is lexical -> ids (B, k) int64, scores (B, k), best first."""
@@ -59,7 +95,8 @@ class DatabaseSource:
         """ids, scores (B, k), id -1 where nothing was found."""
         host_ids = ids.cpu()
         keys = self.database.keys(host_ids).to(ids.device)
-        return Retrieved(ids, scores.float(), keys, self.database.features(host_ids).to(ids.device))
+        read = self.database.features if self._cache is None else self._cache.rows
+        return Retrieved(ids, scores.float(), keys, read(host_ids).to(ids.device))
 
     def holds(self, id: int) -> bool:
         """Whether a search could return it: stored, and not removed."""
@@ -84,4 +121,4 @@ class DatabaseSource:
         return self.database.info.to_dict()
 
     def counters(self) -> dict[str, int]:
-        return {}
+        return {} if self._cache is None else self._cache.stats.to_dict()

@@ -48,6 +48,8 @@ class Spec:
     """Rows: type, stride, tokens, channels."""
     grid: tuple[int, int] | None = None
     centred: bool = False
+    hot: bool = False
+    """Rows may lie on the device instead."""
 
     @property
     def split(self) -> bool:
@@ -96,6 +98,7 @@ def spec_of(batch: StepBatch, tables: Tables | None, length: int) -> Spec:
         stored=(geometry.dtype, tables.rows.stride, geometry.tokens, geometry.channels),
         grid=(geometry.height, geometry.width),
         centred=tables.keys is not None and tables.keys.centred,
+        hot=form != "resident" and tables.rows.device_rows is not None,
     )
 
 
@@ -136,7 +139,7 @@ class Step:
         elif spec.query == "key":
             layout["query_key"] = ((n, width), torch.float32)
         if spec.searches:
-            layout["tables"] = ((3, 2), torch.int64)
+            layout["tables"] = ((4, 2), torch.int64)
         if spec.centred:
             layout["mean"] = ((width,), torch.float32)
         if spec.retrieval == "given":
@@ -149,7 +152,8 @@ class Step:
         if not self.spec.split:
             return {}
         n, k = self.spec.rows, self.spec.k
-        return _found(n, k, self.model.bundle.text.key_dim) | {"tables": ((3, 2), torch.int64)}
+        places = {name: ((n, k), torch.int64) for name in ("slots", "hot")}
+        return _found(n, k, self.model.bundle.text.key_dim) | places | {"tables": ((4, 2), torch.int64)}
 
     def _asked_layout(self) -> dict[str, Any]:
         """What the host waits for in a split retrieval: the key, or what the device has found by it."""
@@ -318,9 +322,13 @@ class Step:
                     keys = gather_rows(Rows(tables[1], 2 * width, 1, width), ids)[:, :, 0]
                 else:
                     brought = self.found.device
-                    ids, where, tables = brought["ids"], brought["ids"], brought["tables"]
+                    ids, where, tables = brought["ids"], brought["slots"], brought["tables"]
                     self.scores, keys = brought["scores"], brought["keys"]
                 h_retr = gather_rows(Rows(tables[2], stride, tokens, channels, stored), where)
+                if spec.hot:
+                    hot = self.found.device["hot"]
+                    there = gather_rows(Rows(tables[3], stride, tokens, channels, stored), hot)
+                    h_retr = torch.where((hot >= 0)[..., None, None], there, h_retr)
             h_retr = h_retr.to(model.dtype)
             self.cosine = torch.ones_like(self.scores) if self.key is None else cosine_of(self.key, keys)
             self.lam, self.valid = blend_weights(

@@ -1,8 +1,8 @@
 """Real model sizes on a GPU that is not there: fake CUDA tensors, and a watch over every operation on them.
 
 FakeTensorMode runs shapes, types and devices through the whole step and raises where a value is asked for (`.item()`,
-`.tolist()`, `nonzero`, indexing by a mask). The watch adds what it lets through and a capture would not: tensors made on
-the host, and copies across the border outside the arenas.
+`.tolist()`, `nonzero`, indexing by a mask). The watch adds what it lets through and a capture would not: tensors made
+on the host, and copies across the border outside the arenas.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ragturbo.engine import fast
@@ -46,6 +46,9 @@ SD_VAE = {
 }
 
 
+NO_LAUNCH = ("aten::empty", "aten::new_empty", "aten::_unsafe_view", "prim::")
+
+
 class Broken(AssertionError):
     """A capture on a GPU would fail here, or replay something stale."""
 
@@ -64,7 +67,7 @@ class Watch(TorchDispatchMode):
         if "cpu" in devices and not self.lanes.border:
             what = "crosses the border outside an arena" if "cuda" in devices else "works on the host"
             raise Broken(f"{func} {what}, in stage {self.lanes.now!r}")
-        if not func.is_view and not func.name().startswith(("aten::empty", "aten::_unsafe_view", "aten::new_empty", "prim::")):
+        if not func.is_view and not func.name().startswith(NO_LAUNCH):
             self.launches[func.name()] += 1
             self.by_stage[self.lanes.now] += 1
         return out

@@ -67,6 +67,7 @@ KINDS = {
     "one graph, three neighbours, two rows, two steps": {"rows": 2, "k": 3, "steps": 2},
     "one graph, centred, int8 rows": {"centred": True, "stored": ("int8", 384, 4, 64)},
     "ids to the host": {"retrieval": "fetched", "k": 2},
+    "ids to the host, some rows hot": {"retrieval": "fetched", "hot": True},
     "three graphs": {"retrieval": "host", "k": 2},
     "given neighbours": {"retrieval": "given", "k": 2},
     "another text to search by": {"query": "ids"},

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
@@ -17,7 +16,6 @@ from ragturbo.engine.fast import FastModel
 from ragturbo.engine.graph import MAX_SPECS
 from ragturbo.engine.source import DatabaseSource
 from ragturbo.engine.step import Retrieved
-from ragturbo.engine.tables import HostRows
 from ragturbo.errors import InvalidRequest
 from ragturbo.model.bundle import Bundle
 
@@ -53,7 +51,9 @@ def test_without_retrieval_it_is_the_oracle(eager, graph_engine, make_batch, wan
 
 FORMS = {
     "one graph": {"retriever": "auto"},
-    "ids to the host": {"retriever": "exact", "host_cache": 4 * 512},
+    # Four rows in memory for twenty on the disk.
+    "ids to the host": {"retriever": "exact", "host_bytes": 4 * 512},
+    "ids to the host, some rows hot": {"retriever": "exact", "host_bytes": 4 * 512, "device_bytes": 3 * 512},
     "three graphs": {"retriever": "bm25"},
 }
 
@@ -63,14 +63,12 @@ FORMS = {
     ("mode", "k", "steps"), [("adapter", 1, 1), ("adapter", 3, 2), ("slerp", 1, 1), ("slerp", 2, 1), ("lerp", 1, 1)]
 )
 def test_every_form_of_retrieval_is_the_oracle(database, eager, graph_engine, make_batch, form, mode, k, steps):
-    options = FORMS[form]
-    source = DatabaseSource(database, options["retriever"])
-    engine = graph_engine(**options)
-    k = min(k, 2) if form == "ids to the host" else k
+    source, engine = DatabaseSource(database, **FORMS[form]), graph_engine()
+    k = min(k, 2) if form.startswith("ids") else k
     batch = make_batch(*PROMPTS, mode=mode, k=k, source=source, num_inference_steps=steps)
     got, expected = engine.run(batch), eager.run(batch)
     agree(got, expected)
-    assert engine.describe()["retrieval"] == form
+    assert engine.describe()["retrieval"] == form.split(",")[0]
     # The controls: no retrieval, and another noise.
     assert relative(got.latents, eager.run(replace(batch, mode="none", k=0)).latents) > 1e-4
     assert relative(got.latents, eager.run(make_batch(*PROMPTS, seed=9, mode=mode, k=k, source=source)).latents) > 1e-2
@@ -79,7 +77,7 @@ def test_every_form_of_retrieval_is_the_oracle(database, eager, graph_engine, ma
 @pytest.mark.parametrize("form", FORMS)
 def test_a_requests_numbers_are_read_from_memory(database, eager, graph_engine, make_batch, form):
     """One recording serves every λ, w, min_score, seed, prompt."""
-    source, engine = DatabaseSource(database, FORMS[form]["retriever"]), graph_engine(**FORMS[form])
+    source, engine = DatabaseSource(database, **FORMS[form]), graph_engine()
     for i, (lam, floor) in enumerate([(float("nan"), -float("inf")), (0.3, -float("inf")), (float("nan"), 1e9)]):
         batch = make_batch(
             f"a {('red', 'green', 'blue')[i]} dog", "a square", seed=i, mode="adapter", k=2, source=source,
@@ -182,8 +180,7 @@ def test_a_swapped_database_is_other_numbers_for_the_same_recording(
 @pytest.mark.parametrize("form", ["one graph", "ids to the host"])
 def test_removed_and_appended_pairs(write_database, tmp_path, eager, graph_engine, make_batch, form):
     database = write_database(tmp_path / "db")
-    engine = graph_engine(**FORMS[form])
-    source = DatabaseSource(database, FORMS[form]["retriever"])
+    engine, source = graph_engine(), DatabaseSource(database, **FORMS[form])
 
     def run(k: int = 1):
         batch = make_batch(*PROMPTS, mode="adapter", k=k, source=source)
@@ -207,24 +204,6 @@ def test_a_centred_database_is_searched_centred(write_database, tmp_path, eager,
     source = DatabaseSource(database, "exact")
     batch = make_batch(*PROMPTS, mode="adapter", k=2, source=source)
     agree(graph_engine().run(batch), eager.run(batch))
-
-
-def test_a_small_row_memory_reads_what_is_missing_and_never_a_wrong_row(database, rng):
-    snapshot = database.snapshot
-    stride = -(-snapshot.geometry.record_bytes // 128) * 128
-    rows = HostRows(snapshot, 5 * stride)
-    assert not rows.resident and rows.capacity == 5
-    memory = np.frombuffer(rows._memory, np.uint8).reshape(5, stride)
-    for _ in range(60):
-        ids = rng.integers(-1, len(snapshot.ids), size=(2, 2))
-        slots = rows.slots(snapshot, ids)
-        assert ((slots == -1) == (ids == -1)).all()
-        for i, slot in zip(ids.ravel(), slots.ravel(), strict=True):
-            if i >= 0:
-                assert np.array_equal(memory[slot, : snapshot.geometry.record_bytes], database.rows([i])[0])
-    assert rows.counts["hits"] > 0 and rows.counts["misses"] > 5
-    with pytest.raises(InvalidRequest, match="host_cache holds 5"):
-        rows.slots(snapshot, np.arange(6))
 
 
 def test_remembered_prompts_give_the_same_bytes_and_are_bounded(source, graph_engine, eager, make_batch):

@@ -1,0 +1,320 @@
+"""A service's day on a real small model: many threads, faults at every stage, cancellations, overload, swaps."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, Future
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from ragturbo import Generator
+from ragturbo.engine.executor import Executor
+from ragturbo.engine.source import DatabaseSource
+from ragturbo.engine.step import Retrieved, StepBatch, StepResult, join
+from ragturbo.errors import DeadlineExceeded, GenerationError, NonFiniteOutput, OutOfDeviceMemory, Overloaded
+
+PROMPTS = ("a red circle", "a blue cat", "a dog", "a green square")
+
+
+@pytest.fixture(params=["eager", "graph"])
+def engine(request, eager, graph_engine):
+    return eager if request.param == "eager" else graph_engine()
+
+
+@pytest.fixture
+def executor(engine) -> Iterator[Executor]:
+    executor = Executor(engine, batch_sizes=(1, 2, 4, 8), max_queue=10_000)
+    yield executor
+    executor.close()
+
+
+class Alone:
+    """What a request gives when nothing else runs, by the bucket it ran in."""
+
+    def __init__(self, engine) -> None:
+        self._engine, self._known = engine, {}
+
+    def __call__(self, name: object, batch: StepBatch, bucket: int) -> StepResult:
+        if (name, bucket) not in self._known:
+            self._known[name, bucket] = self._engine.run(join([batch], bucket)).rows(0, len(batch))
+        return self._known[name, bucket]
+
+
+def same(got: StepResult, expected: StepResult) -> bool:
+    names = ("latents", "uint8", "ids", "lam", "valid")
+    return all(
+        (a is None and b is None) or torch.equal(a, b)
+        for a, b in ((getattr(got, name), getattr(expected, name)) for name in names)
+    )
+
+
+def kinds(make_batch: Callable[..., StepBatch], source: DatabaseSource) -> dict[str, StepBatch]:
+    """Sizes, seeds, modes, numbers of neighbours."""
+    made = {}
+    for size in (1, 2, 3):
+        for i, options in enumerate(
+            [{}, {"mode": "adapter", "k": 1, "source": source}, {"mode": "slerp", "k": 2, "source": source}]
+        ):
+            made[f"{size} of {options.get('mode', 'none')}"] = make_batch(*PROMPTS[:size], seed=7 * size + i, **options)
+    return made
+
+
+def test_sixty_four_threads_each_get_what_they_would_have_got_alone(
+    engine, executor, source, make_batch, rng, long_count
+):
+    """Bit for bit: buckets are powers of two, in which no row's bits depend on its slot or on the other rows."""
+    batches = kinds(make_batch, source)
+    bad = {"not a number": replace(batches["1 of none"], latents=torch.full((1, 4, 16, 16), float("nan")))}
+    names = [*batches, *bad]
+    plan = rng.choice(len(names), size=(64, max(1, long_count(1000) // 64)))
+    got: list[tuple[str, StepResult]] = []
+    wrong: list[object] = []
+
+    def client(row: np.ndarray) -> None:
+        for i in row.tolist():
+            name = names[i]
+            [future] = executor.submit([(batches | bad)[name]])
+            try:
+                got.append((name, future.result(300)))
+                if name in bad:
+                    wrong.append(name)
+            except NonFiniteOutput:
+                if name not in bad:
+                    wrong.append(name)
+
+    threads = [threading.Thread(target=client, args=(row,)) for row in plan]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(600)
+    alone = Alone(engine)
+    wrong += [name for name, result in got if not same(result, alone(name, batches[name], result.bucket))]
+    assert not wrong
+    assert len(got) == sum(names[i] in batches for i in plan.ravel())
+    assert sum(executor.batch_sizes[n] for n in (2, 4, 8)) > 0, "nothing ran together"
+
+
+STAGES = {
+    "text": ("ragturbo.model.text.TextEncoder", "encode"),
+    "search": ("ragturbo.engine.source.DatabaseSource", "search"),
+    "gather": ("ragturbo.retrieval.database.Database", "features"),
+    "encode": ("ragturbo.model.unet.HSpaceUNet", "encode"),
+    "adapter": ("ragturbo.model.adapter.HSpaceAdapter", "delta"),
+    "decode": ("ragturbo.model.unet.HSpaceUNet", "decode"),
+    "vae": ("diffusers.AutoencoderKL", "decode"),
+}
+FAULTS = [
+    (RuntimeError("an injected fault"), GenerationError),
+    (torch.OutOfMemoryError("an injected fault"), OutOfDeviceMemory),
+    (ValueError("an injected fault"), GenerationError),
+]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_fault_at_any_stage_is_one_requests_and_the_next_is_right(
+    stage, eager, source, make_batch, monkeypatch, rng, long_count
+):
+    batch = make_batch("a red circle", mode="adapter", k=1, source=source, want="uint8")
+    expected = eager.run(batch)
+    where, name = STAGES[stage]
+    owner = _resolve(where)
+    real, faults = getattr(owner, name), []
+
+    def failing(*args: object, **options: object) -> object:
+        if faults:
+            raise faults.pop()
+        return real(*args, **options)
+
+    monkeypatch.setattr(owner, name, failing)
+    executor = Executor(eager, batch_sizes=(1, 2), max_queue=16)
+    try:
+        for _ in range(long_count(20)):
+            fault, typed = FAULTS[rng.integers(len(FAULTS))]
+            faults.append(fault)
+            with pytest.raises(typed, match="injected"):
+                executor.submit([batch])[0].result(60)
+            assert not faults and executor.healthy
+            assert same(executor.submit([batch])[0].result(60), expected)
+    finally:
+        executor.close()
+
+
+def _resolve(path: str) -> type:
+    from importlib import import_module
+
+    module, _, name = path.rpartition(".")
+    return getattr(import_module(module), name)
+
+
+def test_a_fault_while_a_step_is_recorded_leaves_nothing_half_recorded(graph_engine, source, make_batch, monkeypatch):
+    engine = graph_engine()
+    batch = make_batch("a red circle", mode="adapter", k=1, source=source)
+    monkeypatch.setattr("ragturbo.engine.graph.Recorded.record", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        engine.run(batch)
+    monkeypatch.undo()
+    assert not engine.describe()["graphs"]
+    assert bool(engine.run(batch).ok.all())
+
+
+class Slow:
+    """An engine whose work takes a while and is a known function of the row."""
+
+    name = "slow"
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def run(self, batch: StepBatch) -> StepResult:
+        time.sleep(self.seconds)
+        rows, nothing = len(batch), torch.zeros(len(batch), 0)
+        ok = torch.ones(rows, dtype=torch.bool)
+        out = batch.latents * 2
+        return StepResult(ok, torch.zeros(rows), nothing.long(), nothing, nothing, nothing.bool(), latents=out)
+
+
+def numbered(value: float) -> StepBatch:
+    row = torch.zeros(1)
+    return StepBatch(torch.full((1, 1, 1, 1), value), row, row, row, want="latent")
+
+
+def test_cancellations_leave_queue_and_memory_where_they_were(rng, long_count):
+    executor = Executor(Slow(0.001), batch_sizes=(1, 2, 4), max_queue=1000)
+    try:
+        alive: list[weakref.ref] = []
+        outcomes: Counter[str] = Counter()
+
+        def burst(count: int) -> None:
+            futures: list[Future[StepResult]] = []
+            for i in range(count):
+                batch = numbered(float(i))
+                alive.append(weakref.ref(batch.latents))
+                futures.append(executor.submit([batch])[0])
+                if rng.random() < 0.3:
+                    time.sleep(0.0005)
+                victim = futures[rng.integers(len(futures))]
+                outcomes["cancelled" if victim.cancel() and not victim.running() else "too late"] += 1
+            for i, future in enumerate(futures):
+                try:
+                    latents = future.result(60).latents
+                    assert latents is not None and float(latents) == 2.0 * i
+                except CancelledError:
+                    pass
+
+        burst(long_count(200))
+        assert outcomes["cancelled"] > 0
+        assert executor.waiting == 0
+        executor.call(gc.collect)
+        left = [ref for ref in alive if ref() is not None]
+        assert not left, f"{len(left)} requests are still held"
+        counts = executor.counts
+        assert counts["accepted"] == counts["finished"] + counts["cancelled"]
+    finally:
+        executor.close()
+
+
+def test_under_overload_accepted_requests_keep_their_deadlines_and_the_rest_are_refused(long_count):
+    """Ten times what the engine can do. A queue of 8 drains in 4 batches of 2: long before the deadline."""
+    executor = Executor(Slow(0.004), batch_sizes=(1, 2), max_queue=8)
+    refusals: list[float] = []
+    accepted: list[Future[StepResult]] = []
+    until = time.monotonic() + long_count(300) / 10
+
+    def client() -> None:
+        while time.monotonic() < until:
+            start = time.perf_counter()
+            try:
+                accepted.append(executor.submit([numbered(1.0)], timeout=30.0)[0])
+            except Overloaded:
+                refusals.append(time.perf_counter() - start)
+            time.sleep(0.002)
+
+    threads = [threading.Thread(target=client) for _ in range(10)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    try:
+        assert all(float(f.result(60).latents) == 2.0 for f in accepted)
+        assert executor.counts["expired"] == 0 and executor.counts["rejected"] == len(refusals) > 0
+        print(f"{len(accepted)} accepted, {len(refusals)} refused, p99 {1e3 * np.quantile(refusals, 0.99):.2f} ms")
+    finally:
+        executor.close()
+
+
+def test_results_that_are_held_do_not_change(model_folder, database_folder, long_count):
+    with Generator.from_pretrained(model_folder, device="cpu", database=database_folder) as gen:
+        held = gen(list(PROMPTS[:2]), seed=1, output_type="uint8")
+        images, before = held.images, held.images.copy()
+        for seed in range(long_count(100)):
+            gen("a yellow triangle", seed=seed, output_type="uint8")
+        assert np.array_equal(images, before)
+        assert np.array_equal(gen(list(PROMPTS[:2]), seed=1, output_type="uint8").images, before)
+
+
+def test_every_response_is_of_one_generation_while_the_database_is_swapped(
+    model_folder, write_database, tmp_path, long_count
+):
+    first = write_database(tmp_path / "a", ["a red cat", "a blue dog"], seed=1)
+    second = write_database(tmp_path / "b", ["the red cat", "the blue dog"], seed=2)
+    with Generator.from_pretrained(model_folder, device="cpu", database=first, batch_sizes=(1,)) as gen:
+        expected = {}
+        for database in (first, second):
+            gen.use_database(database)
+            out = gen("a red cat", seed=3, num_neighbors=2, output_type="uint8")
+            expected[tuple(n.caption for n in out.neighbors[0])] = out.images
+        assert len(expected) == 2 and not np.array_equal(*expected.values())
+        stop, seen, wrong = threading.Event(), Counter(), []
+
+        def client() -> None:
+            while not stop.is_set():
+                out = gen("a red cat", seed=3, num_neighbors=2, output_type="uint8")
+                captions = tuple(n.caption for n in out.neighbors[0])
+                seen[captions] += 1
+                if captions not in expected or not np.array_equal(out.images, expected[captions]):
+                    wrong.append(captions)
+
+        clients = [threading.Thread(target=client) for _ in range(3)]
+        for thread in clients:
+            thread.start()
+        try:
+            for i in range(long_count(200)):
+                gen.use_database((first, second)[i % 2])
+                before = sum(seen.values())
+                while sum(seen.values()) < before + 2 and not wrong:
+                    time.sleep(0.001)
+        finally:
+            stop.set()
+            for thread in clients:
+                thread.join()
+        assert not wrong and set(seen) == set(expected)
+
+
+def test_a_deadline_is_one_requests_own(engine, source, make_batch):
+    executor = Executor(engine, batch_sizes=(1, 2, 4), max_queue=64)
+    try:
+        batch = make_batch("a dog", mode="adapter", k=1, source=source)
+        futures = [executor.submit([batch], timeout=0.0 if i % 2 else None)[0] for i in range(6)]
+        for i, future in enumerate(futures):
+            if i % 2:
+                with pytest.raises(DeadlineExceeded):
+                    future.result(60)
+            else:
+                assert bool(future.result(60).ok.all())
+    finally:
+        executor.close()
+
+
+def test_given_neighbours_of_different_numbers_never_share_a_batch(make_batch, source):
+    one = source.gather(torch.tensor([[1]]), torch.ones(1, 1))
+    two = source.gather(torch.tensor([[1, 2]]), torch.ones(1, 2))
+    keys = {make_batch("a dog", mode="adapter", k=r.ids.shape[1], retrieved=r).key for r in (one, two)}
+    assert len(keys) == 2 and isinstance(one, Retrieved)
