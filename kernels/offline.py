@@ -109,8 +109,8 @@ def resources(cubin: bytes) -> dict[str, int]:
 def _widest_load(ptx: str) -> int:
     """In bytes, of plain loads and of asynchronous copies to shared memory."""
     plain = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.b(\d+)", ptx)
-    copied = re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*, (?:0x)?(\d+)\s*,", ptx)
-    widths = [int(count or 1) * int(bits) // 8 for count, bits in plain] + [int(count) for count in copied]
+    copied = re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*, (0x[0-9a-f]+|\d+)\s*,", ptx)
+    widths = [int(count or 1) * int(bits) // 8 for count, bits in plain] + [int(count, 0) for count in copied]
     return max(widths, default=0)
 
 
