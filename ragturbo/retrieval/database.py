@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ragturbo.errors import DatabaseError, DatabaseMismatch, InvalidRequest
+from ragturbo.errors import DatabaseCorrupt, DatabaseError, DatabaseMismatch, InvalidRequest
 from ragturbo.retrieval import scann, writer
 from ragturbo.retrieval import verify as verification
 from ragturbo.retrieval.compact import compact
@@ -60,7 +60,13 @@ class Database:
                        device=device)  # fmt: skip
         if database.choice()[0] == "scann":
             # The index is loaded and proven now, not in the first request.
-            database.retriever()
+            try:
+                database.retriever()
+            except DatabaseCorrupt:
+                # Unless a writer has replaced this generation and deleted its folder meanwhile, it is damaged.
+                if not database.refresh():
+                    raise
+                database.retriever()
         if verify == "full":
             database.verify("full")
         return database
@@ -129,9 +135,15 @@ class Database:
         """Moves to the generation that CURRENT names now. True if it is another one; searches that run keep theirs."""
         with self._lock:
             manifest = load(self.path)
-            if manifest.generation == self.snapshot.manifest.generation:
+            before, made = self._state
+            if manifest.generation == before.manifest.generation:
                 return False
-            self._state = (open_snapshot(self.path), {})
+            snapshot, ready = open_snapshot(self.path, before), {}
+            index = made.get(("scann", None))
+            if index is not None and snapshot.manifest.index == before.manifest.index:
+                # Searches go on without loading the index again.
+                ready["scann", None] = scann.ScannRetriever(snapshot, why=index.why, before=index)
+            self._state = (snapshot, ready)
             return True
 
     def check_encoder(self, fingerprints: Mapping[str, str], key_kind: str) -> None:

@@ -21,6 +21,7 @@ from ragturbo.retrieval.durable import FileSum
 COLUMNS = ("id", "caption", "source", "sha256", "thumbnail")
 # Small row groups, so that one thumbnail does not cost reading all of them.
 _ROW_GROUP = 256
+_SMALL = 1 << 20
 _PLAIN = (bool, int, float, str, bytes)
 
 
@@ -59,7 +60,14 @@ def encode(records: Sequence[Record]) -> bytes:
     for name in names:
         columns[name] = _column([r.extra.get(name) for r in records])
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.table(columns), sink, compression="zstd", row_group_size=_ROW_GROUP, use_dictionary=["source"])
+    pq.write_table(
+        pa.table(columns),
+        sink,
+        compression="zstd",
+        row_group_size=_ROW_GROUP,
+        use_dictionary=["source"],
+        write_page_checksum=True,
+    )
     return sink.getvalue().to_pybytes()
 
 
@@ -75,6 +83,7 @@ class PairsFile:
         self._ids = ids
         self._lock = threading.Lock()
         self._text: pa.Table | None = None
+        self._whole: bytes | None = None
         with durable.naming(path, "opening"):
             # Kept open: a compaction may delete the name while this generation is still being read.
             self._file: io.FileIO = open(path, "rb", buffering=0)
@@ -113,10 +122,18 @@ class PairsFile:
                 self._text = self._read(self._bytes())
             return self._text
 
+    def _source(self) -> Any:
+        """A small file whole and checked, kept; of a large one the pages asked for, by their own checksums."""
+        if self._total.bytes > _SMALL:
+            return pa.PythonFile(self._file, mode="r")
+        if self._whole is None:
+            self._whole = self._bytes()
+        return pa.BufferReader(self._whole)
+
     def thumbnail(self, row: int) -> bytes | None:
         with self._lock:
             try:
-                parquet = pq.ParquetFile(pa.BufferReader(self._bytes()) if self._total.bytes < 1 << 20 else self._file)
+                parquet = pq.ParquetFile(self._source(), page_checksum_verification=True)
                 group = parquet.read_row_group(row // _ROW_GROUP, columns=["id", "thumbnail"], use_threads=False)
                 value = group.column("thumbnail")[row % _ROW_GROUP].as_py()
                 found = group.column("id")[row % _ROW_GROUP].as_py()

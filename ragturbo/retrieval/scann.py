@@ -155,27 +155,23 @@ class ScannRetriever:
     name = "scann"
     query_kind = "key"
 
-    def __init__(self, snapshot: Snapshot, *, folder: Path | None = None, why: str = "asked for") -> None:
+    def __init__(self, snapshot: Snapshot, *, why: str = "asked for", before: ScannRetriever | None = None) -> None:
+        """before: the retriever of an earlier generation, whose loaded index is shared if it is still the same."""
         manifest: Manifest = snapshot.manifest
         if manifest.index is None:
             raise DatabaseError(f"{snapshot.folder} has no ScaNN index; make one with `ragturbo db reindex`")
         self.snapshot, self.why = snapshot, why
-        self.folder = folder or snapshot.folder / f"gen-{manifest.generation:06d}" / "scann"
+        self.folder = snapshot.folder / manifest.generation_folder / manifest.index.kind
         try:
             self.config = ScannConfig(**manifest.index.config)
         except (TypeError, InvalidRequest) as error:
             raise DatabaseCorrupt(f"{self.folder}: the manifest's configuration is not ScaNN's: {error}") from error
-        pybind = _scann()
-        check_files(self.folder, manifest.index)
-        self._check_assets()
-        self.index_ids = self._load_ids(manifest.index.rows)
-        try:
-            self.searcher = pybind.load_searcher(str(self.folder))
-            size = self.searcher.size()
-        except (RuntimeError, ValueError, OSError) as error:
-            raise DatabaseCorrupt(f"{self.folder}: ScaNN cannot load the index: {error}") from error
-        if size != len(self.index_ids):
-            raise DatabaseCorrupt(f"{self.folder}: the index holds {size} vectors, {IDS} has {len(self.index_ids)}")
+        self.index_ids: np.ndarray
+        self.searcher: Any
+        if before is not None and before.snapshot.manifest.index == manifest.index:
+            self.index_ids, self.searcher = before.index_ids, before.searcher
+        else:
+            self.index_ids, self.searcher = self._load(manifest.index)
         rows = snapshot.rows_of(self.index_ids)
         self._hidden = (rows < 0) | ~snapshot.alive[np.maximum(rows, 0)] if len(snapshot.alive) else rows < 0
         self._any_hidden = bool(self._hidden.any())
@@ -188,6 +184,20 @@ class ScannRetriever:
         # The searcher below ScaNN's Python wrapper, bound once: at half a millisecond a query, attribute chains show.
         self._one = self.searcher.searcher.search
         self._plain = not (self._any_hidden or len(self._tail) or self.config.centred)
+
+    def _load(self, index: IndexEntry) -> tuple[np.ndarray, Any]:
+        pybind = _scann()
+        check_files(self.folder, index)
+        self._check_assets()
+        ids = self._load_ids(index.rows)
+        try:
+            searcher = pybind.load_searcher(str(self.folder))
+            size = searcher.size()
+        except (RuntimeError, ValueError, OSError) as error:
+            raise DatabaseCorrupt(f"{self.folder}: ScaNN cannot load the index: {error}") from error
+        if size != len(ids):
+            raise DatabaseCorrupt(f"{self.folder}: the index holds {size} vectors, {IDS} has {len(ids)}")
+        return ids, searcher
 
     def _check_assets(self) -> None:
         text = (self.folder / "scann_assets.pbtxt").read_text(errors="replace")

@@ -15,9 +15,11 @@ from ragturbo.retrieval.segments import Segments
 
 
 class Snapshot:
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, before: Snapshot | None = None) -> None:
+        """before: an open snapshot, whose segments are shared if they are still the same: a removal reads no keys."""
         self.folder, self.manifest, self.geometry = folder, manifest, manifest.geometry
-        self.segments = Segments(folder, manifest)
+        same = before is not None and before.manifest.segments == manifest.segments
+        self.segments: Segments = before.segments if before is not None and same else Segments(folder, manifest)
         self.ids = self.segments.ids
         """(N,) int64, ascending, removed pairs included."""
         self.keys = self.segments.keys
@@ -72,15 +74,15 @@ class Snapshot:
         return [str(text) for pairs in self.segments.pairs for text in pairs.text().column("caption").to_pylist()]
 
 
-def open_snapshot(folder: Path) -> Snapshot:
+def open_snapshot(folder: Path, before: Snapshot | None = None) -> Snapshot:
     """Opens the current generation. A writer that commits and cleans up meanwhile makes it start over with the new
     one.
     """
     for _ in range(100):
-        before = read_current(folder)
+        name = read_current(folder)
         try:
-            return Snapshot(folder, load(folder))
+            return Snapshot(folder, load(folder), before)
         except DatabaseCorrupt:
-            if read_current(folder) == before:
+            if read_current(folder) == name:
                 raise
     raise DatabaseCorrupt(f"{folder}: its generation changed 100 times while it was being opened")

@@ -417,3 +417,33 @@ def test_the_one_pass_kernels_contract_gives_what_the_blocked_product_gives(tmp_
     ids, scores = retriever._one_pass(query, 10)
     assert torch.equal(ids, expected[0])
     torch.testing.assert_close(scores, expected[1])
+
+
+def test_a_thumbnail_of_a_large_segment_is_read_by_its_page_and_checked(tmp_path):
+    records, keys, features = batch(clustered(600, 1))
+    thumbnails = [np.random.default_rng(i).bytes(3000) for i in range(600)]
+    records = [Record(0, r.caption, r.source, thumbnail=t) for r, t in zip(records, thumbnails, strict=True)]
+    database = Database.write(tmp_path / "db", [(records, keys, features)], geometry=GEOMETRY)
+    path = tmp_path / "db/segments/000000.parquet"
+    assert path.stat().st_size > 1 << 20
+    for _ in range(2):
+        assert [r.thumbnail for r in database.records([599, 0, 256])] == [thumbnails[i] for i in (599, 0, 256)]
+    data = bytearray(path.read_bytes())
+    place = data.index(thumbnails[300][:64])
+    data[place] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DatabaseCorrupt, match="000000.parquet"):
+        database.records([300])
+
+
+def test_a_removal_shares_what_did_not_change(folder, tmp_path):
+    """Neither the keys nor the index are read again: a live service does not stop for it."""
+    import shutil
+
+    database = Database.open(shutil.copytree(folder, tmp_path / "db"), retriever="scann")
+    before = database.retriever()
+    database.remove([5])
+    after = database.retriever()
+    assert after is not before and after.searcher is before.searcher
+    assert database.snapshot.keys is before.snapshot.keys
+    assert 5 not in database.search(database.keys([5]), 3)[0]
