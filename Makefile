@@ -12,7 +12,7 @@ help:
 	@echo "make test        install, then every test that needs no GPU"
 	@echo "make test-long   the same with full counts and the slow tests"
 	@echo "make lint        ruff and mypy"
-	@echo "make bench       the benchmarks; make bench-check runs each once, to see that it runs"
+	@echo "make bench       the benchmarks; make bench-check: counts that depend on no machine, and docs against data"
 	@echo "make gpu         what needs a GPU; PART=kernels|engine|breakdown|train, RESULTS=folder"
 	@echo "make install     the installation alone, into .venv; PYTHON=python3.12 chooses the interpreter"
 	@echo "make clean       remove .venv and what was built"
@@ -48,8 +48,12 @@ lint: install
 bench: install
 	$(BIN)/python -m pytest benchmarks -q --benchmark-only
 
+# Nothing here depends on the machine: FLOPs, bytes, launches and allocations against committed counts, and the page of
+# measured results against its raw data.
 bench-check: install
-	$(PYTEST) benchmarks -q --benchmark-disable
+	$(BIN)/python -m ragturbo.bench.check
+	$(PYTEST) tests/engine/test_capture.py -q -k counts
+	$(BIN)/ragturbo bench report --check
 
 # An interpreter that has torch already is taken as it is: GPU images come with one that fits their driver.
 gpu:

@@ -30,6 +30,8 @@ class Counts:
     """Every tensor from outside read once, every result that leaves written once."""
     launches: int = 0
     """Ops that start at least one kernel: views, shapes and empty allocations do not."""
+    allocations: int = 0
+    """Tensors that take memory of their own."""
 
     @property
     def total_flops(self) -> int:
@@ -84,6 +86,7 @@ class _Counter(TorchDispatchMode):
     def _own(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
         self._kept.append(storage)
+        self.counts.allocations += storage._cdata not in self._inside
         self._inside.add(storage._cdata)
 
     def _see(self, tensor: torch.Tensor) -> None:
