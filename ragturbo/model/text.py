@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import tokenizers
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -42,11 +43,16 @@ class TextEncoder:
         config = text_encoder.config
         if getattr(config, "use_attention_mask", False):
             raise ModelError("this text encoder wants an attention mask (use_attention_mask), which CLIP's do not")
+        if getattr(tokenizer, "backend_tokenizer", None) is None:
+            raise ModelError(
+                f"{type(tokenizer).__name__} is no fast tokenizer (it has no tokenizer.json to be made from)"
+            )
         self.tokenizer = tokenizer
         self.text_encoder = text_encoder
         self.clip_key = clip_key
         self.width: int = config.hidden_size
         self.max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
+        self._backend = _fixed_length(tokenizer, self.max_length)
         if clip_key is not None and clip_key.width != self.width:
             raise ModelError(f"the clip key was made for a text encoder of width {clip_key.width}, not {self.width}")
 
@@ -66,33 +72,26 @@ class TextEncoder:
         """Prompts padded or cut to the encoder's context, with what was cut and what was not understood."""
         if isinstance(prompts, str):
             raise InvalidRequest("tokenize takes a list of prompts")
-        length = self.max_length
-        batch = self.tokenizer(
-            list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        encodings = self._backend.encode_batch(list(prompts))
+        input_ids = torch.tensor([encoding.ids for encoding in encodings], dtype=torch.int64)
+        return Tokens(
+            input_ids.reshape(len(encodings), self.max_length),
+            tuple(sum(_own(part) for part in encoding.overflowing) for encoding in encodings),
+            tuple(self._unknown(prompt, encoding) for prompt, encoding in zip(prompts, encodings, strict=True)),
         )
-        full = [i for i, count in enumerate(batch["attention_mask"].sum(1).tolist()) if count == length]
-        dropped = [0] * len(prompts)
-        if full:
-            # Only prompts that fill the context can have been cut, and few do: those are counted again, uncut.
-            whole = self.tokenizer([prompts[i] for i in full], truncation=False, padding=False, verbose=False)
-            for i, ids in zip(full, whole["input_ids"], strict=True):
-                dropped[i] = len(ids) - length
-        unknown = tuple(self._unknown(prompt, batch, i) for i, prompt in enumerate(prompts))
-        return Tokens(batch["input_ids"].to(torch.int64), tuple(dropped), unknown)
 
-    def _unknown(self, prompt: str, batch: Any, row: int) -> tuple[str, ...]:
+    def _unknown(self, prompt: str, encoding: Any) -> tuple[str, ...]:
         """The words that a closed vocabulary lacks: those that became its unknown token, or fell into pieces.
 
         CLIP's own unknown token is its end of text as well: its vocabulary is open, every word has pieces.
         """
-        tokenizer = self.tokenizer
-        if not batch.encodings or tokenizer.unk_token_id in (None, tokenizer.eos_token_id):
+        unknown = self.tokenizer.unk_token_id
+        if unknown in (None, self.tokenizer.eos_token_id):
             return ()
-        encoding = batch.encodings[row]
         pieces = Counter(word for word in encoding.word_ids if word is not None)
         words: dict[str, None] = {}
         for token, word in zip(encoding.ids, encoding.word_ids, strict=True):
-            if word is not None and (token == tokenizer.unk_token_id or pieces[word] > 1):
+            if word is not None and (token == unknown or pieces[word] > 1):
                 start, stop = encoding.word_to_chars(word)
                 words[prompt[start:stop].strip()] = None
         return tuple(word for word in words if any(map(str.isalnum, word)))
@@ -115,3 +114,21 @@ class TextEncoder:
             # Configurations of before transformers' fix name the wrong token; the end was the highest id.
             return input_ids.argmax(-1)
         return (input_ids == end).to(torch.int64).argmax(-1)
+
+
+def _fixed_length(tokenizer: Any, length: int) -> Any:
+    """The tokenizer's Rust half, set to pad and cut to one length, for ourselves alone.
+
+    A call of the tokenizer sets the shared half up anew each time, which two threads cannot do at once.
+    """
+    backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.enable_truncation(length, direction=tokenizer.truncation_side)
+    backend.enable_padding(
+        direction=tokenizer.padding_side, pad_id=tokenizer.pad_token_id, pad_token=tokenizer.pad_token, length=length
+    )
+    return backend
+
+
+def _own(encoding: Any) -> int:
+    """How many of its tokens are the prompt's own."""
+    return encoding.special_tokens_mask.count(0)

@@ -274,15 +274,20 @@ def test_the_softmax_is_taken_over_all_neighbours_together() -> None:
     torch.testing.assert_close(got, target + fits, rtol=1e-4, atol=1e-4)
 
 
+# The kernels run in Triton's interpreter where there is no GPU.
+@pytest.mark.parametrize("impl", ["reference", "triton"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_fused_ops_oracle_is_the_module(kind: str) -> None:
+def test_the_fused_ops_are_the_module(kind: str, impl: str) -> None:
     adapter = trained(64, 4, kind)
     h_tgt, h_retr, lam = torch.randn(3, 6, 64), torch.randn(3, 2, 4, 64), torch.tensor([0.5, 0.9, 0.3])
     valid = torch.tensor([[True, False], [True, True], [False, False]])
+    h_retr[0, 1] = float("nan")
     with torch.no_grad():
-        torch.testing.assert_close(
-            adapter(h_tgt, h_retr, lam, valid, "reference"), adapter(h_tgt, h_retr, lam, valid), rtol=1e-4, atol=1e-5
-        )
+        expected = adapter(h_tgt, h_retr, lam, valid, "sdpa")
+        fused = adapter(h_tgt, h_retr, lam, valid, impl)
+        assert torch.equal(fused[2], h_tgt[2])
+        torch.testing.assert_close(fused, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(adapter(h_tgt, adapter.context(h_retr, impl), lam, valid, impl), fused)
 
 
 def test_kernels_without_a_backward_pass_do_not_train() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -167,6 +168,27 @@ def test_what_was_cut_off_is_counted(bundle: Bundle) -> None:
     # 16 places, of which two are the start and the end.
     prompts = ["dog " * 13, "dog " * 14, "dog " * 15, "dog " * 10_000]
     assert bundle.text.tokenize(prompts).dropped == (0, 0, 1, 9_986)
+
+
+def test_many_threads_tokenize_at_once(bundle: Bundle) -> None:
+    # One short and one that is cut, so that a tokenizer set up anew for each call would be caught half way.
+    prompts = ["a red circle", "dog " * 40]
+    expected = [bundle.text.tokenize([prompt]) for prompt in prompts]
+    with ThreadPoolExecutor(8) as pool:
+        results = pool.map(lambda i: (i % 2, bundle.text.tokenize([prompts[i % 2]])), range(400))
+        # The tokenizer itself stays the caller's own.
+        for _ in range(50):
+            assert len(bundle.text.tokenizer("dog " * 40, truncation=False).input_ids) == 42
+        for which, tokens in results:
+            assert (
+                torch.equal(tokens.input_ids, expected[which].input_ids)
+                and tokens.dropped == (0, 26)[which : which + 1]
+            )
+
+
+def test_a_tokenizer_without_its_rust_half_is_refused(tiny: ModuleType) -> None:
+    with pytest.raises(ModelError, match="fast tokenizer"):
+        TextEncoder(object(), tiny.text_encoder(tiny.clip_tokenizer()))
 
 
 def test_unknown_words_of_a_closed_vocabulary_are_named(tiny: ModuleType) -> None:
