@@ -102,6 +102,7 @@ class GraphEngine:
             if not self.model.refresh():
                 log.info("the new weights touch other layers than before: graphs are recorded again")
                 self._recorded.clear()
+            self.lanes.settle()
 
     def describe(self) -> dict[str, Any]:
         """What was chosen and why, what stands in the place of what, and what the graphs hold."""
@@ -155,6 +156,7 @@ class GraphEngine:
         # A batch that waited through a swap still finds its own generation: its tables are made again if need be.
         if self._tables is None or self._tables.source is not source:
             self._tables = Tables(source, self.device)
+            self.lanes.settle()
         return self._tables
 
     def _overflowed(self, result: StepResult) -> bool:
@@ -177,6 +179,7 @@ class Recorded:
         step, record, label = self.step, self.lanes.record, self.spec.label
         if not self.spec.split:
             self._programs = {"whole": record(label, step.whole)}
+            step.forget()
             return
         # In the order they will run: each reads what the one before it left.
         self._programs = {"ask": record(f"{label}: text", step.ask), "encode": record(f"{label}: encoder", step.encode)}

@@ -46,6 +46,10 @@ class Lanes(Protocol):
 
     def join(self) -> None: ...
 
+    def settle(self) -> None:
+        """Waits for what was started on neither lane: new weights, new tables."""
+        ...
+
     def beside(self) -> Any:
         """A context manager for the host's part: what it starts on the device goes to the retrieval lane."""
         ...
@@ -87,6 +91,8 @@ class Direct:
         yield
 
     def join(self) -> None: ...
+
+    def settle(self) -> None: ...
 
     def beside(self) -> Any:
         return nullcontext()
@@ -152,7 +158,7 @@ class CudaGraphs:
             raise GenerationError(f"{label}: {_culprit(error)} cannot be captured in a CUDA graph: {error}") from error
         finally:
             self._marks = None
-        return _Graph(graph, stream, marks)
+        return _Graph(label, graph, stream, marks)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -175,6 +181,10 @@ class CudaGraphs:
     def join(self) -> None:
         torch.cuda.current_stream(self._device).wait_stream(self._beside)
 
+    def settle(self) -> None:
+        # The lanes are no streams that the default one waits for, or that wait for it.
+        torch.cuda.current_stream(self._device).synchronize()
+
     def beside(self) -> Any:
         return torch.cuda.stream(self._beside)
 
@@ -194,11 +204,12 @@ class CudaGraphs:
 
 
 class _Graph:
-    def __init__(self, graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, marks: list[Any]) -> None:
-        self._graph, self._stream, self._marks = graph, stream, marks
+    def __init__(self, label: str, graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, marks: list[Any]) -> None:
+        self._label, self._graph, self._stream, self._marks = label, graph, stream, marks
 
     def replay(self) -> None:
-        with torch.cuda.stream(self._stream):
+        # The range is the host's: a replay has no ranges of its own, only kernels (docs/profiling.md maps them).
+        with torch.cuda.nvtx.range(self._label), torch.cuda.stream(self._stream):
             self._graph.replay()
 
     def seconds(self) -> dict[str, float]:

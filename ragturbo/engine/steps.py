@@ -182,6 +182,12 @@ class Step:
             layout["uint8"] = ((n, height, width, 3), torch.uint8)
         return layout
 
+    def forget(self) -> None:
+        """After one graph was recorded: what lies between its stages is nobody else's, and its memory free for the
+        next graph. Hidden states and key stay for the prompt cache."""
+        self.context = self.state = self.features = None
+        self.kept = []
+
     # Segments
 
     def whole(self) -> None:

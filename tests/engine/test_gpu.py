@@ -1,0 +1,118 @@
+"""What only a GPU can show: a replay is the call, bit for bit, follows new numbers and weights, and costs no memory.
+
+The model is small and random; budgets at real sizes are measured by `make gpu PART=engine`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ragturbo.config import GeneratorConfig
+from ragturbo.engine.graph import GraphEngine
+from ragturbo.engine.lanes import Direct
+from ragturbo.engine.source import DatabaseSource
+from ragturbo.errors import GenerationError
+from ragturbo.model.bundle import Bundle
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="captures CUDA graphs"),
+]
+PROMPTS = ("a red circle", "a blue cat")
+FORMS = {
+    "one graph": {"retriever": "exact", "host_bytes": 2**20},
+    "ids to the host": {"retriever": "exact", "host_bytes": 4 * 512},
+    "ids to the host, some rows hot": {"retriever": "exact", "host_bytes": 4 * 512, "device_bytes": 3 * 512},
+    "three graphs": {"retriever": "bm25", "host_bytes": 2**20},
+}
+
+
+@pytest.fixture
+def on_gpu(model_folder) -> Bundle:
+    return Bundle.load(model_folder, device="cuda", dtype=torch.float16)
+
+
+def engines(bundle: Bundle) -> tuple[GraphEngine, GraphEngine]:
+    """The same networks and kernels, replayed and called."""
+    return GraphEngine(bundle, GeneratorConfig()), GraphEngine(bundle, GeneratorConfig(), Direct())
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("mode", ["none", "adapter", "slerp", "lerp"])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_replay_is_the_call_bit_for_bit_for_ever_new_numbers(on_gpu, database, make_batch, form, mode, steps):
+    source = DatabaseSource(database, device="cuda", **FORMS[form])
+    replayed, called = engines(on_gpu)
+    for seed, prompts in enumerate([PROMPTS, ("a dog", "a green square"), PROMPTS]):
+        batch = make_batch(*prompts, seed=seed, num_inference_steps=steps, want="uint8")
+        if mode != "none":
+            batch = replace(batch, mode=mode, k=1, source=source)
+        got, expected = replayed.run(batch), called.run(batch)
+        assert torch.equal(got.uint8, expected.uint8) and torch.equal(got.ids, expected.ids)
+        assert torch.equal(got.lam, expected.lam) and bool(got.ok.all())
+
+
+def test_it_agrees_with_the_oracle_and_the_controls_do_not(on_gpu, database, make_batch):
+    source = DatabaseSource(database, "exact", device="cuda")
+    engine = engines(on_gpu)[0]
+
+    def error(a, b) -> float:
+        return float((a.latents - b.latents).norm() / b.latents.norm())
+
+    batch = make_batch(*PROMPTS, mode="adapter", k=1, source=source)
+    oracle = engine.oracle.run(batch)
+    assert error(engine.run(batch), oracle) < 1e-2
+    assert error(engine.run(replace(batch, mode="none", k=0, source=None)), oracle) > 1e-3
+    assert error(engine.run(make_batch(*PROMPTS, seed=9, mode="adapter", k=1, source=source)), oracle) > 1e-1
+
+
+def test_new_weights_take_effect_under_the_live_graph(on_gpu, database, make_batch, new_adapter, tmp_path):
+    source = DatabaseSource(database, "exact", device="cuda")
+    replayed, called = engines(on_gpu)
+    batch = make_batch(*PROMPTS, mode="adapter", k=1, source=source)
+    before = replayed.run(batch).latents
+    graphs = list(replayed._recorded.values())
+    new_adapter(tmp_path, seed=1)
+    replayed.load_adapter(tmp_path)
+    assert called.model.refresh()
+    after = replayed.run(batch).latents
+    assert list(replayed._recorded.values()) == graphs
+    assert not torch.equal(before, after) and torch.equal(after, called.run(batch).latents)
+
+
+def test_a_capture_that_fails_names_the_operation(on_gpu, make_batch, monkeypatch):
+    encode = type(on_gpu.text).encode
+
+    def syncing(self, input_ids):
+        states = encode(self, input_ids)
+        states.hidden_states.sum().item()
+        return states
+
+    monkeypatch.setattr(type(on_gpu.text), "encode", syncing)
+    with pytest.raises(GenerationError, match="cannot be captured in a CUDA graph"):
+        engines(on_gpu)[0].run(make_batch(*PROMPTS))
+
+
+def test_memory_is_flat_over_many_requests(on_gpu, database, make_batch, long_count):
+    source = DatabaseSource(database, "exact", device="cuda")
+    engine = engines(on_gpu)[0]
+    batches = [make_batch(*PROMPTS[:n], mode=m, k=k, source=source if k else None)
+               for n in (1, 2) for m, k in (("adapter", 1), ("none", 0))]  # fmt: skip
+    for batch in batches:
+        engine.run(batch)
+    before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    for i in range(long_count(10_000)):
+        engine.run(batches[i % len(batches)])
+    assert (torch.cuda.memory_allocated(), torch.cuda.memory_reserved()) == before
+
+
+def test_stages_inside_a_graph_are_timed_and_search_and_gather_lie_beside_the_encoder(on_gpu, database, make_batch):
+    source = DatabaseSource(database, "exact", device="cuda")
+    engine = engines(on_gpu)[0]
+    batch = make_batch(*PROMPTS, mode="adapter", k=1, source=source, want="uint8")
+    timings = [engine.run(batch).timings for _ in range(20)][-1]
+    assert set(timings) == {"copy", "text", "search", "gather", "encode", "adapter", "decode", "vae"}
+    assert all(seconds > 0 for seconds in timings.values())
