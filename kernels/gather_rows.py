@@ -21,9 +21,10 @@ def gather_rows(
     descriptor_ptr, ids_ptr, out_ptr, N, row_bytes, T, C, INT8: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr
 ):
     """descriptor: [address, rows]; a record is N = T·C values (int8: then T fp32 scales), row_bytes apart."""
-    i_row = tl.program_id(1).to(tl.int64)
+    chunks = tl.cdiv(N, BLOCK)
+    i_row = (tl.program_id(0) // chunks).to(tl.int64)
     i = tl.load(ids_ptr + i_row)
-    i_n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    i_n = (tl.program_id(0) % chunks) * BLOCK + tl.arange(0, BLOCK)
     m = i_n < N
     count = tl.load(descriptor_ptr + 1)
     # An id outside the table reads nothing.
@@ -47,7 +48,7 @@ def forward(descriptor: Tensor, ids: Tensor, row_bytes: int, tokens: int, channe
     n = tokens * channels
     tile = tiles.choose("gather_rows", f"N{n} int8={int8}", ids.device, {"BLOCK": 4096, "num_warps": 4})
     tile = {**tile, "BLOCK": min(tile["BLOCK"], tiles.power_of_2(n))}
-    grid = (triton.cdiv(n, tile["BLOCK"]), ids.numel())
+    grid = (triton.cdiv(n, tile["BLOCK"]) * ids.numel(),)
     vector = 16 if row_bytes % 16 == 0 else 2
     args = descriptor, ids.contiguous(), out, n, row_bytes, tokens, channels
     launch(gather_rows, grid, *args, INT8=int8, VECTOR=vector, **tile)

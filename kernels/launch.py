@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
+
 # Triton's decorators read this when the kernels' modules are imported: it cannot change afterwards.
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -15,14 +17,20 @@ Runner = Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], None]
 
 
 def _run(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
-    kernel[grid](*args, **options)
+    # Triton launches on the current device, wherever the tensors are.
+    device = args[0].device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[grid](*args, **options)
+    else:
+        kernel[grid](*args, **options)
 
 
 _runner: ContextVar[Runner] = ContextVar("ragturbo_kernel_runner", default=_run)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, fuse_multiply_add: bool = True, **options: Any) -> None:
-    """Launch `kernel` over `grid`. options: the kernel's constexprs, num_warps, num_stages.
+    """Launch `kernel` over `grid`. args[0] is a tensor; options: the kernel's constexprs, num_warps, num_stages.
 
     Contraction of a·b + c into one rounding is decided here, launch by launch, and not by Triton's default, which
     changes between releases. It is on, being faster and closer, but where bits must equal another library's.

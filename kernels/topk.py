@@ -109,7 +109,8 @@ def search_into(descriptor: Tensor, query: Tensor, rows: Tensor, scores: Tensor)
     kp = tiles.power_of_2(k)
     launch(scan_keys, (batch, shares), descriptor, query.contiguous(), found_scores, found_rows, d, K=k, KP=kp, **tile)
     found = shares * k
+    lanes = tiles.power_of_2(found)
     launch(
         merge_lists, (batch,), found_scores, found_rows, rows, scores, found,
-        K=k, BF=tiles.power_of_2(found), num_warps=8,
+        K=k, BF=lanes, num_warps=8 if lanes <= 8192 else 16 if lanes <= 16384 else 32,
     )  # fmt: skip

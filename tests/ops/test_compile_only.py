@@ -18,10 +18,8 @@ REST = [
 ]
 
 
-@pytest.mark.parametrize(
-    "sm, dtype",
-    [*TARGETS, *(pytest.param(*pair, marks=[pytest.mark.slow, pytest.mark.timeout(1200)]) for pair in REST)],
-)
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("sm, dtype", [*TARGETS, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in REST)])
 def test_no_kernel_spills_or_asks_for_more_shared_memory_than_there_is(sm, dtype, tmp_path, pytestconfig, capsys):
     # A process of its own: in this one the kernels belong to the interpreter. Compiled once a source.
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(pytestconfig.cache.mkdir("triton"))}

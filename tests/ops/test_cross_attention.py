@@ -125,6 +125,14 @@ def test_the_kernels_gradients_are_the_references(t, n, s, heads, d, masked, dty
         no_worse(a, b, c)
 
 
+@pytest.mark.slow
+def test_the_compiled_reference_is_the_reference(randn, device):
+    q, k = randn(2, 5, 32), randn(2, 3, 7, 32)
+    valid = torch.tensor([[True, False, True], [False] * 3], device=device)
+    out = cross_attention(q, k, k, valid, heads=2, impl="compile")
+    torch.testing.assert_close(out, cross_attention(q, k, k, valid, heads=2, impl="reference"))
+
+
 def test_the_reference_passes_gradcheck():
     generator = torch.Generator().manual_seed(0)
     shapes = (2, 3, 8), (2, 2, 4, 8), (2, 2, 4, 8)

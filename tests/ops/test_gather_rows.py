@@ -6,10 +6,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ragturbo.errors import InvalidRequest
-from ragturbo.ops import Rows, describe, gather_rows
+from ragturbo.ops import Rows, describe, dispatch, gather_rows
 
-IMPLS = ["reference", "triton"]
-T, C = 6, 40
+GPU = torch.cuda.is_available()
+# The reference reads host memory; the CUDA twin needs a GPU and nvcc at installation.
+CUDA = pytest.param(
+    "cuda", marks=pytest.mark.skipif(bool(why := dispatch.refusal("gather_rows", "cuda", "cuda")), reason=str(why))
+)
+IMPLS = ["triton", CUDA] if GPU else ["reference", "triton"]
+T, C = 6, 48
 
 
 def fp16_table(count, device, generator, padding=0):
@@ -67,16 +72,31 @@ def test_a_new_descriptor_in_the_same_memory_moves_the_database(impl, device):
 def test_any_ids_and_record_sizes(count, ids, padding, int8, seed, device):
     make = int8_table if int8 else fp16_table
     # Scales are fp32 and features fp16: a record is aligned to its widest number.
-    table, _, rows = make(count, device, torch.Generator().manual_seed(seed), 4 * padding)
+    table, features, rows = make(count, device, torch.Generator().manual_seed(seed), 4 * padding)
     ids = torch.tensor(ids, device=device)
-    assert torch.equal(gather_rows(rows, ids, impl="triton"), gather_rows(rows._replace(), ids, impl="reference"))
+    there = ((ids >= 0) & (ids < count))[:, None, None]
+    expected = torch.where(there, features[ids.clamp(0, count - 1)], 0)
+    assert torch.equal(gather_rows(rows, ids, impl="triton"), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="page-locked memory is read over a GPU's link")
+@pytest.mark.parametrize("impl", ["triton", CUDA])
+@pytest.mark.parametrize("make", [fp16_table, int8_table])
+def test_rows_come_from_page_locked_host_memory(make, impl, device):
+    table, features, rows = make(7, "cpu", torch.Generator().manual_seed(1))
+    pinned = table.pin_memory()
+    rows = rows._replace(descriptor=describe(pinned.data_ptr(), 7, device))
+    ids = torch.tensor([3, 0, 6, -1], device=device)
+    out = gather_rows(rows, ids, impl=impl).cpu()
+    assert torch.equal(out[:3], features[[3, 0, 6]]) and not out[3].any()
 
 
 def test_nonsense_is_refused_by_name(device):
     table, _, rows = fp16_table(3, device, torch.Generator().manual_seed(1))
     ids = torch.tensor([0], device=device)
-    with pytest.raises(InvalidRequest, match="480 bytes.*479"):
-        gather_rows(rows._replace(row_bytes=479), ids)
+    with pytest.raises(InvalidRequest, match="576 bytes.*575"):
+        gather_rows(rows._replace(row_bytes=575), ids)
     with pytest.raises(InvalidRequest, match="float32"):
         gather_rows(rows._replace(stored="float32"), ids)
     with pytest.raises(InvalidRequest, match="int32"):
