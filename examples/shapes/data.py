@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from device import DEVICE, autocast
 from diffusers import AutoencoderKL
 from settings import Settings
 from torch import Tensor
@@ -50,14 +51,15 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
     return tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
 
 
-def to_float(images: np.ndarray) -> Tensor:
-    """(B, 64, 64, 3) uint8 -> (B, 3, 64, 64) in [-1, 1]."""
-    return torch.tensor(images).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()
+def to_float(images: np.ndarray | Tensor) -> Tensor:
+    """(B, 64, 64, 3) uint8 -> (B, 3, 64, 64) in [-1, 1], on the device."""
+    pixels = images if isinstance(images, Tensor) else torch.tensor(images)
+    return pixels.to(DEVICE).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()
 
 
 def to_bytes(images: Tensor) -> np.ndarray:
     """(B, 3, 64, 64) in [-1, 1] -> (B, 64, 64, 3) uint8."""
-    return images.float().add(1).mul(127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+    return images.float().add(1).mul(127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 @torch.no_grad()
@@ -69,9 +71,9 @@ def encode(work: Path, vae: AutoencoderKL, s: Settings) -> None:
     part = work / "latents.part.npy"
     latents = np.lib.format.open_memmap(part, "w+", np.float16, (len(images), 4, 16, 16))
     for chunk in batches(len(images), 128):
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             mean = vae.encode(to_float(images[chunk])).latent_dist.mean
-        latents[chunk] = (mean.float() * vae.config.scaling_factor).half().numpy()
+        latents[chunk] = (mean.float() * vae.config.scaling_factor).half().cpu().numpy()
     latents.flush()
     part.rename(work / "latents.npy")
     log.info("encoded %d scenes", len(images))

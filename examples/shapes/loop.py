@@ -14,8 +14,8 @@ from typing import Any
 
 import parallel
 import torch
+from device import DEVICE, attention
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 log = logging.getLogger("ragturbo.recipe")
 
@@ -28,7 +28,7 @@ def run(
     checkpoint = work / f"{name}.pt"
     step = 0
     if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
+        saved = torch.load(checkpoint, weights_only=True, map_location=DEVICE)
         step = saved.pop("step")
         for key, part in state.items():
             part.load_state_dict(saved[key])
@@ -37,8 +37,7 @@ def run(
     begun, sums, since, mark = time.monotonic(), {}, 0, time.monotonic()
     threads = Threads()
     while step < steps and not (minutes and time.monotonic() - begun > 60 * minutes):
-        # Sixteen tokens: the fused kernel's backward takes three times as long as plain matrix products.
-        with threads, sdpa_kernel(SDPBackend.MATH):
+        with threads, attention():
             losses = update(step, torch.Generator().manual_seed(seed * 1_000_003 + step))
         step, since = step + 1, since + 1
         for key, value in losses.items():

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from data import batches, to_bytes, to_float, tokenize
+from device import DEVICE
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 from sampling import Texts, decode, noise_of, student_latents, teacher_latents
@@ -33,10 +34,10 @@ from ragturbo.model import HSpaceUNet
 class Model:
     def __init__(self, folder: Path) -> None:
         self.folder, self.texts = folder, Texts(folder)
-        self.vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32).eval()
+        self.vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32).to(DEVICE).eval()
 
     def unet(self, name: str) -> UNet2DConditionModel:
-        return UNet2DConditionModel.from_pretrained(self.folder / name, torch_dtype=torch.float32).eval()
+        return UNet2DConditionModel.from_pretrained(self.folder / name, torch_dtype=torch.float32).to(DEVICE).eval()
 
 
 def teacher(model: Model, args: argparse.Namespace) -> dict:
@@ -61,7 +62,7 @@ def swap(model: Model, args: argparse.Namespace) -> dict:
     unet = HSpaceUNet(model.unet("unet"))
 
     def latents(noise: Tensor, states: Tensor, other: bool) -> Tensor:
-        state = unet.encode(noise, torch.tensor(999), states)
+        state = unet.encode(noise, torch.tensor(999, device=DEVICE), states)
         return -unet.decode(state, state.h.roll(1, 0) if other else None)
 
     own = _score(model, args, lambda noise, states: latents(noise, states, False))
@@ -96,8 +97,8 @@ def keys(model: Model, args: argparse.Namespace) -> dict:
     return {
         "top4": float(np.mean(hits)),
         "top4_rare": float(np.mean(rare)),
-        "cosine_of_nearest": np.quantile(scores[:, 0].numpy(), (0.05, 0.5, 0.95)).round(4).tolist(),
-        "cosine_at_random": np.quantile((query @ stored.T).numpy(), (0.05, 0.5, 0.95)).round(4).tolist(),
+        "cosine_of_nearest": np.quantile(scores[:, 0].cpu().numpy(), (0.05, 0.5, 0.95)).round(4).tolist(),
+        "cosine_at_random": np.quantile((query @ stored.T).cpu().numpy(), (0.05, 0.5, 0.95)).round(4).tolist(),
     }
 
 
@@ -110,7 +111,7 @@ def _scenes(args: argparse.Namespace) -> list[Scene]:
 
 def _keys(model: Model, captions: list[str]) -> Tensor:
     with torch.no_grad():
-        ids = tokenize(model.texts.tokenizer, captions)
+        ids = tokenize(model.texts.tokenizer, captions).to(DEVICE)
         pooled = [model.texts.model(input_ids=ids[c]).pooler_output for c in batches(len(ids), 256)]
     return F.normalize(torch.cat(pooled).float(), dim=-1)
 
@@ -135,6 +136,12 @@ def _grid(args: argparse.Namespace, pictures: np.ndarray) -> None:
         Image.fromarray(np.concatenate(rows)).save(args.grid)
 
 
+def machine(args: argparse.Namespace) -> str:
+    if DEVICE.type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{platform.processor() or platform.machine()}, {args.threads} threads"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("measure", choices=MEASURES)
@@ -154,7 +161,7 @@ def main() -> None:
         "measure": args.measure, "captions": args.count, "seed": args.seed,
         "result": MEASURES[args.measure](Model(args.model), args),
         "seconds": round(time.monotonic() - begun, 1), "command": " ".join(["python", *sys.argv]),
-        "machine": f"{platform.processor() or platform.machine()}, {args.threads} threads", "torch": torch.__version__,
+        "machine": machine(args), "torch": torch.__version__,
     }  # fmt: skip
     text = json.dumps(result, indent=1)
     print(text)

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import data
 import torch
+from device import DEVICE
 from diffusers import AutoencoderKL
 from networks import make_tokenizer
-from settings import Settings
+from settings import SIZES, Settings
 from stage_bundle import build_database, build_large_database, write_bundle
 from stage_lcm import distil_lcm
 from stage_student import distil_student, make_pairs
@@ -28,7 +29,7 @@ def draw(work: Path, s: Settings, minutes: float | None) -> None:
 
 
 def encode(work: Path, s: Settings, minutes: float | None) -> None:
-    data.encode(work, AutoencoderKL.from_pretrained(work / "vae").eval(), s)
+    data.encode(work, AutoencoderKL.from_pretrained(work / "vae").to(DEVICE).eval(), s)
 
 
 STAGES: dict[str, Callable[[Path, Settings, float | None], None]] = {
@@ -51,6 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("stage", nargs="+", choices=[*STAGES, "all"])
     parser.add_argument("--work", type=Path, default=Path("build/shapes"), help="checkpoints, caches and logs")
+    parser.add_argument("--size", choices=SIZES, default="cpu", help="the settings: for two cores, or for a GPU")
     parser.add_argument("--minutes", type=float, help="stop a training stage after so long; run it again to go on")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
@@ -59,7 +61,7 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     for name in STAGES if "all" in args.stage else args.stage:
         logging.getLogger("ragturbo.recipe").info("stage %s", name)
-        STAGES[name](args.work, Settings(), args.minutes)
+        STAGES[name](args.work, SIZES[args.size], args.minutes)
 
 
 if __name__ == "__main__":

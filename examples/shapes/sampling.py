@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from data import batches, tokenize
+from device import DEVICE, autocast
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from networks import LATENT_SIDE, make_scheduler
 from torch import Tensor
@@ -17,27 +18,28 @@ class Texts:
 
     def __init__(self, work: Path) -> None:
         self.tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
-        self.model = CLIPTextModel.from_pretrained(work / "text_encoder", dtype=torch.float32).eval()
-        self.model.requires_grad_(False)
+        self.model = CLIPTextModel.from_pretrained(work / "text_encoder", dtype=torch.float32)
+        self.model.to(DEVICE).eval().requires_grad_(False)
         self.empty_ids = tokenize(self.tokenizer, [""])
         with torch.no_grad():
-            self.empty = self.model(input_ids=self.empty_ids).last_hidden_state
+            self.empty = self.model(input_ids=self.empty_ids.to(DEVICE)).last_hidden_state
 
     @torch.no_grad()
     def states(self, captions: list[str]) -> Tensor:
-        return self.model(input_ids=tokenize(self.tokenizer, captions)).last_hidden_state
+        return self.model(input_ids=tokenize(self.tokenizer, captions).to(DEVICE)).last_hidden_state
 
 
 def noise_levels() -> tuple[Tensor, Tensor]:
     """(α, σ) of every timestep of the variance-preserving process the scheduler describes."""
     kept = make_scheduler().alphas_cumprod.float()
-    return kept.sqrt(), (1 - kept).sqrt()
+    return kept.sqrt().to(DEVICE), (1 - kept).sqrt().to(DEVICE)
 
 
 def noise_of(seeds: range) -> Tensor:
     """(B, 4, 16, 16): each picture's noise is a function of its seed alone."""
     shape = (4, LATENT_SIDE, LATENT_SIDE)
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(rows).to(DEVICE)
 
 
 @torch.no_grad()
@@ -52,7 +54,7 @@ def teacher_latents(
     both = torch.cat([empty.expand(len(noise), -1, -1), states])
     x, last, last_h = noise, None, None
     for i, t in enumerate(times):
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             out = unet(torch.cat([x, x]), t, both).sample
         free, led = out.float().chunk(2)
         x0 = alpha[t] * x - sigma[t] * (free + guidance * (led - free))
@@ -72,7 +74,7 @@ def teacher_latents(
 
 def student_latents(unet: UNet2DConditionModel, noise: Tensor, states: Tensor) -> Tensor:
     """One step from t = 999, where x0 = -v: there is no signal in the input."""
-    return -unet(noise, torch.full((len(noise),), 999), states).sample
+    return -unet(noise, torch.full((len(noise),), 999, device=noise.device), states).sample
 
 
 @torch.no_grad()

@@ -52,3 +52,14 @@ class Settings:
 
     database_pairs: int = 4_000
     large_database_pairs: int = 20_480
+
+
+# The same recipe where compute is no limit: minutes on a GPU.
+SIZES = {
+    "cpu": Settings(),
+    "gpu": Settings(
+        scenes=200_000, vae_steps=6_000, vae_batch=128, decoder_steps=4_000, text_steps=2_000, text_batch=512,
+        teacher_steps=30_000, teacher_batch=512, pairs=60_000, pair_steps=16, student_steps=12_000, student_batch=256,
+        adversarial_from=5_000, lcm_steps=6_000,
+    ),
+}  # fmt: skip

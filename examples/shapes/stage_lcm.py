@@ -6,8 +6,8 @@ import copy
 import json
 from pathlib import Path
 
-import numpy as np
 import torch
+from device import DEVICE, Table, autocast
 from diffusers import UNet2DConditionModel
 from loop import Average, rate, run, set_rate
 from sampling import Texts, noise_levels
@@ -19,9 +19,9 @@ from torch.nn import functional as F
 def distil_lcm(work: Path, s: Settings, minutes: float | None = None) -> None:
     """Any point of the guided teacher's path must lead to the same picture as the point one solver step further."""
     texts, captions = Texts(work), json.loads((work / "captions.json").read_text())
-    latents = np.load(work / "latents.npy", mmap_mode="r")
+    latents = Table(work / "latents.npy")
     alpha, sigma = noise_levels()
-    teacher = UNet2DConditionModel.from_pretrained(work / "teacher_unet").eval().requires_grad_(False)
+    teacher = UNet2DConditionModel.from_pretrained(work / "teacher_unet").to(DEVICE).eval().requires_grad_(False)
     torch.manual_seed(s.seed + 8)
     model = copy.deepcopy(teacher).requires_grad_(True).train()
     slow = Average(model, 0.95)
@@ -33,21 +33,21 @@ def distil_lcm(work: Path, s: Settings, minutes: float | None = None) -> None:
 
     def consistent(unet: nn.Module, x: Tensor, t: Tensor, states: Tensor) -> Tensor:
         """The picture a point leads to. Zero terminal SNR keeps x0 = αx - σv the identity at t = 0, to α² = 0.999."""
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             v = unet(x, t, states).sample.float()
         return column(alpha[t]) * x - column(sigma[t]) * v
 
     def update(step: int, generator: torch.Generator) -> dict[str, float]:
         set_rate(optimizer, rate(step, s.lcm_steps, s.lcm_rate))
-        index = np.sort(torch.randint(len(latents), (s.student_batch,), generator=generator).numpy())
-        x0 = torch.from_numpy(latents[index]).float()
-        noise = torch.randn(x0.shape, generator=generator)
-        t = torch.randint(1, s.sampling_steps + 1, (len(x0),), generator=generator) * grid - 1
+        index = torch.randint(len(latents), (s.student_batch,), generator=generator)
+        x0 = latents[index].float()
+        noise = torch.randn(x0.shape, generator=generator).to(DEVICE)
+        t = torch.randint(1, s.sampling_steps + 1, (len(x0),), generator=generator).to(DEVICE) * grid - 1
         before = (t - grid).clamp_min(0)
         x = column(alpha[t]) * x0 + column(sigma[t]) * noise
-        states = texts.states([captions[i] for i in index])
+        states = texts.states([captions[i] for i in index.tolist()])
         with torch.no_grad():
-            with torch.autocast("cpu", torch.bfloat16):
+            with autocast():
                 both = torch.cat([texts.empty.expand(len(x), -1, -1), states])
                 free, led = teacher(torch.cat([x, x]), torch.cat([t, t]), both).sample.float().chunk(2)
             v = free + s.guidance * (led - free)

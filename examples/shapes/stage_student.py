@@ -14,8 +14,10 @@ import numpy as np
 import parallel
 import torch
 from data import batches
+from device import DEVICE, Table, autocast
 from diffusers import UNet2DConditionModel
 from loop import Average, rate, run, set_rate
+from networks import LATENT_SIDE
 from sampling import Texts, noise_levels, noise_of, student_latents, teacher_latents
 from settings import Settings
 from torch import Tensor, nn
@@ -23,15 +25,16 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
 log = logging.getLogger("ragturbo.recipe")
+PAIRS_AT_ONCE = 1000 if DEVICE.type == "cuda" else 100
 
 
 def make_pairs(work: Path, s: Settings, minutes: float | None = None) -> None:
     """pairs.npy: row i is the teacher's latent for the caption `pair_caption(i)` and the noise of `pair_seed(i)`."""
     captions, texts = json.loads((work / "captions.json").read_text()), Texts(work)
-    teacher = UNet2DConditionModel.from_pretrained(work / "teacher_unet").eval()
+    teacher = UNet2DConditionModel.from_pretrained(work / "teacher_unet").to(DEVICE).eval()
     path = work / "pairs.npy"
     done = np.load(path) if path.exists() else np.zeros((0, 4, 16, 16), np.float16)
-    for chunk in batches(s.pairs, 100):
+    for chunk in batches(s.pairs, PAIRS_AT_ONCE):
         if chunk.start < len(done):
             continue
         rows = range(chunk.start, chunk.stop)
@@ -40,8 +43,8 @@ def make_pairs(work: Path, s: Settings, minutes: float | None = None) -> None:
         latents = teacher_latents(
             teacher, noise, states, texts.empty, steps=s.pair_steps, guidance=s.guidance, order=2
         )
-        done = np.concatenate([done, latents.half().numpy()])
-        if chunk.stop % 500 == 0 or chunk.stop == s.pairs:
+        done = np.concatenate([done, latents.half().cpu().numpy()])
+        if chunk.stop % 1000 == 0 or chunk.stop == s.pairs:
             np.save(path, done)
             log.info("pairs %d of %d", len(done), s.pairs)
 
@@ -93,18 +96,18 @@ class Heads(nn.Module):
 
 def distil_student(work: Path, s: Settings, minutes: float | None = None) -> None:
     texts, captions = Texts(work), json.loads((work / "captions.json").read_text())
-    targets, real_latents = np.load(work / "pairs.npy"), np.load(work / "latents.npy", mmap_mode="r")
+    targets, real_latents = Table(work / "pairs.npy"), Table(work / "latents.npy")
     count = len(targets)
     noises = torch.cat([noise_of(range(pair_seed(c.start, s), pair_seed(c.stop, s))) for c in batches(count, 500)])
-    rows = np.array([pair_caption(i, s) for i in range(count)])
-    states_of = [texts.states([captions[i] for i in rows[chunk]]).half() for chunk in batches(count, 500)]
+    rows = torch.tensor([pair_caption(i, s) for i in range(count)], device=DEVICE)
+    states_of = [texts.states([captions[i] for i in rows[chunk].tolist()]).half() for chunk in batches(count, 500)]
     all_states = torch.cat(states_of)
     alpha, sigma = noise_levels()
 
     torch.manual_seed(s.seed + 6)
-    student = UNet2DConditionModel.from_pretrained(work / "teacher_unet").train()
-    features = TeacherFeatures(UNet2DConditionModel.from_pretrained(work / "teacher_unet"))
-    heads, mean = Heads((*features.widths, features.widths[-1])), Average(student, 0.998)
+    student = UNet2DConditionModel.from_pretrained(work / "teacher_unet").to(DEVICE).train()
+    features = TeacherFeatures(UNet2DConditionModel.from_pretrained(work / "teacher_unet").to(DEVICE))
+    heads, mean = Heads((*features.widths, features.widths[-1])).to(DEVICE), Average(student, 0.998)
     generator_step = torch.optim.AdamW(student.parameters(), lr=s.student_rate, weight_decay=0.01, betas=(0.9, 0.99))
     heads_step = torch.optim.AdamW(heads.parameters(), lr=s.discriminator_rate, weight_decay=0.0, betas=(0.0, 0.99))
 
@@ -114,16 +117,16 @@ def distil_student(work: Path, s: Settings, minutes: float | None = None) -> Non
         set_rate(heads_step, s.discriminator_rate * pace)
         i = torch.randint(count, (s.student_batch,), generator=generator)
         t = torch.randint(1000, (len(i),), generator=generator)
-        eps = torch.randn((len(i), *targets.shape[1:]), generator=generator)
-        i, t, eps = map(parallel.part, (i, t, eps))
-        told, target = all_states[i].float(), torch.from_numpy(targets[i.numpy()]).float()
+        eps = torch.randn((len(i), 4, LATENT_SIDE, LATENT_SIDE), generator=generator)
+        i, t, eps = (parallel.part(drawn).to(DEVICE) for drawn in (i, t, eps))
+        told, target = all_states[i].float(), targets[i].float()
         a, b = alpha[t].view(-1, 1, 1, 1), sigma[t].view(-1, 1, 1, 1)
 
         def seen(latents: Tensor, states: Tensor = told) -> list[Tensor]:
-            with torch.autocast("cpu", torch.bfloat16):
+            with autocast():
                 return features(a * latents + b * eps, t, states)
 
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             made = student_latents(student, noises[i], told)
         made = made.float()
         features_made = seen(made)
@@ -149,7 +152,7 @@ def distil_student(work: Path, s: Settings, minutes: float | None = None) -> Non
 
         if step >= s.adversarial_from:
             # A real picture of the caption, against the student's, and against a real picture told another caption.
-            real = torch.from_numpy(real_latents[rows[i.numpy()]]).float()
+            real = real_latents[rows[i]].float()
             with torch.no_grad():
                 features_real, features_other = seen(real), seen(real, told.roll(1, 0))
             on_real, on_other = heads(features_real), heads(features_other)

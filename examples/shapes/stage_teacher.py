@@ -4,25 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import parallel
 import torch
-from data import tokenize
+from device import DEVICE, Table, autocast
 from loop import Average, rate, run, set_rate
 from networks import LATENT_SIDE, make_unet
-from sampling import noise_levels
+from sampling import Texts, noise_levels
 from settings import Settings
-from transformers import CLIPTextModel, CLIPTokenizer
 
 
 def train_teacher(work: Path, s: Settings, minutes: float | None = None) -> None:
-    latents = np.load(work / "latents.npy", mmap_mode="r")
-    tokens = torch.from_numpy(np.load(work / "tokens.npy")[: s.scenes]).long()
-    text = CLIPTextModel.from_pretrained(work / "text_encoder").eval().requires_grad_(False)
-    empty = tokenize(CLIPTokenizer.from_pretrained(work / "tokenizer"), [""])[0]
+    latents, tokens, texts = Table(work / "latents.npy"), Table(work / "tokens.npy", s.scenes), Texts(work)
     alpha, sigma = noise_levels()
     torch.manual_seed(s.seed + 4)
-    unet = make_unet(s)
+    unet = make_unet(s).to(DEVICE)
     mean = Average(unet, 0.9995)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=s.teacher_rate, weight_decay=0.01, betas=(0.9, 0.99))
 
@@ -34,14 +29,13 @@ def train_teacher(work: Path, s: Settings, minutes: float | None = None) -> None
         t = ((torch.arange(len(index)) + torch.rand(len(index), generator=generator)) * (1000 / len(index))).long()
         t = t[torch.randperm(len(t), generator=generator)]
         dropped = torch.rand(len(index), generator=generator) < s.text_dropout
-        index, noise, t, dropped = map(parallel.part, (index, noise, t, dropped))
-        x0 = torch.from_numpy(latents[index.numpy()]).float()
+        index, noise, t, dropped = (parallel.part(drawn).to(DEVICE) for drawn in (index, noise, t, dropped))
+        x0, ids = latents[index].float(), tokens[index].long()
         a, b = alpha[t].view(-1, 1, 1, 1), sigma[t].view(-1, 1, 1, 1)
-        ids = tokens[index].clone()
-        ids[dropped] = empty
-        with torch.autocast("cpu", torch.bfloat16):
+        ids[dropped] = texts.empty_ids[0].to(DEVICE)
+        with autocast():
             with torch.no_grad():
-                states = text(input_ids=ids).last_hidden_state
+                states = texts.model(input_ids=ids).last_hidden_state
             out = unet(a * x0 + b * noise, t, states).sample
         error = (out.float() - (a * noise - b * x0)) ** 2
         loss = error.mean()

@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import numpy as np
 import torch
 from data import to_float, tokenize
+from device import DEVICE, Table, autocast
 from loop import rate, run, set_rate
 from networks import ImageEncoder, make_text_encoder
 from settings import Settings
@@ -24,28 +24,28 @@ from ragturbo.evaluate.world import RARE, all_kind_sets, sample_scene, vocabular
 
 def train_text(work: Path, s: Settings, minutes: float | None = None) -> None:
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
-    images = np.load(work / "images.npy", mmap_mode="r")
-    tokens = np.load(work / "tokens.npy")
-    first, second = _same_kinds(tokenizer, s)
+    images, tokens = Table(work / "images.npy"), Table(work / "tokens.npy")
+    first, second = (ids.to(DEVICE) for ids in _same_kinds(tokenizer, s))
     torch.manual_seed(s.seed + 2)
     text, image = make_text_encoder(work / "tokenizer", s), ImageEncoder(s.text_width)
     scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
     both = nn.ModuleDict({"text": text, "image": image})
     both.register_parameter("scale", scale)
+    both.to(DEVICE)
     optimizer = torch.optim.AdamW(both.parameters(), lr=s.text_rate, weight_decay=0.02, betas=(0.9, 0.98))
 
     def update(step: int, generator: torch.Generator) -> dict[str, float]:
         set_rate(optimizer, rate(step, s.text_steps, s.text_rate))
-        index = np.sort(torch.randint(len(tokens), (s.text_batch,), generator=generator).numpy())
+        index = torch.randint(len(tokens), (s.text_batch,), generator=generator)
         group = torch.randint(len(first), (s.text_batch,), generator=generator)
         column = torch.randint(first.shape[1], (2, s.text_batch), generator=generator)
-        with torch.autocast("cpu", torch.bfloat16):
-            ids = torch.cat([torch.from_numpy(tokens[index]).long(), first[group, column[0]], second[group, column[1]]])
+        with autocast():
+            ids = torch.cat([tokens[index].long(), first[group, column[0]], second[group, column[1]]])
             keys, one, two = text(input_ids=ids).pooler_output.float().chunk(3)
             seen = image(to_float(images[index])).float()
         temperature = scale.exp().clamp(max=100)
         matched = contrast(keys, seen, temperature)
-        same = contrast(one, two, temperature, group)
+        same = contrast(one, two, temperature, group.to(DEVICE))
         optimizer.zero_grad(set_to_none=True)
         (matched + same).backward()
         torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
@@ -62,9 +62,9 @@ def contrast(a: Tensor, b: Tensor, scale: Tensor, group: Tensor | None = None) -
     """InfoNCE both ways; rows of one group are not each other's negatives."""
     logits = scale * F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T
     if group is not None:
-        twin = (group[:, None] == group[None, :]) & ~torch.eye(len(group), dtype=torch.bool)
+        twin = (group[:, None] == group[None, :]) & ~torch.eye(len(group), dtype=torch.bool, device=group.device)
         logits = logits.masked_fill(twin, float("-inf"))
-    target = torch.arange(len(a))
+    target = torch.arange(len(a), device=a.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 

@@ -7,28 +7,28 @@ from pathlib import Path
 import numpy as np
 import torch
 from data import batches, to_float
+from device import DEVICE, Table, autocast
 from diffusers import AutoencoderKL
 from loop import Average, rate, run, set_rate
-from networks import make_vae
+from networks import LATENT_SIDE, make_vae
 from settings import Settings
 from torch import Tensor
 from torch.nn import functional as F
 
 
 def train_vae(work: Path, s: Settings, minutes: float | None = None) -> None:
-    images = np.load(work / "images.npy", mmap_mode="r")
+    images = Table(work / "images.npy")
     torch.manual_seed(s.seed)
-    vae = make_vae(s)
+    vae = make_vae(s).to(DEVICE)
     mean = Average(vae, 0.995)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=s.vae_rate, weight_decay=1e-3, betas=(0.9, 0.99))
 
     def update(step: int, generator: torch.Generator) -> dict[str, float]:
         set_rate(optimizer, rate(step, s.vae_steps, s.vae_rate))
-        index = torch.randint(len(images), (s.vae_batch,), generator=generator).numpy()
-        x = to_float(images[np.sort(index)])
-        with torch.autocast("cpu", torch.bfloat16):
+        x = to_float(images[torch.randint(len(images), (s.vae_batch,), generator=generator)])
+        noise = torch.randn((len(x), 4, LATENT_SIDE, LATENT_SIDE), generator=generator).to(DEVICE)
+        with autocast():
             posterior = vae.encode(x).latent_dist
-            noise = torch.randn(posterior.mean.shape, generator=generator)
             y = vae.decode(posterior.mean + posterior.std * noise).sample
         error = weighted(y.float() - x, x)
         # Squares first see the colours of things, which cover a tenth of the picture; absolute values then see edges.
@@ -44,27 +44,26 @@ def train_vae(work: Path, s: Settings, minutes: float | None = None) -> None:
     state = {"vae": vae, "mean": mean, "optimizer": optimizer}
     run("vae", work, update, state, steps=s.vae_steps, seed=s.seed + 1, minutes=minutes)
     best = mean.module
-    whiten(best, images[:2048])
+    whiten(best, images[torch.arange(2048)])
     best.save_pretrained(work / "vae")
 
 
 def train_decoder(work: Path, s: Settings, minutes: float | None = None) -> None:
     """The encoder stays as the teacher knows it; the decoder goes on alone, with the latents it will be given."""
-    images = np.load(work / "images.npy", mmap_mode="r")
-    latents = np.load(work / "latents.npy", mmap_mode="r")
+    images, latents = Table(work / "images.npy"), Table(work / "latents.npy")
     torch.manual_seed(s.seed + 20)
-    vae = AutoencoderKL.from_pretrained(work / "vae")
+    vae = AutoencoderKL.from_pretrained(work / "vae").to(DEVICE)
     parts = torch.nn.ModuleList([vae.post_quant_conv, vae.decoder]).train()
     mean = Average(parts, 0.995)
     optimizer = torch.optim.AdamW(parts.parameters(), lr=s.vae_rate, weight_decay=1e-3, betas=(0.9, 0.99))
 
     def update(step: int, generator: torch.Generator) -> dict[str, float]:
         set_rate(optimizer, rate(step, s.decoder_steps, s.vae_rate / 2))
-        index = np.sort(torch.randint(len(latents), (s.vae_batch,), generator=generator).numpy())
-        x, z = to_float(images[index]), torch.from_numpy(latents[index]).float()
+        index = torch.randint(len(latents), (s.vae_batch,), generator=generator)
+        x, z = to_float(images[index]), latents[index].float()
         # A sampler's latents are never quite the encoder's.
-        z = z + 0.03 * torch.randn(z.shape, generator=generator)
-        with torch.autocast("cpu", torch.bfloat16):
+        z = z + 0.03 * torch.randn(z.shape, generator=generator).to(DEVICE)
+        with autocast():
             y = parts[1](parts[0](z / vae.config.scaling_factor))
         error = weighted(y.float() - x, x)
         pixels, squares, edges = error.abs().mean(), error.square().mean(), differences(error)
@@ -92,7 +91,7 @@ def differences(error: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def whiten(vae: AutoencoderKL, images: np.ndarray) -> None:
+def whiten(vae: AutoencoderKL, images: np.ndarray | Tensor) -> None:
     """Folds into the 1×1 convolutions around the latents what makes their channels independent, of zero mean and unit
     variance: otherwise the ground's brightness fills three of four, and noise drowns colours long before it."""
     means = torch.cat([vae.encode(to_float(images[c])).latent_dist.mean for c in batches(len(images), 128)])
