@@ -19,6 +19,9 @@ def train(
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, such as loop.batch=64.")
     ] = None,
+    bundle: Annotated[
+        bool, typer.Option("--bundle", help="Write a whole model with its database to OUT/bundle, too.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be trained, held and computed, and stop.")
     ] = False,
@@ -46,6 +49,8 @@ def train(
         typer.echo(to_yaml(settings), err=True)
     trainer = LADDTrainer(settings, out, device=device, resume=resume)
     folder = trainer.train(max_steps)
+    if bundle:
+        folder = trainer.export(out / "bundle", whole=True)
     if trainer.processes.is_main_process:
         facts = {"export": str(folder), "steps": trainer.step, "skipped": trainer.skipped}
         typer.echo(json.dumps(facts) if as_json else f"wrote {folder} after {trainer.step} steps")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ragturbo.model import lora
-from ragturbo.model.bundle import Bundle
+from ragturbo.model.bundle import DATABASE, Bundle
 
 if TYPE_CHECKING:
     from ragturbo.train.ladd import LADDTrainer
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 def export(trainer: LADDTrainer, folder: Path, *, whole: bool) -> None:
     """Adapter mode: adapter.safetensors and decoder_lora/, for `adapter=folder`; `whole`: the student's bundle with
-    them in it. Student mode: the bundle with the trained UNet. In fp32, and of the average where one is kept."""
+    them and the database in it. Student mode: the bundle with the trained UNet. In fp32; the average if one is kept."""
     folder.mkdir(parents=True, exist_ok=True)
     if trainer.config.mode == "student":
         _export_student(trainer, folder)
@@ -35,6 +36,8 @@ def export(trainer: LADDTrainer, folder: Path, *, whole: bool) -> None:
         base.load_adapter(folder)
         base.info = replace(base.info, num_neighbors=trainer.config.student.num_neighbors)
         base.save(folder)
+        if trainer.data.database is not None:
+            shutil.copytree(trainer.data.database.path, folder / DATABASE, dirs_exist_ok=True)
 
 
 def _export_student(trainer: LADDTrainer, folder: Path) -> None:

@@ -16,6 +16,7 @@ from ragturbo.train.discriminator import Backbone, Discriminator
 from ragturbo.train.lpips import LatentLPIPS, load_lpips
 from ragturbo.train.shards import Shards
 from ragturbo.train.student import Student, trailing_euler
+from ragturbo.train.teacher import load_teacher
 
 if TYPE_CHECKING:
     from ragturbo.retrieval.database import Database
@@ -40,11 +41,11 @@ def load_models(config: LADDConfig, device: torch.device, dtype: torch.dtype) ->
     elif config.teacher == "self":
         teacher = None
     else:
-        other = Bundle.load(str(config.teacher), device=device, dtype=dtype, adapter=False)
-        teacher, scheduler = other.unet.unet, other.scheduler
-        if other.unet.text_width != bundle.text.width:
+        other, teacher = load_teacher(str(config.teacher), str(device), config.loop.precision)
+        scheduler = other.scheduler
+        if other.text.width != bundle.text.width:
             raise ModelError(
-                f"the teacher {config.teacher} takes text states {other.unet.text_width} wide; the student's are "
+                f"the teacher {config.teacher} takes text states {other.text.width} wide; the student's are "
                 f"{bundle.text.width}: D reads the student's"
             )
     if dtype != first:

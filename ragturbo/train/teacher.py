@@ -19,6 +19,10 @@ from ragturbo.train.shards import DTYPES, Plan, digest, remaining, write_shard
 from ragturbo.train.student import trailing_euler
 
 
+# As a training configuration calls them.
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
 class TeacherSampler:
     """The teacher's probability-flow ODE by deterministic Euler steps with classifier-free guidance.
 
@@ -105,7 +109,7 @@ def make_teacher_data(
 
 def load_teacher(model: str, device: str, precision: str | None) -> tuple[Bundle, Any]:
     """A bundle and its undistilled UNet: teacher_unet/ where there is one."""
-    dtype = None if precision is None else DTYPES[precision]
+    dtype = None if precision is None else PRECISIONS.get(precision) or DTYPES[precision]
     own = (resolve(model) / TEACHER).is_dir()
     bundle = Bundle.load(model, device=device, dtype=dtype, adapter=False, teacher=own)
     if own:

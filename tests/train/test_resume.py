@@ -16,7 +16,7 @@ import pytest
 from ragturbo.errors import InvalidRequest, ModelError
 from ragturbo.train import checkpoint
 
-STEPS = 6
+STEPS = 4
 FILES = ("trainable", "ema", "heads", "optimizer_g", "optimizer_d")
 
 

@@ -149,6 +149,25 @@ def test_the_export_is_the_average_and_a_generator_loads_it(make, world):
     assert lora and all(torch.equal(value, trainer.ema.values[f"unet.{name}"]) for name, value in lora.items())
 
 
+def test_a_whole_bundle_answers_with_what_was_trained(make):
+    """From the trainer to an image: the exported folder is a model with adapter, LoRA and database of its own."""
+    import ragturbo
+    from ragturbo.model.info import BundleInfo
+
+    trainer = make(loop__max_steps=1, student__num_neighbors=2)
+    trainer.train()
+    trainer.masters.load({k: v + 0.05 for k, v in trainer.masters.state().items()})
+    trainer.ema.load(trainer.masters.state())
+    folder = trainer.export(trainer.out / "bundle", whole=True)
+    assert BundleInfo.read(folder).num_neighbors == 2
+    with ragturbo.Generator.from_pretrained(folder, device="cpu", batch_sizes=(1,)) as gen:
+        out = gen("a red circle", seed=1, output_type="latent", num_neighbors=2)
+        assert out.mode == "adapter" and len(out.neighbors[0]) == 2
+        other = gen("a red circle", seed=1, output_type="latent", neighbors=[9, 11])
+        plain = gen("a red circle", seed=1, output_type="latent", mode="none")
+    assert not torch.equal(out.images, other.images) and not torch.equal(out.images, plain.images)
+
+
 def test_each_optimiser_has_its_own_options(make):
     """Reported: the discriminator's optimiser ignores its options."""
     options = {"lr": 3e-3, "betas": [0.0, 0.9], "weight_decay": 0.1, "eps": 1e-6}
@@ -375,6 +394,19 @@ def test_a_whole_student_trains_and_exports_as_a_model_of_its_own(make):
     assert bundle.info.distilled and bundle.scheduler.config.timestep_spacing == "trailing"
     for name, value in bundle.unet.unet.state_dict().items():
         torch.testing.assert_close(value, trainer.ema.values[f"unet.{name}"])
+
+
+def test_a_named_teacher_is_its_undistilled_unet(make, world, tiny_sd21):
+    from ragturbo.errors import ModelError
+
+    own, named, itself = (make(teacher=teacher) for teacher in (None, str(world.model), "self"))
+    z, s, text = torch.randn(1, 4, 8, 8), torch.tensor([500]), torch.randn(1, 16, 32)
+    with torch.no_grad():
+        a, b, c = (trainer.discriminator.features(z, s, text) for trainer in (own, named, itself))
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    assert not any(torch.equal(x, y) for x, y in zip(a, c, strict=True))
+    with pytest.raises(ModelError, match="is distilled"):
+        make(teacher=str(tiny_sd21))
 
 
 def test_retrieval_dropout_leaves_the_dropped_samples_to_the_plain_student(make):
