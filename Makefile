@@ -52,7 +52,7 @@ bench: install
 # measured results against its raw data.
 bench-check: install
 	$(BIN)/python -m ragturbo.bench.check
-	$(PYTEST) tests/engine/test_capture.py -q -k counts
+	$(PYTEST) tests/engine/test_capture.py -q -k operations
 	$(BIN)/ragturbo bench report --check
 
 # An interpreter that has torch already is taken as it is: GPU images come with one that fits their driver.

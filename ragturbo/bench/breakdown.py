@@ -209,7 +209,7 @@ def _turbo(settings: Settings, bundle: Bundle, database: Any, tell: Callable[[st
                 continue
             tell("turbo", kind)
             for i in range(3):
-                gen(words[-1 - i], seed=10_000 + i, mode=mode, output_type="pil")
+                gen(words[-1 - i % len(words)], seed=10_000 + i, mode=mode, output_type="pil")
             seconds, stages = [], []
             for seed, word in enumerate(words):
                 start = time.perf_counter()

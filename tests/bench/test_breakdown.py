@@ -1,0 +1,69 @@
+"""Fig. 6 on any machine: all its bars, parts that add up, and words that promise no more than was measured."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+
+from ragturbo.bench import breakdown as module
+from ragturbo.bench.breakdown import LABELS, Settings, breakdown
+from ragturbo.bench.chart import bars, markdown, rows, verdict
+
+
+def test_every_bar_of_the_figure_is_there_and_ours_without_the_cache(record):
+    assert set(record["profiles"]["paper"]) == set(LABELS)
+    assert {"turbo", "ours"} <= set(record["profiles"]["turbo"])
+    assert record["weights"] == "random" and any("random weights" in flag for flag in record["flags"])
+
+
+def test_retrieval_and_denoising_are_the_whole(record):
+    for row in rows(record):
+        assert row["retrieval_ms"] + row["denoising_ms"] == pytest.approx(row["mean_ms"])
+        # Stages are parts of the whole: on a CPU they are measured one after another.
+        assert sum(row["stages_ms"].values()) <= row["mean_ms"] * 1.02
+    paper = record["profiles"]["paper"]
+    assert paper["turbo"]["retrieval"] == 0 < paper["ours"]["retrieval"] < paper["uncached"]["retrieval"]
+    assert "adapter" in paper["ours"]["stages"] and "adapter" not in paper["turbo"]["stages"]
+
+
+def test_both_profiles_make_the_same_latents_and_the_controls_do_not(record):
+    found = record["profiles"]["turbo"]["agreement"]
+    assert found["error"] < 1e-4
+    assert found["error_other_prompt"] > 10 * found["error"] and found["error_other_noise"] > 10 * found["error"]
+
+
+def test_an_engine_that_makes_something_else_has_no_time(monkeypatch):
+    monkeypatch.setattr(module, "relative_error", lambda ours, theirs: 0.5)
+    small = Settings("rehearsal", "cpu", prompts=2, pairs=20, keys=20, profiles=("turbo",), quick=True)
+    found = breakdown(small)
+    assert all("latents differ" in row["skipped"] for row in rows(found))
+
+
+def on_an_l40s(record, ours_ms, turbo_ms):
+    found = copy.deepcopy(record)
+    found["context"]["gpu"] = {"name": "NVIDIA L40S"}
+    found |= {"model": "sd21 (random weights)", "pixels": 512}
+    for kind, value in (("ours", ours_ms), ("turbo", turbo_ms)):
+        found["profiles"]["paper"][kind]["seconds"]["mean"] = value / 1e3
+    return found
+
+
+def test_reproduced_is_said_on_an_l40s_within_five_percent_only(record):
+    assert verdict(on_an_l40s(record, 116.7 * 1.04, 113.8 * 0.96)).startswith("Reproduced")
+    assert verdict(on_an_l40s(record, 116.7 * 1.06, 113.8)).startswith("Not reproduced")
+    assert "nothing here reproduces" in verdict(record)
+    other = on_an_l40s(record, 116.7, 113.8)
+    other["context"]["gpu"]["name"] = "NVIDIA H200"
+    assert "nothing here reproduces" in verdict(other)
+
+
+def test_the_table_and_the_bars_come_from_the_json_alone(record, tmp_path):
+    text = markdown(record)
+    assert text == markdown(json.loads(json.dumps(record)))
+    assert all(label in text for label in LABELS.values()) and "Where the paper disagrees with itself" in text
+    # Small images stand beside no figure of the paper, and a lower bound beside no measurement.
+    assert "116.7 |" not in text and "projection is" not in text
+    first, second = bars(record, tmp_path / "a.png"), bars(record, tmp_path / "b.png")
+    assert first.read_bytes() == second.read_bytes() and first.read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,105 @@
+"""docs/performance.md is made from the raw data: the same twice, and never behind it unnoticed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from ragturbo.bench import budgets
+from ragturbo.bench.report import SECTIONS, update
+from ragturbo.bench.results import read
+from ragturbo.cli import app
+from ragturbo.errors import InvalidRequest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def place(tmp_path, record, suite):
+    """A results folder of one machine, and a page with every section."""
+    machine = tmp_path / "results" / "cpu-test"
+    machine.mkdir(parents=True)
+    (machine / "breakdown.json").write_text(json.dumps(record))
+    shutil.copy(suite, machine / "suite.json")
+    page = tmp_path / "docs" / "performance.md"
+    page.parent.mkdir()
+    shutil.copy(ROOT / "docs" / "performance.md", page)
+    return tmp_path / "results", page
+
+
+def test_a_page_is_made_once_and_then_agrees(place):
+    results, page = place
+    assert update(results, page, write=False)
+    update(results, page, write=True)
+    text = page.read_text()
+    assert update(results, page, write=False) == []
+    update(results, page, write=True)
+    assert page.read_text() == text
+    assert "scaled_residual" in text and "cpu-test/" not in text.split("## Budgets")[0]
+    assert sorted(p.name for p in (page.parent / "plots").iterdir()) == [
+        "cpu-test-breakdown.png", "cpu-test-roofline.png", "cpu-test-stages.png",
+    ]  # fmt: skip
+
+
+def test_a_number_typed_by_hand_is_found(place):
+    results, page = place
+    update(results, page, write=True)
+    page.write_text(page.read_text().replace(" µs |", " ns |", 1))
+    assert update(results, page, write=False)
+    run = CliRunner().invoke(app, ["bench", "report", "--check", "--results", str(results), "--page", str(page)])
+    assert run.exit_code == 3 and "disagrees" in run.output
+
+
+def test_new_data_makes_the_page_stale(place):
+    results, page = place
+    update(results, page, write=True)
+    path = results / "cpu-test" / "suite.json"
+    data = json.loads(path.read_text())
+    data["benchmarks"][0]["extra_info"]["seconds"]["p50"] *= 2
+    path.write_text(json.dumps(data))
+    assert update(results, page, write=False)
+
+
+def test_the_newest_measurement_of_a_benchmark_wins(place):
+    results, _ = place
+    path = results / "cpu-test" / "suite.json"
+    data = json.loads(path.read_text())
+    data["datetime"] = "2999-01-01T00:00:00+00:00"
+    data["benchmarks"] = data["benchmarks"][:1]
+    data["benchmarks"][0]["extra_info"]["seconds"]["p50"] = 42.0
+    (path.parent / "again.json").write_text(json.dumps(data))
+    found = {b["fullname"]: b for _, b in read(results)[0].benchmarks()}
+    assert found[data["benchmarks"][0]["fullname"]]["extra_info"]["seconds"]["p50"] == 42.0
+    assert len(found) == len(json.loads(path.read_text())["benchmarks"])
+
+
+def test_a_rehearsal_is_no_result(place):
+    results, page = place
+    path = results / "cpu-test" / "breakdown.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rehearsal": True}))
+    with pytest.raises(InvalidRequest, match="rehearsal"):
+        update(results, page, write=False)
+
+
+def test_a_budget_nobody_measured_says_so_and_a_measured_one_is_judged():
+    lines = budgets.table({"unet_s": (3e-3, "x/y.json"), "rows_of_memcpy": (0.5, "x/z.json")})
+    told = {line.split("|")[1].strip(): line for line in lines}
+    assert "3.00 ms | met | x/y.json" in told["UNet alone, batch 1"]
+    assert "50 % | not met" in told["feature rows from the page cache, share of memcpy"]
+    assert sum("not measured" in line for line in lines) == len(budgets.BUDGETS) - 2
+
+
+def test_an_empty_folder_gives_a_page_without_numbers(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("".join(f"<!-- bench:{name} -->\n<!-- /bench -->\n" for name in SECTIONS))
+    update(tmp_path / "nothing", page, write=True)
+    text = page.read_text()
+    assert "Not measured yet" in text and text.count("| | not measured |") == len(budgets.BUDGETS)
+
+
+def test_the_committed_page_agrees_with_the_committed_data():
+    assert update(ROOT / "benchmarks" / "results", ROOT / "docs" / "performance.md", write=False) == []

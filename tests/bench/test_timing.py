@@ -1,0 +1,49 @@
+"""The numbers behind every number: percentiles, noise, order of measurement."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ragturbo.bench.timing import bulk_calls, interleaved, noise, percentiles, rotating
+
+SECONDS = st.lists(st.floats(1e-9, 1e3), min_size=1, max_size=200)
+
+
+@given(SECONDS)
+def test_percentiles_are_numpys(seconds):
+    found = percentiles(seconds)
+    for name, share in (("p50", 50), ("p95", 95), ("p99", 99)):
+        assert found[name] == pytest.approx(np.percentile(seconds, share), rel=1e-12)
+    assert found["min"] == min(seconds) and found["max"] == max(seconds)
+
+
+@given(st.floats(1e-6, 1.0), st.floats(1.0, 5.0), st.integers(1, 50))
+def test_noise_is_how_far_the_halves_lie_apart(level, drift, half):
+    assert noise([level] * 2 * half) == 0
+    assert noise([level] * half + [level * drift] * half) == pytest.approx(drift - 1, abs=1e-9)
+
+
+def test_inputs_rotate_so_that_no_call_finds_the_last_one_in_the_cache():
+    seen: list[int] = []
+    run = rotating(seen.append, [(1,), (2,), (3,)])
+    for _ in range(7):
+        run()
+    assert all(a != b for a, b in itertools.pairwise(seen)) and set(seen) == {1, 2, 3}
+
+
+def test_interleaved_runs_take_turns_at_going_first():
+    order: list[str] = []
+    times = interleaved({n: lambda n=n: order.append(n) for n in "ab"}, rounds=4)
+    assert [len(v) for v in times.values()] == [4, 4]
+    rounds = [tuple(order[i : i + 2]) for i in range(4, 12, 2)]
+    assert rounds == [("a", "b"), ("b", "a")] * 2
+
+
+@given(st.floats(1e-9, 10.0))
+def test_a_replay_holds_enough_calls_and_never_too_many(seconds):
+    assert 1 <= bulk_calls(seconds) <= 1000
