@@ -18,7 +18,6 @@ from ragturbo.train.progress import local_device, rank_and_world, track
 from ragturbo.train.shards import DTYPES, Plan, digest, remaining, write_shard
 from ragturbo.train.student import trailing_euler
 
-
 # As a training configuration calls them.
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
