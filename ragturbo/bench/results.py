@@ -10,7 +10,6 @@ from typing import Any
 
 from ragturbo.errors import InvalidRequest
 
-
 PAPER_ROWS = 630_000
 
 
