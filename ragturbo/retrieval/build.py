@@ -24,11 +24,11 @@ from ragturbo.errors import DatabaseCorrupt, DatabaseError, DatabaseMismatch, In
 from ragturbo.retrieval import images, ranks, writer
 from ragturbo.retrieval.encoder import PairEncoder, load_encoder
 from ragturbo.retrieval.format import Geometry, encode_keys, encode_rows, generation_name
+from ragturbo.retrieval.jobs import Finished, Job, SegmentWriter
 from ragturbo.retrieval.manifest import Manifest, load, parse
 from ragturbo.retrieval.pairs import Record
 from ragturbo.retrieval.report import BuildReport
 from ragturbo.retrieval.sources import Columns, Item, Source, check_caption, open_source
-from ragturbo.retrieval.writer import Finished, Job, SegmentWriter
 
 log = logging.getLogger("ragturbo")
 # done, total or None, skipped

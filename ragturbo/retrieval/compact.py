@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from ragturbo.retrieval import durable, writer
-from ragturbo.retrieval.manifest import Manifest, SegmentEntry
+from ragturbo.retrieval.jobs import Finished, Job, SegmentWriter
+from ragturbo.retrieval.manifest import Manifest, SegmentEntry, load
 from ragturbo.retrieval.segments import Segments
-from ragturbo.retrieval.writer import Finished, Job, SegmentWriter
 
 # Rows copied at a time: about 40 MB of features at the paper's size.
 _BATCH = 256
@@ -33,7 +33,7 @@ def plan(manifest: Manifest, live_counts: list[int]) -> list[list[int]]:
 def compact(folder: Path) -> Manifest:
     """Deletes removed pairs from the disk for good. Ids stay; the old generation goes when the new one is committed."""
     with durable.writer_lock(folder):
-        base = writer.load(folder)
+        base = load(folder)
         segments = Segments(folder, base)
         removed = writer.removed_ids(folder, base)
         alive = ~np.isin(segments.ids, removed)

@@ -390,7 +390,7 @@ def test_a_sparse_database_of_103_gb_opens_and_reads_at_its_end_in_little_memory
 
 def sparse_database(folder: Path, geometry: Geometry, count: int, per: int, payload: bytes, written) -> None:
     """By hand, since writing 103 GB of zeros is what the test must not do; every checksum that is read is true."""
-    from ragturbo.retrieval import pairs, writer
+    from ragturbo.retrieval import jobs, pairs, writer
     from ragturbo.retrieval.durable import FileSum, sum_file
     from ragturbo.retrieval.manifest import SegmentEntry
     from ragturbo.retrieval.pairs import Record
@@ -421,5 +421,5 @@ def sparse_database(folder: Path, geometry: Geometry, count: int, per: int, payl
         sums = {kind: sum_file(Path(f"{path}.{kind}")) for kind in ("keys", "parquet")}
         sums["hseg"] = FileSum(geometry.segment_bytes(per), "0" * 64, 0)
         entries.append(SegmentEntry(number, per, int(ids[0]), int(ids[-1]), trailer_crc, sums))
-    done = [writer.Finished(entry, np.zeros(geometry.key_dim)) for entry in entries]
+    done = [jobs.Finished(entry, np.zeros(geometry.key_dim)) for entry in entries]
     writer.commit(folder, writer.joined(manifest, done, count), np.empty(0, np.int64))
