@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +14,7 @@ from torch import Tensor, nn
 from ragturbo.errors import ModelError
 from ragturbo.model import adapter as adapter_file
 from ragturbo.model import clip_key as clip_key_file
-from ragturbo.model import lora, source
+from ragturbo.model import lora, parts, source
 from ragturbo.model.adapter import HSpaceAdapter
 from ragturbo.model.clip_key import ClipKey
 from ragturbo.model.fingerprint import UNET_ENCODER, VAE_ENCODER, base_state, fingerprint
@@ -25,14 +23,10 @@ from ragturbo.model.onestep import is_trailing
 from ragturbo.model.text import TextEncoder
 from ragturbo.model.unet import HSpaceUNet
 from ragturbo.model.vae import VAE
-from ragturbo.model.weights import file_dtype, refuse_pickle, write_safetensors
+from ragturbo.model.weights import refuse_pickle, write_safetensors
 
 DATABASE = "database"
 TEACHER = "teacher_unet"
-TINY_VAE = "vae_tiny"
-# The tiny VAE for the latents of Stable Diffusion 1 and 2, where a bundle has none of its own.
-TINY_VAE_ID = "madebyollin/taesd"
-_SD_SCALE = 0.18215
 
 
 @dataclass
@@ -105,10 +99,10 @@ class Bundle:
         folder = source.resolve(name, revision=revision, **hub)
         _check_index(folder)
 
-        text_encoder, tokenizer = _load_text_encoder(folder), _load_tokenizer(folder)
-        unet, vae_module = _load_unet(folder, "unet"), _load_vae(folder, vae, hub)
+        text_encoder, tokenizer = parts.load_text_encoder(folder), parts.load_tokenizer(folder)
+        unet, vae_module = parts.load_unet(folder, "unet"), parts.load_vae(folder, vae, hub)
         clip_key = ClipKey.load(folder) if (folder / clip_key_file.FILE).is_file() else None
-        scheduler = _load_scheduler(folder)
+        scheduler = parts.load_scheduler(folder)
         info = BundleInfo.read(folder) or BundleInfo(
             distilled=is_trailing(scheduler), key_kind="pooled" if clip_key is None else "clip", base_model=str(name)
         )
@@ -128,7 +122,7 @@ class Bundle:
             unet=HSpaceUNet(place(unet)),
             vae=VAE(place(vae_module)),
             scheduler=scheduler,
-            teacher=place(_load_unet(folder, TEACHER)) if teacher else None,
+            teacher=place(parts.load_unet(folder, TEACHER)) if teacher else None,
             database_path=folder / DATABASE if (folder / DATABASE).is_dir() else None,
             fingerprints=names,
         )
@@ -161,7 +155,7 @@ class Bundle:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.text.tokenizer.save_pretrained(folder / "tokenizer")
-        with _quiet():
+        with parts.quiet():
             self.text.text_encoder.save_pretrained(folder / "text_encoder", safe_serialization=True)
         _save_diffusers(self.unet.unet, folder / "unet")
         _save_diffusers(self.vae.module, folder / "vae")
@@ -240,126 +234,6 @@ def _model_index(bundle: Bundle) -> dict[str, Any]:
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", type(bundle.vae.module).__name__],
     }
-
-
-def _load_text_encoder(folder: Path) -> Any:
-    from transformers import CLIPTextModel
-
-    path = source.component(folder, "text_encoder")
-    kind = source.read_config(path).get("model_type")
-    if kind not in ("clip_text_model", "clip"):
-        raise ModelError(f"{path} is a {kind!r}; ragturbo takes CLIP text encoders")
-    # *WithProjection would make random weights of the projection_dim that SD 2's config names and has none for.
-    with _quiet():
-        loaded: Any = CLIPTextModel.from_pretrained(
-            path, local_files_only=True, use_safetensors=True, dtype=_dtype_of(path), output_loading_info=True
-        )
-    model, report = loaded
-    _whole(path, report)
-    return model
-
-
-def _load_tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    path = folder / "tokenizer"
-    if not path.is_dir():
-        raise ModelError(f"{folder} is no model in diffusers' layout: it has no folder tokenizer/")
-    try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    # A tokenizer's files are read by several libraries, each with its own errors.
-    except Exception as error:
-        raise ModelError(f"{path} is no tokenizer: {error}") from error
-
-
-def _load_unet(folder: Path, name: str) -> Any:
-    from diffusers import UNet2DConditionModel
-
-    return _load_diffusers(UNet2DConditionModel, source.component(folder, name))
-
-
-def _load_vae(folder: Path, choice: str, hub: dict[str, Any]) -> Any:
-    from diffusers import AutoencoderKL, AutoencoderTiny
-
-    if choice == "full":
-        path = source.component(folder, "vae")
-        kind = AutoencoderTiny if source.read_config(path).get("_class_name") == "AutoencoderTiny" else AutoencoderKL
-        return _load_diffusers(kind, path)
-    if choice != "tiny":
-        path = source.resolve(choice, **hub)
-    elif (folder / TINY_VAE).is_dir():
-        path = source.component(folder, TINY_VAE)
-    else:
-        full = source.read_config(source.component(folder, "vae"))
-        if full.get("latent_channels") != 4 or abs(full.get("scaling_factor", _SD_SCALE) - _SD_SCALE) > 1e-6:
-            raise ModelError(
-                f"{folder} has no {TINY_VAE}/, and {TINY_VAE_ID} is for Stable Diffusion's latents: "
-                "give a folder or id of its own as vae"
-            )
-        path = source.resolve(TINY_VAE_ID, **hub)
-    path = source.component(path.parent, path.name)
-    if source.read_config(path).get("_class_name") != "AutoencoderTiny":
-        raise ModelError(f"{path} is not an AutoencoderTiny")
-    return _load_diffusers(AutoencoderTiny, path)
-
-
-def _load_scheduler(folder: Path) -> Any:
-    import diffusers
-
-    path = folder / "scheduler" / "scheduler_config.json"
-    try:
-        config = json.loads(path.read_text("utf-8"))
-        kind = getattr(diffusers, config["_class_name"])
-        if not issubclass(kind, diffusers.SchedulerMixin):
-            raise TypeError(f"{kind.__name__} is no scheduler")
-        return kind.from_config(config)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ModelError(f"{path} is no scheduler of diffusers: {error!r}") from error
-
-
-def _load_diffusers(kind: Any, path: Path) -> Any:
-    from diffusers.utils import is_accelerate_available
-
-    try:
-        model, report = kind.from_pretrained(
-            path,
-            local_files_only=True,
-            use_safetensors=True,
-            torch_dtype=_dtype_of(path),
-            low_cpu_mem_usage=is_accelerate_available(),
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, TypeError) as error:
-        raise ModelError(f"{path} cannot be loaded as {kind.__name__}: {error}") from error
-    _whole(path, report)
-    return model
-
-
-def _dtype_of(path: Path) -> torch.dtype:
-    """Weights are loaded in their file's type, so that fingerprints see what the file holds; the cast comes after."""
-    return file_dtype(sorted(path.glob("*.safetensors"))[0])
-
-
-def _whole(path: Path, report: dict[str, Any]) -> None:
-    """The libraries fill a missing weight with random numbers and a warning."""
-    if missing := sorted(report.get("missing_keys") or ()):
-        raise ModelError(f"{path} lacks {len(missing)} weights, the first of them {missing[0]}")
-    if mismatched := list(report.get("mismatched_keys") or ()):
-        raise ModelError(f"{path} has weights of other shapes than its config.json says: {mismatched[0]}")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers draws a progress bar for every load and save; a library's caller has not asked for one."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _save_diffusers(module: Any, folder: Path) -> None:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 import os
 import re
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ragturbo.errors import ModelError
-from ragturbo.model.weights import PICKLES, open_safetensors, refuse_pickle
+from ragturbo.model.weights import PICKLES, file_dtype, refuse_pickle
 
 EMBEDDED = "shapes"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-# What a bundle is made of. Single-file checkpoints, pickles and other frameworks' weights stay where they are.
-_WANTED = ("*.json", "*/*.json", "*/*.txt", "*/*.model", "*.safetensors", "*/*.safetensors", "database/**")
+# What a bundle is made of. At the root, other weights are other forms of the same model; pickles and other frameworks'
+# files stay where they are.
+_WANTED = ("*.json", "*/*.txt", "*/*.safetensors", "adapter.safetensors", "clip_key.safetensors", "database/**")
 _UNWANTED = ("*/*.fp16.*", "*/*.non_ema.*", "safety_checker/*", "feature_extractor/*", "image_encoder/*")
-_SINGLE_FILES = ("adapter.safetensors", "clip_key.safetensors")
 
 
 def resolve(
@@ -47,7 +50,6 @@ def resolve(
 def _snapshot(name: str, local_files_only: bool, revision: str | None, cache_dir: Any) -> Path:
     from huggingface_hub import constants, snapshot_download
 
-    # Only what the pipeline's index does not name stays out: root weights are other forms of the same model.
     offline = local_files_only or constants.HF_HUB_OFFLINE
     try:
         return Path(
@@ -56,7 +58,7 @@ def _snapshot(name: str, local_files_only: bool, revision: str | None, cache_dir
                 revision=revision,
                 cache_dir=cache_dir,
                 local_files_only=offline,
-                allow_patterns=[p for p in _WANTED if p != "*.safetensors"] + list(_SINGLE_FILES),
+                allow_patterns=list(_WANTED),
                 ignore_patterns=list(_UNWANTED),
             )
         )
@@ -69,21 +71,35 @@ def _snapshot(name: str, local_files_only: bool, revision: str | None, cache_dir
         ) from error
 
 
-def component(folder: Path, name: str) -> Path:
-    """A component's folder, checked: it is there and holds whole safetensors, no pickle alone."""
+@dataclass(frozen=True)
+class Component:
+    """A part's folder and which of its weights count."""
+
+    path: Path
+    variant: str | None
+    """diffusers' and transformers' word for model.fp16.safetensors: taken only where there is nothing else."""
+    dtype: torch.dtype
+    """Of the file, so that fingerprints see what it holds; the cast comes after."""
+
+
+def component(folder: Path, name: str) -> Component:
+    """A part of a model, checked: it is there and holds whole safetensors, and not a pickle alone."""
     path = folder / name
     if not path.is_dir():
         raise ModelError(f"{folder} is no model in diffusers' layout: it has no folder {name}/")
-    weights = sorted(path.glob("*.safetensors"))
-    if not weights:
-        for other in sorted(path.iterdir()):
-            if other.suffix in PICKLES:
-                refuse_pickle(other)
-        raise ModelError(f"{path} has no weights (*.safetensors)")
-    for file in weights:
-        with open_safetensors(file):
-            pass
-    return path
+    for variant in (None, "fp16"):
+        files = sorted(file for file in path.glob("*.safetensors") if _variant(file) == variant)
+        if files:
+            return Component(path, variant, [file_dtype(file) for file in files][0])
+    for other in sorted(path.iterdir()):
+        if other.suffix in PICKLES:
+            refuse_pickle(other)
+    raise ModelError(f"{path} has no weights (*.safetensors)")
+
+
+def _variant(file: Path) -> str | None:
+    """model.safetensors has none; model.fp16.safetensors and, in pieces, model.fp16-00001-of-00002.safetensors do."""
+    return ".".join(file.name.split(".")[1:-1]).split("-")[0] or None
 
 
 def read_config(folder: Path) -> dict[str, Any]:

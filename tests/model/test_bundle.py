@@ -157,9 +157,42 @@ def test_a_fingerprint_is_the_models_whatever_it_is_loaded_as(tiny_sd21: Path, b
 
 def test_a_half_precision_copy_of_a_model_has_its_fingerprint(folder: Path, bundle: Bundle) -> None:
     for file in folder.glob("*/*.safetensors"):
-        state = load_file(file)
-        save_file({n: v.half() for n, v in state.items()}, file, metadata={"format": "pt"})
+        halve(file, file)
     assert Bundle.load(folder, device="cpu").fingerprint() == bundle.fingerprint()
+
+
+def halve(file: Path, to: Path) -> None:
+    save_file({n: v.half() for n, v in load_file(file).items()}, to, metadata={"format": "pt"})
+
+
+def test_half_precision_variants_are_taken_only_where_there_is_nothing_else(folder: Path, bundle: Bundle) -> None:
+    whole = {file: file.with_name(f"{file.stem}.fp16.safetensors") for file in folder.glob("*/*.safetensors")}
+    assert len(whole) == 3
+    for file, half in whole.items():
+        halve(file, half)
+    # A clone of a repository has both: the full ones are what fp32 asks for.
+    assert torch.equal(run(Bundle.load(folder, device="cpu")), run(bundle))
+    for file in whole:
+        file.unlink()
+    only = Bundle.load(folder, device="cpu")
+    assert only.dtype == torch.float32 and only.fingerprint() == bundle.fingerprint()
+    assert not torch.equal(run(only), run(bundle))
+    torch.testing.assert_close(run(only), run(bundle), rtol=0.05, atol=0.05)
+
+
+def test_weights_in_pieces_are_one_model(folder: Path, bundle: Bundle) -> None:
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet")
+    (folder / UNET_WEIGHTS).unlink()
+    unet.save_pretrained(folder / "unet", max_shard_size="1MB")
+    pieces = sorted((folder / "unet").glob("*.safetensors"))
+    assert len(pieces) > 1
+    again = Bundle.load(folder, device="cpu")
+    assert torch.equal(run(again), run(bundle)) and again.fingerprint() == bundle.fingerprint()
+    pieces[-1].write_bytes(pieces[-1].read_bytes()[:-1])
+    with pytest.raises(ModelError, match=f"{pieces[-1].name} is not a whole"):
+        Bundle.load(folder, device="cpu")
 
 
 def test_lora_and_layout_leave_the_fingerprint_alone(tiny_sd21: Path, tmp_path: Path, bundle: Bundle) -> None:
