@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import subprocess
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -35,7 +36,7 @@ def run(
         log.info("%s: resumed at step %d of %d", name, step, steps)
     parallel.start()
     begun, sums, since, mark = time.monotonic(), {}, 0, time.monotonic()
-    threads = Threads()
+    threads, commit = Threads(), head()
     while step < steps and not (minutes and time.monotonic() - begun > 60 * minutes):
         with threads, attention():
             losses = update(step, torch.Generator().manual_seed(seed * 1_000_003 + step))
@@ -45,7 +46,7 @@ def run(
         if parallel.RANK == 0 and (step % 50 == 0 or step == steps):
             row = {"step": step, **{k: round(v / since, 5) for k, v in sums.items()}}
             row["seconds_a_step"] = round((time.monotonic() - mark) / since, 4)
-            row["threads"] = threads.now
+            row |= {"threads": threads.now, "processes": parallel.WORLD, "commit": commit}
             log.info("%s %s", name, row)
             with open(work / f"{name}.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
@@ -55,6 +56,14 @@ def run(
     if parallel.RANK == 0:
         _save(checkpoint, step, state)
     return step >= steps
+
+
+def head() -> str:
+    """The recipe's commit, with a + where its files have changed since."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    said = [subprocess.run([*git, *words], capture_output=True, text=True).stdout.strip()
+            for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "."))]  # fmt: skip
+    return said[0] + ("+" if said[1] else "")
 
 
 class Threads:

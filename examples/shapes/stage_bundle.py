@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import subprocess
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from loop import head
 from networks import make_scheduler
 from PIL import Image
 from settings import Settings
@@ -83,17 +83,13 @@ def database_scenes(count: int, s: Settings) -> Iterator[Scene]:
 
 def provenance(work: Path, s: Settings) -> dict:
     """The recipe's commit and settings, and every stage's last losses."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run([*git, "status", "--porcelain", "."], capture_output=True, text=True).stdout.strip()
     stages = {}
     for name in LOGS:
         path = work / f"{name}.jsonl"
         if path.exists():
             stages[name] = json.loads(path.read_text().splitlines()[-1])
     return {
-        "recipe": "examples/shapes", "commit": commit, "recipe_changed_since": bool(changed), "settings": asdict(s),
-        "stages": stages, "words": vocabulary(),
+        "recipe": "examples/shapes", "commit": head(), "settings": asdict(s), "stages": stages, "words": vocabulary(),
     }  # fmt: skip
 
 
