@@ -14,6 +14,7 @@ from ragturbo.errors import InvalidRequest
 from ragturbo.output import Neighbor, Output
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from concurrent.futures import Future
 
     import torch
@@ -145,6 +146,10 @@ class Generator:
     def load_adapter(self, path: str | os.PathLike[str]) -> None:
         """adapter.safetensors and, where the folder has one, decoder_lora; from the next batch on."""
         self._executor.call(lambda: self._engine.load_adapter(path))
+
+    def call(self, function: Callable[[], Any]) -> Any:
+        """Runs `function` on the device's thread between two batches, and waits: for profilers."""
+        return self._executor.call(function)
 
     @property
     def healthy(self) -> bool:

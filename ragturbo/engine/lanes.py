@@ -12,6 +12,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
+from torch.profiler import record_function
 
 from ragturbo.errors import GenerationError
 
@@ -83,7 +84,8 @@ class Direct:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
-        yield
+        with record_function(name):
+            yield
         self._clock[name] = self._clock.get(name, 0.0) + time.perf_counter() - start
 
     @contextmanager

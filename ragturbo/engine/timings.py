@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch.profiler import record_function
 
 STAGES = ("queue", "tokenize", "text", "search", "gather", "encode", "adapter", "decode", "vae", "copy", "total")
 
@@ -23,15 +24,15 @@ class StageClock:
     def stage(self, name: str) -> Iterator[None]:
         if self._cuda:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda.nvtx.range_push(name)
-            begin.record()
-            yield
-            end.record()
-            torch.cuda.nvtx.range_pop()
+            with torch.cuda.nvtx.range(name), record_function(name):
+                begin.record()
+                yield
+                end.record()
             self._events.append((name, begin, end))
         else:
             start = time.perf_counter()
-            yield
+            with record_function(name):
+                yield
             self._host[name] = self._host.get(name, 0.0) + time.perf_counter() - start
 
     def seconds(self) -> dict[str, float]:

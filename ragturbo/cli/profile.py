@@ -1,0 +1,75 @@
+"""`ragturbo profile`: where an image's time goes, as a table, a Chrome trace, and command lines for nsys and ncu."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+PROMPTS = ["a red circle left of a blue square", "a green triangle", "a blue circle above a red square"]
+
+
+def profile(
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT…]", help="Taken in turn.")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The Chrome trace.")] = Path("ragturbo-trace.json"),
+    requests: Annotated[int, typer.Option(min=1, help="How many are profiled.")] = 5,
+    model: Annotated[str, typer.Option(help='"shapes" (embedded), a local folder or a hub id.')] = "shapes",
+    database: Annotated[str | None, typer.Option(help="A database folder.")] = None,
+    mode: Annotated[str | None, typer.Option(help="adapter, slerp, lerp or none.")] = None,
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 1,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")] = None,
+    engine: Annotated[str, typer.Option(help="auto, eager or graph.")] = "auto",
+    ranged: Annotated[
+        bool, typer.Option("--range", help="Only mark the requests with cudaProfilerApi, for nsys and ncu.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Report for machines.")] = False,
+) -> None:
+    """Profile some requests after a warm-up."""
+    from ragturbo.cli.terminal import quiet_libraries
+
+    quiet_libraries()
+    import torch
+
+    from ragturbo.engine import profile as profiling
+    from ragturbo.errors import InvalidRequest
+    from ragturbo.generate import Generator
+
+    if ranged and not torch.cuda.is_available():
+        raise InvalidRequest("--range marks requests for nsys and ncu, and torch sees no CUDA GPU here")
+    texts, options = prompts or PROMPTS, {"num_inference_steps": steps, "mode": mode}
+    with Generator.from_pretrained(
+        model, database=database, device=device, dtype=dtype, engine=engine, batch_sizes=(1,)
+    ) as gen:
+        profiling.run(gen, texts, profiling.WARMUPS, **options)
+        recording = profiling.cuda_range(gen) if ranged else profiling.traced(gen, out)
+        with recording:
+            timings = profiling.run(gen, texts, requests, **options)
+        stages, info = profiling.median(timings), gen.info
+    report = {
+        "requests": requests,
+        "median_seconds": stages,
+        "engine": info["engine"],
+        "device": info["device"],
+        "trace": None if ranged else str(out),
+        "commands": profiling.commands(_same(sys.argv)),
+    }
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+        return
+    typer.echo(f"{requests} requests, engine {info['engine']} on {info['device']}; median by stage:")
+    for stage, seconds in stages.items():
+        typer.echo(f"  {stage:<10}{1e3 * seconds:9.3f} ms")
+    if not ranged:
+        typer.echo(f"\nChrome trace (chrome://tracing, ui.perfetto.dev): {out}")
+        for tool, line in report["commands"].items():
+            typer.echo(f"\n{tool}:\n  {line}")
+
+
+def _same(argv: list[str]) -> list[str]:
+    """The arguments of this run, for a command line that repeats it."""
+    given = argv[argv.index("profile") + 1 :] if "profile" in argv else []
+    return [argument for argument in given if argument not in ("--range", "--json")]

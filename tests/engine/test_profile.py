@@ -1,0 +1,43 @@
+"""`ragturbo profile` over a small real model: stages in table and trace, and commands that repeat the run."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from ragturbo.cli import app
+from ragturbo.engine import profile as profiling
+from ragturbo.errors import InvalidRequest
+
+STAGES = {"text", "encode", "adapter", "decode", "vae", "copy"}
+
+
+def test_a_profile_has_every_stage_in_its_table_and_its_trace(model_folder, database_folder, tmp_path):
+    trace = tmp_path / "sub" / "trace.json"
+    arguments = ["profile", "--model", str(model_folder), "--database", str(database_folder), "--device", "cpu"]
+    result = CliRunner().invoke(app, [*arguments, "--out", str(trace), "--requests", "1", "--json"])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout[result.stdout.index("{") :])
+    medians = report["median_seconds"]
+    assert STAGES | {"tokenize", "search", "gather", "queue", "total"} == set(medians)
+    # Stages follow each other on a CPU: together they are no more than the whole.
+    assert sum(seconds for stage, seconds in medians.items() if stage != "total") <= medians["total"]
+    names = [event["name"] for event in json.loads(trace.read_text())["traceEvents"]]
+    assert all(names.count(stage) == 1 for stage in STAGES)
+
+
+def test_the_commands_repeat_the_run_and_record_single_kernels():
+    commands = profiling.commands(["--model", "my model", "--steps", "2"])
+    for line in commands.values():
+        assert "ragturbo profile --model 'my model' --steps 2 --range" in line
+    assert "--cuda-graph-trace=node" in commands["nsys"] and "--capture-range=cudaProfilerApi" in commands["nsys"]
+    assert "--profile-from-start=off" in commands["ncu"] and "--graph-profiling=node" in commands["ncu"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has ranges")
+def test_ranges_need_a_gpu(model_folder):
+    result = CliRunner().invoke(app, ["profile", "--model", str(model_folder), "--range"])
+    assert isinstance(result.exception, InvalidRequest)
