@@ -177,6 +177,11 @@ class Database:
 
     def retriever(self, name: Any = None, *, centred: bool | None = None) -> Retriever:
         """The retriever of this generation, made once: "scann", "exact", "bm25", "auto", or an object with `search`."""
+        if name is None and centred is None:
+            # The common call, at half a millisecond a search: no choosing and no reasons.
+            found = self._state[1].get(None)
+            if found is not None:
+                return found
         chosen = self._chosen if name is None else name
         if not isinstance(chosen, str):
             if not isinstance(chosen, Retriever):
@@ -196,6 +201,8 @@ class Database:
         with self._lock:
             if key not in made:
                 made[key] = self._make(chosen, snapshot, centred, why)
+            if name is None and centred == snapshot.manifest.centred:
+                made[None] = made[key]
             return made[key]
 
     def _make(self, name: str, snapshot: Snapshot, centred: bool, why: str) -> Retriever:
@@ -218,14 +225,14 @@ class Database:
         and diversity: see `Selection`. centred: cosines about the mean of the keys; None is the database's own
         setting."""
         searcher = self.retriever(retriever, centred=centred)
+        plain = min_score is None and max_similarity is None and not diversity
+        if plain and centred is None and isinstance(searcher, scann.ScannRetriever):
+            return searcher.search(keys, k, exclude=exclude)
         snapshot = getattr(searcher, "snapshot", self.snapshot)
         if centred is not None and getattr(searcher, "name", "") == "scann" and searcher.config.centred != centred:  # type: ignore[attr-defined]
             raise InvalidRequest(
                 f"the ScaNN index is {'not ' if centred else ''}centred; reindex it, or search with retriever='exact'"
             )
-        own = isinstance(searcher, scann.ScannRetriever)
-        if own and min_score is None and max_similarity is None and not diversity:
-            return searcher.search(keys, k, exclude=exclude)
         check_k(k)
         selection = Selection(min_score, max_similarity, diversity)
         many = selection.candidates(k)

@@ -183,6 +183,8 @@ class ScannRetriever:
         self._dim = snapshot.geometry.key_dim
         # The searcher below ScaNN's Python wrapper, bound once: at half a millisecond a query, attribute chains show.
         self._one = self.searcher.searcher.search
+        self._one_key = (1, self._dim)
+        self._shallow = min(_SHALLOW, self.config.reorder)
         self._plain = not (self._any_hidden or len(self._tail) or self.config.centred)
 
     def _load(self, index: IndexEntry) -> tuple[np.ndarray, Any]:
@@ -216,16 +218,11 @@ class ScannRetriever:
         return ids
 
     def search(self, keys: Any, k: int, *, exclude: Any = None) -> tuple[Any, Any]:
-        query = to_host(keys)
-        if (
-            exclude is None
-            and self._plain
-            and query.shape == (1, self._dim)
-            and k <= min(_SHALLOW, self.config.reorder)
-        ):
+        query = keys if type(keys) is np.ndarray and keys.dtype == np.float32 else to_host(keys)
+        if exclude is None and self._plain and query.shape == self._one_key and k <= self._shallow:
             found = self._search_one(query[0], k)
             if found is not None:
-                return like(keys, *found)
+                return found if query is keys else like(keys, *found)
         check_k(k)
         check_keys(query, self._dim)
         query = query / np.linalg.norm(query, axis=1, keepdims=True)
@@ -239,15 +236,17 @@ class ScannRetriever:
 
     def _search_one(self, query: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray] | None:
         """One key, nothing to hide and nothing to merge. None where the index found fewer than k: the long way then."""
-        square = float(query @ query)
-        if not (math.isfinite(square) and square > 0 and k > 0):
-            return None
-        if abs(square - 1) > 1e-5:
+        square = float(query.dot(query))
+        if not 0.99999 < square < 1.00001:
+            if not (math.isfinite(square) and square > 0):
+                return None
             query = query / np.float32(math.sqrt(square))
-        where, scores = self._one(query, k, -1, -1)
-        if len(where) != k or scores[-1] != scores[-1]:
+        if k < 1:
             return None
-        return self.index_ids[where][None], scores[None]
+        where, scores = self._one(query, k, -1, -1)
+        if len(where) != k or math.isnan(scores[-1]):
+            return None
+        return self.index_ids.take(where)[None], scores[None]
 
     def _merged(self, query: np.ndarray, k: int, banned: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """One prepared key against the index and the pairs newer than it."""
