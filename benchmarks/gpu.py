@@ -92,11 +92,18 @@ def plan(part: str, options: argparse.Namespace, quick: bool, scratch: Path) -> 
         command += ["--rehearse"] * rehearse + ["--quick"] * quick
         return Step(name, command, box, out, needs)
 
-    def suite(name: str, files: list[str], box: float, seconds: float) -> Step:
-        command = [sys.executable, "-m", "pytest", *files, "-q", "--benchmark-only", "-p", "no:cacheprovider",
-                   f"--benchmark-json={options.results / f'{name}.json'}", f"--benchmark-max-time={seconds}",
-                   "--benchmark-columns=median,iqr,rounds"]  # fmt: skip
-        return Step(name, command + (["-m", "quick"] if quick or rehearse else []), box, None, ("pytest_benchmark",))
+    def suite(files: list[str], box: float, seconds: float) -> list[Step]:
+        """A process a file: pytest writes its JSON at the end, and one that runs out of time must not take the rest."""
+        steps = []
+        for file in files:
+            name = Path(file).stem.removeprefix("test_bench_")
+            out = scratch / f"suite-{name}.json"
+            command = [sys.executable, "-m", "pytest", file, "-q", "--benchmark-only", "-p", "no:cacheprovider",
+                       f"--benchmark-json={out}", f"--benchmark-max-time={seconds}",
+                       "--benchmark-columns=median,iqr,rounds"]  # fmt: skip
+            command += ["-m", "quick"] if quick or rehearse else []
+            steps.append(Step(f"suite {name}", command, box, out, ("pytest_benchmark",)))
+        return steps
 
     benchmarks = ROOT / "benchmarks"
     bundles = {"generate", "stages", "serve", "import"}
@@ -111,7 +118,7 @@ def plan(part: str, options: argparse.Namespace, quick: bool, scratch: Path) -> 
                      "-k", "gather or topk or slerp", "-x"]  # fmt: skip
         return [
             Step("kernel tests", [sys.executable, *tests], 60 if quick else 150, None, ("pytest",)),
-            suite("kernels-suite", ops, 60 if quick else 260, 0.1 if quick or rehearse else 0.3),
+            *suite(ops, 20 if quick else 60, 0.1 if quick or rehearse else 0.3),
             *([] if quick else [Step("sanitizer", sanitized, 120, None, ("compute-sanitizer",))]),
         ]
     if part == "engine":
@@ -127,12 +134,12 @@ def plan(part: str, options: argparse.Namespace, quick: bool, scratch: Path) -> 
         files = [named[name] for name in ("stages", "generate", "serve") if name in named]
         return [
             own("breakdown", 100 if quick else 260, "diffusers"),
-            suite("image-suite", files, 60 if quick else 200, 0.1 if quick or rehearse else 0.5),
+            *suite(files, 30 if quick else 90, 0.1 if quick or rehearse else 0.5),
         ]
     files = [named[name] for name in ("train", "retrieval", "features") if name in named]
     return [
         own("build", 45 if quick else 90, "diffusers"),
-        suite("train-suite", files, 60 if quick else 370, 0.1 if quick or rehearse else 1.0),
+        *suite(files, 45 if quick else 220, 0.1 if quick or rehearse else 1.0),
     ]
 
 
@@ -151,7 +158,9 @@ def run_part(
         print(f"gpu: {part}: {step.name} …", flush=True)
         found = run_boxed(step, min(step.box, until - time.monotonic()))
         result = found.pop("result", None)
-        if result and result.get("kind") == "breakdown":
+        if result and "benchmarks" in result:
+            merge_suite(results / f"{part}-suite.json", result)
+        elif result and result.get("kind") == "breakdown":
             # The part is this one record; what became of its other steps is beside it.
             record = {**result, "rehearsal": rehearsal, "missing": missing, "steps": record["steps"]}
         elif result:
@@ -161,6 +170,15 @@ def run_part(
         path.write_text(json.dumps(record, indent=1, default=str) + "\n", "utf-8")
         print(f"gpu: {part}: {step.name}: {found['outcome']}, {found.get('wall_s', 0):.0f} s", flush=True)
     return record
+
+
+def merge_suite(path: Path, new: dict[str, Any]) -> None:
+    """All suites of a part in one file: same machine, same sources, one after another."""
+    merged = json.loads(path.read_text("utf-8")) if path.is_file() else {**new, "benchmarks": []}
+    seen = {b["fullname"] for b in new["benchmarks"]}
+    merged["benchmarks"] = [b for b in merged["benchmarks"] if b["fullname"] not in seen] + new["benchmarks"]
+    merged["datetime"] = new.get("datetime")
+    path.write_text(json.dumps(merged, indent=1) + "\n", "utf-8")
 
 
 def run_boxed(step: Step, box: float) -> dict[str, Any]:

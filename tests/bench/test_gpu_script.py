@@ -75,12 +75,28 @@ def test_a_part_ends_when_its_time_is_used_up(tmp_path):
     assert "A rehearsal" in gpu.summary(tmp_path) and "| met |" not in gpu.summary(tmp_path)
 
 
+def test_suites_of_a_part_become_one_file_that_a_late_one_cannot_spoil(tmp_path, suite):
+    data = json.loads(suite.read_text())
+    steps = []
+    for i, benchmark in enumerate(data["benchmarks"]):
+        out = tmp_path / f"scratch-{i}.out"
+        text = json.dumps({**data, "benchmarks": [benchmark]})
+        steps.append(step(f"suite {i}", f"open({str(out)!r}, 'w').write({text!r})", result=out))
+    steps.insert(1, step("suite late", "import time; time.sleep(60)", box=5.5))
+    gpu.run_part("kernels", steps, tmp_path, 100.0, rehearsal=False, missing=[])
+    merged = json.loads((tmp_path / "kernels-suite.json").read_text())
+    assert [b["fullname"] for b in merged["benchmarks"]] == [b["fullname"] for b in data["benchmarks"]]
+    assert "kernels: suite late: out of time" in gpu.summary(tmp_path)
+
+
 def test_the_parts_fit_their_time_and_at_most_eight_files(tmp_path):
     files = {"summary.md"}
     for part in gpu.PARTS:
         options = argparse.Namespace(rehearse=False, results=tmp_path)
         files.add(f"{part}.json")
         for planned in gpu.plan(part, options, False, tmp_path):
-            files |= {Path(a.split("=", 1)[1]).name for a in planned.command if a.startswith("--benchmark-json=")}
+            files |= {f"{part}-suite.json"} if planned.name.startswith("suite ") else set()
+            # What a step leaves lies in scratch, and is merged.
+            assert planned.result is None or planned.result.parent == tmp_path
     assert len(files) <= 8, files
     assert gpu.PART_SECONDS <= 480 and sum(gpu.QUICK_SHARES.values()) <= 480
