@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
@@ -59,8 +59,8 @@ def test_both_forms_err_no_more_than_torch(shape, groups, extra, tile, launches,
     w=st.integers(1, 8), split=st.booleans(), seed=st.integers(0, 2**31),
 )  # fmt: skip
 def test_any_shape(batch, groups, width, h, w, split, seed, device, no_worse):
-    if h * w * width < 2:
-        return
+    # A variance of one number is none; and of a few outputs each may cancel, which no relative error forgives.
+    assume(h * w * width >= 2 and batch * groups * width * h * w >= 32)
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, groups * width, h, w, generator=generator).to(device)
     weight, bias = (torch.randn(groups * width, generator=generator).to(device) for _ in range(2))

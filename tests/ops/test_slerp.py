@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from ragturbo.errors import InvalidRequest
@@ -35,12 +35,13 @@ def test_the_kernel_errs_no_more_than_torch(shape, per, dtype, randn, device, no
     per=st.sampled_from(["sample", "token"]), seed=st.integers(0, 2**31),
 )  # fmt: skip
 def test_any_shape_and_weight(batch, tokens, channels, w, per, seed, device, no_worse):
+    # Each of a few outputs may cancel, which no relative error forgives.
+    assume(batch * tokens * channels >= 32)
     generator = torch.Generator().manual_seed(seed)
     t, r = (torch.randn(batch, tokens, channels, generator=generator).to(device) for _ in range(2))
     cos = torch.nn.functional.cosine_similarity(*((x.flatten(1) if per == "sample" else x) for x in (t, r)), dim=-1)
     # Close to opposite the result amplifies the rounding of cos Ω, and at the guards' edges two roundings may part.
-    if cos.min() < -0.99 or (cos - 1 + PARALLEL).abs().min() < 1e-7:
-        return
+    assume(cos.min() > -0.99 and (cos - 1 + PARALLEL).abs().min() > 1e-7)
     weight = torch.full((batch,), w, device=device)
     out = slerp(t, r, weight, per=per, impl="triton")
     no_worse(out, exact(t, r, weight, per), slerp(t, r, weight, per=per, impl="reference"))
