@@ -76,6 +76,8 @@ class Call:
     ) -> Call:
         request = Request.of(prompt, options)
         plan = resolve(request, abilities(bundle, source))
+        if plan.mode in ("slerp", "lerp"):
+            _check_grids(bundle, source, plan)
         begin = time.perf_counter()
         batch, notes = _batch(bundle, request, plan, source)
         tokenize = time.perf_counter() - begin
@@ -184,6 +186,23 @@ class _OutputFuture(Future[Output]):
             self.set_result(self._call.output([f.result(0) for f in self._call.futures]))
         except BaseException as error:
             self.set_exception(error)
+
+
+def _check_grids(bundle: Bundle, source: DatabaseSource | None, plan: Plan) -> None:
+    """Equal numbers of tokens are not enough: 4x16 cells laid over 8x8 would blend one place into another."""
+    factor, unet = bundle.vae.factor, bundle.unet
+    own = unet.grid(plan.height // factor, plan.width // factor)
+    if source is not None:
+        geometry = source.database.geometry
+        theirs = (geometry.height, geometry.width)
+    else:
+        theirs = unet.grid(*[bundle.default_size // factor] * 2)
+    if own != theirs:
+        raise InvalidRequest(
+            f"mode={plan.mode!r} blends equal grids: an image of {plan.height}x{plan.width} has features of "
+            f"{own[0]}x{own[1]}, its neighbours {theirs[0]}x{theirs[1]}. Generate at the neighbours' size, or use "
+            "mode='adapter', which takes any grid."
+        )
 
 
 def _batch(bundle: Bundle, request: Request, plan: Plan, source: DatabaseSource | None) -> tuple[StepBatch, list[str]]:

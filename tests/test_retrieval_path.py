@@ -114,6 +114,15 @@ def test_the_blends_have_their_ends(gen, mode):
     assert np.abs(make(w=0.2, neighbors=[0]) - make(w=0.2, neighbors=[3])).max() > 1e-3
 
 
+def test_slerp_wants_equal_grids_and_the_adapter_takes_any(gen):
+    side = gen._bundle.default_size
+    # As many tokens as the stored features have, but laid out otherwise.
+    size = {"height": side // 2, "width": side * 2}
+    with pytest.raises(InvalidRequest, match="features of 1x4, its neighbours 2x2"):
+        gen(PROMPT, mode="slerp", **size)
+    assert gen(PROMPT, mode="adapter", seed=1, **size).images[0].size == (side * 2, side // 2)
+
+
 def test_neighbours_may_be_ids_neighbors_or_pairs_encoded_on_the_spot(gen):
     out = gen(PROMPT, seed=4, num_neighbors=2, output_type="np")
     by_neighbor = gen(PROMPT, seed=4, neighbors=out.neighbors[0], output_type="np")
