@@ -45,9 +45,7 @@ def teacher(model: Model, args: argparse.Namespace) -> dict:
 
     def latents(noise: Tensor, states: Tensor) -> Tensor:
         steps, guidance = args.steps or s.sampling_steps, args.guidance or s.guidance
-        return teacher_latents(
-            unet, noise, states, model.texts.empty, steps=steps, guidance=guidance, order=args.order
-        )
+        return teacher_latents(unet, noise, states, model.texts.empty, steps=steps, guidance=guidance, order=args.order)
 
     return _score(model, args, latents)
 

@@ -40,9 +40,7 @@ def make_pairs(work: Path, s: Settings, minutes: float | None = None) -> None:
         rows = range(chunk.start, chunk.stop)
         states = texts.states([captions[pair_caption(i, s)] for i in rows])
         noise = noise_of(range(pair_seed(rows.start, s), pair_seed(rows.stop, s)))
-        latents = teacher_latents(
-            teacher, noise, states, texts.empty, steps=s.pair_steps, guidance=s.guidance, order=2
-        )
+        latents = teacher_latents(teacher, noise, states, texts.empty, steps=s.pair_steps, guidance=s.guidance, order=2)
         done = np.concatenate([done, latents.half().cpu().numpy()])
         if chunk.stop % 1000 == 0 or chunk.stop == s.pairs:
             np.save(path, done)

@@ -157,9 +157,7 @@ def lpips(
     quiet_libraries()
     from ragturbo.train.vgg_recipe import train_vgg
 
-    result = train_vgg(
-        data, out, width=width, words=words, steps=steps, batch=batch, lr=lr, seed=seed, device=device
-    )
+    result = train_vgg(data, out, width=width, words=words, steps=steps, batch=batch, lr=lr, seed=seed, device=device)
     typer.echo(
         f"wrote {out}: held-out words told with average precision {result['average_precision']:.3f} "
         f"(by frequency alone {result['by_frequency']:.3f})"

@@ -38,7 +38,7 @@ def choose_device(device: Any, dtype: Any) -> tuple[torch.device, torch.dtype]:
 
 
 def make_engine(bundle: Bundle, config: GeneratorConfig) -> Engine:
-    """"auto" is CUDA graphs on a GPU, and eager elsewhere; a named engine runs or raises."""
+    """ "auto" is CUDA graphs on a GPU, and eager elsewhere; a named engine runs or raises."""
     if config.engine == "graph" and bundle.device.type != "cuda":
         raise InvalidRequest("engine='graph' captures CUDA graphs and needs a CUDA device; use 'eager' or 'auto' here")
     if config.engine == "eager" or bundle.device.type != "cuda":

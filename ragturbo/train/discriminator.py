@@ -152,9 +152,7 @@ def encoder_only(unet: Any) -> Any:
 
 def accuracy(real: Sequence[Tensor], fake: Sequence[Tensor]) -> Tensor:
     """(K,): how often each head tells them apart, at 0; 0.5 is chance."""
-    return torch.stack(
-        [((r > 0).float().mean() + (f < 0).float().mean()) / 2 for r, f in zip(real, fake, strict=True)]
-    )
+    return torch.stack([((r > 0).float().mean() + (f < 0).float().mean()) / 2 for r, f in zip(real, fake, strict=True)])
 
 
 def check_misaligned(misaligned: bool, micro_batch: int) -> None:

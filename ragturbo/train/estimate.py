@@ -228,4 +228,3 @@ def _vgg_width(config: LADDConfig) -> int:
 
 def _numel(module: nn.Module | None) -> int:
     return 0 if module is None else sum(p.numel() for p in module.parameters())
-

@@ -222,9 +222,7 @@ class LADDTrainer:
             return TextStates(batch.text, batch.key)
         return self.bundle.text.encode(batch.input_ids)
 
-    def _retrieved(
-        self, batch: Batch, key: Tensor, drop: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def _retrieved(self, batch: Batch, key: Tensor, drop: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """h_retr (B, k, S, C), λ (B,) and valid (B, k), as a Generator would have them."""
         if batch.h_retr is None:
             return None, None, None
