@@ -10,7 +10,7 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 help:
 	@echo "make demo        install, then draw demo.png with the embedded model"
 	@echo "make test        install, then every test that needs no GPU"
-	@echo "make test-long   the same with full counts and the slow tests"
+	@echo "make test-long   the same with full counts and the slow tests; its record is benchmarks/results/test-long.json"
 	@echo "make lint        ruff and mypy"
 	@echo "make bench       the benchmarks; make bench-check: counts that depend on no machine, and docs against data"
 	@echo "make gpu         what needs a GPU; PART=kernels|engine|breakdown|train, RESULTS=folder"
@@ -38,7 +38,7 @@ test: install
 	$(PYTEST) -m "not slow and not long and not gpu" -n 2 --dist worksteal -q
 
 test-long: install
-	RAGTURBO_LONG=1 $(PYTEST) -m "not gpu" -n 2 --dist worksteal -q
+	RAGTURBO_LONG=1 RAGTURBO_COUNTS=benchmarks/results/test-long.json $(PYTEST) -m "not gpu" -n 2 --dist worksteal -q
 
 lint: install
 	$(BIN)/ruff check .

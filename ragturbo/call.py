@@ -45,6 +45,7 @@ def abilities(bundle: Bundle, source: DatabaseSource | None) -> Abilities:
         text_width=bundle.text.width,
         key_width=bundle.text.key_dim,
         max_steps=4 if bundle.info.distilled else 1000,
+        num_neighbors=bundle.info.num_neighbors,
     )
 
 

@@ -37,6 +37,8 @@ class Abilities:
     text_width: int
     key_width: int
     max_steps: int
+    num_neighbors: int = 1
+    """What the adapter was trained with."""
 
 
 @dataclass
@@ -108,7 +110,7 @@ def resolve(request: Request, can: Abilities) -> Plan:
     count = n_prompts * per_prompt
     mode = _mode(request, can)
     neighbors = _neighbors(request, n_prompts, mode)
-    k = _num_neighbors(request, mode, neighbors)
+    k = _num_neighbors(request, can, mode, neighbors)
     _check_retrieval_options(request, can, mode)
     _check_steps(request, can)
     negative = _negative(request, n_prompts)
@@ -214,7 +216,7 @@ def _neighbors(request: Request, n_prompts: int, mode: str) -> list[list[Any]] |
     return lists
 
 
-def _num_neighbors(request: Request, mode: str, neighbors: list[list[Any]] | None) -> int:
+def _num_neighbors(request: Request, can: Abilities, mode: str, neighbors: list[list[Any]] | None) -> int:
     if mode == "none":
         return 0
     if neighbors is not None:
@@ -222,7 +224,8 @@ def _num_neighbors(request: Request, mode: str, neighbors: list[list[Any]] | Non
         if request.num_neighbors is not None and request.num_neighbors != k:
             raise InvalidRequest(f"num_neighbors={request.num_neighbors} but neighbors names {k}")
     else:
-        k = 1 if request.num_neighbors is None else _positive("num_neighbors", request.num_neighbors)
+        own = can.num_neighbors if mode == "adapter" else 1
+        k = own if request.num_neighbors is None else _positive("num_neighbors", request.num_neighbors)
     if k > MAX_NEIGHBORS:
         raise InvalidRequest(f"{k} neighbours are more than the {MAX_NEIGHBORS} the adapter attends to")
     return k

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import secrets
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -33,9 +35,44 @@ def rng(request: pytest.FixtureRequest) -> np.random.Generator:
 
 
 @pytest.fixture
-def long_count() -> Callable[[int], int]:
+def long_count(request: pytest.FixtureRequest) -> Callable[[int], int]:
     """`long_count(200)` is 200 in `make test-long` and a tenth of it in `make test`."""
-    return lambda full: full if LONG else max(1, full // 10)
+
+    def count(full: int) -> int:
+        taken = full if LONG else max(1, full // 10)
+        # A property travels from a worker to the controller, which writes the record.
+        request.node.user_properties.append(("counted", taken))
+        return taken
+
+    return count
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`-m counted` is every test with a count that only `make test-long` runs in full."""
+    for item in items:
+        if "long_count" in getattr(item, "fixturenames", ()):
+            item.add_marker("counted")
+
+
+_counted: dict[str, dict[str, object]] = {}
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "call" and (counts := [value for name, value in report.user_properties if name == "counted"]):
+        _counted[report.nodeid] = {"counts": counts, "outcome": report.outcome, "seconds": round(report.duration, 1)}
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """With RAGTURBO_COUNTS=file, what was counted, how often, from which seed and commit."""
+    path = os.environ.get("RAGTURBO_COUNTS")
+    if not path or hasattr(session.config, "workerinput"):
+        return
+    git = ["git", "-C", str(Path(__file__).parent)]
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    dirty = bool(subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True).stdout.strip())
+    facts = {"seed": SEED, "commit": commit, "dirty": dirty, "full": LONG, "tests": dict(sorted(_counted.items()))}
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
 
 
 def _load(name: str) -> ModuleType:

@@ -120,6 +120,11 @@ def test_the_mode_follows_from_what_there_is():
     assert plan(can=replace(CAN, has_database=False), neighbors=[("a cat", object())]).mode == "adapter"
 
 
+def test_the_adapter_takes_the_neighbours_it_was_trained_with():
+    can = replace(CAN, num_neighbors=4)
+    assert plan(can=can).k == 4 and plan(can=can, num_neighbors=2).k == 2 and plan(can=can, mode="slerp").k == 1
+
+
 def test_an_undistilled_model_takes_steps_guidance_and_a_negative_prompt():
     p = plan(["a", "b"], BASE, guidance_scale=7.5, num_inference_steps=50, negative_prompt="ugly")
     assert p.negative == ["ugly", "ugly"]
