@@ -53,6 +53,8 @@ def compact(folder: Path) -> Manifest:
                 entries.append(done.entry)
                 number += 1
         if tuple(entries) == base.segments:
+            # Nothing to merge; but a compaction whose last step was cut short may have left its old generation.
+            writer.clean(folder, base, keep_previous=False)
             return base
         keys = segments.keys[alive]
         mean = np.zeros(base.geometry.key_dim) if not len(keys) else _mean(keys)

@@ -39,7 +39,9 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_pytest(arguments: list[str], *, cwd: Path = ROOT, code: int = 0) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    # A worker's variables would tell the child that it is one of several, where nothing is timed.
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    environment = {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", *arguments],

@@ -124,7 +124,7 @@ def test_the_kernels_gradients_are_the_references(t, n, s, heads, d, masked, dty
     eager = gradients(lambda q, k, v: composed(q, k, v, valid, heads))
     true = gradients(lambda q, k, v: reference(q, k, v, valid, heads), torch.Tensor.double)
     for a, b, c in zip(found, true, eager, strict=True):
-        no_worse(a, b, c)
+        no_worse(a, b, c, worst=False)
 
 
 @pytest.mark.slow
