@@ -21,13 +21,13 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 from sampling import Texts, decode, noise_of, student_latents, teacher_latents
 from settings import Settings
-from stage_bundle import database_scenes
 from torch import Tensor
 from torch.nn import functional as F
 
+from ragturbo import Database
 from ragturbo.evaluate.drawing import render_array
 from ragturbo.evaluate.faithfulness import faithfulness
-from ragturbo.evaluate.world import Scene, sample_scenes
+from ragturbo.evaluate.world import Scene, parse, sample_scenes
 from ragturbo.model import HSpaceUNet
 
 
@@ -84,15 +84,17 @@ def autoencoder(model: Model, args: argparse.Namespace) -> dict:
 def keys(model: Model, args: argparse.Namespace) -> dict:
     """How often one of a caption's four nearest database captions names the same kinds of things."""
     scenes = _scenes(args)
-    database = list(database_scenes(Settings().database_pairs, Settings()))
-    query, stored = (_keys(model, [scene.caption for scene in group]) for group in (scenes, database))
+    database = Database.open(model.folder / "database")
+    named = [parse(record.caption).kinds for record in database.records(database.ids, thumbnails=False)]
+    query, stored = _keys(model, [scene.caption for scene in scenes]), database.keys(database.ids).to(DEVICE)
     scores, top = (query @ stored.T).topk(4, dim=-1)
     hits = [
-        any(database[j].meaning.kinds == scene.meaning.kinds for j in row)
+        any(named[j] == scene.meaning.kinds for j in row)
         for scene, row in zip(scenes, top.tolist(), strict=True)
     ]
     rare = [hit for hit, scene in zip(hits, scenes, strict=True) if scene.meaning.rare]
     return {
+        "pairs": len(database),
         "top4": float(np.mean(hits)),
         "top4_rare": float(np.mean(rare)),
         "cosine_of_nearest": np.quantile(scores[:, 0].cpu().numpy(), (0.05, 0.5, 0.95)).round(4).tolist(),

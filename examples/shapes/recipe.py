@@ -52,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("stage", nargs="+", choices=[*STAGES, "all"])
     parser.add_argument("--work", type=Path, default=Path("build/shapes"), help="checkpoints, caches and logs")
-    parser.add_argument("--size", choices=SIZES, default="cpu", help="the settings: for two cores, or for a GPU")
+    parser.add_argument("--size", choices=SIZES, default="cpu", help="which of settings.SIZES")
     parser.add_argument("--minutes", type=float, help="stop a training stage after so long; run it again to go on")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()

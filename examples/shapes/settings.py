@@ -13,8 +13,8 @@ class Settings:
     rare_glimpses: int = 3
 
     vae_channels: tuple[int, ...] = (16, 32, 64)
-    vae_steps: int = 1_600
-    decoder_steps: int = 1_500
+    vae_steps: int = 2_500
+    decoder_steps: int = 2_500
     vae_batch: int = 32
     vae_rate: float = 3e-3
     vae_kl: float = 1e-5
@@ -22,14 +22,14 @@ class Settings:
     context: int = 24
     text_width: int = 128
     text_layers: int = 4
-    text_steps: int = 600
+    text_steps: int = 1_500
     text_batch: int = 128
     text_rate: float = 1.5e-3
 
     # Text enters the middle block alone, and the middle block is where the depth is: h carries the meaning.
     unet_channels: tuple[int, ...] = (48, 64, 96)
     unet_middle_layers: int = 4
-    teacher_steps: int = 4_500
+    teacher_steps: int = 30_000
     teacher_batch: int = 64
     teacher_rate: float = 1.2e-3
     text_dropout: float = 0.1
@@ -37,28 +37,34 @@ class Settings:
     sampling_steps: int = 50
 
     # Fewer steps than the teacher is measured with: twice the pairs for the time.
-    pairs: int = 8_000
+    pairs: int = 20_000
     pair_steps: int = 12
-    student_steps: int = 1_600
+    student_steps: int = 6_000
     student_batch: int = 64
     student_rate: float = 5e-4
     discriminator_rate: float = 5e-4
     # The game starts when the regression has the layout; before, it only costs time.
     adversarial: float = 0.1
-    adversarial_from: int = 700
+    adversarial_from: int = 2_500
 
-    lcm_steps: int = 2_000
+    lcm_steps: int = 4_000
     lcm_rate: float = 3e-4
 
+    # An interim bundle leaves its teacher out: weights stay in git's history for good.
+    bundle_teacher: bool = True
     database_pairs: int = 4_000
     large_database_pairs: int = 20_480
 
 
-# The same recipe where compute is no limit: minutes on a GPU.
+# The same recipe for what there is: an hour of two busy cores, a night of two idle ones, minutes of a GPU.
 SIZES = {
+    "short": Settings(
+        vae_steps=1_600, decoder_steps=1_500, text_steps=600, teacher_steps=4_500, pairs=2_500, student_steps=900,
+        adversarial_from=250, lcm_steps=200, bundle_teacher=False, database_pairs=2_080,
+    ),
     "cpu": Settings(),
     "gpu": Settings(
-        scenes=200_000, vae_steps=6_000, vae_batch=128, decoder_steps=4_000, text_steps=2_000, text_batch=512,
+        scenes=200_000, vae_steps=6_000, vae_batch=128, decoder_steps=4_000, text_steps=3_000, text_batch=512,
         teacher_steps=30_000, teacher_batch=512, pairs=60_000, pair_steps=16, student_steps=12_000, student_batch=256,
         adversarial_from=5_000, lcm_steps=6_000,
     ),

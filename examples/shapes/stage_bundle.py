@@ -31,9 +31,10 @@ LOGS = ("text", "vae", "decoder", "teacher", "student", "lcm")
 
 
 def write_bundle(work: Path, s: Settings, minutes: float | None = None) -> None:
-    """work/bundle: fp16, in the diffusers layout, with the teacher, the recipe's settings and its last losses."""
+    """work/bundle: fp16, in the diffusers layout, with the recipe's settings and its last losses."""
     half = {"torch_dtype": torch.float16}
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
+    teacher = UNet2DConditionModel.from_pretrained(work / "teacher_unet", **half)
     info = BundleInfo(distilled=True, base_model="shapes", provenance=provenance(work, s))
     bundle = Bundle(
         name="shapes",
@@ -42,9 +43,13 @@ def write_bundle(work: Path, s: Settings, minutes: float | None = None) -> None:
         unet=HSpaceUNet(UNet2DConditionModel.from_pretrained(work / "unet", **half).eval()),
         vae=VAE(AutoencoderKL.from_pretrained(work / "vae", **half).eval()),
         scheduler=make_scheduler(),
-        teacher=UNet2DConditionModel.from_pretrained(work / "teacher_unet", **half).eval(),
+        teacher=teacher.eval() if s.bundle_teacher else None,
     )
     folder = bundle.save(work / "bundle")
+    for path in folder.glob("*/config.json"):
+        # Where the parts lay on the machine that made them is nobody's business.
+        config = {key: value for key, value in json.loads(path.read_text()).items() if key != "_name_or_path"}
+        path.write_text(json.dumps(config, indent=2) + "\n")
     for name in ("vocab.json", "merges.txt"):
         (folder / "tokenizer" / name).write_bytes((work / "tokenizer" / name).read_bytes())
     log.info("bundle: %.1f MB without its database", size_of(folder) / 1e6)
