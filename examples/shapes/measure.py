@@ -88,10 +88,7 @@ def keys(model: Model, args: argparse.Namespace) -> dict:
     named = [parse(record.caption).kinds for record in database.records(database.ids, thumbnails=False)]
     query, stored = _keys(model, [scene.caption for scene in scenes]), database.keys(database.ids).to(DEVICE)
     scores, top = (query @ stored.T).topk(4, dim=-1)
-    hits = [
-        any(named[j] == scene.meaning.kinds for j in row)
-        for scene, row in zip(scenes, top.tolist(), strict=True)
-    ]
+    hits = [any(named[j] == scene.meaning.kinds for j in row) for scene, row in zip(scenes, top.tolist(), strict=True)]
     rare = [hit for hit, scene in zip(hits, scenes, strict=True) if scene.meaning.rare]
     return {
         "pairs": len(database),

@@ -1,14 +1,17 @@
 """Stage 1: the text encoder, CLIP's way, so that distances between keys mean something.
 
 Three contrastive terms on the end-of-text state: caption against image, among scenes at random and among scenes of the
-same kinds, where only relations, counts, sizes and grounds tell them apart; and caption against a second caption that
+same kinds, half of them with the opposite relation and else the same; and caption against a second caption that
 names the same kinds and shares nothing else, which is what retrieval is asked for. Without the second the encoder
 forgets relations (left and right then differ by 3 % of a state's norm), and no teacher learns what its text leaves out.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +27,7 @@ from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ragturbo.evaluate.drawing import render_array
-from ragturbo.evaluate.world import RARE, all_kind_sets, sample_scene, vocabulary
+from ragturbo.evaluate.world import OPPOSITE, RARE, Scene, all_kind_sets, arrange, phrase, sample_scene, vocabulary
 
 # How many scenes of one set of kinds are drawn.
 MEMBERS = 12
@@ -47,9 +50,10 @@ def train_text(work: Path, s: Settings, minutes: float | None = None) -> None:
         index = torch.randint(len(tokens), (s.text_batch,), generator=generator)
         group = torch.randint(len(family.ids), (s.text_batch,), generator=generator)
         one, two = torch.rand((s.text_batch, MEMBERS), generator=generator).argsort(-1)[:, :2].T
-        # Near misses: four scenes each of a quarter as many families.
+        # Near misses: two couples each of a quarter as many families.
         near = group[: s.text_batch // 4].repeat_interleave(4)
-        member = torch.rand((s.text_batch // 4, MEMBERS), generator=generator).argsort(-1)[:, :4].flatten()
+        couple = torch.rand((s.text_batch // 4, MEMBERS // 2), generator=generator).argsort(-1)[:, :2, None]
+        member = (2 * couple + torch.arange(2)).flatten()
         with autocast():
             ids = [tokens[index].long(), family.ids[group, one], family.ids[group, two], family.ids[near, member]]
             keys, left, right, near_keys = text(input_ids=torch.cat(ids)).pooler_output.float().chunk(4)
@@ -94,14 +98,24 @@ class _Family(NamedTuple):
 
 def _families(tokenizer: CLIPTokenizer, s: Settings) -> _Family:
     sets = [kinds for kinds in all_kind_sets() if RARE.isdisjoint(kinds)]
-    seeds = iter(range(s.seed * 7_000_000, s.seed * 7_000_000 + MEMBERS * len(sets)))
-    scenes = [sample_scene(next(seeds), "train", kinds=kinds) for kinds in sets for _ in range(MEMBERS)]
+    seeds = itertools.count(s.seed * 7_000_000)
+    scenes = [scene for kinds in sets for _ in range(MEMBERS // 2) for scene in _couple(kinds, seeds)]
     number: dict[str, int] = {}
     meanings = [number.setdefault(scene.meaning.canonical, len(number)) for scene in scenes]
     images = torch.from_numpy(np.stack([render_array(scene) for scene in scenes]))
     ids = tokenize(tokenizer, [scene.caption for scene in scenes])
     tables = (ids, images, torch.tensor(meanings))
     return _Family(*(table.unflatten(0, (len(sets), MEMBERS)).to(DEVICE) for table in tables))
+
+
+def _couple(kinds: tuple[tuple[str, str], ...], seeds: Iterator[int]) -> tuple[Scene, Scene]:
+    """Two scenes of the same kinds: where the first has a relation, the second has its opposite and is else the same."""
+    scene = sample_scene(next(seeds), "train", kinds=kinds)
+    meaning = replace(scene.meaning, relation=OPPOSITE.get(scene.meaning.relation or ""))
+    if meaning.relation is None or meaning.split != "train":
+        return scene, sample_scene(next(seeds), "train", kinds=kinds)
+    rng = np.random.default_rng(next(seeds))
+    return scene, Scene(meaning, phrase(meaning, rng), arrange(meaning, rng))
 
 
 @torch.no_grad()

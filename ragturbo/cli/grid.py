@@ -18,7 +18,7 @@ def sheet(prompt: str, image: Image, without: Image, neighbors: list[Neighbor]) 
     from PIL import ImageDraw, ImageFont
 
     cells: list[tuple[Image | None, str]] = [(without, "without retrieval"), (image, f"ragturbo: {prompt}")]
-    cells += [(n.image(), f"neighbour, λ {n.lam:.2f}: {n.caption}") for n in neighbors]
+    cells += [(n.image(), f"neighbour, cosine {n.lam:.2f}: {n.caption}") for n in neighbors]
     page = Pillow.new("RGB", (GAP + (CELL + GAP) * len(cells), CELL + TEXT + 2 * GAP), "white")
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(12)
     for i, (cell, label) in enumerate(cells):
