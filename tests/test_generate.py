@@ -201,6 +201,12 @@ def test_what_cannot_be_loaded_is_named(tmp_path, tiny_sd21):
             Generator.from_pretrained(tiny_sd21, engine="graph")
 
 
+def test_a_latent_consistency_model_is_refused_rather_than_drawn_wrongly(tiny, tmp_path):
+    folder = tiny.make_bundle(tmp_path / "lcm", time_cond_proj_dim=16)
+    with pytest.raises(ModelError, match="latent consistency model.*lcm:<folder>"):
+        Generator.from_pretrained(folder, device="cpu")
+
+
 def test_generate_gives_an_image_for_a_text_and_a_list_for_a_list(tiny_sd21):
     options = {"model": tiny_sd21, "device": "cpu"}
     one = ragturbo.generate(PROMPT, seed=7, **options)

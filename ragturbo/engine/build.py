@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ragturbo.errors import InvalidRequest
+from ragturbo.errors import InvalidRequest, ModelError
 
 if TYPE_CHECKING:
     from ragturbo.config import GeneratorConfig
@@ -39,6 +39,11 @@ def choose_device(device: Any, dtype: Any) -> tuple[torch.device, torch.dtype]:
 
 def make_engine(bundle: Bundle, config: GeneratorConfig) -> Engine:
     """ "auto" is CUDA graphs on a GPU, and eager elsewhere; a named engine runs or raises."""
+    if bundle.unet.unet.config.time_cond_proj_dim:
+        raise ModelError(
+            f"{bundle.name} is a latent consistency model: its UNet is told the guidance (time_cond_proj_dim), which no "
+            "engine here does. Run it through diffusers' own pipeline; `ragturbo eval` has it as lcm:<folder>."
+        )
     if config.engine == "graph" and bundle.device.type != "cuda":
         raise InvalidRequest("engine='graph' captures CUDA graphs and needs a CUDA device; use 'eager' or 'auto' here")
     if config.engine == "eager" or bundle.device.type != "cuda":
