@@ -41,8 +41,8 @@ def make_engine(bundle: Bundle, config: GeneratorConfig) -> Engine:
     """ "auto" is CUDA graphs on a GPU, and eager elsewhere; a named engine runs or raises."""
     if bundle.unet.unet.config.time_cond_proj_dim:
         raise ModelError(
-            f"{bundle.name} is a latent consistency model: its UNet is told the guidance (time_cond_proj_dim), which no "
-            "engine here does. Run it through diffusers' own pipeline; `ragturbo eval` has it as lcm:<folder>."
+            f"{bundle.name} is a latent consistency model: its UNet is told the guidance (time_cond_proj_dim), which "
+            "no engine here does. Run it through diffusers' own pipeline; `ragturbo eval` has it as lcm:<folder>."
         )
     if config.engine == "graph" and bundle.device.type != "cuda":
         raise InvalidRequest("engine='graph' captures CUDA graphs and needs a CUDA device; use 'eager' or 'auto' here")
