@@ -109,7 +109,7 @@ def _families(tokenizer: CLIPTokenizer, s: Settings) -> _Family:
 
 
 def _couple(kinds: tuple[tuple[str, str], ...], seeds: Iterator[int]) -> tuple[Scene, Scene]:
-    """Two scenes of the same kinds: where the first has a relation, the second has its opposite and is else the same."""
+    """Two scenes of the same kinds; where the first has a relation, the second is the same but for its opposite."""
     scene = sample_scene(next(seeds), "train", kinds=kinds)
     meaning = replace(scene.meaning, relation=OPPOSITE.get(scene.meaning.relation or ""))
     if meaning.relation is None or meaning.split != "train":
