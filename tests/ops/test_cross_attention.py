@@ -124,7 +124,9 @@ def test_the_kernels_gradients_are_the_references(t, n, s, heads, d, masked, dty
     eager = gradients(lambda q, k, v: composed(q, k, v, valid, heads))
     true = gradients(lambda q, k, v: reference(q, k, v, valid, heads), torch.Tensor.double)
     for a, b, c in zip(found, true, eager, strict=True):
-        no_worse(a, b, c, worst=False)
+        # In the mean twice, as everywhere; single numbers have been seen to err by up to 5 times torch's worst (fp32).
+        # Suspected, not shown: P is made again from the saved log-sum-exp, where torch keeps P itself.
+        no_worse(a, b, c, at_worst=8)
 
 
 @pytest.mark.slow
