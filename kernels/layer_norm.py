@@ -21,6 +21,9 @@ def layer_norm(x_ptr, weight_ptr, bias_ptr, out_ptr, M, N, stride, eps, BM: tl.c
     x = tl.load(x_ptr + i_m[:, None] * stride + i_n[None, :], mask=m, other=0.0).to(tl.float32)
     mean = tl.sum(x, axis=1) / N
     d = tl.where(m_n[None, :], x - mean[:, None], 0.0)
+    # The sum of a row far from zero is rounded at its own size, and the row's every output is off by that: what the
+    # differences still average to is taken from them.
+    d = tl.where(m_n[None, :], d - (tl.sum(d, axis=1) / N)[:, None], 0.0)
     rstd = 1 / tl.sqrt(tl.sum(d * d, axis=1) / N + eps)
     w = tl.load(weight_ptr + i_n, mask=m_n, other=0.0).to(tl.float32)
     b = tl.load(bias_ptr + i_n, mask=m_n, other=0.0).to(tl.float32)
