@@ -116,8 +116,7 @@ class Average(nn.Module):
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
-        for mean, value in zip(self.module.parameters(), module.parameters(), strict=True):
-            mean.lerp_(value, 1 - decay)
+        torch._foreach_lerp_(list(self.module.parameters()), list(module.parameters()), 1 - decay)
 
 
 def _save(path: Path, step: int, state: Mapping[str, Any]) -> None:

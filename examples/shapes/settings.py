@@ -56,11 +56,11 @@ class Settings:
     large_database_pairs: int = 20_480
 
 
-# The same recipe for what there is: an hour of two busy cores, a night of two idle ones, minutes of a GPU.
+# The same recipe for what there is: two hours of two cores, a night of two idle ones, minutes of a GPU.
 SIZES = {
     "short": Settings(
-        vae_steps=1_600, decoder_steps=1_500, text_steps=600, teacher_steps=4_500, pairs=2_500, student_steps=900,
-        adversarial_from=250, lcm_steps=200, bundle_teacher=False, database_pairs=2_080,
+        vae_steps=1_600, decoder_steps=1_500, text_steps=800, teacher_steps=10_000, teacher_batch=128, pairs=12_000,
+        student_steps=4_000, adversarial_from=1_500, lcm_steps=1_000,
     ),
     "cpu": Settings(),
     "gpu": Settings(

@@ -19,7 +19,8 @@ def train_teacher(work: Path, s: Settings, minutes: float | None = None) -> None
     torch.manual_seed(s.seed + 4)
     unet = make_unet(s).to(DEVICE)
     mean = Average(unet, 0.9995)
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=s.teacher_rate, weight_decay=0.01, betas=(0.9, 0.99))
+    adam = {"weight_decay": 0.01, "betas": (0.9, 0.99), "fused": True}
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=s.teacher_rate, **adam)
 
     def update(step: int, generator: torch.Generator) -> dict[str, float]:
         set_rate(optimizer, rate(step, s.teacher_steps, s.teacher_rate))
