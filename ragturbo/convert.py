@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ragturbo.errors import InvalidRequest, ModelError
-from ragturbo.model.weights import PICKLES
+from ragturbo.model.weights import PICKLES, safetensors_name
 
 log = logging.getLogger("ragturbo")
 
@@ -64,14 +64,6 @@ def convert(src: str | os.PathLike[str], dst: str | os.PathLike[str]) -> list[Pa
     finally:
         part.unlink(missing_ok=True)
     return [target]
-
-
-def safetensors_name(name: str) -> str:
-    """The name that diffusers, transformers and peft look for: pytorch_model-….bin is model-….safetensors to them."""
-    stem, _ = os.path.splitext(name)
-    if stem == "pytorch_model" or stem.startswith(("pytorch_model-", "pytorch_model.")):
-        stem = stem.removeprefix("pytorch_")
-    return f"{stem}.safetensors"
 
 
 def _convert_files(pairs: list[tuple[Path, Path]]) -> None:

@@ -21,8 +21,17 @@ def refuse_pickle(path: str | Path) -> None:
     if str(path).lower().endswith(PICKLES):
         raise ModelError(
             f"{path} is a pickle, which can run code when it is read. "
-            f"`ragturbo convert {path} {Path(path).with_suffix('.safetensors')}` turns it into safetensors."
+            f"`ragturbo convert {path} {Path(path).with_name(safetensors_name(Path(path).name))}` turns it into "
+            "safetensors."
         )
+
+
+def safetensors_name(name: str) -> str:
+    """The name that diffusers, transformers and peft look for: pytorch_model-….bin is model-….safetensors to them."""
+    stem, _ = os.path.splitext(name)
+    if stem == "pytorch_model" or stem.startswith(("pytorch_model-", "pytorch_model.")):
+        stem = stem.removeprefix("pytorch_")
+    return f"{stem}.safetensors"
 
 
 def open_safetensors(path: str | Path) -> Any:

@@ -240,6 +240,11 @@ def spoil_pickle(folder: Path) -> None:
     (folder / UNET_WEIGHTS).unlink()
 
 
+def spoil_text_pickle(folder: Path) -> None:
+    torch.save(load_file(folder / "text_encoder/model.safetensors"), folder / "text_encoder/pytorch_model.bin")
+    (folder / "text_encoder/model.safetensors").unlink()
+
+
 def spoil_missing(folder: Path) -> None:
     state = load_file(folder / UNET_WEIGHTS)
     state.pop("mid_block.attentions.0.norm.weight")
@@ -265,7 +270,9 @@ def set_json(path: Path, **values: Any) -> None:
 
 SPOILS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "truncated": (spoil_truncate, "diffusion_pytorch_model.safetensors is not a whole safetensors file"),
-    "pickle": (spoil_pickle, "ragturbo convert"),
+    "pickle": (spoil_pickle, "ragturbo convert .*/diffusion_pytorch_model.safetensors`"),
+    # transformers looks for the weights under this name alone.
+    "text-pickle": (spoil_text_pickle, "ragturbo convert .*/text_encoder/model.safetensors`"),
     "missing-weight": (spoil_missing, "lacks 1 weights.*mid_block.attentions.0.norm.weight"),
     "missing-text-weight": (spoil_text_missing, "lacks 1 weights.*final_layer_norm.weight"),
     "other-shape": (spoil_shape, "conv_out.bias"),
