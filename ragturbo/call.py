@@ -109,6 +109,21 @@ class Call:
                 raise
         return self.output(results)
 
+    async def awaited(self) -> Output:
+        """On an asyncio loop. The deadline is kept to the moment, even where the device has not got round to it."""
+        import asyncio
+
+        future = asyncio.wrap_future(self.future())
+        left = None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
+        try:
+            done, _ = await asyncio.wait({future}, timeout=left)
+            if done:
+                return future.result()
+        finally:
+            # Nothing happens to a future that is done.
+            future.cancel()
+        raise DeadlineExceeded(f"no image after timeout={self.request.timeout} s")
+
     def cancel(self) -> None:
         for future in self.futures:
             future.cancel()
@@ -131,7 +146,7 @@ class Call:
 
     def output(self, results: list[StepResult]) -> Output:
         plan, request = self.plan, self.request
-        images = _images([r for r in results], request)
+        images = _images(results, request)
         neighbors: list[list[Neighbor]] = []
         lam: list[float] = []
         for result in results:
@@ -331,11 +346,11 @@ def _pixels(image: Any, size: int) -> Tensor:
 def _images(results: list[StepResult], request: Request) -> Any:
     kind = request.output_type
     if kind == "latent":
-        return torch.cat([r.latents for r in results if r.latents is not None])
+        return _joined([r.latents for r in results])
     if kind in ("np", "pt"):
-        image = torch.cat([r.image for r in results if r.image is not None])
+        image = _joined([r.image for r in results])
         return image if kind == "pt" else image.permute(0, 2, 3, 1).contiguous().numpy()
-    batch = torch.cat([r.uint8 for r in results if r.uint8 is not None]).numpy()
+    batch = _joined([r.uint8 for r in results]).numpy()
     if request.postprocess is not None:
         shape = batch.shape
         batch = np.asarray(request.postprocess(batch))
@@ -346,3 +361,8 @@ def _images(results: list[StepResult], request: Request) -> Any:
     if kind == "pil":
         return to_pil(batch)
     return list(_finishers().map(encode, batch, [kind] * len(batch)))
+
+
+def _joined(parts: list[Tensor | None]) -> Tensor:
+    there = [part for part in parts if part is not None]
+    return there[0] if len(there) == 1 else torch.cat(there)

@@ -14,7 +14,7 @@ VAES = ("full", "tiny")
 ATTENTIONS = ("auto", "sdpa", "triton", "xformers")
 # "lerp" is the control for slerp: the same blend along the chord.
 MODES = ("adapter", "slerp", "lerp", "none")
-OUTPUT_TYPES = ("pil", "np", "pt", "latent", "uint8", "png", "jpeg")
+OUTPUT_TYPES = ("pil", "np", "pt", "latent", "uint8", "png", "jpeg", "webp")
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -55,6 +55,8 @@ class GeneratorConfig:
     max_queue: int = 64
     prompt_cache: int = 0
     """How many prompts' hidden states and keys are remembered, so that a repeated prompt skips the text encoder."""
+    log_prompts: bool = True
+    """Whether a warning may quote the prompt it is about. `Output.notes` says the same to the caller alone."""
 
     def __post_init__(self) -> None:
         one_of("engine", self.engine, ENGINES)

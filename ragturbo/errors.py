@@ -47,7 +47,12 @@ class DeviceLost(GenerationError):
 
 
 class Overloaded(RagTurboError):
-    """The queue is full; the request was refused at once."""
+    """The queue is full, or too long for the request's deadline; the request was refused at once."""
+
+    def __init__(self, message: str, *, reason: str = "queue_full", retry_after: float = 0.0) -> None:
+        """reason: "queue_full" or "deadline"; retry_after: seconds after which there should be room."""
+        super().__init__(message)
+        self.reason, self.retry_after = reason, retry_after
 
 
 class DeadlineExceeded(RagTurboError, TimeoutError):

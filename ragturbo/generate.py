@@ -122,18 +122,25 @@ class Generator:
         return self._start(prompt, options).future()
 
     async def agenerate(self, prompt: Any = None, **options: Any) -> Output:
-        """As calling it, for asyncio. Cancelling the task cancels the request."""
+        """As calling it, for asyncio. Cancelling the task cancels the request; `timeout=` is kept to the moment."""
         import asyncio
 
         # Tokenising and drawing noise take a while on long lists: not on the loop's thread.
-        call = await asyncio.to_thread(self._start, prompt, options)
-        return await asyncio.wrap_future(call.future())
+        starting = asyncio.ensure_future(asyncio.to_thread(self._start, prompt, options))
+        try:
+            call = await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            # That thread cannot be stopped: what it hands in is taken back.
+            starting.add_done_callback(_take_back)
+            raise
+        return await call.awaited()
 
     def warmup(self) -> None:
         """Runs every bucket once, so that the first request finds everything loaded, compiled and captured."""
         # The largest first: the smaller ones' graphs find room in its memory.
         for size in reversed(self.config.batch_sizes):
             self._start(["warm up"] * size, {"seed": 0, "output_type": "uint8"}, quiet=True).wait()
+        self._executor.forget_pace()
 
     def use_database(self, database: Any) -> None:
         """A Database or its folder, or None to go without. Requests already accepted keep the one they started with."""
@@ -155,9 +162,22 @@ class Generator:
     def healthy(self) -> bool:
         return self._executor.healthy
 
+    def check_room(self, images: int = 1, timeout: float | None = None) -> None:
+        """Raises Overloaded, or what else a call would, before anything is spent on it."""
+        self._executor.check_room(images, timeout)
+
+    def expected_wait(self, images: int = 1) -> float:
+        """Seconds until `images` more would be made, by the pace of the last batches; 0 where it is not known yet."""
+        return self._executor.expected_wait(images)
+
     @property
     def database(self) -> Any:
         return None if self._source is None else self._source.live
+
+    @property
+    def default_size(self) -> int:
+        """The side in pixels of the images the model was made for."""
+        return self._bundle.default_size
 
     @property
     def info(self) -> dict[str, Any]:
@@ -170,6 +190,7 @@ class Generator:
             "engine": self._engine.name,
             "ways": self._engine.describe(),
             "distilled": bundle.info.distilled,
+            "size": self.default_size,
             "adapter": None if bundle.adapter is None else bundle.adapter.kind,
             "decoder_lora": bundle.has_lora,
             "database": None if source is None else source.info,
@@ -181,9 +202,11 @@ class Generator:
         executor = self._executor
         return {
             "waiting": executor.waiting,
+            "running": executor.running,
             **{name: executor.counts[name] for name in COUNTS},
             "batches": dict(sorted(executor.batch_sizes.items())),
             "cache": {} if self._source is None else self._source.counters(),
+            "generation": None if self._source is None else self._source.generation,
         }
 
     def close(self) -> None:
@@ -204,7 +227,13 @@ class Generator:
             if self._source is not None:
                 self._source = self._source.current()
             source = self._source
+        quiet = quiet or not self.config.log_prompts
         return Call.start(self._bundle, self._engine, self._executor, source, prompt, options, started, quiet=quiet)
+
+
+def _take_back(starting: Any) -> None:
+    if not starting.cancelled() and starting.exception() is None:
+        starting.result().cancel()
 
 
 COUNTS = ("accepted", "finished", "failed", "cancelled", "expired", "rejected", "non_finite")

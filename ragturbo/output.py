@@ -59,11 +59,18 @@ def to_pil(batch: np.ndarray) -> list[Image]:
     return [Image.fromarray(row) for row in batch]
 
 
+ENCODINGS: dict[str, dict[str, Any]] = {
+    "png": {"compress_level": 1},
+    "jpeg": {"quality": 95, "subsampling": 0},
+    # Method 4, Pillow's default, takes three times as long for 2 % fewer bytes.
+    "webp": {"quality": 90, "method": 1},
+}
+
+
 def encode(row: np.ndarray, kind: str) -> bytes:
-    """(H, W, 3) uint8 -> the bytes of a PNG or JPEG file."""
+    """(H, W, 3) uint8 -> the bytes of a PNG, JPEG or WebP file."""
     from PIL import Image
 
     buffer = io.BytesIO()
-    options: dict[str, Any] = {"compress_level": 1} if kind == "png" else {"quality": 95, "subsampling": 0}
-    Image.fromarray(row).save(buffer, kind.upper(), **options)
+    Image.fromarray(row).save(buffer, kind.upper(), **ENCODINGS[kind])
     return buffer.getvalue()

@@ -123,7 +123,7 @@ def resolve(request: Request, can: Abilities) -> Plan:
     if request.postprocess is not None and want != "uint8":
         raise InvalidRequest(
             f"postprocess sees the uint8 batch, which output_type={request.output_type!r} never makes; "
-            "use 'pil', 'uint8', 'png' or 'jpeg'"
+            "use 'pil', 'uint8', 'png', 'jpeg' or 'webp'"
         )
     if request.timeout is not None and not request.timeout > 0:
         raise InvalidRequest(f"timeout={request.timeout!r} must be more than 0 seconds")

@@ -14,10 +14,12 @@ from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 
+from ragturbo.engine.pace import Pace
 from ragturbo.engine.step import Engine, StepBatch, StepResult, join
 from ragturbo.errors import (
     DeadlineExceeded,
@@ -55,7 +57,7 @@ def refuse_after_fork() -> None:
         )
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     batch: StepBatch
     deadline: float | None = None
@@ -83,6 +85,7 @@ class Executor:
         self._closing = False
         self._dead: DeviceLost | None = None
         self._pid = os.getpid()
+        self._pace = Pace(self.max_rows)
         self.counts: Counter[str] = Counter()
         self.batch_sizes: Counter[int] = Counter()
         self._thread = threading.Thread(target=self._loop, name="ragturbo-device", daemon=True)
@@ -100,22 +103,69 @@ class Executor:
     def waiting(self) -> int:
         return len(self._queue)
 
+    @property
+    def running(self) -> int:
+        """Rows on the device now, padding included."""
+        return self._pace.running
+
+    def expected_wait(self, rows: int = 1) -> float:
+        """Seconds until `rows` more would be done, by the pace of the last batches; 0 where that is not known yet."""
+        with self._wake:
+            return self._expected_wait(rows)
+
+    def forget_pace(self) -> None:
+        """After a warm-up, whose batches loaded, compiled and captured."""
+        with self._wake:
+            self._pace.forget()
+
+    def check_room(self, rows: int = 1, timeout: float | None = None) -> None:
+        """Raises what `submit` would, before anything has been spent on the request."""
+        self._check_process()
+        with self._wake:
+            self._check_room(rows, -(-rows // self.max_rows), timeout)
+
     def submit(self, batches: list[StepBatch], timeout: float | None = None) -> list[Future[StepResult]]:
-        """All of them are taken or none is: Overloaded at once where the queue has no room."""
+        """All of them are taken or none is: Overloaded at once where the queue has no room, or is so long that the
+        deadline would pass in it."""
         self._check_process()
         deadline = None if timeout is None else time.monotonic() + timeout
         jobs = [Job(b, deadline) for b in batches]
         with self._wake:
-            self._check_open()
-            if len(self._queue) + len(jobs) > self._max_queue:
-                self.counts["rejected"] += 1
-                raise Overloaded(
-                    f"{len(self._queue)} requests wait and max_queue is {self._max_queue}; retry later or raise it"
-                )
+            self._check_room(sum(map(len, batches)), len(jobs), timeout)
             self._queue.extend(jobs)
             self.counts["accepted"] += len(jobs)
             self._wake.notify()
+        for job in jobs:
+            job.future.add_done_callback(partial(self._leave, job))
         return [job.future for job in jobs]
+
+    def _check_room(self, rows: int, jobs: int, timeout: float | None) -> None:
+        self._check_open()
+        if len(self._queue) + jobs > self._max_queue:
+            self.counts["rejected"] += 1
+            raise Overloaded(
+                f"{len(self._queue)} requests wait and max_queue is {self._max_queue}; retry later or raise it",
+                retry_after=self._expected_wait(0),
+            )
+        # Where nothing waits it is taken whatever the pace was: a slow hour must not be the last one measured.
+        if timeout is not None and self._queue and (expected := self._expected_wait(rows)) > timeout:
+            self.counts["rejected"] += 1
+            raise Overloaded(
+                f"{len(self._queue)} requests wait: about {expected:.2f} s, more than timeout={timeout:g}; retry later",
+                reason="deadline",
+                retry_after=expected - timeout,
+            )
+
+    def _leave(self, job: Job, future: Future[StepResult]) -> None:
+        """A cancelled request makes room at once, not when the device's thread next looks."""
+        if future.cancelled():
+            with self._wake:
+                if job in self._queue:
+                    self._queue.remove(job)
+                    self.counts["cancelled"] += 1
+
+    def _expected_wait(self, rows: int) -> float:
+        return self._pace.expected(rows + sum(len(job.batch) for job in self._queue))
 
     def call(self, function: Callable[[], T]) -> T:
         """Runs it on the device's thread between two batches, and waits: how weights change under live requests."""
@@ -225,11 +275,17 @@ class Executor:
         rows = sum(len(j.batch) for j in jobs)
         least = max(rows, jobs[0].batch.min_bucket)
         bucket = next(b for b in self._buckets if b >= least)
+        with self._wake:
+            self._pace.started(bucket)
         try:
             result = self._engine.run(join([j.batch for j in jobs], bucket))
         except BaseException as error:  # the thread must outlive every error; each goes to its own request
+            with self._wake:
+                self._pace.ended(counts=False)
             self._failed(jobs, error)
             return
+        with self._wake:
+            self._pace.ended(counts=True)
         self.batch_sizes[bucket] += 1
         start = 0
         for job in jobs:

@@ -120,5 +120,9 @@ class DatabaseSource:
     def info(self) -> dict[str, Any]:
         return self.database.info.to_dict()
 
+    @property
+    def generation(self) -> int:
+        return self.database.snapshot.manifest.generation
+
     def counters(self) -> dict[str, int]:
         return {} if self._cache is None else self._cache.stats.to_dict()
