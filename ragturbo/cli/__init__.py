@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from ragturbo.cli import bench, convert, data, db, eval, generate, info, profile, train
+from ragturbo.cli import bench, convert, data, db, eval, generate, info, profile, serve, train
 from ragturbo.cli.errors import exit_code
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app.command("train")(train.train)
 app.command("eval")(eval.evaluate)
 app.add_typer(bench.app, name="bench")
 app.command("convert")(convert.convert)
+app.command("serve")(serve.serve)
 app.command("profile")(profile.profile)
 app.command("info")(info.info)
 

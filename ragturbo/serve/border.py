@@ -1,0 +1,123 @@
+"""What every request passes first: keys, size and time limits of its body, and the count of what was answered."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from ragturbo.serve.problems import Problem
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+    from ragturbo.serve.service import Service
+
+PATHS = ("/v1/images/generations", "/v1/models", "/health/live", "/health/ready", "/metrics", "/admin/database")
+
+
+class Keys:
+    """A set of keys, compared so that the time taken says nothing about them."""
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        # Digests are of one length, whatever was sent.
+        self._digests = [_digest(key.encode()) for key in keys]
+
+    def __bool__(self) -> bool:
+        return bool(self._digests)
+
+    def admit(self, authorization: bytes) -> bool:
+        scheme, _, given = authorization.partition(b" ")
+        digest, found = _digest(given.strip()), False
+        for key in self._digests:
+            found |= hmac.compare_digest(digest, key)
+        return found and scheme.lower() == b"bearer"
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+class Border:
+    """Pure ASGI: a client that leaves is seen by the endpoint itself."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app, self._service = app, service
+        self._clients, self._admins = Keys(service.config.api_keys), Keys(service.config.admin_keys)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        # Paths are a label: one that a stranger made up must not become a time series.
+        path = scope["path"] if scope["path"] in PATHS else "other"
+        metrics = self._service.metrics
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                metrics.requests.labels(path, str(message["status"])).inc()
+            await send(message)
+
+        try:
+            headers = dict(scope["headers"])
+            self._check_key(scope["path"], headers)
+            limited = self._limited(receive, headers)
+        except Problem as problem:
+            metrics.rejections.labels(problem.code).inc()
+            await problem.response()(scope, receive, counted)
+            return
+        await self._app(scope, limited, counted)
+
+    def _check_key(self, path: str, headers: dict[bytes, bytes]) -> None:
+        if path.startswith("/v1/"):
+            keys = self._clients
+        elif path.startswith("/admin/"):
+            keys = self._admins
+        else:
+            return
+        if keys and not keys.admit(headers.get(b"authorization", b"")):
+            raise Problem(
+                401,
+                "the API key is missing or wrong: send it as 'Authorization: Bearer …'",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+
+    def _limited(self, receive: Receive, headers: dict[bytes, bytes]) -> Receive:
+        most, config = self._service.config.max_body, self._service.config
+        announced = headers.get(b"content-length", b"0")
+        if not announced.isdigit() or int(announced[:20]) > most:
+            raise _too_large(most)
+        until = time.monotonic() + config.body_timeout
+        taken, whole = 0, False
+
+        async def limited() -> Message:
+            nonlocal taken, whole
+            if whole:
+                # From here on the only news is that the client has left, and that may take as long as it likes.
+                return await receive()
+            try:
+                message: Any = await asyncio.wait_for(receive(), max(0.0, until - time.monotonic()))
+            except asyncio.TimeoutError:
+                raise Problem(
+                    408,
+                    f"the request took more than {config.body_timeout:g} s to arrive",
+                    code="request_timeout",
+                    headers={"Connection": "close"},
+                ) from None
+            taken += len(message.get("body", b""))
+            whole = not message.get("more_body", False)
+            if taken > most:
+                raise _too_large(most)
+            return message
+
+        return limited
+
+
+def _too_large(most: int) -> Problem:
+    return Problem(
+        413, f"the body is larger than {most} bytes", code="request_too_large", headers={"Connection": "close"}
+    )

@@ -1,0 +1,89 @@
+"""The process: sockets, and what SIGTERM and SIGHUP mean."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import sys
+import threading
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from ragturbo.serve.app import create_app
+from ragturbo.serve.config import ServeConfig
+from ragturbo.serve.service import Service
+
+log = logging.getLogger("ragturbo")
+# Longer than the 60 s after which balancers close idle connections: whoever closes first must not be the server.
+KEEP_ALIVE = 65
+# The device's thread holds Python's lock for 5 ms at a time otherwise, and a refusal waits for it several times.
+SWITCH_INTERVAL = 0.001
+
+
+class Server(uvicorn.Server):
+    """SIGTERM and SIGINT: readiness goes off, what was accepted is finished, exit 0. SIGHUP: the database anew."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        app = create_app(config, on_failure=self._stop)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self.service: Service = app.state.service
+        settings = uvicorn.Config(
+            app,
+            host=config.host,
+            port=config.port,
+            access_log=config.access_log,
+            log_config=None,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE,
+            timeout_graceful_shutdown=int(config.timeout) + 5,
+            ws="none",
+        )
+        super().__init__(settings)
+
+    def _stop(self) -> None:
+        self.should_exit = True
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        if threading.current_thread() is threading.main_thread():
+            self._loop.add_signal_handler(signal.SIGHUP, self._reload)
+        await super().startup(sockets)
+        for server in self.servers:
+            for listening in server.sockets:
+                log.info("listening on %s port %d", *listening.getsockname()[:2])
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.service.draining and sig == signal.SIGINT:
+            # A second Ctrl-C is meant.
+            self.force_exit = self.should_exit = True
+            return
+        self.service.draining = True
+        log.info("%s: draining", signal.Signals(sig).name)
+        if self.service.config.drain_delay and self._loop is not None:
+            self._loop.call_soon_threadsafe(self._loop.call_later, self.service.config.drain_delay, self._stop)
+        else:
+            self._stop()
+
+    def _reload(self) -> None:
+        self._reloading = asyncio.ensure_future(self._swap())
+
+    async def _swap(self) -> None:
+        try:
+            await asyncio.to_thread(self.service.swap)
+        except Exception as error:
+            log.error("the database stays as it was: %s", error)
+
+
+def serve(config: ServeConfig, sockets: list[Any] | None = None) -> None:
+    """Serves until told to stop. Raises what loading the model raised."""
+    if config.public and not config.api_keys:
+        log.warning("listening on %s without API keys: everybody who reaches it may ask", config.host)
+    sys.setswitchinterval(SWITCH_INTERVAL)
+    server = Server(config)
+    server.run(sockets)
+    if server.service.error is not None:
+        raise server.service.error
