@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, EulerDiscreteScheduler, UNet2DConditionModel
 from settings import Settings
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
@@ -58,6 +58,14 @@ def make_vae(s: Settings) -> AutoencoderKL:
         down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
         block_out_channels=s.vae_channels, layers_per_block=1, latent_channels=4, norm_num_groups=8, sample_size=SIDE,
         force_upcast=False,
+    )  # fmt: skip
+
+
+def make_tiny_vae(s: Settings) -> AutoencoderTiny:
+    widths = (s.tiny_channels,) * 3
+    return AutoencoderTiny(
+        encoder_block_out_channels=widths, decoder_block_out_channels=widths, latent_channels=4,
+        num_encoder_blocks=(1, 1, 1), num_decoder_blocks=(2, 1, 1), force_upcast=False, scaling_factor=1.0,
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from stage_lcm import distil_lcm
 from stage_student import distil_student, make_pairs
 from stage_teacher import train_teacher
 from stage_text import train_text
-from stage_vae import train_decoder, train_vae
+from stage_vae import train_decoder, train_tiny, train_vae
 
 
 def draw(work: Path, s: Settings, minutes: float | None) -> None:
@@ -38,6 +38,7 @@ STAGES: dict[str, Callable[[Path, Settings, float | None], None]] = {
     "vae": train_vae,
     "encode": encode,
     "decoder": train_decoder,
+    "tiny": train_tiny,
     "teacher": train_teacher,
     "pairs": make_pairs,
     "student": distil_student,

@@ -18,6 +18,7 @@ class Settings:
     vae_batch: int = 32
     vae_rate: float = 3e-3
     vae_kl: float = 1e-5
+    tiny_channels: int = 24
 
     context: int = 24
     text_width: int = 128
@@ -59,8 +60,8 @@ class Settings:
 # The same recipe for what there is: two hours of two cores, a night of two idle ones, minutes of a GPU.
 SIZES = {
     "short": Settings(
-        vae_steps=1_600, decoder_steps=1_500, text_steps=800, teacher_steps=10_000, teacher_batch=128, pairs=12_000,
-        student_steps=4_000, adversarial_from=1_500, lcm_steps=1_000,
+        vae_steps=1_600, decoder_steps=1_500, text_steps=800, teacher_steps=8_000, teacher_batch=128, pairs=10_000,
+        student_steps=2_500, adversarial_from=1_000, lcm_steps=1_000,
     ),
     "cpu": Settings(),
     "gpu": Settings(

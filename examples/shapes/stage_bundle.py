@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from loop import head
 from networks import make_scheduler
 from PIL import Image
@@ -27,7 +27,7 @@ from ragturbo.model.vae import VAE
 
 log = logging.getLogger("ragturbo.recipe")
 # What every training stage leaves behind; the last row of its log goes into the bundle's provenance.
-LOGS = ("text", "vae", "decoder", "teacher", "student", "lcm")
+LOGS = ("text", "vae", "decoder", "tiny", "teacher", "student", "lcm")
 
 
 def write_bundle(work: Path, s: Settings, minutes: float | None = None) -> None:
@@ -46,6 +46,7 @@ def write_bundle(work: Path, s: Settings, minutes: float | None = None) -> None:
         teacher=teacher.eval() if s.bundle_teacher else None,
     )
     folder = bundle.save(work / "bundle")
+    AutoencoderTiny.from_pretrained(work / "vae_tiny", **half).save_pretrained(folder / "vae_tiny")
     for path in folder.glob("*/config.json"):
         # Where the parts lay on the machine that made them is nobody's business.
         config = {key: value for key, value in json.loads(path.read_text()).items() if key != "_name_or_path"}

@@ -10,7 +10,7 @@ from data import batches, to_float
 from device import DEVICE, Table, autocast
 from diffusers import AutoencoderKL
 from loop import Average, rate, run, set_rate
-from networks import LATENT_SIDE, make_vae
+from networks import LATENT_SIDE, make_tiny_vae, make_vae
 from settings import Settings
 from torch import Tensor
 from torch.nn import functional as F
@@ -78,6 +78,36 @@ def train_decoder(work: Path, s: Settings, minutes: float | None = None) -> None
     run("decoder", work, update, state, steps=s.decoder_steps, seed=s.seed + 21, minutes=minutes)
     vae.post_quant_conv, vae.decoder = mean.module
     vae.save_pretrained(work / "vae")
+
+
+def train_tiny(work: Path, s: Settings, minutes: float | None = None) -> None:
+    """`vae="tiny"`: an AutoencoderTiny for the latents the large one has fixed."""
+    images, latents = Table(work / "images.npy"), Table(work / "latents.npy")
+    torch.manual_seed(s.seed + 22)
+    tiny = make_tiny_vae(s).to(DEVICE)
+    mean = Average(tiny, 0.995)
+    optimizer = torch.optim.AdamW(tiny.parameters(), lr=s.vae_rate, weight_decay=1e-3, betas=(0.9, 0.99))
+
+    def update(step: int, generator: torch.Generator) -> dict[str, float]:
+        set_rate(optimizer, rate(step, s.decoder_steps, s.vae_rate))
+        index = torch.randint(len(latents), (s.vae_batch,), generator=generator)
+        x, z = to_float(images[index]), latents[index].float()
+        noisy = z + 0.03 * torch.randn(z.shape, generator=generator).to(DEVICE)
+        with autocast():
+            seen, y = tiny.encode(x).latents, tiny.decode(noisy).sample
+        error = weighted(y.float() - x, x)
+        pixels, squares, edges = error.abs().mean(), error.square().mean(), differences(error)
+        encoded = F.smooth_l1_loss(seen.float(), z, beta=0.1)
+        optimizer.zero_grad(set_to_none=True)
+        (pixels + 4 * squares + edges + encoded).backward()
+        torch.nn.utils.clip_grad_norm_(tiny.parameters(), 1.0)
+        optimizer.step()
+        mean.update(tiny, step)
+        return {"pixels": pixels.item(), "squares": squares.item(), "edges": edges.item(), "encoded": encoded.item()}
+
+    state = {"tiny": tiny, "mean": mean, "optimizer": optimizer}
+    run("tiny", work, update, state, steps=s.decoder_steps, seed=s.seed + 23, minutes=minutes)
+    mean.module.save_pretrained(work / "vae_tiny")
 
 
 def weighted(error: Tensor, x: Tensor) -> Tensor:
