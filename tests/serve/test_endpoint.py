@@ -1,0 +1,214 @@
+"""What a client sees: OpenAI's own client, the fields, the refusals, the keys."""
+
+from __future__ import annotations
+
+import base64
+import hmac
+import io
+import json
+import logging
+import socket
+
+import httpx
+import openai
+import pytest
+from PIL import Image
+
+from ragturbo.errors import InvalidRequest
+from ragturbo.serve.config import ServeConfig, read_keys
+
+PROMPT = "a red circle left of a blue square"
+PATH = "/v1/images/generations"
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none is asked for", max_retries=0) as client:
+        yield client
+
+
+def test_openais_own_client_gets_the_image_that_generate_makes(client, gen):
+    answer = client.images.generate(prompt=PROMPT, response_format="b64_json", extra_body={"seed": 7})
+    assert base64.b64decode(answer.data[0].b64_json) == gen(PROMPT, seed=7, output_type="png").images[0]
+    assert [model.id for model in client.models.list()] == ["shapes"] and answer.model == "shapes"
+
+
+def test_ours_beside_openais_fields(client, gen):
+    ours = {"seed": 3, "mode": "slerp", "w": 0.6, "num_neighbors": 2, "min_score": -1.0, "return_neighbors": True}
+    answer = client.images.generate(
+        model="shapes", prompt=PROMPT, n=2, size="64x64", output_format="webp", extra_body=ours
+    )
+    same = gen(PROMPT, seed=3, num_images_per_prompt=2, mode="slerp", w=0.6, num_neighbors=2, output_type="webp")
+    assert [base64.b64decode(image.b64_json) for image in answer.data] == same.images
+    assert [image.seed for image in answer.data] == [3, 4]
+    for image, row in zip(answer.data, same.neighbors, strict=True):
+        assert [n["id"] for n in image.neighbors] == [n.id for n in row]
+        assert image.neighbors[0].keys() == {"id", "caption", "score", "lam", "used"}
+    assert (answer.mode, answer.size, answer.output_format) == ("slerp", "64x64", "webp")
+    assert {"queue", "text", "search", "decode", "vae", "total"} <= answer.timings.keys()
+
+
+@pytest.mark.parametrize(("kind", "name"), [("png", "PNG"), ("jpeg", "JPEG"), ("webp", "WEBP"), (None, "PNG")])
+def test_every_format_is_what_it_says(server, kind, name):
+    answer = server.post(prompt=PROMPT, seed=1, output_format=kind).json()
+    image = Image.open(io.BytesIO(base64.b64decode(answer["data"][0]["b64_json"])))
+    assert (image.format, image.size) == (name, (64, 64)) and "neighbors" not in answer["data"][0]
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"style": "vivid"}, "style"),
+        ({"quality": "hd"}, "quality"),
+        ({"user": "me"}, "user"),
+        ({"stream": False}, "stream"),
+        ({"image_url": "http://127.0.0.1/"}, "image_url"),
+        ({"response_format": "url"}, "response_format"),
+        ({"output_format": "gif"}, "output_format"),
+        ({"n": 0}, "n"),
+        ({"n": 11}, "n"),
+        ({"n": "2"}, "n"),
+        ({"size": "64"}, "size"),
+        ({"size": "256x64"}, "size"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**64}, "seed"),
+        ({"num_neighbors": 17}, "num_neighbors"),
+        ({"mode": "best"}, "mode"),
+        ({"w": 1.5}, "w"),
+        ({"prompt": "a" * 4001}, "prompt"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": ["a", "b"]}, "prompt"),
+    ],
+)
+def test_a_field_that_cannot_be_used_is_refused_by_name(server, body, param):
+    answer = server.post(**{"prompt": PROMPT, **body})
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and error["param"] == param, error
+    assert error["type"] == "invalid_request_error" and param in error["message"] + str(error["param"])
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"mode": "none", "w": 0.5},
+        {"mode": "none", "num_neighbors": 2},
+        {"size": "30x64"},
+        {"prompt": " \t "},
+    ],
+)
+def test_what_would_have_no_effect_is_refused_by_the_model_itself(server, body):
+    answer = server.post(**{"prompt": PROMPT, **body})
+    assert answer.status_code == 400 and answer.json()["error"]["code"] == "invalid_value"
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [b"", b"{", b'{"prompt": "\\ud800"}', b'{"prompt": "a", "w": NaN}', b"[" * 5000, b"\xff", b"null", b"1" * 5000],
+)
+def test_what_is_no_request_is_refused_in_openais_form(server, raw):
+    answer = server.http.post(PATH, content=raw, headers={"content-type": "application/json"})
+    assert answer.status_code == 400 and answer.json()["error"].keys() == {"message", "type", "param", "code"}
+
+
+def test_other_refusals_have_the_same_form(server):
+    refused = {
+        404: server.post(prompt=PROMPT, model="dall-e-3"),
+        405: server.http.get(PATH),
+        413: server.post(prompt="a" * 70_000),
+        415: server.http.post(PATH, content=json.dumps({"prompt": PROMPT}), headers={"content-type": "text/plain"}),
+    }
+    for status, answer in refused.items():
+        assert answer.status_code == status and answer.json()["error"]["message"]
+    assert refused[404].json()["error"]["code"] == "model_not_found"
+    assert server.http.get("/nowhere").json()["error"]["code"] == "not_found"
+    # Nothing is served that would make a browser fetch from elsewhere.
+    assert server.http.get("/docs").status_code == server.http.get("/redoc").status_code == 404
+
+
+def test_a_body_without_an_announced_length_is_cut_off_at_the_limit(server):
+    def endless():
+        for _ in range(10_000):
+            yield b'{"prompt": "' + b"a" * 10_000
+
+    try:
+        answer = server.http.post(PATH, content=endless(), headers={"content-type": "application/json"})
+        assert answer.status_code == 413
+    except httpx.TransportError:
+        # It may stop listening while we are still talking.
+        pass
+    assert server.post(prompt=PROMPT).status_code == 200
+
+
+def test_a_client_that_sends_too_slowly_is_let_go(gen, kit):
+    with kit.served(gen, body_timeout=0.2) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=30) as slow:
+            slow.sendall(f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n".encode())
+            slow.sendall(b'Content-Length: 20\r\n\r\n{"pro')
+            assert b"408" in slow.recv(100)
+
+
+def test_keys_are_asked_for_and_every_one_is_compared(gen, kit, monkeypatch):
+    compared = []
+    compare = hmac.compare_digest
+    monkeypatch.setattr(hmac, "compare_digest", lambda a, b: compared.append(len(a)) or compare(a, b))
+    with kit.served(gen, api_keys=("first", "second", "third")) as server:
+
+        def client(key: str) -> openai.OpenAI:
+            return openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0)
+
+        assert client("second").images.generate(prompt=PROMPT).data
+        for wrong in ("fourth", "secon", "second2", "f" * 5000):
+            with pytest.raises(openai.AuthenticationError) as refused:
+                client(wrong).images.generate(prompt=PROMPT)
+            assert refused.value.response.headers["www-authenticate"] == "Bearer"
+        # Whatever was sent, as many digests of one length.
+        assert compared == [32] * 15
+        assert server.post(prompt=PROMPT).status_code == server.http.get("/v1/models").status_code == 401
+        assert server.http.get("/health/ready").status_code == server.http.get("/metrics").status_code == 200
+        assert server.metrics()['ragturbo_rejections_total{reason="invalid_api_key"}'] == 6
+
+
+def test_prompts_are_not_logged_unless_asked_for(gen, kit, caplog):
+    secret = " ".join(["unheardof", *["word"] * 300])
+    with caplog.at_level(logging.DEBUG), kit.served(gen) as server:
+        answer = server.post(prompt=secret, seed=5)
+        # What the log keeps to itself is said to the one who asked.
+        assert answer.status_code == 200 and "unheardof" in answer.json()["notes"][0]
+        assert server.post(prompt=secret, mode="none", w=0.5).status_code == 400
+    assert "unheardof" not in caplog.text
+    with caplog.at_level(logging.INFO), kit.served(gen, log_prompts=True) as server:
+        server.post(prompt=secret)
+    assert "unheardof" in caplog.text
+
+
+def test_a_safety_filter_has_the_last_word(gen, kit, monkeypatch, tmp_path):
+    (tmp_path / "house_rules.py").write_text("def blank(batch):\n    return batch * 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with kit.served(gen, postprocess="house_rules:blank") as server:
+        data = base64.b64decode(server.post(prompt=PROMPT).json()["data"][0]["b64_json"])
+    assert Image.open(io.BytesIO(data)).getextrema() == ((0, 0),) * 3
+
+
+def test_the_configuration_refuses_nonsense(tmp_path):
+    assert ServeConfig().host == "127.0.0.1" and not ServeConfig().public
+    wrong = [
+        {"timeout": 0},
+        {"max_images": 0},
+        {"api_keys": "one"},
+        {"api_keys": [" a"]},
+        {"api_keys": ["a"], "admin_keys": ["a"]},
+        {"options": {"turbo": True}},
+        {"postprocess": "nowhere"},
+    ]
+    for settings in wrong:
+        with pytest.raises(InvalidRequest):
+            ServeConfig.of(settings).hook()
+    with pytest.raises(InvalidRequest, match="unknown setting 'colour'"):
+        ServeConfig.of({"colour": 1})
+    assert "s3cret" not in repr(ServeConfig(api_keys=("s3cret",)))
+    (tmp_path / "keys").write_text("# ours\none\n\n two \n")
+    assert read_keys(tmp_path / "keys") == ("one", "two")
+    (tmp_path / "keys").write_text("# none\n")
+    with pytest.raises(InvalidRequest, match="holds no keys"):
+        read_keys(tmp_path / "keys")

@@ -1,0 +1,192 @@
+"""Too many requests, late ones, clients that leave, databases that change, devices that die."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import struct
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import openai
+import pytest
+
+from ragturbo import Database, Generator
+
+PROMPT = "a red circle left of a blue square"
+PATH = "/v1/images/generations"
+
+
+@pytest.fixture
+def many():
+    with ThreadPoolExecutor(32) as pool:
+        yield pool
+
+
+def test_a_full_queue_is_429_with_retry_after_and_openais_client_comes_back(server, gen, kit, many):
+    with kit.occupied(gen):
+        waiting = [many.submit(server.post, prompt=PROMPT, seed=i) for i in range(8)]
+        kit.until(lambda: gen.stats()["waiting"] == 8, "eight in the queue")
+        refused = server.post(prompt=PROMPT)
+        assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
+        assert refused.json()["error"]["code"] == "queue_full"
+        # A request of two pieces finds no room for both, and takes none.
+        assert server.post(prompt=PROMPT, n=10).status_code == 429
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=9) as client:
+            patient = many.submit(client.images.generate, prompt=PROMPT)
+            kit.until(lambda: server.metrics()['ragturbo_rejections_total{reason="queue_full"}'] >= 3, "a refusal")
+    assert [answer.result().status_code for answer in waiting] == [200] * 8
+    assert patient.result().data
+
+
+def test_a_deadline_that_passes_is_503_and_leaves_the_queue(gen, kit):
+    with kit.served(gen, timeout=0.2) as server:
+        with kit.occupied(gen):
+            late = server.post(prompt=PROMPT)
+            assert gen.stats()["waiting"] == 0
+        assert late.status_code == 503 and late.json()["error"]["code"] == "deadline_exceeded"
+        assert int(late.headers["retry-after"]) >= 1
+        assert server.http.get("/health/ready").status_code == 200
+
+
+def test_a_client_that_leaves_frees_its_slot(server, gen, kit, many):
+    with kit.occupied(gen):
+        waiting = [many.submit(server.post, prompt=PROMPT) for _ in range(7)]
+        kit.until(lambda: gen.stats()["waiting"] == 7, "seven in the queue")
+        impatient = ask(server.url)
+        kit.until(lambda: gen.stats()["waiting"] == 8, "eight in the queue")
+        assert server.post(prompt=PROMPT).status_code == 429
+        impatient.close()
+        kit.until(lambda: gen.stats()["waiting"] == 7, "seven again")
+        waiting.append(many.submit(server.post, prompt=PROMPT))
+        kit.until(lambda: gen.stats()["waiting"] == 8, "the next one in its place")
+    assert [answer.result().status_code for answer in waiting] == [200] * 8
+
+
+def ask(url: str, part: float = 1.0) -> socket.socket:
+    """The first part of a request, on a connection of its own."""
+    body = b'{"prompt": "a red circle left of a blue square", "n": 2}'
+    head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    whole = head.encode() + body
+    host, port = url.removeprefix("http://").split(":")
+    connection = socket.create_connection((host, int(port)), timeout=60)
+    connection.sendall(whole[: max(1, int(part * len(whole)))])
+    return connection
+
+
+def test_clients_that_leave_at_random_leave_nothing_behind(server, gen, kit, rng, many, long_count):
+    """Half-way through their request, while they wait, while they are answered; politely or with a reset."""
+    count = long_count(500)
+    plans = [(rng.random() < 0.3, rng.random(), rng.random() * 0.3, rng.random() < 0.5) for _ in range(count)]
+    files = len(os.listdir("/proc/self/fd"))
+    seen: Counter[str] = Counter()
+
+    def client(plan: tuple[bool, float, float, bool]) -> None:
+        early, part, pause, rude = plan
+        connection = ask(server.url, part if early else 1.0)
+        time.sleep(pause)
+        connection.setblocking(False)
+        try:
+            seen["answered" if connection.recv(12) else "closed"] += 1
+        except BlockingIOError:
+            seen["left"] += 1
+        if rude:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.close()
+
+    list(many.map(client, plans))
+    assert seen["left"] > count / 10, seen
+    gauges = ("ragturbo_in_flight", "ragturbo_queue_waiting", "ragturbo_rows_running")
+    kit.until(lambda: all(server.metrics()[name] == 0 for name in gauges), "gauges at zero")
+    kit.until(lambda: len(os.listdir("/proc/self/fd")) <= files + 2, "files closed")
+    after = server.metrics()
+    assert after["ragturbo_cancellations_total"] > 0
+    # Every piece of work that was accepted ended in one way.
+    outcomes = [after[f'ragturbo_executor_total{{outcome="{o}"}}'] for o in ("finished", "cancelled", "expired")]
+    assert after['ragturbo_executor_total{outcome="accepted"}'] == sum(outcomes)
+    assert server.post(prompt=PROMPT).status_code == 200
+
+
+@pytest.fixture(scope="module")
+def databases(gen, tmp_path_factory) -> list[Path]:
+    """The embedded one, and a copy in which the first pair's nearest neighbours are gone."""
+    here = Path(gen.database.path)
+    other = tmp_path_factory.mktemp("db") / "other"
+    shutil.copytree(here, other)
+    database = Database.open(other)
+    database.remove([int(i) for i in database.ids[::2]])
+    return [here, other]
+
+
+def test_databases_are_swapped_under_load_without_a_failed_request(gen, kit, databases, many, long_count):
+    first, other = databases
+    kept = set(Database.open(other).ids.tolist())
+    with kit.served(gen, admin_keys=("admin",), timeout=60) as server:
+        stop, answers = threading.Event(), []
+
+        def client(i: int) -> None:
+            while not stop.is_set():
+                answers.append(server.post(prompt=PROMPT, mode="slerp", seed=i, return_neighbors=True))
+
+        def swap(path: Path | None) -> dict:
+            body = {} if path is None else {"path": str(path)}
+            answer = server.http.post("/admin/database", json=body, headers={"Authorization": "Bearer admin"})
+            assert answer.status_code == 200, answer.text
+            return answer.json()
+
+        callers = [many.submit(client, i) for i in range(4)]
+        try:
+            swap(other)
+            swap(first)
+            files = len(os.listdir("/proc/self/fd"))
+            for _ in range(long_count(50)):
+                assert swap(other)["pairs"] == len(kept)
+                assert swap(None)["path"] == str(other)
+                after_swap = len(answers)
+                fresh = server.post(prompt=PROMPT, mode="slerp", seed=9, return_neighbors=True).json()
+                assert {n["id"] for n in fresh["data"][0]["neighbors"]} <= kept
+                swap(first)
+        finally:
+            stop.set()
+            for caller in callers:
+                caller.result()
+            gen.use_database(first)
+        assert after_swap and {answer.status_code for answer in answers} == {200}
+        # Databases that nobody uses any more are closed.
+        kit.until(lambda: len(os.listdir("/proc/self/fd")) <= files + 8, "files closed")
+        refused = server.http.post(
+            "/admin/database", json={"path": "/nowhere"}, headers={"Authorization": "Bearer admin"}
+        )
+        assert refused.status_code == 400 and "nowhere" in refused.json()["error"]["message"]
+        assert server.http.post("/admin/database", json={}).status_code == 401
+        assert server.post(prompt=PROMPT, mode="slerp").status_code == 200
+
+
+def test_without_admin_keys_there_is_no_admin_command(server):
+    assert server.http.post("/admin/database", json={}).status_code == 404
+
+
+def test_a_dead_device_turns_readiness_off(tiny_sd21, kit, many):
+    with Generator.from_pretrained(tiny_sd21, device="cpu") as dying, kit.served(dying) as server:
+        assert server.post(prompt="a dog").status_code == 200
+        before = dying.stats()["accepted"]
+        assert server.http.get("/health/ready").status_code == 200
+        # Being asked how it is gives it nothing to do.
+        assert dying.stats()["accepted"] == before
+
+        def lost(batch: object) -> None:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+        dying._engine.run = lost
+        with kit.occupied(dying):
+            answers = [many.submit(server.post, prompt="a dog") for _ in range(4)]
+            kit.until(lambda: dying.stats()["waiting"] == 4, "four in the queue")
+        codes = {(a.result().status_code, a.result().json()["error"]["code"]) for a in answers}
+        assert codes == {(503, "device_lost")}
+        assert server.http.get("/health/ready").json() == {"status": "device lost"}
+        assert server.http.get("/health/ready").status_code == server.http.get("/health/live").status_code == 503
+        assert server.post(prompt="a dog").json()["error"]["code"] == "device_lost"
