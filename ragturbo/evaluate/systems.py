@@ -159,6 +159,8 @@ class Pipeline:
 
 def _generator(spec: Spec, loading: Loading, **overrides: Any) -> Generator:
     chosen = {"database": loading.database, "adapter": loading.adapter, **overrides}
+    if "retriever" in spec.options:
+        chosen["retriever"] = spec.options["retriever"]
     return Generator.from_pretrained(
         spec.folder or loading.model,
         device=loading.device,
@@ -168,16 +170,20 @@ def _generator(spec: Spec, loading: Loading, **overrides: Any) -> Generator:
     )
 
 
+_SEARCH = ("k", "min_score", "retriever", "steps")
+
+
 def _take(spec: Spec, *names: str) -> dict[str, Any]:
     """The options of a spec under the call's own names; any other is refused."""
     if unknown := sorted(set(spec.options) - set(names)):
         raise InvalidRequest(f"system {spec.text!r} has no option {unknown[0]!r}; there are: {', '.join(names)}")
     words = {"k": "num_neighbors", "guidance": "guidance_scale"}
-    return {words.get(name, name): value for name, value in spec.options.items()}
+    # The retriever is the generator's, not a call's.
+    return {words.get(name, name): value for name, value in spec.options.items() if name != "retriever"}
 
 
 def _adapter(spec: Spec, loading: Loading) -> System:
-    return Ours("ragturbo", _generator(spec, loading), **_take(spec, "k", "lam", "min_score", "steps"), mode="adapter")
+    return Ours("ragturbo", _generator(spec, loading), **_take(spec, *_SEARCH, "lam"), mode="adapter")
 
 
 def _wrong(spec: Spec, loading: Loading) -> System:
@@ -211,14 +217,14 @@ def _student(spec: Spec, loading: Loading) -> System:
 
 
 def _blend(spec: Spec, loading: Loading) -> System:
-    options = {"w": 0.8, **_take(spec, "w", "k", "per", "min_score", "steps")}
+    options = {"w": 0.8, **_take(spec, *_SEARCH, "w", "per")}
     generator = _generator(spec, loading, adapter=False)
     return Ours(f"{spec.kind}, w = {options['w']}", generator, **options, mode=spec.kind)
 
 
 def _best_w(spec: Spec, loading: Loading) -> System:
     variants = {f"w={w}": {"w": w} for w in W_GRID}
-    options = _take(spec, "k", "per", "min_score", "steps")
+    options = _take(spec, *_SEARCH, "per")
     return BestOf("slerp, w*", _generator(spec, loading, adapter=False), variants, **options, mode="slerp")
 
 

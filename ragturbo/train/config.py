@@ -20,6 +20,7 @@ MODES = ("adapter", "student")
 ADAPTERS = ("transformer", "attention", "none")
 PRECISIONS = ("fp32", "bf16")
 NEIGHBORS = ("nearest", "random")
+REALS = ("all", "images")
 DECODER_TARGETS = (
     r"up_blocks\..*\.(to_q|to_k|to_v|to_out\.0|proj_in|proj_out|ff\.net\.0\.proj|ff\.net\.2|conv1|conv2|conv_shortcut)"
 )
@@ -96,13 +97,17 @@ class DiscriminatorConfig:
     r1: float = 0.0
     """γ of R1 on the real features; 0 for none."""
     misaligned: bool = False
-    """Right images with wrong prompts as extra fakes."""
+    """Right images with wrong prompts as extra fakes, for the heads whose stage has read the prompt."""
+    real: str = "all"
+    """What counts as real: "all" samples, as the paper, or only "images", those without a noise of their own. A student
+    soon looks like its teacher's latents, and D has nothing to learn from them."""
     shared_fake: bool = True
     """D and G read one pass of the fakes through the backbone, the G step's, which has gradients: a third fewer passes.
     False: the D step makes its own, real and fake in one batch without gradients. The gradients are the same."""
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     def __post_init__(self) -> None:
+        one_of("discriminator.real", self.real, REALS)
         _at_least("discriminator", self, width=1, r1=0)
 
 

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ragturbo.errors import InvalidRequest
 from ragturbo.model.adapter import norm_groups
 from ragturbo.model.unet import HSpaceUNet
+from ragturbo.train.losses import weighted_mean
 
 MID = "mid"
 
@@ -64,6 +65,11 @@ class Backbone:
         # The last output of every down block: after its downsampler, where it has one.
         counts = [len(block.resnets) + len(block.downsamplers or ()) for block in model.down_blocks]
         self._last = {f"down_{i}": sum(counts[: i + 1]) for i in range(len(counts))}
+        # A prompt can only matter to a stage with cross-attention in it or before it.
+        blocks = (*model.down_blocks, model.mid_block)
+        attends = [bool(getattr(block, "has_cross_attention", False)) for block in blocks]
+        reads = {name: any(attends[: i + 1]) for i, name in enumerate(known)}
+        self.reads_text = [reads[name] for name in stages]
         widths = model.config.block_out_channels
         self.channels = [widths[-1] if name == MID else widths[int(name.removeprefix("down_"))] for name in stages]
 
@@ -150,9 +156,10 @@ def encoder_only(unet: Any) -> Any:
     return half
 
 
-def accuracy(real: Sequence[Tensor], fake: Sequence[Tensor]) -> Tensor:
-    """(K,): how often each head tells them apart, at 0; 0.5 is chance."""
-    return torch.stack([((r > 0).float().mean() + (f < 0).float().mean()) / 2 for r, f in zip(real, fake, strict=True)])
+def accuracy(real: Sequence[Tensor], fake: Sequence[Tensor], real_weight: Tensor | None = None) -> Tensor:
+    """(K,): how often each head tells them apart, at 0; 0.5 is chance. real_weight (B,): how much each real counts."""
+    right = [weighted_mean((r > 0).float().mean(1), real_weight) for r in real]
+    return torch.stack([(r + (f < 0).float().mean()) / 2 for r, f in zip(right, fake, strict=True)])
 
 
 def check_misaligned(misaligned: bool, micro_batch: int) -> None:

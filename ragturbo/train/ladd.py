@@ -184,7 +184,8 @@ class LADDTrainer:
         wrong = extra[0] if extra else None
         logits = self.discriminator(_join(real, seen, wrong))
         on_real, on_fake = [x[:size] for x in logits], [x[size:] for x in logits]
-        per_head = self.hinge_d.per_head(on_real, on_fake, self._fake_weight(batch, wrong))
+        real_weight = (~batch.paired).float() if config.discriminator.real == "images" else None
+        per_head = self.hinge_d.per_head(on_real, on_fake, self._fake_weight(batch, wrong), real_weight)
         loss_d = per_head.sum()
         if self.r1 is not None:
             loss_d = loss_d + self.r1(on_real, real)
@@ -197,7 +198,7 @@ class LADDTrainer:
         loss_g = self.total(adv, distill, lpips)
         (loss_g / self.accumulation).backward()
 
-        right = accuracy(on_real, [x[:size] for x in on_fake])
+        right = accuracy(on_real, [x[:size] for x in on_fake], real_weight)
         self._meter(d=loss_d, g=loss_g, adv=adv, distill=distill, lpips=lpips, head=per_head, accuracy=right)
 
     # Its parts
@@ -253,11 +254,13 @@ class LADDTrainer:
         return split[0], fake, split[1:]
 
     def _fake_weight(self, batch: Batch, wrong: Any) -> Tensor | None:
-        """A prompt that its neighbour in the batch has too is not misaligned: it counts for nothing."""
+        """(K, 2·B): how much each head's fakes count. A prompt that its neighbour in the batch has too is not
+        misaligned, and to a head that cannot read it a wrong one is the same picture called fake: neither counts."""
         if wrong is None:
             return None
         differs = (batch.input_ids != batch.input_ids.roll(1, 0)).any(1).float()
-        return torch.cat([torch.ones_like(differs), differs])
+        reads = self.discriminator.backbone.reads_text
+        return torch.stack([torch.cat([torch.ones_like(differs), differs * read]) for read in reads])
 
     def _lpips_loss(self, z0_hat: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
         """Eq. 9. Only samples with a noise of their own have an estimate to compare."""

@@ -14,11 +14,23 @@ from torch.nn import functional as F
 class HingeD:
     """Eq. 6: Σ_k E[max(0, 1 − D_k(z_s))] + E[max(0, 1 + D_k(ẑ_s))]."""
 
-    def per_head(self, real: Sequence[Tensor], fake: Sequence[Tensor], weight: Tensor | None = None) -> Tensor:
-        """The K terms of the sum. fake may hold more samples than real (misaligned pairs); weight (B_fake,): how much
-        each of them counts. A head that answers 0 everywhere has 2.0, whatever the weights: the loss of no signal."""
-        pairs = zip(real, fake, strict=True)
-        return torch.stack([F.relu(1 - r).mean() + weighted_mean(F.relu(1 + f).mean(1), weight) for r, f in pairs])
+    def per_head(
+        self,
+        real: Sequence[Tensor],
+        fake: Sequence[Tensor],
+        weight: Tensor | None = None,
+        real_weight: Tensor | None = None,
+    ) -> Tensor:
+        """The K terms of the sum. fake may hold more samples than real (misaligned pairs); weight (K, B_fake) and
+        real_weight (B,): how much each of them counts. A head that answers 0 everywhere has 2.0, whatever the weights:
+        the loss of no signal."""
+        weights = [None] * len(real) if weight is None else list(weight)
+        return torch.stack(
+            [
+                weighted_mean(F.relu(1 - r).mean(1), real_weight) + weighted_mean(F.relu(1 + f).mean(1), w)
+                for r, f, w in zip(real, fake, weights, strict=True)
+            ]
+        )
 
     def __call__(self, real: Sequence[Tensor], fake: Sequence[Tensor], weight: Tensor | None = None) -> Tensor:
         return self.per_head(real, fake, weight).sum()

@@ -85,8 +85,9 @@ class HeadWatch:
             if name not in self._reported:
                 self._reported.add(name)
                 log.warning(
-                    "discriminator head %s is at its starting loss of %g after %d steps: it gives no signal. Normalise "
-                    "its features (discriminator.normalise), raise discriminator.optim.lr, or leave the stage out.",
+                    "discriminator head %s is at its starting loss of %g after %d steps: it gives no signal. Show D "
+                    "real images (`ragturbo data encode`, discriminator.real=images: a student soon looks like its "
+                    "teacher's latents) and misaligned pairs, normalise its features, or leave the stage out.",
                     name, _STARTING_LOSS, step,
                 )  # fmt: skip
         return dead

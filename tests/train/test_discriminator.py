@@ -46,6 +46,13 @@ def test_the_features_are_the_outputs_of_the_blocks(unet):
         assert feature.shape[1] == channels
 
 
+def test_a_backbone_knows_which_of_its_stages_have_read_the_prompt(unet, tiny):
+    assert Backbone(unet).reads_text == [True] * 5
+    late = tiny.unet("sd21", down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D", "DownBlock2D"))
+    assert Backbone(late).reads_text == [False, True, True, True, True]
+    assert Backbone(late, ["mid", "down_0"]).reads_text == [True, False]
+
+
 def test_the_teachers_decoder_is_not_kept_and_the_given_unet_stays_whole(unet):
     half = encoder_only(unet)
     assert not any(name.startswith(("up_blocks", "conv_out")) for name, _ in half.named_parameters())

@@ -20,14 +20,20 @@ def test_hinge_d_sums_over_heads_the_means_of_both_sides():
 
 def test_a_head_without_signal_has_two_whatever_the_weights():
     zeros = [torch.zeros(3, 4)]
-    weight = torch.tensor([1.0, 0.5, 0.0, 1.0, 0.5, 0.25])
+    weight = torch.tensor([[1.0, 0.5, 0.0, 1.0, 0.5, 0.25]])
     assert HingeD().per_head(zeros, [torch.zeros(6, 4)], weight).tolist() == [2.0]
 
 
 def test_weights_leave_out_the_fakes_they_are_zero_for():
     real, fake = [torch.full((2, 1), 5.0)], [torch.tensor([[-3.0], [4.0]])]
-    assert HingeD()(real, fake, torch.tensor([1.0, 0.0])).item() == 0.0
-    assert HingeD()(real, fake, torch.tensor([0.0, 1.0])).item() == 5.0
+    assert HingeD()(real, fake, torch.tensor([[1.0, 0.0]])).item() == 0.0
+    assert HingeD()(real, fake, torch.tensor([[0.0, 1.0]])).item() == 5.0
+
+
+def test_real_weights_leave_out_the_reals_they_are_zero_for():
+    real, fake = [torch.tensor([[-3.0], [4.0]])], [torch.full((2, 1), -5.0)]
+    assert HingeD().per_head(real, fake, None, torch.tensor([0.0, 1.0])).item() == 0.0
+    assert HingeD().per_head(real, fake, None, torch.tensor([1.0, 0.0])).item() == 4.0
 
 
 def test_hinge_g_is_minus_the_sum_of_the_means():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 
@@ -335,9 +336,39 @@ def test_a_misaligned_pair_with_the_same_prompt_counts_for_nothing(make):
     trainer = make(discriminator__misaligned=True)
     batch = batches(trainer, 1)[0]
     batch.input_ids[1] = batch.input_ids[0]
-    assert trainer._fake_weight(batch, [0]).tolist() == [1, 1, 0, 0]
+    assert trainer._fake_weight(batch, [0]).tolist() == [[1, 1, 0, 0]] * 3
     with pytest.raises(InvalidRequest, match="micro_batch is 1"):
         make(discriminator__misaligned=True, loop__micro_batch=1)
+
+
+def test_a_wrong_prompt_is_a_fake_only_to_heads_that_read_it(make):
+    """The embedded model reads its prompt in the middle block alone: a wrong one would teach the other heads that true
+    pictures are fake."""
+    trainer = make(discriminator__misaligned=True)
+    assert trainer.discriminator.backbone.reads_text == [True, True, True]
+    trainer.discriminator.backbone.reads_text = [False, False, True]
+    batch = batches(trainer, 1)[0]
+    assert trainer._fake_weight(batch, [0]).tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]]
+    _, with_wrong = gradients(trainer, [batch])
+    _, without = gradients(make(), [batch])
+    same = {name for name in without if torch.allclose(with_wrong[name], without[name], atol=1e-6)}
+    assert {name for name in without if "heads.mid" not in name} <= same
+    assert not {name for name in without if name.startswith("heads.mid") and name.endswith("original")} & same
+
+
+def test_with_images_alone_as_real_a_teachers_latents_are_none(make, world):
+    """Measured: a student soon looks like the latents it copies, and heads that take these for real learn nothing."""
+    sources = [{"path": str(world.data)}, {"path": str(world.real)}]
+    trainer = make(data__sources=sources, discriminator__real="images", loop__micro_batch=4)
+    batch = next(b for b in (trainer._load(range(n, n + 4)) for n in range(0, 64, 4)) if 0 < b.paired.sum() < 4)
+    _, d = gradients(trainer, [batch])
+    other = dataclasses.replace(batch, z0=torch.where(batch.paired.view(-1, 1, 1, 1), -batch.z0, batch.z0))
+    # At t = T the student sees its own noise alone: other latents in paired samples change nothing D is shown.
+    same, all_real = (gradients(make(data__sources=sources, discriminator__real=real, loop__micro_batch=4), [other])[1]
+                      for real in ("images", "all"))  # fmt: skip
+    weights = [name for name in d if "original" in name]
+    assert all(torch.allclose(d[name], same[name], atol=1e-6) for name in weights)
+    assert not any(torch.allclose(d[name], all_real[name], atol=1e-6) for name in weights)
 
 
 def test_r1_smooths_the_heads_and_reaches_nothing_else(make):
