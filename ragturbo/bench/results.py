@@ -103,7 +103,6 @@ def figures(run: Run) -> Iterator[tuple[str, float]]:
     if run.kind != "suite":
         yield from ((key, float(value)) for key, value in run.data.get("measured", {}).items())
         return
-    timed: dict[tuple[str, Any], float] = {}
     for entry in run.data["benchmarks"]:
         info, sizes = entry["extra_info"], entry["extra_info"].get("sizes", {})
         # A benchmark names the budget it measures, or its row is known by its sizes.
@@ -113,11 +112,5 @@ def figures(run: Run) -> Iterator[tuple[str, float]]:
         p50 = info["seconds"]["p50"]
         if sizes.get("retriever") == "scann" and sizes.get("rows") == PAPER_ROWS and (info.get("recall") or 0) >= 0.95:
             yield "scann_p50_s", p50
-        if "reader" in sizes:
-            timed[sizes["reader"], sizes["rows"]] = p50
         if info.get("samples_per_s") and info.get("variant") == "ours" and info.get("device") == "cuda":
             yield "ladd_samples_per_s", float(info["samples_per_s"])
-    # The same rows moved by memcpy and by us, both on two threads, the most at once that were measured.
-    both = [rows for reader, rows in timed if reader == "ours" and ("memcpy", rows) in timed]
-    if both:
-        yield "rows_of_memcpy", timed["memcpy", max(both)] / timed["ours", max(both)]

@@ -193,17 +193,18 @@ class Database:
         if chosen == "auto":
             chosen, why = self.choice() if self._chosen == "auto" else ("exact", "asked for")
         snapshot, made = self._state
+        own = centred is None or centred == snapshot.manifest.centred
         centred = snapshot.manifest.centred if centred is None else centred
         key = (chosen, centred if chosen == "exact" else None)
-        found = made.get(key)
-        if found is not None:
-            return found
         with self._lock:
             if key not in made:
                 made[key] = self._make(chosen, snapshot, centred, why)
-            if name is None and centred == snapshot.manifest.centred:
-                made[None] = made[key]
-            return made[key]
+            found = made[key]
+            if name is None and own:
+                made[None] = found
+            if own and isinstance(found, scann.ScannRetriever):
+                made["one", name] = found
+            return found
 
     def _make(self, name: str, snapshot: Snapshot, centred: bool, why: str) -> Retriever:
         if name == "scann":
@@ -224,9 +225,14 @@ class Database:
         where there is no further neighbour. exclude: ids never returned, (m,) or (B, m). min_score, max_similarity
         and diversity: see `Selection`. centred: cosines about the mean of the keys; None is the database's own
         setting."""
+        plain = min_score is None and max_similarity is None and not diversity and centred is None
+        if plain and exclude is None and (retriever is None or type(retriever) is str):
+            # After half a millisecond in ScaNN's tables every line of Python is cold: the common call takes few.
+            ready = self._state[1].get(("one", retriever))
+            if ready is not None and (found := ready.search_one(keys, k)) is not None:
+                return found
         searcher = self.retriever(retriever, centred=centred)
-        plain = min_score is None and max_similarity is None and not diversity
-        if plain and centred is None and isinstance(searcher, scann.ScannRetriever):
+        if plain and isinstance(searcher, scann.ScannRetriever):
             return searcher.search(keys, k, exclude=exclude)
         snapshot = getattr(searcher, "snapshot", self.snapshot)
         if centred is not None and getattr(searcher, "name", "") == "scann" and searcher.config.centred != centred:  # type: ignore[attr-defined]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import re
-import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ragturbo.errors import DatabaseCorrupt, DatabaseError, InvalidRequest
-from ragturbo.retrieval import durable
+from ragturbo.retrieval import durable, store
 from ragturbo.retrieval.manifest import IndexEntry, Manifest
 from ragturbo.retrieval.retriever import EXACT_BELOW, check_k, check_keys, excluded_ids, like, to_host
 from ragturbo.retrieval.snapshot import Snapshot
@@ -23,6 +24,7 @@ IDS = "ids.npy"
 _PICKLE = "scann_docids.pkl"
 # How many neighbours leaves_to_search and reorder are meant for.
 _SHALLOW = 16
+_FLOAT32 = np.dtype(np.float32)
 _ASSET = re.compile(r'asset_path:\s*"([^"]*)"')
 
 
@@ -137,14 +139,20 @@ def check_files(folder: Path, index: IndexEntry) -> None:
     if present != set(index.files):
         odd = sorted(present ^ set(index.files))
         raise DatabaseCorrupt(f"{folder}: files differ from the manifest's: {', '.join(odd)}")
-    for name, expected in index.files.items():
-        path, crc, size = folder / name, 0, 0
+
+    def check(name: str) -> None:
+        path, expected = folder / name, index.files[name]
+        crc = size = 0
         with durable.naming(path, "reading"), open(path, "rb", buffering=0) as file:
-            while block := file.read(1 << 22):
-                crc, size = zlib.crc32(block, crc), size + len(block)
+            block = bytearray(min(1 << 22, max(expected.bytes, 1)))
+            while got := file.readinto(block):
+                crc, size = store.crc32(memoryview(block)[:got], crc), size + got
         if (size, crc) != (expected.bytes, expected.crc32):
             raise DatabaseCorrupt(f"{path}: {size} bytes with CRC-32 {crc:08x}, the manifest says {expected.bytes} "
                                   f"with {expected.crc32:08x}")  # fmt: skip
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        list(pool.map(check, sorted(index.files, key=lambda name: -index.files[name].bytes)))
 
 
 class ScannRetriever:
@@ -184,8 +192,8 @@ class ScannRetriever:
         # The searcher below ScaNN's Python wrapper, bound once: at half a millisecond a query, attribute chains show.
         self._one = self.searcher.searcher.search
         self._one_key = (1, self._dim)
-        self._shallow = min(_SHALLOW, self.config.reorder)
-        self._plain = not (self._any_hidden or len(self._tail) or self.config.centred)
+        plain = not (self._any_hidden or len(self._tail) or self.config.centred)
+        self._shallow = min(_SHALLOW, self.config.reorder) if plain else 0
 
     def _load(self, index: IndexEntry) -> tuple[np.ndarray, Any]:
         pybind = _scann()
@@ -218,11 +226,9 @@ class ScannRetriever:
         return ids
 
     def search(self, keys: Any, k: int, *, exclude: Any = None) -> tuple[Any, Any]:
-        query = keys if type(keys) is np.ndarray and keys.dtype == np.float32 else to_host(keys)
-        if exclude is None and self._plain and query.shape == self._one_key and k <= self._shallow:
-            found = self._search_one(query[0], k)
-            if found is not None:
-                return found if query is keys else like(keys, *found)
+        query = to_host(keys)
+        if exclude is None and (found := self.search_one(query, k)) is not None:
+            return found if query is keys else like(keys, *found)
         check_k(k)
         check_keys(query, self._dim)
         query = query / np.linalg.norm(query, axis=1, keepdims=True)
@@ -234,17 +240,21 @@ class ScannRetriever:
         rows = [self._merged(query[i], k, None if banned is None else banned[i]) for i in range(len(query))]
         return like(keys, np.stack([ids for ids, _ in rows]), np.stack([scores for _, scores in rows]))
 
-    def _search_one(self, query: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray] | None:
-        """One key, nothing to hide and nothing to merge. None where the index found fewer than k: the long way then."""
+    def search_one(self, keys: Any, k: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """keys (1, K) float32 on the host, nothing to hide and nothing to merge. None where that is not so, or where
+        the index found fewer than k: `search` is the long way."""
+        if type(keys) is not np.ndarray or keys.shape != self._one_key or keys.dtype is not _FLOAT32:
+            return None
+        if type(k) is not int or not 0 < k <= self._shallow:
+            return None
+        query = keys[0]
         square = float(query.dot(query))
         if not 0.99999 < square < 1.00001:
             if not (math.isfinite(square) and square > 0):
                 return None
             query = query / np.float32(math.sqrt(square))
-        if k < 1:
-            return None
         where, scores = self._one(query, k, -1, -1)
-        if len(where) != k or math.isnan(scores[-1]):
+        if len(where) != k:
             return None
         return self.index_ids.take(where)[None], scores[None]
 

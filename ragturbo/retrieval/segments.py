@@ -48,7 +48,8 @@ class Segments:
         self.starts = np.cumsum([0] + [entry.count for entry in entries], dtype=np.int64)
         # Ids without a gap need no search: row = id - first.
         rows = len(self.ids)
-        self._contiguous = bool(rows and self.ids[-1] - self.ids[0] + 1 == rows)
+        self._first = int(self.ids[0]) if rows else 0
+        self._contiguous = bool(rows and int(self.ids[-1]) - self._first + 1 == rows)
         paths = [segment_path(folder, entry, "hseg") for entry in entries]
         self.paths = paths
         try:
@@ -101,7 +102,9 @@ class Segments:
         if not len(self.ids):
             return np.full(len(ids), -1, np.int64)
         if self._contiguous:
-            rows = ids - self.ids[0]
+            rows = ids - self._first
+            if len(rows) and rows.min() >= 0 and rows.max() < len(self.ids):
+                return rows
             return np.where((rows >= 0) & (rows < len(self.ids)), rows, -1)
         rows = np.minimum(np.searchsorted(self.ids, ids), len(self.ids) - 1)
         return np.where(self.ids[rows] == ids, rows, -1)

@@ -57,6 +57,8 @@ class Snapshot:
     def rows(self, ids: np.ndarray) -> np.ndarray:
         """Rows of ids (n,), -1 kept as -1; any other id that is not stored is refused."""
         rows = self.segments.rows_of(ids)
+        if len(rows) and rows.min() >= 0:
+            return rows
         missing = (rows < 0) & (ids != -1)
         if missing.any():
             raise InvalidRequest(f"id {int(ids[missing][0])} is not in the database {self.folder}")

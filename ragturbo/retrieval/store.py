@@ -115,8 +115,8 @@ def open_store(
     )  # fmt: skip
 
 
-def crc32(data: Any) -> int:
-    return zlib.crc32(data) if _native is None else _native.crc32(data)
+def crc32(data: Any, value: int = 0) -> int:
+    return zlib.crc32(data, value) if _native is None else _native.crc32(data, value)
 
 
 def host_buffer(nbytes: int) -> tuple[np.ndarray, bool, str, Any]:
