@@ -63,16 +63,20 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """With RAGTURBO_COUNTS=file, what was counted, how often, from which seed and commit."""
+    """With RAGTURBO_COUNTS=file, what was counted, how often, from which seed and commit, test by test."""
     path = os.environ.get("RAGTURBO_COUNTS")
     if not path or hasattr(session.config, "workerinput"):
         return
     git = ["git", "-C", str(Path(__file__).parent)]
     commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     dirty = bool(subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True).stdout.strip())
-    facts = {"seed": SEED, "commit": commit, "dirty": dirty, "full": LONG, "tests": dict(sorted(_counted.items()))}
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
+    facts = {"seed": SEED, "commit": commit, "dirty": dirty, "full": LONG}
+    # A part may be run again alone: the record keeps what other runs have left, each test with its own facts.
+    place = Path(path)
+    known = json.loads(place.read_text("utf-8"))["tests"] if place.is_file() else {}
+    known |= {name: {**found, **facts} for name, found in _counted.items()}
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text(json.dumps({"tests": dict(sorted(known.items()))}, indent=2) + "\n", "utf-8")
 
 
 def _load(name: str) -> ModuleType:
