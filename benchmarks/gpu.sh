@@ -3,10 +3,20 @@
 #   PART=kernels|engine|breakdown|train   one part, at most 8 minutes; without it a quick cut of all, at most 8 minutes
 #   RESULTS=dir   receives at most 8 files       CACHE=dir   keeps compiled kernels from run to run
 #   WHEELS=dir    packages to install from, where the machine reaches no registry
+#   RAGTURBO_COMMIT=…   the commit to write into the records of a copy that has no .git
 cd "$(dirname "$0")/.." || exit 1
 python=${PYTHON:-python3}
+# A system's own Python refuses pip unless told; what is installed is this folder by reference and the wheels that were brought.
+export PIP_BREAK_SYSTEM_PACKAGES=1
 if [ -n "$WHEELS" ]; then
-    "$python" -m pip install --quiet --no-index --no-deps "$WHEELS"/*.whl || echo "gpu: not every wheel of $WHEELS was installed"
+    # One at a time: pip installs none of several if one does not fit the machine.
+    for wheel in "$WHEELS"/*.whl; do
+        "$python" -m pip install --quiet --no-index --no-deps "$wheel" || echo "gpu: $wheel was not installed"
+    done
 fi
-"$python" -m pip install --quiet --no-build-isolation --no-deps -e . || echo "gpu: the installation failed; running from the checkout"
-exec "$python" benchmarks/gpu.py --part "${PART:-all}" --results "${RESULTS:-gpu-results}" ${CACHE:+--cache "$CACHE"} "$@"
+if ! "$python" -m pip install --quiet --no-build-isolation --no-deps -e .; then
+    echo "gpu: the installation failed; running from the checkout, without ragturbo._native"
+    # An installation maps kernels/ into the package; here a link does.
+    [ -e ragturbo/kernels ] || { ln -s ../kernels ragturbo/kernels && trap 'rm -f ragturbo/kernels' EXIT; }
+fi
+"$python" benchmarks/gpu.py --part "${PART:-all}" --results "${RESULTS:-gpu-results}" ${CACHE:+--cache "$CACHE"} "$@"
