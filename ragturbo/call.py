@@ -29,8 +29,14 @@ log = logging.getLogger("ragturbo")
 
 @lru_cache(maxsize=1)
 def _finishers() -> ThreadPoolExecutor:
-    """Files are encoded and futures finished here, so that neither the device's thread nor the caller's does it."""
+    """Futures are finished here, so that neither the device's thread nor an event loop's does it."""
     return ThreadPoolExecutor(max_workers=4, thread_name_prefix="ragturbo-finish")
+
+
+@lru_cache(maxsize=1)
+def _encoders() -> ThreadPoolExecutor:
+    """Files are encoded here. A pool of their own: finishing waits for it, and would wait for itself in one pool."""
+    return ThreadPoolExecutor(max_workers=4, thread_name_prefix="ragturbo-encode")
 
 
 def abilities(bundle: Bundle, source: DatabaseSource | None) -> Abilities:
@@ -360,7 +366,9 @@ def _images(results: list[StepResult], request: Request) -> Any:
         return batch
     if kind == "pil":
         return to_pil(batch)
-    return list(_finishers().map(encode, batch, [kind] * len(batch)))
+    if len(batch) == 1:
+        return [encode(batch[0], kind)]
+    return list(_encoders().map(encode, batch, [kind] * len(batch)))
 
 
 def _joined(parts: list[Tensor | None]) -> Tensor:

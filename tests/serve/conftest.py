@@ -94,5 +94,6 @@ def kit() -> SimpleNamespace:
 
 @pytest.fixture(scope="module")
 def server(gen: Generator) -> Iterator[SimpleNamespace]:
-    with served(gen) as server:
+    # A busy machine is no reason to refuse: deadlines are for the tests that are about them.
+    with served(gen, timeout=300) as server:
         yield server

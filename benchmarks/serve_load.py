@@ -1,0 +1,292 @@
+"""Open-loop load on `ragturbo serve`, and what the server costs over `generate()`; one JSON record.
+
+    python benchmarks/serve_load.py --seconds 60 --out benchmarks/results/shapes/cpu-2core/serve.json
+
+Starts the server as a process of its own. Arrivals are Poisson at shares of the capacity, whether or not earlier requests
+have been answered, and a latency counts from the intended arrival: a server that falls behind cannot hide it. Memory and
+open files are the server's, read while it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import re
+import socket
+import statistics
+import subprocess
+import sys
+import time
+import urllib.request
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ragturbo.bench.context import context, now
+from ragturbo.bench.prompts import prompts
+from ragturbo.bench.timing import percentiles
+
+PATH = "/v1/images/generations"
+SHARES = (0.1, 0.5, 0.9, 3.0)
+WORDS = prompts(256)
+
+
+@dataclass
+class Load:
+    share: float
+    rate: float
+    seconds: float = 0.0
+    accepted: list[float] = field(default_factory=list)
+    rejected: list[float] = field(default_factory=list)
+    other: dict[str, int] = field(default_factory=dict)
+    late_start: list[float] = field(default_factory=list)
+    """By how much the generator of load itself was late: it shares the machine with the server."""
+    memory: list[int] = field(default_factory=list)
+    files: list[int] = field(default_factory=list)
+
+    def summary(self, capacity: float, deadline: float) -> dict[str, Any]:
+        return {
+            "share": self.share,
+            "rate": self.rate,
+            "seconds": self.seconds,
+            "requests": len(self.accepted) + len(self.rejected) + sum(self.other.values()),
+            "accepted": len(self.accepted),
+            "rejected": len(self.rejected),
+            "other": self.other,
+            "goodput_images_per_s": len(self.accepted) / self.seconds,
+            "goodput_of_capacity": len(self.accepted) / self.seconds / capacity,
+            "accepted_seconds": percentiles(self.accepted) if self.accepted else None,
+            "accepted_max_s": max(self.accepted, default=None),
+            "accepted_after_deadline": sum(s > deadline for s in self.accepted),
+            "rejected_seconds": percentiles(self.rejected) if self.rejected else None,
+            "rejected_max_s": max(self.rejected, default=None),
+            "rejected_over_20_ms": sum(s > 0.02 for s in self.rejected),
+            "late_start_seconds": percentiles(self.late_start),
+            "memory_bytes": [self.memory[0], max(self.memory), self.memory[-1]],
+            "open_files": [self.files[0], max(self.files), self.files[-1]],
+        }
+
+
+class Client:
+    """Keep-alive connections to one server; as little of HTTP as the measurement needs, because it is paid for here."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+
+    async def post(self, i: int, mode: str | None) -> int:
+        body = json.dumps({"prompt": WORDS[i % len(WORDS)], "seed": i} | ({"mode": mode} if mode else {})).encode()
+        head = (
+            f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n"
+        )
+        connection = self._idle.pop() if self._idle else await asyncio.open_connection("127.0.0.1", self._port)
+        reader, writer = connection
+        writer.write(head.encode() + body)
+        answer = await reader.readuntil(b"\r\n\r\n")
+        length = re.search(rb"content-length: (\d+)", answer, re.I)
+        assert length is not None, answer
+        await reader.readexactly(int(length[1]))
+        self._idle.append(connection)
+        return int(answer[9:12])
+
+    def close(self) -> None:
+        for _, writer in self._idle:
+            writer.close()
+
+
+class Server:
+    def __init__(self, arguments: list[str], log: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        command = [sys.executable, "-c", "from ragturbo.cli import main; main()", "serve", "--port", str(self.port)]
+        self._log = log.open("wb")
+        begin = time.monotonic()
+        self.process = subprocess.Popen([*command, *arguments], stderr=self._log)
+        while not self._ready():
+            if self.process.poll() is not None:
+                raise SystemExit(f"the server ended: {log.read_text()}")
+            time.sleep(0.05)
+        self.cold_start = time.monotonic() - begin
+
+    def _ready(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health/ready", timeout=5) as answer:
+                return answer.status == 200
+        except OSError:
+            return False
+
+    @property
+    def memory(self) -> int:
+        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    @property
+    def files(self) -> int:
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
+    def metrics(self) -> dict[str, float]:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics") as answer:
+            lines = [line for line in answer.read().decode().splitlines() if not line.startswith("#")]
+        return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines}
+
+    def stop(self) -> int:
+        self.process.terminate()
+        code = self.process.wait(60)
+        self._log.close()
+        return code
+
+
+async def capacity(server: Server, mode: str | None, clients: int, seconds: float) -> float:
+    """Images a second with so many clients, each with one request in flight."""
+    client, done = Client(server.port), 0
+    until = time.perf_counter() + seconds
+
+    async def caller(first: int) -> None:
+        nonlocal done
+        i = first
+        while time.perf_counter() < until:
+            assert await client.post(i, mode) == 200
+            done, i = done + 1, i + clients
+
+    begin = time.perf_counter()
+    await asyncio.gather(*(caller(i) for i in range(clients)))
+    client.close()
+    return done / (time.perf_counter() - begin)
+
+
+async def open_loop(server: Server, mode: str | None, share: float, rate: float, seconds: float, seed: int) -> Load:
+    rng = np.random.default_rng(seed)
+    arrivals = np.cumsum(rng.exponential(1 / rate, size=max(1, round(rate * seconds))))
+    load, client = Load(share, rate), Client(server.port)
+    begin = time.perf_counter()
+
+    async def one(i: int, intended: float) -> None:
+        try:
+            status = await client.post(i, mode)
+        except (OSError, EOFError) as error:
+            name = type(error).__name__
+            load.other[name] = load.other.get(name, 0) + 1
+            return
+        took = time.perf_counter() - intended
+        if status == 200:
+            load.accepted.append(took)
+        elif status == 429:
+            load.rejected.append(took)
+        else:
+            load.other[str(status)] = load.other.get(str(status), 0) + 1
+
+    async def watch() -> None:
+        while True:
+            load.memory.append(server.memory)
+            load.files.append(server.files)
+            await asyncio.sleep(1)
+
+    watching = asyncio.ensure_future(watch())
+    running = set()
+    for i, offset in enumerate(arrivals):
+        intended = begin + float(offset)
+        if (wait := intended - time.perf_counter()) > 0:
+            await asyncio.sleep(wait)
+        load.late_start.append(time.perf_counter() - intended)
+        task = asyncio.ensure_future(one(i, intended))
+        running.add(task)
+        task.add_done_callback(running.discard)
+    # Goodput is of the minute of arrivals and of the time it took to answer what was accepted.
+    await asyncio.gather(*running)
+    load.seconds = time.perf_counter() - begin
+    watching.cancel()
+    client.close()
+    # Connections of a burst are the client's; what is left after it is the server's.
+    await asyncio.sleep(1)
+    load.memory.append(server.memory)
+    load.files.append(server.files)
+    return load
+
+
+async def overhead(server: Server, mode: str | None, pairs: int) -> dict[str, Any]:
+    """The same prompts and seeds by turns: `gen(...)` in this process, and through the idle server."""
+    import ragturbo
+
+    client = Client(server.port)
+    plain, served = [], []
+    with ragturbo.Generator.from_pretrained("shapes") as gen:
+        gen.warmup()
+        for i in range(pairs + 5):
+            begin = time.perf_counter()
+            gen(WORDS[i % len(WORDS)], seed=i, mode=mode, output_type="png")
+            between = time.perf_counter()
+            assert await client.post(i, mode) == 200
+            end = time.perf_counter()
+            # The first few find cold caches on both sides.
+            if i >= 5:
+                plain.append(between - begin)
+                served.append(end - between)
+    client.close()
+    difference = statistics.median(s - p for s, p in zip(served, plain, strict=True))
+    return {
+        "pairs": pairs,
+        "generate_seconds": percentiles(plain),
+        "served_seconds": percentiles(served),
+        "median_of_differences_s": difference,
+        "difference_of_medians_s": statistics.median(served) - statistics.median(plain),
+    }
+
+
+async def measure(args: argparse.Namespace) -> dict[str, Any]:
+    flags = ["--timeout", str(args.timeout), "--max-queue", str(args.max_queue)]
+    server = Server(flags, args.log)
+    try:
+        record: dict[str, Any] = {"kind": "serve", "context": {**context(), "when": now()}, "model": "shapes"}
+        record |= {"mode": args.mode or "the model's own", "server": flags, "cold_start_s": server.cold_start}
+        record |= {"environment": {n: os.environ[n] for n in ("OMP_NUM_THREADS",) if n in os.environ}}
+        if args.pairs:
+            record["overhead"] = await overhead(server, args.mode, args.pairs)
+            print(json.dumps(record["overhead"]), file=sys.stderr, flush=True)
+        await capacity(server, args.mode, args.clients, args.warm)
+        full = await capacity(server, args.mode, args.clients, args.capacity_seconds)
+        record |= {"capacity_images_per_s": full, "capacity_clients": args.clients, "deadline_s": args.timeout}
+        print(f"capacity {full:.1f} images/s", file=sys.stderr, flush=True)
+        record["loads"] = []
+        for share in args.shares:
+            load = await open_loop(server, args.mode, share, share * full, args.seconds, args.seed)
+            record["loads"].append(load.summary(full, args.timeout))
+            print(json.dumps(record["loads"][-1]), file=sys.stderr, flush=True)
+        kept = ("ragturbo_executor", "ragturbo_rejections", "ragturbo_batches", "ragturbo_in_flight", "ragturbo_queue")
+        record["metrics"] = {name: v for name, v in server.metrics().items() if name.startswith(kept)}
+    finally:
+        code = server.stop()
+    return record | {"exit_code_after_sigterm": code}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="without it, the record goes to stdout")
+    parser.add_argument("--log", type=Path, default=Path("build/serve.log"), help="the server's stderr")
+    parser.add_argument("--seconds", type=float, default=60, help="of each load")
+    parser.add_argument("--shares", type=float, nargs="*", default=SHARES, help="of the capacity")
+    parser.add_argument("--mode", help="adapter, slerp, lerp or none; without it, the model's own")
+    parser.add_argument("--timeout", type=float, default=5.0, help="the server's deadline, seconds")
+    parser.add_argument("--max-queue", type=int, default=64)
+    parser.add_argument("--clients", type=int, default=16, help="of the capacity's closed loop")
+    parser.add_argument("--warm", type=float, default=3, help="seconds of load that are not counted")
+    parser.add_argument("--capacity-seconds", type=float, default=15)
+    parser.add_argument("--pairs", type=int, default=150, help="of the overhead; 0 leaves it out")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    args.log.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(asyncio.run(measure(args)), indent=1) + "\n"
+    if args.out is None:
+        print(text)
+    else:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(text, "utf-8")
+
+
+if __name__ == "__main__":
+    main()
