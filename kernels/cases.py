@@ -82,8 +82,8 @@ def _attention(batch: int, n: int, heads: int, width: int, backward: bool, devic
     valid = torch.ones(batch, n, dtype=torch.bool, device=device)
     if not backward:
         return partial(cross_attention.forward, q, k, v, valid, heads)
-    out, lse = torch.ones_like(q), torch.zeros(batch, heads, TOKENS, device=device)
-    return partial(cross_attention_backward.backward, torch.ones_like(q), q, k, v, valid, out, lse, heads)
+    out, softmax = torch.ones_like(q), torch.ones(batch, heads, 2, TOKENS, device=device)
+    return partial(cross_attention_backward.backward, torch.ones_like(q), q, k, v, valid, out, softmax, heads)
 
 
 def _project(batch: int, n: int, normed: bool, device: str, dtype: torch.dtype) -> Call:

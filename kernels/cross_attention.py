@@ -22,7 +22,7 @@ def _attend(
     q, k_ptr, v_ptr, valid_ptr, n, S, stride_n, stride_s, D, scale,
     HAS_VALID: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """q: [BT, BD] against n neighbours of S tokens -> Σ pv, Σ p and the maximum, none of it divided yet."""
+    """q: [BT, BD] against n neighbours of S tokens -> Σ pv, Σ p and the greatest score, none of it divided yet."""
     i_d = tl.arange(0, BD)
     m_d = i_d < D
     top = tl.full([BT], float("-inf"), dtype=tl.float32)
@@ -52,14 +52,14 @@ def _attend(
 
 
 @triton.jit
-def _normalised(acc, total):
-    """Σ pv / Σ p, and zeros where nothing was valid."""
-    return tl.where(total[:, None] == 0, 0.0, acc / tl.where(total == 0, 1.0, total)[:, None])
+def _inverse(total):
+    """1 / Σ p, and 0 where nothing was valid: the output there is zeros, and so are its gradients."""
+    return tl.where(total == 0, 0.0, 1 / tl.where(total == 0, 1.0, total))
 
 
 @triton.jit
 def cross_attention(
-    q_ptr, k_ptr, v_ptr, valid_ptr, out_ptr, lse_ptr, T, C, n, S, D, scale,
+    q_ptr, k_ptr, v_ptr, valid_ptr, out_ptr, softmax_ptr, T, C, n, S, D, scale,
     stride_qb, stride_qt, stride_kb, stride_kn, stride_ks,
     HAS_VALID: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
@@ -74,11 +74,14 @@ def cross_attention(
         q, k_ptr + o_k, v_ptr + o_k, valid_ptr + i_b * n, n, S, stride_kn, stride_ks, D, scale,
         HAS_VALID, BT, BS, BD,
     )  # fmt: skip
+    inverse = _inverse(total)
+    # What backward makes the probabilities from. As one number, a log-sum-exp, the two would be rounded at its size,
+    # and every probability of the row be off by that.
+    p_softmax = softmax_ptr + (i_b * tl.num_programs(1) + i_h) * 2 * T + i_t
+    tl.store(p_softmax, top, mask=m_t)
+    tl.store(p_softmax + T, inverse, mask=m_t)
     o_out = (i_b * T + i_t)[:, None] * C + i_h * D + i_d[None, :]
-    tl.store(out_ptr + o_out, cast(_normalised(acc, total), out_ptr.dtype.element_ty), mask=m)
-    # log2 Σ exp2; what backward divides by. Nothing valid: +inf, so that every probability comes out 0.
-    lse = tl.where(total == 0, float("inf"), top + tl.log2(tl.where(total == 0, 1.0, total)))
-    tl.store(lse_ptr + (i_b * tl.num_programs(1) + i_h) * T + i_t, lse, mask=m_t)
+    tl.store(out_ptr + o_out, cast(acc * inverse[:, None], out_ptr.dtype.element_ty), mask=m)
 
 
 @triton.jit
@@ -114,7 +117,7 @@ def project_cross_attention(
         D, scale, HAS_VALID, BT, BS, BD,
     )  # fmt: skip
     o_out = rows[:, None] * C + i_h * D + i_d[None, :]
-    out = cast(_normalised(acc, total), out_ptr.dtype.element_ty)
+    out = cast(acc * _inverse(total)[:, None], out_ptr.dtype.element_ty)
     tl.store(out_ptr + o_out, out, mask=m_t[:, None] & m_d[None, :])
 
 
@@ -143,21 +146,22 @@ def _tile(t: int, s: int, d: int, x: Tensor) -> tiles.Tile:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, heads: int) -> tuple[Tensor, Tensor]:
-    """q: (B, T, C); k, v: (B, n, S, C); valid: (B, n) bool -> (B, T, C) and log2-sum-exp2 (B, heads, T)."""
+    """q: (B, T, C); k, v: (B, n, S, C); valid: (B, n) bool -> (B, T, C) and what backward needs (B, heads, 2, T)."""
     (batch, t, c), (_, n, s, _) = q.shape, k.shape
     d = c // heads
     q = _last_dense(q)
     k, v = same_layout(k, v)
     out = torch.empty(batch, t, c, dtype=q.dtype, device=q.device)
-    lse = torch.empty(batch, heads, t, dtype=torch.float32, device=q.device)
+    softmax = torch.empty(batch, heads, 2, t, dtype=torch.float32, device=q.device)
     tile = _tile(t, s, d, q)
+    mask = softmax if valid is None else valid.contiguous().view(torch.uint8)
     launch(
-        cross_attention, (triton.cdiv(t, tile["BT"]), heads, batch), q, k, v,
-        lse if valid is None else valid.contiguous().view(torch.uint8), out, lse, t, c, n, s, d, d**-0.5 * LOG2E,
+        cross_attention, (triton.cdiv(t, tile["BT"]), heads, batch), q, k, v, mask, out, softmax,
+        t, c, n, s, d, d**-0.5 * LOG2E,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), k.stride(2),
         HAS_VALID=valid is not None, BD=tiles.power_of_2(d, 16), **tile,
     )  # fmt: skip
-    return out, lse
+    return out, softmax
 
 
 def project(

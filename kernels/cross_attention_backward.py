@@ -1,4 +1,4 @@
-"""The gradients of Eq. 4: one launch for dQ, one for dK and dV; probabilities are recomputed from the saved sums."""
+"""The gradients of Eq. 4: one launch for dQ, one for dK and dV; probabilities are made again from the saved sums."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ragturbo.kernels.portable import cast, dot
 
 @triton.jit
 def cross_attention_dq(
-    q_ptr, k_ptr, v_ptr, valid_ptr, out_ptr, lse_ptr, g_ptr, dq_ptr, T, C, n, S, D, scale, log2e,
+    q_ptr, k_ptr, v_ptr, valid_ptr, out_ptr, softmax_ptr, g_ptr, dq_ptr, T, C, n, S, D, scale, scale_log2e,
     stride_qb, stride_qt, stride_kb, stride_kn, stride_ks,
     HAS_VALID: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
@@ -28,7 +28,8 @@ def cross_attention_dq(
     q = tl.load(q_ptr + i_b * stride_qb + i_t[:, None] * stride_qt + i_h * D + i_d[None, :], mask=m, other=0.0)
     g = tl.load(g_ptr + o, mask=m, other=0.0)
     out = tl.load(out_ptr + o, mask=m, other=0.0)
-    lse = tl.load(lse_ptr + (i_b * tl.num_programs(1) + i_h) * T + i_t, mask=m_t, other=float("inf"))
+    p_softmax = softmax_ptr + (i_b * tl.num_programs(1) + i_h) * 2 * T + i_t
+    top = tl.load(p_softmax, mask=m_t, other=0.0)
     share = tl.sum(g.to(tl.float32) * out.to(tl.float32), axis=1)
     dq = tl.zeros([BT, BD], dtype=tl.float32)
     o_head = i_b * stride_kb + i_h * D
@@ -44,17 +45,20 @@ def cross_attention_dq(
                 m_sd = m_s[:, None] & m_d[None, :]
                 k = tl.load(k_ptr + o_s[:, None] + i_d[None, :], mask=m_sd, other=0.0)
                 v = tl.load(v_ptr + o_s[:, None] + i_d[None, :], mask=m_sd, other=0.0)
-                x = dot(q, tl.trans(k), tl.zeros([BT, BS], dtype=tl.float32)) * (scale * log2e)
-                p = tl.where(m_s[None, :], tl.exp2(x - lse[:, None]), 0.0)
+                x = dot(q, tl.trans(k), tl.zeros([BT, BS], dtype=tl.float32)) * scale_log2e
+                p = tl.where(m_s[None, :], tl.exp2(x - top[:, None]), 0.0)
                 dp = dot(g, tl.trans(v), tl.zeros([BT, BS], dtype=tl.float32))
                 ds = p * (dp - share[:, None]) * scale
                 dq = dot(cast(ds, k.dtype), k, dq)
-    tl.store(dq_ptr + o, cast(dq, dq_ptr.dtype.element_ty), mask=m)
+    # 1 / Σ p stands before a query's whole sum.
+    inverse = tl.load(p_softmax + T, mask=m_t, other=0.0)
+    tl.store(dq_ptr + o, cast(dq * inverse[:, None], dq_ptr.dtype.element_ty), mask=m)
 
 
 @triton.jit
 def cross_attention_dkv(
-    q_ptr, k_ptr, v_ptr, valid_ptr, out_ptr, lse_ptr, g_ptr, dk_ptr, dv_ptr, T, C, n, S, D, scale, log2e, heads,
+    q_ptr, k_ptr, v_ptr, valid_ptr, out_ptr, softmax_ptr, g_ptr, dk_ptr, dv_ptr,
+    T, C, n, S, D, scale, scale_log2e, heads,
     stride_qb, stride_qt, stride_kb, stride_kn, stride_ks,
     HAS_VALID: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
@@ -83,10 +87,12 @@ def cross_attention_dkv(
             q = tl.load(q_ptr + o_q, mask=m_td, other=0.0)
             g = tl.load(g_ptr + o, mask=m_td, other=0.0)
             out = tl.load(out_ptr + o, mask=m_td, other=0.0)
-            lse = tl.load(lse_ptr + (i_b * heads + i_h) * T + i_t, mask=m_t, other=float("inf"))
+            p_softmax = softmax_ptr + (i_b * heads + i_h) * 2 * T + i_t
+            top = tl.load(p_softmax, mask=m_t, other=0.0)
+            inverse = tl.load(p_softmax + T, mask=m_t, other=0.0)
             share = tl.sum(g.to(tl.float32) * out.to(tl.float32), axis=1)
-            x = dot(k, tl.trans(q), tl.zeros([BS, BT], dtype=tl.float32)) * (scale * log2e)
-            p = tl.where(m_s[:, None], tl.exp2(x - lse[None, :]), 0.0)
+            x = dot(k, tl.trans(q), tl.zeros([BS, BT], dtype=tl.float32)) * scale_log2e
+            p = tl.where(m_s[:, None], tl.exp2(x - top[None, :]) * inverse[None, :], 0.0)
             dv = dot(cast(p, g.dtype), g, dv)
             dp = dot(v, tl.trans(g), tl.zeros([BS, BT], dtype=tl.float32))
             ds = p * (dp - share[None, :]) * scale
@@ -97,7 +103,7 @@ def cross_attention_dkv(
 
 
 def backward(
-    g: Tensor, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, out: Tensor, lse: Tensor, heads: int
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, out: Tensor, softmax: Tensor, heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Contiguous gradients of q, k and v from that of the output; invalid neighbours get zeros."""
     (batch, t, c), (_, n, s, _) = q.shape, k.shape
@@ -112,20 +118,20 @@ def backward(
         "BT": min(16 if small else 32, tiles.power_of_2(t, 16)),
         "BS": min(16 if small else 32, tiles.power_of_2(s, 16)),
         # What spills on none of sm_80, sm_89 and sm_90.
-        "num_warps": 4 if q.dtype != torch.float32 else 2 if d <= 64 else 8,
+        "num_warps": 4 if q.dtype != torch.float32 else 1 if d <= 32 else 2 if d <= 64 else 8,
         "num_stages": 1,
     }
     tile = tiles.choose("cross_attention_backward", f"T{t} S{s} D{d} {q.dtype}", q.device, default)
-    mask = lse if valid is None else valid.contiguous().view(torch.uint8)
+    mask = softmax if valid is None else valid.contiguous().view(torch.uint8)
     strides = q.stride(0), q.stride(1), k.stride(0), k.stride(1), k.stride(2)
     options = {"HAS_VALID": valid is not None, "BD": tiles.power_of_2(d, 16), **tile}
     scale = d**-0.5
     launch(
         cross_attention_dq, (triton.cdiv(t, tile["BT"]), heads, batch),
-        q, k, v, mask, out, lse, g, dq, t, c, n, s, d, scale, LOG2E, *strides, **options,
+        q, k, v, mask, out, softmax, g, dq, t, c, n, s, d, scale, scale * LOG2E, *strides, **options,
     )  # fmt: skip
     launch(
         cross_attention_dkv, (triton.cdiv(s, tile["BS"]), heads * n, batch),
-        q, k, v, mask, out, lse, g, dk, dv, t, c, n, s, d, scale, LOG2E, heads, *strides, **options,
+        q, k, v, mask, out, softmax, g, dk, dv, t, c, n, s, d, scale, scale * LOG2E, heads, *strides, **options,
     )  # fmt: skip
     return dq, dk, dv

@@ -3,6 +3,7 @@ side by side, and bias, GEGLU, residual or λ-scaled residual after it.
 
 Statistics are taken by each program for its own rows: at the adapter's 64 tokens a row tile is read from L2 anyway, and
 a launch saved is worth more than the arithmetic. The weights, 72 MB of them in fp16, are what the time goes into.
+Where there are few columns and many channels, several programs share a tile's channels (split-K) in the same launch.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from ragturbo.kernels.portable import cast, dot
 @triton.jit
 def linear(
     x_ptr, w0_ptr, w1_ptr, w2_ptr, bias_ptr, norm_w_ptr, norm_b_ptr, residual_ptr, lam_ptr, out_ptr,
-    L, N, K, stride_x, rows_per_lam, width, eps,
+    part_ptr, arrived_ptr, M, L, N, K, stride_x, rows_per_lam, width, eps,
     PARTS: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, GEGLU: tl.constexpr,
     RESIDUAL: tl.constexpr, SCALED: tl.constexpr, GROUPS: tl.constexpr, BG: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Rows come in samples of L, and no tile holds two. Only GroupNorm needs that: else all rows are one sample."""
     per_sample = tl.cdiv(L, BM)
@@ -61,7 +62,13 @@ def linear(
 
     acc = tl.zeros([BM, BN], dtype=tl.float32)
     gate = tl.zeros([BM, BN], dtype=tl.float32)
-    for k0 in range(0, K, BK):
+    first_k = 0
+    last_k = K
+    if SPLITS > 1:
+        share = tl.cdiv(tl.cdiv(K, BK), SPLITS) * BK
+        first_k = tl.program_id(2) * share
+        last_k = tl.minimum(first_k + share, K)
+    for k0 in range(first_k, last_k, BK):
         k = k0 + tl.arange(0, BK)
         m_k = k < K
         p_x = x_ptr + rows[:, None] * stride_x + k[None, :]
@@ -85,12 +92,29 @@ def linear(
             x = cast(normed * scale[None, :] + shift[None, :], x.dtype)
         acc = dot(x, w, acc)
         if GEGLU:
-            p_gate = p_w + N.to(tl.int64) * K
+            p_gate = p_w + tl.cast(N, tl.int64) * K
             if EVEN_K:
                 w_gate = tl.load(p_gate, mask=m_n[None, :], other=0.0)
             else:
                 w_gate = tl.load(p_gate, mask=m_n[None, :] & m_k[:, None], other=0.0)
             gate = dot(x, w_gate, gate)
+
+    offset = rows[:, None] * (PARTS * N) + (part * N + i_n)[None, :]
+    m = m_l[:, None] & m_n[None, :]
+    if SPLITS > 1:
+        # The last program of a tile to arrive adds the shares, in their order: the bits do not depend on who it was.
+        p_part = part_ptr + offset
+        one = tl.cast(M, tl.int64) * (PARTS * N)
+        tl.store(p_part + tl.program_id(2) * one, acc, mask=m)
+        # The counter may only be raised when every thread's share is written.
+        tl.debug_barrier()
+        before = tl.atomic_add(arrived_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), 1)
+        if before < SPLITS - 1:
+            return
+        acc = tl.zeros([BM, BN], dtype=tl.float32)
+        for i in range(SPLITS):
+            # Past the L1 cache, which knows nothing of what other multiprocessors wrote.
+            acc += tl.load(p_part + i * one, mask=m, other=0.0, cache_modifier=".cg")
 
     if BIAS:
         acc += tl.load(bias_ptr + i_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
@@ -99,8 +123,6 @@ def linear(
             gate += tl.load(bias_ptr + N + i_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
         acc = acc * (0.5 * gate * (1 + tl.erf(gate * 0.7071067811865476)))
 
-    offset = rows[:, None] * (PARTS * N) + (part * N + i_n)[None, :]
-    m = m_l[:, None] & m_n[None, :]
     out = cast(acc, out_ptr.dtype.element_ty)
     if RESIDUAL:
         residual = tl.load(residual_ptr + offset, mask=m, other=0.0)
@@ -113,12 +135,15 @@ def linear(
     tl.store(out_ptr + offset, out, mask=m)
 
 
-def _default(rows: int, geglu: bool, norm: str, dtype: torch.dtype) -> tiles.Tile:
+def _default(rows: int, k: int, geglu: bool, dtype: torch.dtype) -> tiles.Tile:
     # At few rows every program streams its own columns of the weights once: narrow tiles put more of the GPU's
     # multiprocessors, and so more of its memory bandwidth, to work.
     if rows > 512:
         return {"BM": 128, "BN": 64, "BK": 32 if dtype == torch.float32 else 64, "num_warps": 8, "num_stages": 3}
     tile = {"BM": min(64, tiles.power_of_2(rows, 16)), "BN": 32, "BK": 64, "num_warps": 4, "num_stages": 4}
+    if rows <= 64 and k >= 4096 and not geglu:
+        # 80 steps in a row by 40 programs would wait for memory 80 times: docs/performance.md counts it.
+        tile.update(BN=64, SPLITS=8)
     if dtype == torch.float32:
         tile.update(BM=min(32, tile["BM"]), BK=32, num_stages=2)
     return tile
@@ -150,9 +175,16 @@ def forward(
     samples, length = (batch, tokens) if norm == "group" else (1, batch * tokens)
     kind = f"{norm}{' geglu' if geglu else ''}"
     shape = f"M{batch * tokens} N{parts * n} K{k} {kind} {x.dtype}"
-    tile = tiles.choose("linear", shape, x.device, _default(length, geglu, norm, x.dtype))
+    tile = dict(tiles.choose("linear", shape, x.device, {"SPLITS": 1, **_default(length, k, geglu, x.dtype)}))
+    # GEGLU keeps two sums a tile; its columns are many, and no split of the channels is wanted.
+    splits = tile["SPLITS"] = 1 if geglu else tile["SPLITS"]
     width = k // groups if norm == "group" else k
-    grid = (samples * triton.cdiv(length, tile["BM"]), parts * triton.cdiv(n, tile["BN"]))
+    grid = (samples * triton.cdiv(length, tile["BM"]), parts * triton.cdiv(n, tile["BN"]), splits)
+    shares = arrived = out
+    if splits > 1:
+        shares = torch.empty(splits, *out.shape, dtype=torch.float32, device=x.device)
+        # Of this call alone: a counter kept between calls would be shared by streams.
+        arrived = torch.zeros(grid[0] * grid[1], dtype=torch.int32, device=x.device)
     w = [*weights, *weights[:1] * (3 - parts)]
     launch(
         linear, grid, x, *w,
@@ -161,7 +193,7 @@ def forward(
         x if norm_bias is None else norm_bias.contiguous(),
         x if residual is None else residual.contiguous(),
         x if lam is None else lam.contiguous(),
-        out, length, n, k, k, tokens, width, eps,
+        out, shares, arrived, batch * tokens, length, n, k, k, tokens, width, eps,
         PARTS=parts, NORM=norm, BIAS=bias is not None, GEGLU=geglu, RESIDUAL=residual is not None,
         SCALED=lam is not None, GROUPS=tiles.power_of_2(max(groups, 1)),
         BG=tiles.power_of_2(width, 16) if norm == "group" else 16,

@@ -21,7 +21,7 @@ def of_rows(x_ptr, rows, row_mask, stride, K, eps, BM: tl.constexpr, BK: tl.cons
     n = 0.0
     mean = tl.zeros([BM], dtype=tl.float32)
     m2 = tl.zeros([BM], dtype=tl.float32)
-    for k0 in range(0, K, BK):
+    for k0 in tl.range(0, K, BK, num_stages=3):
         k = k0 + tl.arange(0, BK)
         m = row_mask[:, None] & (k[None, :] < K)
         x = tl.load(x_ptr + rows[:, None] * stride + k[None, :], mask=m, other=0.0).to(tl.float32)
@@ -38,7 +38,7 @@ def of_group(x_ptr, first, L, stride, columns, column_mask, WIDTH, eps, BM: tl.c
     n = 0.0
     mean = 0.0
     m2 = 0.0
-    for l0 in range(0, L, BM):
+    for l0 in tl.range(0, L, BM, num_stages=3):
         i = l0 + tl.arange(0, BM)
         m = (i[:, None] < L) & column_mask[None, :]
         x = tl.load(x_ptr + (first + i)[:, None] * stride + columns[None, :], mask=m, other=0.0).to(tl.float32)

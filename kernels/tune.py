@@ -45,7 +45,8 @@ CANDIDATES: dict[str, list[tiles.Tile]] = {
         for tile in _product(BM=(32, 64, 128), BN=(16, 32, 64), BK=(64, 128), num_warps=(4, 8), num_stages=(2, 3, 4))
         # Not more accumulators than a thread's registers hold, nor fewer than four a thread.
         if 128 * tile["num_warps"] <= tile["BM"] * tile["BN"] <= 4096 * tile["num_warps"]
-    ],
+    ]
+    + _product(BM=(64,), BN=(32, 64, 128), BK=(64, 128), SPLITS=(2, 4, 8), num_warps=(4,), num_stages=(3, 4)),
     "cross_attention": _product(BT=(16, 32, 64), BS=(16, 32, 64, 128), num_warps=(2, 4, 8), num_stages=(1, 2, 3)),
     "project_cross_attention": _product(
         BT=(16, 32, 64), BS=(32, 64), BK=(32, 64, 128), num_warps=(4, 8), num_stages=(2, 3, 4)

@@ -109,7 +109,7 @@ def _compiled() -> Callable[..., Tensor]:
 
 @torch.library.custom_op("ragturbo::cross_attention", mutates_args=())
 def _triton(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, heads: int) -> tuple[Tensor, Tensor]:
-    """The attention's output, and log2 Σ exp2 of its scores (B, heads, T) for backward."""
+    """The attention's output, and for backward each query's greatest score and 1 / Σ p, (B, heads, 2, T)."""
     from ragturbo.kernels import cross_attention as kernels
 
     return kernels.forward(q, k, v, valid, heads)
@@ -118,21 +118,21 @@ def _triton(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, heads: int) -
 @_triton.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, heads: int) -> tuple[Tensor, Tensor]:
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    return out, q.new_empty(q.shape[0], heads, q.shape[1], dtype=torch.float32)
+    return out, q.new_empty(q.shape[0], heads, 2, q.shape[1], dtype=torch.float32)
 
 
 @torch.library.custom_op("ragturbo::cross_attention_backward", mutates_args=())
 def _triton_backward(
-    g: Tensor, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, out: Tensor, lse: Tensor, heads: int
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, out: Tensor, softmax: Tensor, heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     from ragturbo.kernels import cross_attention_backward as kernels
 
-    return kernels.backward(g, q, k, v, valid, out, lse, heads)
+    return kernels.backward(g, q, k, v, valid, out, softmax, heads)
 
 
 @_triton_backward.register_fake
 def _(
-    g: Tensor, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, out: Tensor, lse: Tensor, heads: int
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, out: Tensor, softmax: Tensor, heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     return dq, dk, dv
@@ -143,9 +143,9 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(q, k, v, valid, *output)
 
 
-def _backward(ctx, g: Tensor, _lse: Tensor | None):
-    q, k, v, valid, out, lse = ctx.saved_tensors
-    return *_triton_backward(g, q, k, v, valid, out, lse, ctx.heads), None, None
+def _backward(ctx, g: Tensor, _softmax: Tensor | None):
+    q, k, v, valid, out, softmax = ctx.saved_tensors
+    return *_triton_backward(g, q, k, v, valid, out, softmax, ctx.heads), None, None
 
 
 _triton.register_autograd(_backward, setup_context=_save)

@@ -52,21 +52,24 @@ def randn(rng) -> Callable[..., Tensor]:
 def no_worse() -> Callable[..., None]:
     """no_worse(out, exact, eager): out errs at most twice what eager does, in the mean and at its worst.
 
-    Beyond that out may be rounded to its own type once, which a lucky eager result may not show; and a handful of
-    numbers has no mean that luck leaves alone. terms: the size of what is summed, where the sum itself may cancel.
-    at_worst: how many times eager's worst number the worst one may err.
+    Beyond that one rounding, which a lucky eager result may not show: of a 16-bit type the result's own, a third of an
+    eps on average. In fp32 eager's error is nothing but a few such roundings, a random number that is near none in one
+    draw of thirty: there it is a whole eps. Fewer than 32 numbers have no mean that luck leaves alone.
+    terms: the size of what is summed, where the sum itself may cancel. Several eager results are the same sums taken in
+    other orders: what one badly conditioned number errs depends on it, so the greatest error counts.
     """
 
-    def check(out: Tensor, exact: Tensor, eager: Tensor, terms: Tensor | None = None, *, at_worst: float = 2) -> None:
-        assert out.shape == exact.shape and out.dtype == eager.dtype
+    def check(out: Tensor, exact: Tensor, *eager: Tensor, terms: Tensor | None = None) -> None:
+        assert all(out.shape == x.shape for x in (exact, *eager)) and all(out.dtype == x.dtype for x in eager)
         assert exact.dtype == torch.float64
         assert out.isfinite().all()
         eps = torch.finfo(out.dtype).eps
-        error, eager_error = (x.double() - exact for x in (out, eager))
+        error, eager_errors = out.double() - exact, [x.double() - exact for x in eager]
         scale = exact.norm() if terms is None else terms.double()
-        rounding = eps / 3 if out.numel() >= 32 else 2 * eps
-        assert error.norm() <= 2 * eager_error.norm() + rounding * scale, f"{error.norm() / scale:.2e} relative"
+        rounding = 2 * eps if out.numel() < 32 else eps if out.dtype == torch.float32 else eps / 3
+        eager_norm, eager_worst = max(e.norm() for e in eager_errors), max(e.abs().max() for e in eager_errors)
+        assert error.norm() <= 2 * eager_norm + rounding * scale, f"{error.norm() / scale:.2e} relative"
         worst, greatest = error.abs().max(), exact.abs().max() if terms is None else scale
-        assert worst <= at_worst * eager_error.abs().max() + 3 * rounding * greatest, f"{worst:.2e} at worst"
+        assert worst <= 2 * eager_worst + 3 * rounding * greatest, f"{worst:.2e} at worst"
 
     return check

@@ -109,7 +109,7 @@ def test_views_of_one_projection_are_read_where_they_lie(randn, no_worse):
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("t, n, s, heads, d", [(19, 3, 21, 3, 20), (5, 1, 33, 1, 64)])
-def test_the_kernels_gradients_are_the_references(t, n, s, heads, d, masked, dtype, randn, device, no_worse):
+def test_the_kernels_gradients_are_the_references(t, n, s, heads, d, masked, dtype, rng, randn, device, no_worse):
     c = heads * d
     shapes = (2, t, c), (2, n, s, c), (2, n, s, c)
     tensors = [randn(*shape, dtype=dtype) for shape in shapes]
@@ -120,13 +120,23 @@ def test_the_kernels_gradients_are_the_references(t, n, s, heads, d, masked, dty
         leaves = [convert(x.clone()).requires_grad_() for x in tensors]
         return torch.autograd.grad(attention(*leaves), leaves, convert(g))
 
+    def in_another_order():
+        """Torch's own sums over tokens and channels, each taken in a random order."""
+        tokens, channels = torch.randperm(s), (torch.arange(heads)[:, None] * d + torch.randperm(d)).flatten()
+
+        def attention(q, k, v):
+            out = composed(q[..., channels], *(x[:, :, tokens][..., channels] for x in (k, v)), valid, heads)
+            return out[..., channels.argsort()]
+
+        return gradients(attention)
+
     found = gradients(lambda q, k, v: cross_attention(q, k, v, valid, heads=heads, impl="triton"))
-    eager = gradients(lambda q, k, v: composed(q, k, v, valid, heads))
     true = gradients(lambda q, k, v: reference(q, k, v, valid, heads), torch.Tensor.double)
-    for a, b, c in zip(found, true, eager, strict=True):
-        # In the mean twice, as everywhere; single numbers have been seen to err by up to 5 times torch's worst (fp32).
-        # Suspected, not shown: P is made again from the saved log-sum-exp, where torch keeps P itself.
-        no_worse(a, b, c, at_worst=8)
+    # One of torch's orders errs more than twice the other at its worst number in up to 8 % of draws: four are asked.
+    torch.manual_seed(int(rng.integers(2**31)))
+    eager = [in_another_order() for _ in range(4)]
+    for a, b, *c in zip(found, true, *eager, strict=True):
+        no_worse(a, b, *c)
 
 
 @pytest.mark.slow

@@ -160,7 +160,7 @@ def test_opcheck_of_every_custom_op(randn, device):
     x, c, k, w = randn(2, 5, 32), randn(32), randn(2, 3, 4, 32), randn(16, 32)
     image, lam = randn(1, 32, 3, 4), torch.tensor([0.3, 0.9], device=device)
     valid = torch.tensor([[True, False, True], [True] * 3], device=device)
-    out, lse = torch.ops.ragturbo.cross_attention(x, k, k, valid, 2)
+    out, softmax = torch.ops.ragturbo.cross_attention(x, k, k, valid, 2)
     table = randn(6, 40).half()
     described = ops.describe(table.data_ptr(), 6, device)
     ids = torch.tensor([3, -1], device=device)
@@ -172,7 +172,7 @@ def test_opcheck_of_every_custom_op(randn, device):
         "scaled_residual_": (x.clone(), x, lam),
         "scaled_residual_backward": (x, x.flip(1), lam),
         "cross_attention": (x, k, k, valid, 2),
-        "cross_attention_backward": (x, x, k, k, valid, out, lse, 2),
+        "cross_attention_backward": (x, x, k, k, valid, out, softmax, 2),
         "linear": (x, [w], None, "layer", c, c, 1e-5, 0, False, None, None),
         "project_attention": (x, randn(32, 32), None, None, 0.0, k, k, None, 2),
         "group_norm": (image, 4, c, c, 1e-5, True, image, None, True),

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from ragturbo.errors import InvalidRequest
+from ragturbo.kernels import tiles
 from ragturbo.kernels.launch import counted
 from ragturbo.ops import Norm, linear
 
@@ -86,6 +87,23 @@ def test_any_shape_behind_a_group_norm(batch, tokens, groups, width, n, seed, de
         torch.randn(shape, generator=generator).to(device) for shape in ((batch, tokens, k), (n, k), (k,), (k,))
     )
     check(x, [w], no_worse, norm=Norm(scale, shift, 1e-3, groups))
+
+
+@pytest.mark.parametrize("splits", [3, 8])
+@pytest.mark.parametrize("norm, after", [("", "residual"), ("layer", "three"), ("group", "lam")])
+def test_channels_shared_by_several_programs(splits, norm, after, dtype, randn, device, no_worse):
+    """Split-K: the same launch. 96 channels in steps of 32 are 3 shares, or 8 of which 5 are empty."""
+    x, weights = randn(2, 19, 96, dtype=dtype), [randn(40, 96, dtype=dtype) / 10 for _ in range(3)]
+    options = {}
+    if norm:
+        options["norm"] = Norm(randn(96, dtype=dtype), randn(96, dtype=dtype), 1e-5, 8 if norm == "group" else 0)
+    if after != "three":
+        weights = weights[:1]
+        options |= {"bias": randn(40, dtype=dtype), "residual": randn(2, 19, 40, dtype=dtype)}
+    if after == "lam":
+        options["lam"] = torch.rand(2, device=device)
+    with tiles.forced("linear", {"BM": 16, "BN": 16, "BK": 32, "SPLITS": splits}):
+        check(x, weights, no_worse, **options)
 
 
 def test_many_rows_and_a_large_mean(randn, no_worse):

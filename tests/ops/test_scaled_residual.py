@@ -80,7 +80,7 @@ def test_the_kernels_gradients_are_the_references(dtype, randn, device, no_worse
     # λ's gradient is an inner product.
     terms = (None, None, g.double().norm() * delta.double().norm())
     for a, b, c, size in zip(found, exact, eager, terms, strict=True):
-        no_worse(a, b, c, size)
+        no_worse(a, b, c, terms=size)
 
 
 def test_in_place_also_under_autograd(randn, device):

@@ -113,7 +113,7 @@ def test_the_kernels_gradients_are_the_references(per, long_rows, dtype, randn, 
     # w's gradient is the difference of two inner products with g.
     terms = (None, None, g.double().norm() * (t.double().norm() + r.double().norm()))
     for a, b, c, size in zip(found, true, eager, terms, strict=True):
-        no_worse(a, b, c, size)
+        no_worse(a, b, c, terms=size)
 
 
 @pytest.mark.parametrize("impl", ["reference", "triton"])
