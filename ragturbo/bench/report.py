@@ -73,8 +73,17 @@ def budgets_section(machines: list[Machine]) -> str:
 
 def ops_section(machines: list[Machine]) -> str:
     """Each op and implementation, with its share of the roofline."""
-    other = ("stage", "generate", "peer", "serve", "import", "first_image", "modules_by_hand")
+    other = ("stage", "generate", "peer", "serve", "import", "first_image", "modules_by_hand", "retrieval", "features")
     return _suites(machines, lambda info: not str(info.get("op", "")).startswith(other), _op_table, plot="roofline")
+
+
+def retrieval_section(machines: list[Machine]) -> str:
+    """One query by each retriever, with its recall; opening; what was made once."""
+    return _suites(machines, lambda info: info.get("op") == "retrieval" and "seconds" in info, _retrieval_table)
+
+
+def features_section(machines: list[Machine]) -> str:
+    return _suites(machines, lambda info: "reader" in info.get("sizes", {}), _features_table)
 
 
 def stages_section(machines: list[Machine]) -> str:
@@ -128,6 +137,8 @@ SECTIONS: dict[str, Callable[[list[Machine]], str]] = {
     "breakdown": breakdown_section,
     "ops": ops_section,
     "stages": stages_section,
+    "retrieval": retrieval_section,
+    "features": features_section,
     "generate": generate_section,
     "serve": serve_section,
     "start": start_section,
@@ -170,6 +181,33 @@ def _op_table(found: list[dict[str, Any]]) -> list[str]:
         lines.append(
             f"| {b['name']} | {info.get('dtype') or ''} | {_sizes(info)} | {_time(info['seconds']['p50'])} "
             f"| {_time(info['seconds']['p95'])} | {'' if share is None else f'{share:.0%}'} "
+            f"| {'; '.join(info.get('flags', []))} |"
+        )
+    return lines
+
+
+def _retrieval_table(found: list[dict[str, Any]]) -> list[str]:
+    lines = ["| what | by | pairs | p50 | p95 | p99 | recall@10 | flags |", "|---|---|--:|--:|--:|--:|--:|---|"]
+    for b in sorted(found, key=lambda b: (b["group"] or "", b["extra_info"]["sizes"]["rows"])):
+        info = b["extra_info"]
+        s, recall = info["seconds"], info.get("recall")
+        notes = [info["note"]] if info.get("note") else []
+        lines.append(
+            f"| {b['group']} | {info['sizes']['retriever']} | {info['sizes']['rows']:,} | {_time(s['p50'])} "
+            f"| {_time(s['p95'])} | {_time(s['p99'])} | {'' if recall is None else f'{recall:.3f}'} "
+            f"| {'; '.join([*info.get('flags', []), *notes])} |"
+        )
+    return lines
+
+
+def _features_table(found: list[dict[str, Any]]) -> list[str]:
+    lines = ["| reader | rows a request | p50 | p95 | GB/s | flags |", "|---|--:|--:|--:|--:|---|"]
+    for b in sorted(found, key=lambda b: (b["extra_info"]["sizes"]["rows"], b["group"])):
+        info = b["extra_info"]
+        sizes, s = info["sizes"], info["seconds"]
+        rate = sizes["rows"] * sizes["row_bytes"] / s["p50"] / 1e9
+        lines.append(
+            f"| {sizes['reader']} | {sizes['rows']} | {_time(s['p50'])} | {_time(s['p95'])} | {rate:.1f} "
             f"| {'; '.join(info.get('flags', []))} |"
         )
     return lines

@@ -46,7 +46,11 @@ class Machine:
         """Every benchmark of every suite, the newest measurement of each, by group and name."""
         newest: dict[str, tuple[Run, dict[str, Any]]] = {}
         for run in sorted((r for r in self.runs if r.kind == "suite"), key=lambda r: (r.when, r.path.name)):
-            newest |= {b["fullname"]: (run, b) for b in run.data["benchmarks"]}
+            # One benchmark at two scales is two measurements.
+            scales = [b["extra_info"].get("sizes", {}).get("rows") for b in run.data["benchmarks"]]
+            newest |= {
+                f"{b['fullname']} {rows}": (run, b) for b, rows in zip(run.data["benchmarks"], scales, strict=True)
+            }
         return sorted(newest.values(), key=lambda pair: (pair[1].get("group") or "", pair[1]["fullname"]))
 
     def figures(self) -> dict[str, tuple[float, str]]:

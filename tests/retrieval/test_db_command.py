@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from ragturbo import Database
@@ -45,6 +48,25 @@ def test_a_database_is_built_changed_and_proven_from_the_command_line(images, ti
     sizes = run("compact", db)
     assert sizes["bytes_after"] < sizes["bytes_before"]
     assert Database.open(db, verify="full").ids.tolist() == [3, 4, 6, 7, 9, 10]
+
+
+@pytest.mark.slow
+def test_torchrun_builds_with_two_processes_what_one_builds(images, plain, tiny_sd21, tmp_path):
+    """Each writes its own segments; what binds them is the folder, so no process group and no backend is needed."""
+    for i, (caption, picture, _) in enumerate(plain.pairs(20, 3), start=6):
+        picture.save(images / f"{i:02d}.png")
+        (images / f"{i:02d}.txt").write_text(caption)
+    # As torchrun sets it for its processes: another number of threads may add in another order.
+    torch.set_num_threads(1)
+    options = ["--model", tiny_sd21, "--device", "cpu", "--batch-size", 4, "--segment-records", 4]
+    run("build", images, "--out", tmp_path / "one", *options)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", 0, "--no-python",
+               sys.executable, "-c", "from ragturbo.cli import main; raise SystemExit(main())",
+               "db", "build", images, "--out", tmp_path / "two", *options]  # fmt: skip
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert plain.tree(tmp_path / "two") == plain.tree(tmp_path / "one")
+    assert len(Database.open(tmp_path / "two", verify="full").snapshot.manifest.segments) > 2
 
 
 def test_damage_is_listed_and_is_exit_code_3(plain, tmp_path):
