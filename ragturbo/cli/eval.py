@@ -13,20 +13,25 @@ import typer
 if TYPE_CHECKING:
     from ragturbo.evaluate.suites import Suite
 
-SHAPES_SYSTEMS = "student,slerp@w=0.8,adapter,teacher@guidance=3"
-SYSTEMS = "student,slerp@w=0.8,adapter"
+# Minutes on two cores; `--limit 1000` is the whole suite.
+SHAPES_LIMIT = 300
 
 
 def evaluate(
     suite: Annotated[str, typer.Option(help="shapes, coco, tifa, classes or text.")] = "shapes",
     systems: Annotated[
         str | None,
-        typer.Option(help="Comma-separated kind[:folder][@key=value[+key=value]]; the first is the baseline."),
+        typer.Option(
+            help="Comma-separated kind[:folder][@key=value[+key=value]]; the first is the baseline. Default: what the "
+            "model can do of student, slerp, adapter and teacher."
+        ),
     ] = None,
     out: Annotated[
         Path, typer.Option(help="Where images, scores and the report go; a killed run goes on there.")
     ] = Path("evaluation"),
-    limit: Annotated[int | None, typer.Option(help="Only the first prompts; the title says so.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Only the first prompts; the title says so. Default on shapes: 300.")
+    ] = None,
     count: Annotated[int, typer.Option(help="Captions of the shapes suite.")] = 1000,
     model: Annotated[str, typer.Option(help="The bundle our own systems run on.")] = "shapes",
     database: Annotated[str | None, typer.Option()] = None,
@@ -63,9 +68,11 @@ def evaluate(
     from ragturbo.evaluate.systems import Loading, parse_spec
 
     quiet_libraries()
-    asked = _suite(suites, suite, count, captions, references, questions, prompts, classes).head(limit)
-    default = SHAPES_SYSTEMS if suite == "shapes" else SYSTEMS
-    specs = [parse_spec(text) for text in (systems or default).split(",")]
+    whole = _suite(suites, suite, count, captions, references, questions, prompts, classes)
+    asked = whole.head(SHAPES_LIMIT if limit is None and suite == "shapes" else limit)
+    specs = [
+        parse_spec(text) for text in (systems or default_systems(model, database, adapter, suite, download)).split(",")
+    ]
     where = choose_device(device, dtype)[0]
     loading = Loading(model, _off(database), _off(adapter), device, dtype, local_files_only=not download)
     metrics = _metrics(
@@ -90,6 +97,23 @@ def evaluate(
     else:
         typer.echo((out / "report.md").read_text("utf-8"))
         typer.echo(f"{out / 'report.md'}  {out / 'report.json'}  {out / 'sheet.html'}", err=True)
+
+
+def default_systems(model: str, database: str | None, adapter: str | None, suite: str, download: bool) -> str:
+    """What this model can do: injection needs a database, the adapter both, and a teacher is not always shipped."""
+    from ragturbo.model import adapter as adapter_file
+    from ragturbo.model.bundle import DATABASE, TEACHER
+    from ragturbo.model.source import resolve
+
+    folder = resolve(model, local_files_only=not download)
+    chosen = ["student"]
+    if database != "off" and (database or (folder / DATABASE).is_dir()):
+        chosen.append("slerp@w=0.8")
+        if adapter != "off" and (adapter or (folder / adapter_file.FILE).is_file()):
+            chosen.append("adapter")
+    if (folder / TEACHER).is_dir():
+        chosen.append("teacher@guidance=3" if suite == "shapes" else "teacher")
+    return ",".join(chosen)
 
 
 def _off(value: str | None) -> str | bool | None:

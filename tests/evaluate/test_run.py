@@ -106,6 +106,19 @@ def test_the_report_has_the_table_and_the_sheet_escapes_what_prompts_hold(model,
     assert all((out / src).is_file() for src in re.findall(r'<img loading="lazy" src="([^"]+)"', sheet))
 
 
+def test_by_default_a_model_is_asked_for_what_it_can_do(model, tiny_sd21):
+    from ragturbo.cli.eval import default_systems
+
+    def systems(folder: Path, database: str | None = None, adapter: str | None = None, suite: str = "shapes") -> str:
+        return default_systems(str(folder), database, adapter, suite, False)
+
+    assert systems(model) == "student,slerp@w=0.8,adapter,teacher@guidance=3"
+    assert systems(model, suite="text", adapter="off") == "student,slerp@w=0.8,teacher"
+    assert systems(tiny_sd21) == systems(tiny_sd21, adapter="some") == "student"
+    assert systems(tiny_sd21, database="some") == "student,slerp@w=0.8"
+    assert systems(model, database="off") == "student,teacher@guidance=3"
+
+
 def test_an_image_that_is_there_is_not_drawn_again_and_a_missing_one_is(model, suite, tmp_path):
     loading, spec, out = Loading(str(model), device="cpu"), parse_spec("student"), tmp_path / "out"
     draw(suite, spec, loading, out, batch=3)
@@ -184,6 +197,7 @@ draw(text(Path(sys.argv[1])), parse_spec("student"), Loading(sys.argv[2], device
 """
 
 
+@pytest.mark.timeout(3600)
 def test_a_killed_run_ends_with_the_same_images(model, tmp_path, rng, long_count):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(f"a boat {i}" for i in range(24)))

@@ -67,6 +67,8 @@ def bits(out: Path) -> dict[str, bytes]:
     return {name: (last / f"{name}.safetensors").read_bytes() for name in FILES}
 
 
+# The full count, on a machine that does other things too.
+@pytest.mark.timeout(5400)
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_killed_run_resumed_until_it_ends_has_the_bits_of_an_unbroken_one(
     world, run, tmp_path, rng, long_count, processes
