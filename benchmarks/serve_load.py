@@ -2,9 +2,9 @@
 
     python benchmarks/serve_load.py --seconds 60 --out benchmarks/results/shapes/cpu-2core/serve.json
 
-Starts the server as a process of its own. Arrivals are Poisson at shares of the capacity, whether or not earlier requests
-have been answered, and a latency counts from the intended arrival: a server that falls behind cannot hide it. Memory and
-open files are the server's, read while it runs.
+Starts the server as a process of its own. Arrivals are Poisson at shares of the capacity, whether or not earlier
+requests have been answered, and a latency counts from the intended arrival: a server that falls behind cannot hide it.
+Memory and open files are the server's, read while it runs.
 """
 
 from __future__ import annotations

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ragturbo.errors import InvalidRequest
-
-API_KEYS, ADMIN_KEYS = "RAGTURBO_API_KEYS", "RAGTURBO_ADMIN_KEYS"
 
 
 def serve(
@@ -22,10 +19,10 @@ def serve(
     host: Annotated[str, typer.Option(help="The default is reached from this machine alone.")] = "127.0.0.1",
     port: Annotated[int, typer.Option()] = 8000,
     api_keys: Annotated[
-        Path | None, typer.Option(help=f"A file with a key a line; or {API_KEYS}, separated by commas.")
+        Path | None, typer.Option(help="A file with a key a line; or RAGTURBO_API_KEYS, separated by commas.")
     ] = None,
     admin_keys: Annotated[
-        Path | None, typer.Option(help=f"Keys of POST /admin/database, likewise; or {ADMIN_KEYS}.")
+        Path | None, typer.Option(help="Keys of POST /admin/database, likewise; or RAGTURBO_ADMIN_KEYS.")
     ] = None,
     timeout: Annotated[float, typer.Option(help="Seconds; what cannot be done by then is refused.")] = 10.0,
     max_queue: Annotated[int, typer.Option(help="Requests that may wait; more are refused.")] = 64,
@@ -57,9 +54,11 @@ def serve(
     """
     _require()
     from ragturbo.cli.terminal import quiet_libraries
-    from ragturbo.serve.config import ServeConfig
+    from ragturbo.serve.config import ServeConfig, keys_from_environment, read_keys
 
     quiet_libraries()
+    # Never from the command line itself, which every user of the machine can read.
+    clients, admins = keys_from_environment()
     config = ServeConfig(
         model=model,
         database=_off(database),
@@ -82,8 +81,8 @@ def serve(
         postprocess=postprocess,
         host=host,
         port=port,
-        api_keys=_keys(api_keys, API_KEYS),
-        admin_keys=_keys(admin_keys, ADMIN_KEYS),
+        api_keys=clients if api_keys is None else read_keys(api_keys),
+        admin_keys=admins if admin_keys is None else read_keys(admin_keys),
         timeout=timeout,
         max_images=max_images,
         max_prompt=max_prompt,
@@ -114,15 +113,6 @@ def _sizes(text: str) -> tuple[int, ...]:
         return tuple(int(size) for size in text.split(","))
     except ValueError:
         raise InvalidRequest(f"batch_sizes={text!r} are whole numbers, separated by commas") from None
-
-
-def _keys(file: Path | None, variable: str) -> tuple[str, ...]:
-    """Never from the command line itself, which every user of the machine can read."""
-    from ragturbo.serve.config import read_keys
-
-    if file is not None:
-        return read_keys(file)
-    return tuple(key.strip() for key in os.environ.get(variable, "").split(",") if key.strip())
 
 
 def _log() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from ragturbo.config import GeneratorConfig
 from ragturbo.errors import InvalidRequest
 
+API_KEYS, ADMIN_KEYS = "RAGTURBO_API_KEYS", "RAGTURBO_ADMIN_KEYS"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 # OpenAI's own limit on images a request.
 MAX_IMAGES = 10
@@ -108,6 +110,15 @@ class ServeConfig:
             return getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError, ValueError) as error:
             raise InvalidRequest(f'postprocess={self.postprocess!r} is no "module:function": {error}') from error
+
+
+def keys_from_environment() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Clients' and admins' keys, separated by commas."""
+    clients, admins = (
+        tuple(key.strip() for key in os.environ.get(name, "").split(",") if key.strip())
+        for name in (API_KEYS, ADMIN_KEYS)
+    )
+    return clients, admins
 
 
 def read_keys(path: Path) -> tuple[str, ...]:

@@ -122,6 +122,7 @@ def test_a_queue_too_long_for_a_deadline_refuses_at_once(gen, kit):
 PREFORK = """
 import os, signal, socket, sys
 import uvicorn
+import ragturbo.model.bundle, ragturbo.engine.build
 from ragturbo.serve.app import create_app
 from ragturbo.serve.config import ServeConfig
 
