@@ -121,10 +121,15 @@ def plan(part: str, options: argparse.Namespace, quick: bool, scratch: Path) -> 
         tests = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *map(str, chosen)]
         sanitized = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "1", sys.executable, *tests,
                      "-k", "gather or topk or slerp", "-x"]  # fmt: skip
+        # What it finds is kept as it goes: kernels/configs/<gpu>.json, once looked at, is where it belongs.
+        tune = [sys.executable, "-m", "ragturbo.kernels.tune", "--out", str(options.results.resolve() / "configs"),
+                "--op", "linear", "project_attention", "cross_attention", "--label", "b1"]  # fmt: skip
+        tune += ["--dry-run"] * rehearse
         return [
             Step("kernel tests", [sys.executable, *tests], 60 if quick else 150, None, ("pytest",)),
             *suite(ops, 20 if quick else 60, 0.1 if quick or rehearse else 0.3),
             *([] if quick else [Step("sanitizer", sanitized, 120, None, ("compute-sanitizer",))]),
+            *([] if quick else [Step("tune", tune, 240, None, ("triton",))]),
         ]
     if part == "engine":
         # Replays against calls bit for bit, and 10,000 requests over which memory must stay flat.

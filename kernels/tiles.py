@@ -1,7 +1,9 @@
 """Which tile sizes, warps and stages a kernel uses for a shape: measured for this GPU, or a sound default.
 
-Measured choices live in configs/<gpu>.json, written by `python -m ragturbo.kernels.tune`. Nothing asks the GPU's name
-before the first launch on it. In the interpreter and when compiling for a GPU that is not there, defaults hold.
+Measured choices live in configs/<gpu>.json, written by `python -m ragturbo.kernels.tune`:
+{"made_on": {…}, "tiles": {kernel: {shape: {name: int}}}, "microseconds": {kernel: {shape: {"tuned", "default"}}}}.
+Nothing asks the GPU's name before the first launch on it. In the interpreter and when compiling for a GPU that is not
+there, defaults hold.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from contextvars import ContextVar
 from pathlib import Path
 
 import torch
+
+from ragturbo.errors import InvalidRequest
 
 Tile = dict[str, int]
 
@@ -36,13 +40,32 @@ def file_name(gpu: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", gpu.lower()).strip("_") + ".json"
 
 
+def read(path: Path) -> dict[str, dict[str, Tile]]:
+    """The tiles of one file, kernel -> shape -> tile. Raises InvalidRequest, naming what is wrong."""
+    again = "make it anew by `python -m ragturbo.kernels.tune`"
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise InvalidRequest(
+            f"{path} is not JSON ({error}): make it anew by `python -m ragturbo.kernels.tune`"
+        ) from error
+    found = data.get("tiles") if isinstance(data, dict) else None
+    if not isinstance(found, dict):
+        raise InvalidRequest(f"{path} has no tiles: {again}")
+    for kernel, shapes in found.items():
+        for shape, tile in shapes.items() if isinstance(shapes, dict) else [("", shapes)]:
+            if not isinstance(tile, dict) or not all(type(n) is int and n > 0 for n in tile.values()):
+                raise InvalidRequest(f"{path}: the tile of {kernel!r} for {shape!r} is {tile!r}, not numbers by name")
+    return found
+
+
 @functools.cache
 def _measured(device: int) -> dict[str, dict[str, Tile]]:
     name = file_name(torch.cuda.get_device_name(device))
     for folder in filter(None, (_OVERRIDE, INSTALLED)):
         path = Path(folder) / name
         if path.is_file():
-            return json.loads(path.read_text())["tiles"]
+            return read(path)
     return {}
 
 

@@ -2,7 +2,8 @@
 
 A candidate that does not compile, does not fit or gives another result than the default is out; of the rest the
 fastest in a CUDA graph wins, if it beats the default by more than the noise. The file keeps both times and what made
-them: GPU, driver, torch and triton.
+them: GPU, driver, torch and triton. Candidates are compiled beforehand by all cores; `--dry-run` only counts them, on
+any machine.
 """
 
 from __future__ import annotations
@@ -11,10 +12,13 @@ import argparse
 import itertools
 import json
 import logging
+import multiprocessing
+import os
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +26,9 @@ from typing import Any
 import torch
 import triton
 
-from ragturbo.kernels import tiles
+from ragturbo.kernels import offline, tiles
 from ragturbo.kernels.cases import CASES, FIXED_DTYPE, Call, Case
+from ragturbo.kernels.launch import replaced
 
 log = logging.getLogger("ragturbo")
 
@@ -169,28 +174,64 @@ def machine() -> dict[str, Any]:
     }
 
 
+def compile_candidates(case: Case, dtype: torch.dtype, capability: int, candidates: Sequence[tiles.Tile]) -> int:
+    """In a process of its own: leaves in Triton's cache what `tune_case` will ask for. How many did compile."""
+    triton.runtime.driver.set_active(offline.AbsentGPU(capability))
+    compiled = 0
+    with replaced(lambda kernel, grid, args, options: kernel.warmup(*args, grid=grid, **options)):
+        for tile in candidates:
+            try:
+                with tiles.forced(case.tiled, tile):
+                    case.make("meta", dtype)()
+                compiled += 1
+            except Exception as error:
+                # tune_case meets it again and says so.
+                log.debug("%s %s: %s", case.op, tile, error)
+    return compiled
+
+
+def compile_ahead(wanted: Sequence[tuple[Case, torch.dtype]], capability: int, jobs: int) -> int:
+    tasks = [(case, dtype, CANDIDATES[case.tiled][i::jobs]) for case, dtype in wanted for i in range(jobs)]
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        done = [pool.submit(compile_candidates, case, dtype, capability, part) for case, dtype, part in tasks if part]
+        return sum(future.result() for future in done)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ragturbo.kernels.tune", description=__doc__)
     parser.add_argument("--op", nargs="+", default=[], help="only these ops")
+    parser.add_argument("--label", default="", help="only cases whose label begins so: b1")
     parser.add_argument("--dtype", nargs="+", default=["float16"], choices=["float16", "bfloat16", "float32"])
     parser.add_argument("--out", type=Path, default=tiles.INSTALLED, help="the folder of <gpu>.json")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile ahead; 0: none")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be tuned; needs no GPU")
     options = parser.parse_args(argv)
     unknown = set(options.op) - {case.op for case in CASES}
     if unknown:
         parser.error(f"no such op: {', '.join(sorted(unknown))}; known: {', '.join(sorted({c.op for c in CASES}))}")
+    wanted = [
+        (case, getattr(torch, name))
+        for case in CASES
+        if (not options.op or case.op in options.op) and case.label.startswith(options.label)
+        for name in (["float16"] if case.op in FIXED_DTYPE else options.dtype)
+    ]
+    if options.dry_run:
+        for case, dtype in wanted:
+            print(f"{case.op}, {case.label}, {dtype}: {len(CANDIDATES[case.tiled])} candidates")
+        return 0
     if not torch.cuda.is_available():
         sys.stderr.write("tuning times kernels on a GPU, and torch sees none here\n")
         return 4
+    if options.jobs:
+        major, minor = torch.cuda.get_device_capability()
+        compile_ahead(wanted, 10 * major + minor, options.jobs)
     path = options.out / tiles.file_name(torch.cuda.get_device_name())
-    for case in CASES:
-        if options.op and case.op not in options.op:
-            continue
-        for name in ["float16"] if case.op in FIXED_DTYPE else options.dtype:
-            row = tune_case(case, getattr(torch, name), "cuda", graph_seconds)
-            # Written as found: an interrupted run keeps what it has.
-            write(path, [row], machine())
-            gain = row.default / row.seconds
-            print(f"{case.op}, {case.label}, {name}: {row.seconds * 1e6:.2f} µs, {gain:.2f}× the default, {row.tile}")
+    for case, dtype in wanted:
+        row = tune_case(case, dtype, "cuda", graph_seconds)
+        # Written as found: an interrupted run keeps what it has.
+        write(path, [row], machine())
+        gain = row.default / row.seconds
+        print(f"{case.op}, {case.label}, {dtype}: {row.seconds * 1e6:.2f} µs, {gain:.2f}× the default, {row.tile}")
     return 0
 
 

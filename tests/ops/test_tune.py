@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from ragturbo.errors import InvalidRequest
 from ragturbo.kernels import scaled_residual, tiles, tune
 from ragturbo.kernels.cases import CASES, Case
 from ragturbo.kernels.launch import replaced
@@ -79,6 +80,29 @@ def test_every_case_has_candidates_and_they_are_tiles_of_its_kernel():
             case.make("meta", torch.float16)()
         assert case.tiled in {kernel for kernel, _ in asked}, case
         assert tune.CANDIDATES[case.tiled], case
+
+
+def test_a_file_of_tiles_that_is_none_is_refused_by_name(tmp_path):
+    path = tmp_path / "nvidia_h200.json"
+    wrong = {
+        "{": "not JSON", "[]": "no tiles", '{"tiles": {"linear": 4}}': "'linear'",
+        '{"tiles": {"slerp": {"N8": {"BLOCK": "big"}}}}': "'N8'", '{"tiles": {"slerp": {"N8": {"BLOCK": 0}}}}': "'N8'",
+    }  # fmt: skip
+    for text, reason in wrong.items():
+        path.write_text(text)
+        with pytest.raises(InvalidRequest, match=f"nvidia_h200.json.*{reason}"):
+            tiles.read(path)
+    tune.write(tmp_path / "new.json", [tune.Tuned("slerp", "N8", {"BLOCK": 1024}, 1e-6, 2e-6)], {"gpu": "NVIDIA H200"})
+    for path in (tmp_path / "new.json", *tiles.INSTALLED.glob("*.json")):
+        assert set(tiles.read(path)) <= set(tune.CANDIDATES)
+
+
+def test_a_dry_run_counts_the_candidates_on_any_machine(capsys):
+    assert tune.main(["--dry-run", "--op", "linear", "cross_attention", "--label", "b1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert f"linear, b1 FF out, residual, torch.float16: {len(tune.CANDIDATES['linear'])} candidates" in lines
+    assert any(tile.get("SPLITS") == 8 for tile in tune.CANDIDATES["linear"])
+    assert {line.split(",")[0] for line in lines} == {"linear", "cross_attention"}
 
 
 def test_without_a_gpu_the_command_says_so():
