@@ -41,6 +41,17 @@ def test_an_engine_that_makes_something_else_has_no_time(monkeypatch):
     assert all("latents differ" in row["skipped"] for row in rows(found))
 
 
+@pytest.mark.slow
+def test_at_sd21s_own_sizes_the_engine_makes_the_eager_sequences_latents():
+    """Minutes and 8 GB on a CPU: 512², fp32, random weights."""
+    found = breakdown(Settings("sd21", "cpu", prompts=1, pairs=4, keys=64, profiles=("turbo",)))
+    ours, agreement = found["profiles"]["turbo"]["ours"], found["profiles"]["turbo"]["agreement"]
+    assert found["pixels"] == 512 and ours["images"] == 1 and ours["seconds"]["p50"] > 0
+    assert agreement["error"] < 1e-4
+    assert agreement["error_other_prompt"] > 10 * agreement["error"]
+    assert agreement["error_other_noise"] > 10 * agreement["error"]
+
+
 def on_an_l40s(record, ours_ms, turbo_ms):
     found = copy.deepcopy(record)
     found["context"]["gpu"] = {"name": "NVIDIA L40S"}
