@@ -125,10 +125,14 @@ def plan(part: str, options: argparse.Namespace, quick: bool, scratch: Path) -> 
         tune = [sys.executable, "-m", "ragturbo.kernels.tune", "--out", str(options.results.resolve() / "configs"),
                 "--op", "linear", "project_attention", "cross_attention", "--label", "b1"]  # fmt: skip
         tune += ["--dry-run"] * rehearse
+        # Of the suites' times, once all are there.
+        fastest = [sys.executable, "-m", "ragturbo.bench.fastest", str(options.results.resolve() / "kernels-suite.json"),
+                   "--out", str(options.results.resolve() / "configs")]  # fmt: skip
         return [
             Step("kernel tests", [sys.executable, *tests], 60 if quick else 150, None, ("pytest",)),
             *suite(ops, 20 if quick else 60, 0.1 if quick or rehearse else 0.3),
             *([] if quick else [Step("sanitizer", sanitized, 120, None, ("compute-sanitizer",))]),
+            *([] if quick or rehearse else [Step("fastest", fastest, 30, None)]),
             *([] if quick else [Step("tune", tune, 240, None, ("triton",))]),
         ]
     if part == "engine":

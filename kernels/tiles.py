@@ -2,6 +2,7 @@
 
 Measured choices live in configs/<gpu>.json, written by `python -m ragturbo.kernels.tune`:
 {"made_on": {…}, "tiles": {kernel: {shape: {name: int}}}, "microseconds": {kernel: {shape: {"tuned", "default"}}}}.
+"fastest", from `python -m ragturbo.bench.fastest`, is {op: {"impl", "microseconds": {impl: …}}}: what `auto` takes.
 Nothing asks the GPU's name before the first launch on it. In the interpreter and when compiling for a GPU that is not
 there, defaults hold.
 """
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,18 +42,20 @@ def file_name(gpu: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", gpu.lower()).strip("_") + ".json"
 
 
-def read(path: Path) -> dict[str, dict[str, Tile]]:
-    """The tiles of one file, kernel -> shape -> tile. Raises InvalidRequest, naming what is wrong."""
+def _load(path: Path) -> dict[str, Any]:
     again = "make it anew by `python -m ragturbo.kernels.tune`"
     try:
         data = json.loads(path.read_text("utf-8"))
     except ValueError as error:
-        raise InvalidRequest(
-            f"{path} is not JSON ({error}): make it anew by `python -m ragturbo.kernels.tune`"
-        ) from error
-    found = data.get("tiles") if isinstance(data, dict) else None
-    if not isinstance(found, dict):
+        raise InvalidRequest(f"{path} is not JSON ({error}): {again}") from error
+    if not isinstance(data, dict) or not isinstance(data.get("tiles"), dict):
         raise InvalidRequest(f"{path} has no tiles: {again}")
+    return data
+
+
+def read(path: Path) -> dict[str, dict[str, Tile]]:
+    """The tiles of one file, kernel -> shape -> tile. Raises InvalidRequest, naming what is wrong."""
+    found = _load(path)["tiles"]
     for kernel, shapes in found.items():
         for shape, tile in shapes.items() if isinstance(shapes, dict) else [("", shapes)]:
             if not isinstance(tile, dict) or not all(type(n) is int and n > 0 for n in tile.values()):
@@ -59,14 +63,22 @@ def read(path: Path) -> dict[str, dict[str, Tile]]:
     return found
 
 
+def fastest(device: int) -> dict[str, str]:
+    """op -> the implementation measured fastest on this GPU."""
+    path = _file(device)
+    return {op: row["impl"] for op, row in _load(path).get("fastest", {}).items()} if path else {}
+
+
+def _file(device: int) -> Path | None:
+    name = file_name(torch.cuda.get_device_name(device))
+    paths = (Path(folder) / name for folder in (_OVERRIDE, INSTALLED) if folder)
+    return next((path for path in paths if path.is_file()), None)
+
+
 @functools.cache
 def _measured(device: int) -> dict[str, dict[str, Tile]]:
-    name = file_name(torch.cuda.get_device_name(device))
-    for folder in filter(None, (_OVERRIDE, INSTALLED)):
-        path = Path(folder) / name
-        if path.is_file():
-            return read(path)
-    return {}
+    path = _file(device)
+    return read(path) if path else {}
 
 
 def choose(kernel: str, shape: str, device: torch.device, default: Tile) -> Tile:

@@ -152,9 +152,7 @@ def write(path: Path, rows: Sequence[Tuned], made_on: dict[str, Any]) -> None:
         times = {"tuned": round(row.seconds * 1e6, 3), "default": round(row.default * 1e6, 3)}
         known["microseconds"].setdefault(row.kernel, {})[row.shape] = times
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        json.dumps({"made_on": made_on, **{k: known[k] for k in ("tiles", "microseconds")}}, indent=1) + "\n"
-    )
+    path.write_text(json.dumps({**known, "made_on": made_on}, indent=1) + "\n")
 
 
 def machine() -> dict[str, Any]:

@@ -97,7 +97,11 @@ def xformers(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, heads: int) 
     if mask is not None:
         allowed = (mask | ~mask.any(-1, keepdim=True)).expand(-1, heads, q.shape[1], -1)
         bias = torch.zeros(allowed.shape, dtype=q.dtype, device=q.device).masked_fill(~allowed, float("-inf"))
-    out = memory_efficient_attention(*(x.unflatten(-1, (heads, -1)) for x in (q, k, v)), attn_bias=bias)
+    try:
+        out = memory_efficient_attention(*(x.unflatten(-1, (heads, -1)) for x in (q, k, v)), attn_bias=bias)
+    except NotImplementedError as error:
+        # It installs, and imports, beside a torch that its kernels were not built for.
+        raise InvalidRequest(f"cross_attention(impl='xformers'): this xformers has no kernel here: {error}") from error
     return out.flatten(2)
 
 

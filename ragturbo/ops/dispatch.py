@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,17 +118,49 @@ def _auto(op: str, device: str, dtype: torch.dtype = torch.float16) -> tuple[str
     why_not = refusal(op, "triton", device, dtype)
     if why_not is not None:
         return ("sdpa" if "sdpa" in IMPLEMENTATIONS[op] else "reference"), why_not
+    fastest = _fastest().get(op, "triton")
+    if fastest != "triton" and refusal(op, fastest, device, dtype) is None:
+        return fastest, "the fastest measured on this GPU: kernels/configs"
     return "triton", "a GPU and triton are there"
 
 
-def choose(op: str, impl: str, device: str, dtype: torch.dtype, *inputs: Tensor | None) -> str:
-    """The implementation that runs. Raises InvalidRequest if the one named cannot. inputs: what may want a gradient."""
+_measured: dict[str, str] | None = None
+
+
+def _fastest() -> dict[str, str]:
+    """op -> implementation, as `python -m ragturbo.bench.fastest` noted for this GPU; empty where nothing is known."""
+    global _measured
+    # A compiler that traces this finds what was read before it came, and reads no file.
+    if _measured is None and not torch.compiler.is_compiling():
+        from ragturbo.kernels import tiles
+
+        _measured = tiles.fastest(torch.cuda.current_device()) if torch.cuda.is_available() else {}
+    return _measured or {}
+
+
+def choose(
+    op: str,
+    impl: str,
+    device: str,
+    dtype: torch.dtype,
+    *inputs: Tensor | None,
+    limits: Mapping[str, str | None] | None = None,
+) -> str:
+    """The implementation that runs. Raises InvalidRequest if the one named cannot. inputs: what may want a gradient.
+
+    limits: why an implementation cannot take these sizes, by its name. One so limited is passed over by `auto`.
+    """
+    limits = limits or {}
     name = _auto(op, device, dtype)[0] if impl == "auto" else impl
+    if impl == "auto" and limits.get(name):
+        able = [n for n in IMPLEMENTATIONS[op] if not limits.get(n) and refusal(op, n, device, dtype) is None]
+        # The reference is the last resort: on a GPU it is slow, or cannot read what lies there.
+        name = next((n for n in able if n != "reference"), "reference")
     if op in FORWARD_ONLY and name != "reference" and wants_grad(*inputs):
         if impl != "auto":
             raise InvalidRequest(f"{op}(impl={impl!r}) has no backward: take 'reference', or torch.no_grad()")
         return "reference"
-    why_not = refusal(op, name, device, dtype)
+    why_not = refusal(op, name, device, dtype) or limits.get(name)
     if why_not is not None:
         raise InvalidRequest(f"{op}(impl={impl!r}): {why_not}")
     return name

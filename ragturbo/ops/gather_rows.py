@@ -48,11 +48,24 @@ def gather_rows(rows: Rows, ids: Tensor, impl: str = "auto") -> Tensor:
             f"gather_rows: ids are {ids.dtype} on {ids.device}, "
             f"the descriptor {rows.descriptor.dtype} on {rows.descriptor.device}"
         )
-    name = dispatch.choose("gather_rows", impl, ids.device.type, torch.float16)
+    name = dispatch.choose("gather_rows", impl, ids.device.type, torch.float16, limits={"cuda": _cuda_limit(rows, ids)})
     if name == "reference":
         return reference(rows, ids)
     run = _triton if name == "triton" else _cuda
     return run(rows.descriptor, ids, rows.row_bytes, rows.tokens, rows.channels, rows.stored == "int8")
+
+
+def _cuda_limit(rows: Rows, ids: Tensor) -> str | None:
+    """Why csrc/gather.cu cannot: it reads records by 16 bytes, a block column a row."""
+    lane = 16 if rows.stored == "int8" else 8
+    if rows.channels % lane or rows.row_bytes % 16:
+        return (
+            f"the CUDA kernel takes channels in multiples of {lane}, rows in multiples of 16 bytes, "
+            f"not {rows.channels} and {rows.row_bytes}; impl='triton' takes any"
+        )
+    if ids.numel() > 65535:
+        return f"the CUDA kernel gathers at most 65535 rows at once, not {ids.numel()}; impl='triton' takes any number"
+    return None
 
 
 def reference(rows: Rows, ids: Tensor) -> Tensor:

@@ -36,7 +36,8 @@ def topk_into(keys: Tensor, query: Tensor, rows: Tensor, scores: Tensor, impl: s
         )
     if not rows.is_contiguous() or not scores.is_contiguous():
         raise InvalidRequest("topk_into fills contiguous rows and scores")
-    name = dispatch.choose("topk", impl, query.device.type, torch.float16)
+    limits = {"cuda": _cuda_limit(rows.shape[1], query.shape[1])}
+    name = dispatch.choose("topk", impl, query.device.type, torch.float16, limits=limits)
     if name == "reference":
         found, best = reference(keys, query, rows.shape[1])
         rows.copy_(found)
@@ -45,6 +46,15 @@ def topk_into(keys: Tensor, query: Tensor, rows: Tensor, scores: Tensor, impl: s
         _triton(keys, query, rows, scores)
     else:
         _cuda(keys, query, rows, scores)
+
+
+def _cuda_limit(k: int, width: int) -> str | None:
+    """Why csrc/topk.cu cannot: a warp keeps one of the best a lane, and reads keys by 16 bytes."""
+    if k > 32:
+        return f"the CUDA kernel keeps at most 32 neighbours, k is {k}; impl='triton' takes 64"
+    if width % 8 or not 8 <= width <= 2048:
+        return f"the CUDA kernel takes keys of 8 … 2048 numbers, a multiple of 8, not {width}; impl='triton' takes any"
+    return None
 
 
 def reference(keys: Tensor, query: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -58,6 +58,26 @@ def test_auto_says_what_it_takes_and_why(monkeypatch):
     assert "not installed" in rows["slerp"].reason
 
 
+def test_sizes_an_implementation_cannot_take_are_refused_by_name_and_passed_over_by_auto(monkeypatch):
+    monkeypatch.setattr(dispatch, "native", lambda: type("Built", (), {"gather_rows": 1}))
+    monkeypatch.setattr(dispatch, "_measured", {"topk": "cuda"})
+    assert dispatch.choose("topk", "auto", "cuda", torch.float16) == "cuda"
+    limits = {"cuda": "at most 32 neighbours, k is 33"}
+    assert dispatch.choose("topk", "auto", "cuda", torch.float16, limits=limits) == "triton"
+    with pytest.raises(InvalidRequest, match="impl='cuda'.*k is 33"):
+        dispatch.choose("topk", "cuda", "cuda", torch.float16, limits=limits)
+    keys, query = torch.empty(2, dtype=torch.int64, device="meta"), torch.empty(1, 1024, device="meta")
+    monkeypatch.setattr(dispatch, "refusal", lambda op, impl, device, dtype=None: None)
+    with pytest.raises(InvalidRequest, match="impl='cuda'.*32 neighbours, k is 33"):
+        ops.topk(keys, query, 33, impl="cuda")
+    with pytest.raises(InvalidRequest, match="impl='cuda'.*not 1023"):
+        ops.topk(keys, query[:, :1023], 4, impl="cuda")
+    with pytest.raises(InvalidRequest, match="impl='cuda'.*multiples of 16, .*not 1288"):
+        ops.gather_rows(ops.Rows(keys, 1 << 20, 64, 1288, "int8"), keys, impl="cuda")
+    with pytest.raises(InvalidRequest, match="impl='cuda'.*not 65536"):
+        ops.gather_rows(ops.Rows(keys, 1 << 20, 64, 1280), keys.new_empty(65536), impl="cuda")
+
+
 def test_auto_trains_through_the_reference_where_a_kernel_has_no_backward(device):
     x, w = torch.randn(2, 3, 8, device=device), torch.randn(4, 8, device=device, requires_grad=True)
     (gradient,) = torch.autograd.grad(ops.linear(x, [w]).sum(), w)
