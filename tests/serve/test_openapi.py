@@ -1,4 +1,4 @@
-"""The endpoint against its own schema, by schemathesis: whatever is sent, the answer is one the schema names, no 5xx."""
+"""The endpoint against its own schema, by schemathesis: whatever is sent, no 5xx, and an answer the schema names."""
 
 from __future__ import annotations
 

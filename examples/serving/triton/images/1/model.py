@@ -1,0 +1,40 @@
+"""ragturbo behind Triton's Python backend: `tritonserver --model-repository examples/serving/triton`."""
+
+from concurrent.futures import Future
+
+import triton_python_backend_utils as pb
+
+import ragturbo
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        gpu = args["model_instance_kind"] == "GPU"
+        device = f"cuda:{args['model_instance_device_id']}" if gpu else "cpu"
+        self.gen = ragturbo.Generator.from_pretrained("shapes", device=device)
+        self.gen.warmup()
+
+    def execute(self, requests):
+        # All are in the queue before the first is waited for: they run as one batch.
+        return [self._answer(future) for future in [self._submit(request) for request in requests]]
+
+    def finalize(self):
+        self.gen.close()
+
+    def _submit(self, request):
+        prompts = pb.get_input_tensor_by_name(request, "PROMPT").as_numpy().reshape(-1)
+        seeds = pb.get_input_tensor_by_name(request, "SEED").as_numpy().reshape(-1)
+        texts = [prompt.decode() for prompt in prompts]
+        try:
+            return self.gen.submit(texts, seed=seeds.tolist(), output_type="uint8", timeout=10)
+        except ragturbo.errors.RagTurboError as error:
+            refused = Future()
+            refused.set_exception(error)
+            return refused
+
+    def _answer(self, future):
+        try:
+            images = future.result().images
+        except ragturbo.errors.RagTurboError as error:
+            return pb.InferenceResponse(error=pb.TritonError(str(error)))
+        return pb.InferenceResponse(output_tensors=[pb.Tensor("IMAGES", images)])
