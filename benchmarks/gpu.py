@@ -126,8 +126,9 @@ def plan(part: str, options: argparse.Namespace, quick: bool, scratch: Path) -> 
                 "--op", "linear", "project_attention", "cross_attention", "--label", "b1"]  # fmt: skip
         tune += ["--dry-run"] * rehearse
         # Of the suites' times, once all are there.
-        fastest = [sys.executable, "-m", "ragturbo.bench.fastest", str(options.results.resolve() / "kernels-suite.json"),
-                   "--out", str(options.results.resolve() / "configs")]  # fmt: skip
+        results = options.results.resolve()
+        fastest = [sys.executable, "-m", "ragturbo.bench.fastest", str(results / "kernels-suite.json"),
+                   "--out", str(results / "configs")]  # fmt: skip
         return [
             Step("kernel tests", [sys.executable, *tests], 60 if quick else 150, None, ("pytest",)),
             *suite(ops, 20 if quick else 60, 0.1 if quick or rehearse else 0.3),
