@@ -26,7 +26,7 @@ from ragturbo.evaluate.systems import Loading
 from ragturbo.evaluate.world import sample_scenes
 from ragturbo.model.bundle import TEACHER
 from ragturbo.model.source import resolve
-from ragturbo.train import LADDTrainer, load_config
+from ragturbo.train import LADDConfig, LADDTrainer, load_config
 from ragturbo.train.encode import make_encoded_data
 from ragturbo.train.neighbors import make_neighbors
 from ragturbo.train.report import STATS
@@ -91,17 +91,28 @@ def make_data(args: argparse.Namespace) -> None:
         log.info("latent LPIPS: %s", result)
 
 
+@dataclass(frozen=True)
+class Setting:
+    changes: tuple[str, ...]
+    seed: int
+
+
+def training(args: argparse.Namespace, setting: Setting) -> LADDConfig:
+    """The configuration `shapes` on this model and this data, but for the changes."""
+    data = args.work / "data"
+    sources = f"[{{path: {data / 'teacher'}, weight: 1}}, {{path: {data / 'real'}, weight: 1}}]"
+    own = [
+        f"model={args.model}", f"database={args.database}", f"seed={setting.seed}", f"data.sources={sources}",
+        f"loss.lpips_weights={data / 'vgg.safetensors'}", *([f"teacher={args.teacher}"] if args.teacher else []),
+    ]  # fmt: skip
+    return load_config("shapes", [*own, *setting.changes])
+
+
 def train(name: str, seed: int, args: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
     """The exported folder of an arm's run, and what the run said on its way."""
-    data, out = args.work / "data", args.work / "runs" / f"{name}-{seed}"
-    sources = f"[{{path: {data / 'teacher'}, weight: 1}}, {{path: {data / 'real'}, weight: 1}}]"
-    changes = [
-        f"model={args.model}", f"database={args.database}", f"seed={seed}", f"data.sources={sources}",
-        f"loss.lpips_weights={data / 'vgg.safetensors'}", f"loop.max_steps={args.steps}",
-        *([f"teacher={args.teacher}"] if args.teacher else []), *(ARMS[name].changes or ()), *args.set,
-    ]  # fmt: skip
-    config = load_config("shapes", changes)
-    begun = time.monotonic()
+    out = args.work / "runs" / f"{name}-{seed}"
+    config = training(args, Setting((f"loop.max_steps={args.steps}", *(ARMS[name].changes or ()), *args.set), seed))
+    begun, cpu = time.monotonic(), time.process_time()
     with attention():
         trainer = LADDTrainer(config, out, device=DEVICE, resume=True)
         folder = trainer.train()
@@ -115,6 +126,8 @@ def train(name: str, seed: int, args: argparse.Namespace) -> tuple[Path, dict[st
         "steps": trainer.step,
         "batch": config.loop.batch,
         "seconds": round(time.monotonic() - begun, 1),
+        # What it takes, whoever else was on the machine.
+        "cpu_seconds": round(time.process_time() - cpu, 1),
         "stats": said,
     }
     return folder, facts
@@ -168,27 +181,36 @@ def lcm_folder(args: argparse.Namespace) -> Path:
     return folder
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """What every command on this data takes."""
     parser.add_argument("--work", type=Path, default=Path("build/compare"), help="data, checkpoints and images")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="one JSON an arm and seed")
     parser.add_argument("--model", default="shapes")
     parser.add_argument("--teacher", help="a bundle with the teacher, where the model has no teacher_unet/")
     parser.add_argument("--database", help="default: the model's own")
-    parser.add_argument("--lcm", type=Path, help="the recipe's lcm_unet/; without it there is no such row")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="training seeds")
-    parser.add_argument("--prompts", type=int, default=1000, help="unseen captions, every other one rare")
     parser.add_argument("--pairs", type=int, default=4096, help="teacher latents")
     parser.add_argument("--real", type=int, default=4096, help="true pictures")
     parser.add_argument("--teacher-steps", type=int, default=25)
     parser.add_argument("--lpips-steps", type=int, default=600)
-    parser.add_argument("--steps", type=int, default=600, help="optimiser steps a run")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="further settings of every run")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    args = parser.parse_args(arguments)
+
+
+def settle_database(args: argparse.Namespace) -> None:
     if args.database is None:
         args.database = resolve(args.model) / "database"
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="one JSON an arm and seed")
+    parser.add_argument("--lcm", type=Path, help="the recipe's lcm_unet/; without it there is no such row")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="training seeds")
+    parser.add_argument("--prompts", type=int, default=1000, help="unseen captions, every other one rare")
+    parser.add_argument("--steps", type=int, default=600, help="optimiser steps a run")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="further settings of every run")
+    add_model_options(parser)
+    args = parser.parse_args(arguments)
+    settle_database(args)
     return args
 
 

@@ -47,8 +47,9 @@ class Report:
             file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
         if self._board is not None:
             for name, value in line.items():
-                if isinstance(value, (int, float)):
-                    self._board.add_scalar(name, value, step)
+                for key, number in value.items() if isinstance(value, dict) else [("", value)]:
+                    if isinstance(number, (int, float)):
+                        self._board.add_scalar(f"{name}/{key}" if key else name, number, step)
         text = f"{line['kimg']:.1f} kimg  {samples_per_s:.1f} samples/s"
         text += "".join(f"  {name} {values[name]:.3f}" for name in ("d", "adv", "distill", "lpips") if name in values)
         text += f"  {memory / 2**30:.1f} GiB" if memory else ""
@@ -112,7 +113,7 @@ def _board(out: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ModelError("loop.tensorboard needs tensorboard: pip install tensorboard") from error
+        raise ModelError("loop.tensorboard needs tensorboard: pip install 'ragturbo[train]'") from error
     return SummaryWriter(str(out / "tensorboard"))
 
 

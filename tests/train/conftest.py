@@ -109,3 +109,65 @@ def real_copy(source: Path, target: Path, database: Path, model: Path) -> Path:
     write_shard(target, 0, tensors, list(shards.records(0)))
     make_neighbors(target, database, model=str(model), k=2, device="cpu")
     return target
+
+
+@pytest.fixture
+def make(world, tmp_path):
+    """A trainer of the tiny world; each call has an --out of its own."""
+    count = iter(range(100))
+
+    from ragturbo.train.ladd import LADDTrainer
+
+    def trainer(**changes):
+        return LADDTrainer(world.config(**changes), tmp_path / str(next(count)), device="cpu")
+
+    return trainer
+
+
+def _grown(trainer):
+    """The same trainer with adapter and LoRA away from zero, as after some training: all of them get gradients."""
+    state = trainer.masters.state()
+    generator = torch.Generator().manual_seed(1)
+    moved = {name: v + 0.05 * torch.randn(v.shape, generator=generator) for name, v in state.items()}
+    trainer.masters.load(moved)
+    return trainer
+
+
+def _batches(trainer, count=None):
+    numbers = trainer._numbers(10)
+    return [trainer._load(next(numbers)) for _ in range(count or trainer.accumulation)]
+
+
+def _gradients(trainer, parts):
+    """The gradients of one step's micro-batches, before anything moves."""
+    trainer.student.train()
+    trainer.discriminator.train()
+    for m, batch in enumerate(parts):
+        trainer._micro_batch(batch, trainer._generator(m))
+        trainer.masters.accumulate()
+    g = {name: p.grad.clone() for name, p in trainer.masters.parameters.items()}
+    return g, {name: p.grad.clone() for name, p in trainer.discriminator.named_parameters()}
+
+
+def _copies(state):
+    return {name: value.detach().clone() for name, value in state.items()}
+
+
+@pytest.fixture
+def grown():
+    return _grown
+
+
+@pytest.fixture
+def batches():
+    return _batches
+
+
+@pytest.fixture
+def gradients():
+    return _gradients
+
+
+@pytest.fixture
+def copies():
+    return _copies

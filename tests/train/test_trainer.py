@@ -2,62 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 
 import pytest
 import torch
 
-from ragturbo.errors import InvalidRequest, NonFiniteOutput
+from ragturbo.errors import NonFiniteOutput
 from ragturbo.train import checkpoint
-from ragturbo.train.ladd import LADDTrainer
-
-
-@pytest.fixture
-def make(world, tmp_path):
-    """A trainer of the tiny world; each call has an --out of its own."""
-    count = iter(range(100))
-
-    def trainer(**changes):
-        return LADDTrainer(world.config(**changes), tmp_path / str(next(count)), device="cpu")
-
-    return trainer
-
-
-def grown(trainer):
-    """The same trainer with adapter and LoRA away from zero, as after some training: all of them get gradients."""
-    state = trainer.masters.state()
-    generator = torch.Generator().manual_seed(1)
-    moved = {name: v + 0.05 * torch.randn(v.shape, generator=generator) for name, v in state.items()}
-    trainer.masters.load(moved)
-    return trainer
-
-
-def batches(trainer, count=None):
-    numbers = trainer._numbers(10)
-    return [trainer._load(next(numbers)) for _ in range(count or trainer.accumulation)]
-
-
-def gradients(trainer, parts):
-    """The gradients of one step's micro-batches, before anything moves."""
-    trainer.student.train()
-    trainer.discriminator.train()
-    for m, batch in enumerate(parts):
-        trainer._micro_batch(batch, trainer._generator(m))
-        trainer.masters.accumulate()
-    g = {name: p.grad.clone() for name, p in trainer.masters.parameters.items()}
-    return g, {name: p.grad.clone() for name, p in trainer.discriminator.named_parameters()}
-
-
-def copies(state):
-    return {name: value.detach().clone() for name, value in state.items()}
-
 
 # What trains, and what does not
 
 
-def test_only_adapter_decoder_lora_and_heads_move(make):
+def test_only_adapter_decoder_lora_and_heads_move(make, batches, copies):
     trainer = make()
     frozen = {name: p for name, p in trainer.student.named_parameters() if not p.requires_grad}
     teacher = trainer.discriminator.backbone.unet.unet
@@ -77,7 +34,7 @@ def test_only_adapter_decoder_lora_and_heads_move(make):
     assert all("up_blocks" in name and "lora_" in name for name in moved if name.startswith("unet"))
 
 
-def test_the_encoder_stores_nothing_for_a_backward_pass(make):
+def test_the_encoder_stores_nothing_for_a_backward_pass(make, batches):
     trainer = make()
     batch = batches(trainer, 1)[0]
     state = trainer.student.hspace.encode
@@ -87,7 +44,7 @@ def test_the_encoder_stores_nothing_for_a_backward_pass(make):
     assert seen and not seen[0].h.requires_grad and not any(skip.requires_grad for skip in seen[0].skips)
 
 
-def test_training_starts_at_the_student_itself(make):
+def test_training_starts_at_the_student_itself(make, batches):
     trainer = make()
     batch = batches(trainer, 1)[0]
     first = torch.zeros(2, dtype=torch.int64)
@@ -123,7 +80,7 @@ def test_a_later_checkpoint_differs_from_an_earlier_one(make):
     assert all(torch.equal(value, states[-1]["trainable"][name]) for name, value in last.items())
 
 
-def test_the_average_follows_what_trains(make):
+def test_the_average_follows_what_trains(make, batches, copies):
     """Reported: an EMA created and never updated."""
     trainer = make(loop__ema=0.5)
     start = copies(trainer.masters.state())
@@ -169,7 +126,7 @@ def test_a_whole_bundle_answers_with_what_was_trained(make):
     assert not torch.equal(out.images, other.images) and not torch.equal(out.images, plain.images)
 
 
-def test_each_optimiser_has_its_own_options(make):
+def test_each_optimiser_has_its_own_options(make, batches, copies):
     """Reported: the discriminator's optimiser ignores its options."""
     options = {"lr": 3e-3, "betas": [0.0, 0.9], "weight_decay": 0.1, "eps": 1e-6}
     trainer = make(discriminator__optim=options, optim={"lr": 1e-4})
@@ -186,7 +143,7 @@ def test_each_optimiser_has_its_own_options(make):
     assert any(not torch.equal(value, student[name]) for name, value in still.masters.state().items())
 
 
-def test_the_g_step_leaves_no_gradient_in_d_and_no_mark_on_its_spectral_norm(make):
+def test_the_g_step_leaves_no_gradient_in_d_and_no_mark_on_its_spectral_norm(make, grown, batches, copies):
     """Reported: D's gradients polluted by the G step."""
     trainer = grown(make())
     batch = batches(trainer, 1)[0]
@@ -204,14 +161,14 @@ def test_the_g_step_leaves_no_gradient_in_d_and_no_mark_on_its_spectral_norm(mak
     assert all(p.grad is None for p in teacher.parameters())
 
 
-def test_d_learns_from_its_own_loss_alone(make):
+def test_d_learns_from_its_own_loss_alone(make, grown, batches, gradients):
     """The gradient in the heads is Eq. 6's whatever the weights of G's losses."""
     _, with_g = gradients(grown(make(loss__adversarial=1.0)), batches(make()))
     _, without = gradients(grown(make(loss__adversarial=0.0, loss__alpha=0.0)), batches(make()))
     assert with_g and all(torch.equal(value, without[name]) for name, value in with_g.items())
 
 
-def test_a_batch_of_one_is_a_batch_like_any_other(make, monkeypatch):
+def test_a_batch_of_one_is_a_batch_like_any_other(make, monkeypatch, grown, batches):
     """Reported: collapse at batch size 1. Nothing here depends on the other samples of a batch: four micro-batches of
     one have the gradient of one of four."""
     draws = torch.Generator().manual_seed(3)
@@ -255,7 +212,7 @@ def test_a_batch_of_one_is_a_batch_like_any_other(make, monkeypatch):
             torch.testing.assert_close(split[name], whole[name], atol=2e-5, rtol=2e-3)
 
 
-def test_batches_of_one_train_without_collapse(make):
+def test_batches_of_one_train_without_collapse(make, batches):
     trainer = make(loop__batch=1, loop__micro_batch=1, loop__max_steps=12, optim__lr=2e-3)
     other = batches(make(loop__batch=4, loop__micro_batch=4), 1)[0]
     first = torch.zeros(4, dtype=torch.int64)
@@ -284,7 +241,7 @@ def test_a_head_at_its_starting_loss_is_reported_by_name(make, caplog):
 # NaN
 
 
-def test_a_step_with_nan_is_skipped_and_counted(make):
+def test_a_step_with_nan_is_skipped_and_counted(make, batches, copies):
     trainer = make()
     before = copies(trainer.masters.state()), copies(dict(trainer.discriminator.named_parameters()))
     average = copies(trainer.ema.values)
@@ -300,161 +257,10 @@ def test_a_step_with_nan_is_skipped_and_counted(make):
     assert all(torch.isfinite(value).all() for value in trainer.masters.state().values())
 
 
-def test_a_run_of_nan_ends_with_an_error_and_not_in_silence(make):
+def test_a_run_of_nan_ends_with_an_error_and_not_in_silence(make, batches):
     trainer = make(loop__max_skipped=2)
     with pytest.raises(NonFiniteOutput, match="2 steps in a row"):
         for _ in range(2):
             bad = batches(trainer)
             bad[0].z0.fill_(float("inf"))
             trainer._update(bad)
-
-
-# The objective
-
-
-def test_regression_is_only_on_samples_with_a_noise_of_their_own(make, world):
-    """A real image has no noise at t = T: Eqs. 8-9 on it are ill-posed."""
-    paired = make()
-    real = make(data__sources=[{"path": str(world.real)}], loss__adversarial=0.0)
-    assert all(bool(b.paired.all()) for b in batches(paired)) and not any(bool(b.paired.any()) for b in batches(real))
-    g, d = gradients(grown(real), batches(real))
-    assert all(not value.any() for value in g.values()) and any(value.any() for value in d.values())
-
-
-def test_one_shared_pass_of_the_fakes_has_the_gradients_of_two(make):
-    parts = batches(make())
-    for misaligned in (False, True):
-        one = gradients(grown(make(discriminator__misaligned=misaligned)), parts)
-        settings = {"discriminator__misaligned": misaligned, "discriminator__shared_fake": False}
-        two = gradients(grown(make(**settings)), parts)
-        for a, b in zip(one, two, strict=True):
-            for name in a:
-                torch.testing.assert_close(a[name], b[name], atol=2e-5, rtol=2e-3)
-
-
-def test_a_misaligned_pair_with_the_same_prompt_counts_for_nothing(make):
-    trainer = make(discriminator__misaligned=True)
-    batch = batches(trainer, 1)[0]
-    batch.input_ids[1] = batch.input_ids[0]
-    assert trainer._fake_weight(batch, [0]).tolist() == [[1, 1, 0, 0]] * 3
-    with pytest.raises(InvalidRequest, match="micro_batch is 1"):
-        make(discriminator__misaligned=True, loop__micro_batch=1)
-
-
-def test_a_wrong_prompt_is_a_fake_only_to_heads_that_read_it(make):
-    """The embedded model reads its prompt in the middle block alone: a wrong one would teach the other heads that true
-    pictures are fake."""
-    trainer = make(discriminator__misaligned=True)
-    assert trainer.discriminator.backbone.reads_text == [True, True, True]
-    trainer.discriminator.backbone.reads_text = [False, False, True]
-    batch = batches(trainer, 1)[0]
-    assert trainer._fake_weight(batch, [0]).tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]]
-    _, with_wrong = gradients(trainer, [batch])
-    _, without = gradients(make(), [batch])
-    same = {name for name in without if torch.allclose(with_wrong[name], without[name], atol=1e-6)}
-    assert {name for name in without if "heads.mid" not in name} <= same
-    assert not {name for name in without if name.startswith("heads.mid") and name.endswith("original")} & same
-
-
-def test_with_images_alone_as_real_a_teachers_latents_are_none(make, world):
-    """Measured: a student soon looks like the latents it copies, and heads that take these for real learn nothing."""
-    sources = [{"path": str(world.data)}, {"path": str(world.real)}]
-    trainer = make(data__sources=sources, discriminator__real="images", loop__micro_batch=4)
-    batch = next(b for b in (trainer._load(range(n, n + 4)) for n in range(0, 64, 4)) if 0 < b.paired.sum() < 4)
-    _, d = gradients(trainer, [batch])
-    other = dataclasses.replace(batch, z0=torch.where(batch.paired.view(-1, 1, 1, 1), -batch.z0, batch.z0))
-    # At t = T the student sees its own noise alone: other latents in paired samples change nothing D is shown.
-    same, all_real = (gradients(make(data__sources=sources, discriminator__real=real, loop__micro_batch=4), [other])[1]
-                      for real in ("images", "all"))  # fmt: skip
-    weights = [name for name in d if "original" in name]
-    assert all(torch.allclose(d[name], same[name], atol=1e-6) for name in weights)
-    assert not any(torch.allclose(d[name], all_real[name], atol=1e-6) for name in weights)
-
-
-def test_r1_smooths_the_heads_and_reaches_nothing_else(make):
-    parts = batches(make())
-    g0, d0 = gradients(grown(make()), parts)
-    g1, d1 = gradients(grown(make(discriminator__r1=1.0)), parts)
-    assert all(torch.equal(g0[name], g1[name]) for name in g0)
-    assert any(not torch.allclose(d0[name], d1[name]) for name in d0)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"loop__precision": "bf16"},
-        {"loop__gradient_checkpointing": True},
-        {"student__steps": 4},
-        {"student__adapter": "attention", "student__num_neighbors": 2},
-        {"student__adapter": "none"},
-        {"student__lora": {"rank": 0}},
-        {"student__neighbors": "random", "student__lam": 0.5},
-        {"teacher": "self"},
-        {"loss": {"beta": 1.0, "lpips_weights": "random"}},
-        {"discriminator__stages": ["mid"]},
-    ],
-    ids=lambda changes: next(iter(changes)),
-)
-def test_every_way_to_train_moves_what_it_should_and_stays_finite(make, changes):
-    trainer = make(loop__max_steps=2, loop__sample_every=2, loop__batch=2, **changes)
-    start = copies(trainer.masters.state())
-    folder = trainer.train()
-    assert trainer.skipped == 0 and trainer.updates == 2
-    assert all(not torch.equal(value, start[name]) for name, value in trainer.masters.state().items())
-    assert (trainer.out / "samples" / "000002.png").stat().st_size > 0
-    adapter = changes.get("student__adapter") != "none"
-    assert (folder / "adapter.safetensors").is_file() == adapter
-    assert (folder / "decoder_lora").is_dir() == ("student__lora" not in changes)
-
-
-def test_checkpointing_recomputes_and_changes_nothing(make):
-    parts = batches(make())
-    plain, saved = gradients(grown(make()), parts), gradients(grown(make(loop__gradient_checkpointing=True)), parts)
-    for a, b in zip(plain, saved, strict=True):
-        for name in a:
-            torch.testing.assert_close(a[name], b[name])
-
-
-def test_a_whole_student_trains_and_exports_as_a_model_of_its_own(make):
-    from ragturbo.model.bundle import Bundle
-
-    trainer = make(mode="student", student={"adapter": "none", "lora": {"rank": 0}}, loop__max_steps=2)
-    assert set(trainer.masters.parameters) == {f"unet.{n}" for n, _ in trainer.student.unet.named_parameters()}
-    folder = trainer.train()
-    bundle = Bundle.load(folder, device="cpu")
-    assert bundle.info.distilled and bundle.scheduler.config.timestep_spacing == "trailing"
-    for name, value in bundle.unet.unet.state_dict().items():
-        torch.testing.assert_close(value, trainer.ema.values[f"unet.{name}"])
-
-
-def test_a_named_teacher_is_its_undistilled_unet(make, world, tiny_sd21):
-    from ragturbo.errors import ModelError
-
-    own, named, itself = (make(teacher=teacher) for teacher in (None, str(world.model), "self"))
-    z, s, text = torch.randn(1, 4, 8, 8), torch.tensor([500]), torch.randn(1, 16, 32)
-    with torch.no_grad():
-        a, b, c = (trainer.discriminator.features(z, s, text) for trainer in (own, named, itself))
-    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-    assert not any(torch.equal(x, y) for x, y in zip(a, c, strict=True))
-    with pytest.raises(ModelError, match="is distilled"):
-        make(teacher=str(tiny_sd21))
-
-
-def test_retrieval_dropout_leaves_the_dropped_samples_to_the_plain_student(make):
-    trainer = grown(make())
-    batch = batches(trainer, 1)[0]
-    key = trainer._text(batch).key
-    _, lam, valid = trainer._retrieved(batch, key, torch.tensor([True, False]))
-    assert lam[0] == 0 and lam[1] > 0 and valid.tolist() == [[False], [True]]
-    cosine = (key[1] @ batch.retr_keys[1, 0]).clamp(0, 1)
-    torch.testing.assert_close(lam[1], cosine)
-
-
-def test_stats_say_what_each_head_does(make):
-    trainer = make(loop__max_steps=2)
-    trainer.train()
-    lines = [json.loads(line) for line in (trainer.out / "stats.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2]
-    assert set(lines[0]["d_heads"]) == set(lines[0]["d_accuracy"]) == {"down_0", "down_1", "mid"}
-    assert lines[1]["d"] == pytest.approx(sum(lines[1]["d_heads"].values()), rel=1e-5)
-    assert all(0 <= value <= 1 for line in lines for value in line["d_accuracy"].values())
