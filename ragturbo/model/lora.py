@@ -25,9 +25,11 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
 _HELD = "decoder_lora"
 _MERGE = "Merge it into the UNet's decoder with peft first, or train a plain one."
-# What makes more of a LoRA than base + scale·B·A, and what of it means that it is not in use.
-_OFF = ("use_dora", "alpha_pattern", "fan_in_fan_out", "lora_bias", "use_qalora", "use_bdlora", "layer_replication")
-_OFF += ("modules_to_save", "trainable_token_indices", "target_parameters", "alora_invocation_tokens", "kasa_config")
+# What makes more of a LoRA than base + scale·B·A where it is set.
+_MORE = (
+    "use_dora", "alpha_pattern", "fan_in_fan_out", "lora_bias", "use_qalora", "use_bdlora", "layer_replication",
+    "modules_to_save", "trainable_token_indices", "target_parameters", "alora_invocation_tokens", "kasa_config",
+)  # fmt: skip
 _INITS = (True, False, "gaussian", "eva", "orthogonal")
 _PLAIN = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": _INITS}
 
@@ -162,7 +164,7 @@ def _config(folder: Path) -> dict[str, Any]:
         float(config["lora_alpha"])
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ModelError(f"{path} is no configuration of a LoRA: {error!r}") from error
-    found = {name: config[name] for name in (*_OFF, *_PLAIN) if name in config}
+    found = {name: config[name] for name in (*_MORE, *_PLAIN) if name in config}
     for name, value in found.items():
         if value not in _PLAIN[name] if name in _PLAIN else value:
             raise ModelError(f"{path} is more than a plain LoRA: {name}={value!r}. {_MERGE}")
