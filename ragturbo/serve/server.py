@@ -20,7 +20,7 @@ from ragturbo.serve.service import Service
 log = logging.getLogger("ragturbo")
 # Longer than the 60 s after which balancers close idle connections: whoever closes first must not be the server.
 KEEP_ALIVE = 65
-# The device's thread holds Python's lock for 5 ms at a time otherwise, and a refusal waits for it several times.
+# A thread may keep Python's lock for 5 ms otherwise, and a refusal, which needs it several times, has 20 in all.
 SWITCH_INTERVAL = 0.001
 
 
