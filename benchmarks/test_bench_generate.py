@@ -7,12 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
-from ragturbo.bench.peers import Diffusers, agreement, equal, noise_of
+from ragturbo.bench.overhead import by_hand, pairs
+from ragturbo.bench.peers import Diffusers, agreement, equal
 from ragturbo.bench.prompts import prompts
-from ragturbo.bench.timing import interleaved, percentiles
-from ragturbo.model.onestep import make_schedule
 
 WORDS = prompts(128)
 MODES = ("none", "slerp", "adapter")
@@ -123,41 +121,17 @@ def test_peer_diffusers_compiled(measure, sd21):
 @pytest.mark.quick
 def test_library_overhead(measure, bundle, make_generator):
     """The same modules called by hand, without requests, queue or checks: what the library adds is the difference."""
-    gen = make_generator(engine="eager")
+    gen, hand = make_generator(engine="eager"), by_hand(bundle)
     turn = itertools.count()
-    by_hand = _by_hand(bundle)
 
-    def check() -> None:
-        theirs = gen(WORDS[0], seed=0, mode="none", output_type="uint8").images
-        assert np.abs(by_hand(WORDS[0], 0).astype(int) - theirs.astype(int)).max() <= 1
+    def library(prompt: str, seed: int) -> np.ndarray:
+        return gen(prompt, seed=seed, mode="none", output_type="uint8").images
 
-    def call() -> Any:
-        i = next(turn)
-        return by_hand(WORDS[i % len(WORDS)], i)
-
-    check()
-    rounds = interleaved({"library": calls(gen, 1, mode="none"), "by hand": call}, rounds=40)
-    library, hand = (percentiles(rounds[name])["p50"] for name in ("library", "by hand"))
+    assert np.abs(hand(WORDS[0], 0).astype(int) - library(WORDS[0], 0).astype(int)).max() <= 1
+    found = pairs(library, hand, WORDS, rounds=40)
     measure(
-        call, dtype=bundle.dtype, capture=False, group="generate, batch 1",
-        sizes={"model": bundle.name, "batch": 1, "pixels": bundle.default_size},
+        lambda: hand(WORDS[(i := next(turn)) % len(WORDS)], i), dtype=bundle.dtype, capture=False,
+        group="generate, batch 1", sizes={"model": bundle.name, "batch": 1, "pixels": bundle.default_size},
         extra={"op": "modules_by_hand", "mode": "none", "images_a_call": 1,
-               "measured": {"library_overhead": library / hand - 1}},
+               "measured": {"library_overhead": found["wall"]["overhead"]}},
     )  # fmt: skip
-
-
-def _by_hand(bundle: Any) -> Any:
-    schedule = make_schedule(bundle.scheduler, 1, distilled=bundle.info.distilled, device=bundle.device)
-
-    @torch.inference_mode()
-    def run(prompt: str, seed: int) -> np.ndarray:
-        text = bundle.text.encode(bundle.text.tokenize([prompt]).input_ids.to(bundle.device)).hidden_states
-        x = noise_of(bundle, [seed]).to(bundle.device) * schedule.init_sigma
-        for i, timestep in enumerate(schedule.timesteps):
-            sample = schedule.scale_input(x, i).to(bundle.dtype)
-            out = bundle.unet.unet(sample, timestep, text).sample
-            x = schedule.step(x, out.float(), i)
-        image = bundle.vae.decode(x).float()
-        return (image * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
-
-    return run

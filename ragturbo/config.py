@@ -54,7 +54,8 @@ class GeneratorConfig:
     batch_window: float = 0.0
     max_queue: int = 64
     prompt_cache: int = 0
-    """How many prompts' hidden states and keys are remembered, so that a repeated prompt skips the text encoder."""
+    """How many prompts are remembered, so that a repeated one skips the text encoder. The graph engine keeps the keys
+    and values of all cross-attentions on the device: 3.8 MB a prompt and bucket with SD 2.1."""
     log_prompts: bool = True
     """Whether a warning may quote the prompt it is about. `Output.notes` says the same to the caller alone."""
 

@@ -16,6 +16,7 @@ import torch
 
 from ragturbo.bench.prompts import prompts
 from ragturbo.bench.timing import captured, interleaved, noise, once, percentiles, sample, synchronized
+from ragturbo.engine import profile as profiling
 
 
 @dataclass(frozen=True)
@@ -95,13 +96,24 @@ def image(scale: Scale) -> dict[str, Any]:
             }
             times = interleaved(runs, rounds=scale.count(60, 15))
             alone = sample(_requests(gen, "adapter", 5000), seconds=0.1 if scale.rehearse else 5, least=3)
-            info, stages = gen.info, dict(gen(words[0], seed=1, mode="adapter").timings)
+            info, stages = gen.info, dict(gen(words[0], seed=1, mode="adapter", output_type="uint8").timings)
+            trace = Path(folder) / "trace.json"
+            with profiling.traced(gen, trace):
+                profiling.run(gen, words, 3, mode="adapter")
+            streams = profiling.summary(trace)
     p50 = {name: percentiles(values) for name, values in times.items()}
     measured = {"image_p50_s": percentiles(alone)["p50"]}
     if agreement["agrees"]:
         measured["faster_than_diffusers"] = p50["diffusers"]["p50"] / p50["ours"]["p50"]
     return {"measured": measured, "agreement": agreement, "interleaved": p50, "alone": percentiles(alone),
-            "noise": noise(alone), "stages": stages, "info": info}  # fmt: skip
+            "noise": noise(alone), "stages": stages, "stages_over_total": _stages_over_total(stages),
+            "trace of 3 images": streams, "info": info}  # fmt: skip
+
+
+def _stages_over_total(stages: dict[str, float]) -> float:
+    """What follows one another, by the device's clock, over the whole call by the host's. The rest lies beside."""
+    names = ("tokenize", "queue", "text", "encode", "adapter", "decode", "vae", "copy")
+    return sum(stages.get(name, 0.0) for name in names) / stages["total"]
 
 
 def latent_agreement(bundle: Any, gen: Any) -> dict[str, Any]:
@@ -171,12 +183,23 @@ def parts(scale: Scale) -> dict[str, Any]:
     out, details = {}, {}
     jobs: dict[str, tuple[Callable[..., Any], list[tuple[Any, ...]], int]] = {
         "unet_s": (unet, list(zip(latents, texts, strict=True)), 4),
+        # What cuDNN's own choice of convolutions, by timing them, would gain: the engine takes its heuristics, which
+        # choose alike in every process.
+        "unet_tuned_s": (unet, list(zip(latents, texts, strict=True)), 4),
         "adapter_s": (adapter, [(h,) for h in features], 64),
     }
     for key, (call, inputs, calls) in jobs.items():
+        torch.backends.cudnn.benchmark = key.endswith("tuned_s")
         run = _eagerly(call, inputs, calls) if scale.rehearse else captured(call, inputs, calls)
         times = [t / calls for t in sample(run, seconds=0.05 if scale.rehearse else 2.0, least=3)]
         out[key], details[key] = percentiles(times)["p50"], {**percentiles(times), "noise": noise(times)}
+    torch.backends.cudnn.benchmark = False
+    out.pop("unet_tuned_s")
+    if not scale.rehearse:
+        from ragturbo.engine.attention import race
+        from ragturbo.kernels.tune import graph_seconds
+
+        details["attention_s"] = race("cuda", graph_seconds)
     return {"measured": out, "details": details}
 
 
@@ -232,16 +255,25 @@ def tail(scale: Scale) -> dict[str, Any]:
                 gen(words[:batch], seed=list(range(batch)), mode="adapter", output_type="uint8")
                 gen(words[:batch], seed=list(range(batch)), mode="none", output_type="uint8")
             run = _requests(gen, "adapter")
+            before = _memory(scale)
             times = [once(run) for _ in range(scale.count(1000, 200))]
+            growth = {name: size - before[name] for name, size in _memory(scale).items()}
             info = gen.info
         keys = database.geometry.key_dim * 2 * len(database)
     p = percentiles(times)
     measured = {"p99_over_p50": p["p99"] / p["p50"]}
-    details: dict[str, Any] = {"seconds": p, "noise": noise(times), "requests": len(times), "info": info}
+    details: dict[str, Any] = {"seconds": p, "noise": noise(times), "requests": len(times), "info": info,
+                               "memory_growth_bytes": growth}  # fmt: skip
     if not scale.rehearse:
         details["reserved_bytes"] = torch.cuda.max_memory_reserved()
         measured["peak_memory_bytes"] = details["reserved_bytes"] - keys
     return {"measured": measured, **details}
+
+
+def _memory(scale: Scale) -> dict[str, int]:
+    if scale.rehearse:
+        return {}
+    return {"allocated": torch.cuda.memory_allocated(), "reserved": torch.cuda.memory_reserved()}
 
 
 def cold(scale: Scale) -> dict[str, Any]:

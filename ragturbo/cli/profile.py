@@ -55,6 +55,7 @@ def profile(
         "engine": info["engine"],
         "device": info["device"],
         "trace": None if ranged else str(out),
+        "streams": {} if ranged else profiling.summary(out),
         "commands": profiling.commands(_same(sys.argv)),
     }
     if as_json:
@@ -64,6 +65,11 @@ def profile(
     for stage, seconds in stages.items():
         typer.echo(f"  {stage:<10}{1e3 * seconds:9.3f} ms")
     if not ranged:
+        for stream, work in report["streams"].get("streams", {}).items():
+            beside = "" if work["beside_main_us"] is None else f", {work['beside_main_us']} of it beside the main one"
+            typer.echo(f"\nstream {stream}: {work['operations']} operations, busy for {work['busy_us']} us{beside}")
+            for row in work["costliest"]:
+                typer.echo(f"  {row['us']:10.1f} us {row['calls']:5} x {row['name']}")
         typer.echo(f"\nChrome trace (chrome://tracing, ui.perfetto.dev): {out}")
         for tool, line in report["commands"].items():
             typer.echo(f"\n{tool}:\n  {line}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from ragturbo.engine.step import Engine
     from ragturbo.model.bundle import Bundle
 
+log = logging.getLogger("ragturbo")
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -38,7 +40,11 @@ def choose_device(device: Any, dtype: Any) -> tuple[torch.device, torch.dtype]:
 
 
 def make_engine(bundle: Bundle, config: GeneratorConfig) -> Engine:
-    """ "auto" is CUDA graphs on a GPU, and eager elsewhere; a named engine runs or raises."""
+    """ "auto" is CUDA graphs on a GPU, and eager elsewhere; a named engine runs or raises.
+
+    Eager on a GPU, or compiled, is the graphs' own steps, called; on a CPU, and for a model that cannot be folded, it
+    is plain torch over the model's own modules.
+    """
     if bundle.unet.unet.config.time_cond_proj_dim:
         raise ModelError(
             f"{bundle.name} is a latent consistency model: its UNet is told the guidance (time_cond_proj_dim), which "
@@ -46,20 +52,29 @@ def make_engine(bundle: Bundle, config: GeneratorConfig) -> Engine:
         )
     if config.engine == "graph" and bundle.device.type != "cuda":
         raise InvalidRequest("engine='graph' captures CUDA graphs and needs a CUDA device; use 'eager' or 'auto' here")
-    if config.engine == "eager" or bundle.device.type != "cuda":
-        from ragturbo.engine.eager import EagerEngine
+    why_plain = "the fused modules are for GPUs"
+    if bundle.device.type == "cuda" or config.compile:
+        from ragturbo.engine.graph import GraphEngine
+        from ragturbo.engine.lanes import Direct
 
-        set_attention(bundle, config.attention)
-        return EagerEngine(bundle, prompt_cache=config.prompt_cache, compiled=config.compile)
-    from ragturbo.engine.graph import GraphEngine
+        captured = bundle.device.type == "cuda" and config.engine != "eager"
+        try:
+            return GraphEngine(bundle, config, None if captured else Direct(bundle.device))
+        except ModelError as error:
+            if config.engine == "graph" or config.compile:
+                raise
+            why_plain = str(error)
+            log.warning("the model runs in plain torch: %s", error)
+    from ragturbo.engine.eager import EagerEngine
 
-    return GraphEngine(bundle, config)
+    set_attention(bundle, config.attention)
+    return EagerEngine(bundle, prompt_cache=config.prompt_cache, why_plain=why_plain)
 
 
 def set_attention(bundle: Bundle, name: str) -> None:
     """diffusers' own processors run torch's scaled_dot_product_attention, which is "sdpa" and "auto"."""
     if name == "triton":
-        raise InvalidRequest("attention='triton' is the graph engine's; the eager engine runs sdpa or xformers")
+        raise InvalidRequest("attention='triton' is for the fused modules; plain torch runs sdpa or xformers")
     if name == "xformers":
         try:
             bundle.unet.unet.enable_xformers_memory_efficient_attention()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -18,19 +19,18 @@ from ragturbo.model.inject import blend_weights, inject
 from ragturbo.model.onestep import EulerSchedule, Schedule, guided, make_schedule
 from ragturbo.model.text import TextStates
 
+log = logging.getLogger("ragturbo")
+
 
 class EagerEngine:
     name = "eager"
 
-    def __init__(self, bundle: Bundle, *, prompt_cache: int = 0, compiled: bool = False) -> None:
-        """compiled: torch.compile on every block of the UNet and on the VAE's decoder."""
+    def __init__(self, bundle: Bundle, *, prompt_cache: int = 0, why_plain: str = "it is the oracle") -> None:
+        """why_plain: for `gen.info`, why it is this engine that runs."""
         self.bundle = bundle
         self.prompts = PromptCache(prompt_cache)
+        self._vae, self._why_plain = bundle.vae, why_plain
         self._schedules: dict[int, Schedule] = {}
-        if compiled:
-            unet = bundle.unet.unet
-            for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks, bundle.vae.module.decoder):
-                block.compile()
 
     @property
     def device(self) -> torch.device:
@@ -47,7 +47,7 @@ class EagerEngine:
         image = None
         if batch.want != "latent":
             with clock.stage("vae"):
-                image = self.bundle.vae.decode(latents).float()
+                image = self._decode(latents)
         with clock.stage("copy"):
             result = _to_host(batch, latents, image, found)
         result.timings = clock.seconds()
@@ -58,7 +58,11 @@ class EagerEngine:
 
     def describe(self) -> dict[str, Any]:
         prompts = self.prompts
-        return {"prompts": {"held": len(prompts), "hits": prompts.hits, "misses": prompts.misses}}
+        return {
+            "plain torch": self._why_plain,
+            "vae dtype": str(self._vae.dtype).removeprefix("torch."),
+            "prompts": {"held": len(prompts), "hits": prompts.hits, "misses": prompts.misses},
+        }
 
     def encode_pairs(self, captions: list[str], images: Tensor) -> tuple[Tensor, Tensor]:
         """Sec. 3.2 on the spot: images (B, 3, H, W) in [-1, 1] -> keys (B, K), features (B, T, C)."""
@@ -114,7 +118,9 @@ class EagerEngine:
     def _denoise(self, batch: StepBatch, text: Tensor, found: Found | None, clock: StageClock) -> Tensor:
         bundle = self.bundle
         schedule = self._schedule(batch.num_inference_steps)
-        generators = [torch.Generator("cpu").manual_seed(s) for s in batch.seeds if s is not None]
+        generators = None
+        if not isinstance(schedule, EulerSchedule):
+            generators = [torch.Generator("cpu").manual_seed(s) for s in batch.seeds if s is not None] or None
         x = batch.latents.to(self.device) * schedule.init_sigma
         for i, timestep in enumerate(schedule.timesteps):
             model_input = schedule.scale_input(x, i).to(bundle.dtype)
@@ -129,7 +135,7 @@ class EagerEngine:
             if batch.guided:
                 negative, positive = out.chunk(2)
                 out = guided(negative, positive, batch.guidance_scale)
-            x = schedule.step(x, out, i, generators or None)
+            x = schedule.step(x, out, i, generators)
         return x
 
     def _inject(self, batch: StepBatch, h: Tensor, found: Found) -> Tensor:
@@ -147,6 +153,18 @@ class EagerEngine:
             per=batch.per,
         )
         return torch.cat([h[:negative], out]) if negative else out
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        """In [0, 1]. A decoder that overflows in fp16, at finite latents, is a copy in fp32 from then on."""
+        image = self._vae.decode(latents).float()
+        if self._vae.dtype != torch.float16:
+            return image
+        lost = torch.isfinite(latents).flatten(1).all(1) & ~torch.isfinite(image).flatten(1).all(1)
+        if not bool(lost.any()):
+            return image
+        log.warning("the VAE's decoder overflows in float16: it runs in float32 from now on")
+        self._vae = self._vae.decoder_in(torch.float32)
+        return self._vae.decode(latents)
 
     def _schedule(self, steps: int) -> Schedule:
         if (schedule := self._schedules.get(steps)) is None:

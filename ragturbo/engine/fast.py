@@ -1,8 +1,7 @@
-"""The bundle's networks as the graph engine runs them: folded, packed, fused, LoRA merged. The bundle stays as is."""
+"""The bundle's networks as the fast engine runs them: folded, packed, fused, LoRA merged. The bundle stays as is."""
 
 from __future__ import annotations
 
-import copy
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -10,18 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ragturbo.errors import InvalidRequest
+from ragturbo.engine import attention as attention_of
 from ragturbo.model.adapter import HSpaceAdapter
 from ragturbo.model.bundle import Bundle
-from ragturbo.model.fold import FoldedUNet, Replaced, StepConstants
+from ragturbo.model.fold import FoldedUNet, StepConstants
 from ragturbo.model.fused import NormAct, Resnet
+from ragturbo.model.fused_text import FusedText
 from ragturbo.model.onestep import EulerSchedule, make_schedule
 from ragturbo.model.text import TextStates
-from ragturbo.model.ties import Ties, sharing_copy
-from ragturbo.ops import dispatch
+from ragturbo.model.ties import Replaced, Ties, sharing_copy
+from ragturbo.model.vae import VAE
 
 log = logging.getLogger("ragturbo")
 MAX_STEPS = 4
+_COMPILATIONS = 256
 
 
 @dataclass(frozen=True)
@@ -43,26 +44,22 @@ def schedules_of(bundle: Bundle) -> dict[int, Schedule]:
     return found
 
 
-def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """What runs the UNet's attention, and why. A name runs or raises; only "auto" chooses."""
-    if name == "auto":
-        # Torch's own flash kernels; ours has not been measured faster in the UNet on any machine yet.
-        return "sdpa", "torch's scaled_dot_product_attention; no machine's measurements say otherwise"
-    why_not = dispatch.refusal("cross_attention", name, device.type, dtype)
-    if why_not is not None:
-        raise InvalidRequest(f"attention={name!r}: {why_not}")
-    return name, "asked for"
-
-
 class FastModel:
     def __init__(self, bundle: Bundle, *, attention: str = "auto", compiled: bool = False) -> None:
         self.bundle, self.compiled = bundle, compiled
-        self.attention, self.attention_why = choose_attention(attention, bundle.device, bundle.dtype)
+        self.attention, self.attention_why = attention_of.choose(attention, bundle.device, bundle.dtype)
         self.schedules = schedules_of(bundle)
         self._timesteps = sorted({t for s in self.schedules.values() for t in s.timesteps}, reverse=True)
         # fp16 is tried first everywhere; what overflows moves the decoder to fp32, by name and for good.
         self.vae_dtype = bundle.dtype
-        self._make()
+        if bundle.device.type == "cuda":
+            # The layout of the tensor cores' convolutions, and of H-space tokens. Values stay as they are.
+            for weight in (*bundle.unet.unet.parameters(), *bundle.vae.module.parameters()):
+                if weight.ndim == 4:
+                    weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+        self.text_encoder = FusedText(bundle.text)
+        self._make_unet()
+        self._make_vae()
 
     @property
     def device(self) -> torch.device:
@@ -72,33 +69,28 @@ class FastModel:
     def dtype(self) -> torch.dtype:
         return self.bundle.dtype
 
-    def _make(self) -> None:
+    @property
+    def replaced(self) -> list[Replaced]:
+        """What stands for what. The originals are whole and in the bundle."""
+        return [*self.text_encoder.replaced, *self.unet.replaced, *self._vae_replaced]
+
+    def _make_unet(self) -> None:
         bundle = self.bundle
-        if bundle.device.type == "cuda":
-            # The layout of the tensor cores' convolutions, and of H-space tokens. Values stay as they are.
-            for weight in (*bundle.unet.unet.parameters(), *bundle.vae.module.parameters()):
-                if weight.ndim == 4:
-                    weight.data = weight.data.contiguous(memory_format=torch.channels_last)
         # Whole numbers, as the schedulers' own timesteps are where they are whole.
         steps = [int(t) if t == int(t) else t for t in self._timesteps]
         self.unet = FoldedUNet(bundle.unet, steps, self.attention)
-        self.vae, self._vae_ties, vae_table = fused_decoder(bundle.vae.module, self.vae_dtype)
-        self.replaced: list[Replaced] = [*self.unet.replaced, *vae_table]
         self.adapter = None if bundle.adapter is None else _own_copy(bundle.adapter)
         if self.compiled:
-            self._compile()
+            unet = self.unet.unet
+            blocks = {f"down_blocks.{i}": block for i, block in enumerate(unet.down_blocks)}
+            blocks |= {"mid_block": unet.mid_block}
+            blocks |= {f"up_blocks.{i}": block for i, block in enumerate(unet.up_blocks)}
+            self.unet.replaced += [_compiled(path, block) for path, block in blocks.items()]
 
-    def _compile(self) -> None:
-        """Inductor within every block; the graph around them is ours."""
-        unet = self.unet.unet
-        for path, block in [
-            *((f"down_blocks.{i}", b) for i, b in enumerate(unet.down_blocks)),
-            ("mid_block", unet.mid_block),
-            *((f"up_blocks.{i}", b) for i, b in enumerate(unet.up_blocks)),
-            ("vae.decoder", self.vae.decoder),
-        ]:
-            block.compile(dynamic=False, options={"triton.cudagraphs": False})
-            self.replaced.append(Replaced(path, type(block).__name__, "torch.compile"))
+    def _make_vae(self) -> None:
+        self.vae, self._vae_replaced = fused_decoder(self.bundle.vae.module, self.vae_dtype)
+        if self.compiled:
+            self._vae_replaced.append(_compiled("vae.decoder", self.vae.decoder))
 
     def refresh(self) -> bool:
         """After new weights: True where they were copied into the memory that graphs read; False where the networks
@@ -110,20 +102,20 @@ class FastModel:
                     for own, new in zip(self.adapter.parameters(), adapter.parameters(), strict=True):
                         own.copy_(new)
             return True
-        self._make()
+        self._make_unet()
         return False
 
     def use_fp32_vae(self) -> None:
         log.warning("the VAE's decoder overflows in %s: it runs in float32 from now on", self.vae_dtype)
         self.vae_dtype = torch.float32
-        self._make()
+        self._make_vae()
 
     def timestep(self, steps: int, i: int) -> int:
         """The folded UNet's index of step i of so many."""
         return self._timesteps.index(self.schedules[steps].timesteps[i])
 
     def text(self, input_ids: Tensor) -> TextStates:
-        return self.bundle.text.encode(input_ids)
+        return self.text_encoder.encode(input_ids)
 
     def decode(self, latents: Tensor) -> Tensor:
         """(B, c, h, w) fp32 -> (B, 3, H, W) around [-1, 1], not clamped: an overflow is still to be seen."""
@@ -131,15 +123,21 @@ class FastModel:
         return self.vae.decode((latents / vae.scale + vae.shift).to(self.vae_dtype)).sample
 
 
-def fused_decoder(module: Any, dtype: torch.dtype) -> tuple[Any, Ties, list[Replaced]]:
+def _compiled(path: str, block: nn.Module) -> Replaced:
+    """Inductor within the block; the graph around it is ours. Whatever it cannot take whole is an error."""
+    # Every size of image, bucket and timestep is a compilation of its own; past torch's limit of 8 it would go on
+    # without a word, uncompiled.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _COMPILATIONS)
+    block.compile(dynamic=False, fullgraph=True, options={"triton.cudagraphs": False})
+    return Replaced(path, type(block).__name__, "torch.compile")
+
+
+def fused_decoder(module: Any, dtype: torch.dtype) -> tuple[Any, list[Replaced]]:
     """A view of the autoencoder whose decoder is made of fused layers; a copy where its type differs."""
     ties, table = Ties(module), []
-    if dtype != next(module.parameters()).dtype:
-        other = sharing_copy(module)
-        other.encoder = None
-        # A real copy before the cast, which works in place.
-        was = str(next(module.parameters()).dtype)
-        return copy.deepcopy(other).to(dtype), ties, [Replaced("vae.decoder", was, str(dtype))]
+    was = next(module.parameters()).dtype
+    if dtype != was:
+        return VAE(module).decoder_in(dtype).module, [Replaced("vae.decoder", str(was), str(dtype))]
     view = sharing_copy(module, ("ResnetBlock2D", "Encoder"))
     for path, part in list(module.decoder.named_modules()):
         if type(part).__name__ == "ResnetBlock2D" and part.time_emb_proj is None:
@@ -149,7 +147,7 @@ def fused_decoder(module: Any, dtype: torch.dtype) -> tuple[Any, Ties, list[Repl
         view.decoder.conv_norm_out = NormAct(module.decoder.conv_norm_out)
         view.decoder.conv_act = nn.Identity()
         table.append(Replaced("vae.decoder.conv_norm_out", "GroupNorm + SiLU", "NormAct"))
-    return view, ties, table
+    return view, table
 
 
 def _own_copy(adapter: HSpaceAdapter) -> HSpaceAdapter:

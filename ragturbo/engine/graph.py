@@ -1,7 +1,8 @@
-"""The low-latency engine: a batch is numbers written into page-locked memory, one replay, and numbers read back.
+"""The fast engine: a batch is numbers written into page-locked memory, one replay, and numbers read back.
 
-Graphs are recorded on the first batch of their kind (`Spec`) and kept. Three forms of retrieval, by where the search
-runs and where the rows are; `describe` names the one in use:
+Where nothing is captured (engine="eager" on a GPU, compile=True on a CPU) the same steps are called over the same
+buffers, which is what a replay is compared with. Graphs are recorded on the first batch of their kind (`Spec`) and
+kept. Three forms of retrieval, by where the search runs and where the rows are; `describe` names the one in use:
 
 * "one graph": exact search over keys on the device, every row in page-locked memory. Search and gather are a branch
   beside the UNet's encoder, and nothing waits for the host from the first copy to the last.
@@ -41,20 +42,19 @@ MAX_SPECS = 32
 
 
 class GraphEngine:
-    name = "graph"
-
     def __init__(self, bundle: Bundle, config: GeneratorConfig, lanes: Lanes | None = None) -> None:
         """lanes: how steps run; None captures CUDA graphs on the bundle's device."""
         self.bundle, self._config = bundle, config
+        self.name = "graph" if lanes is None else "eager"
         self.oracle = EagerEngine(bundle)
         self.lanes = lanes or CudaGraphs(bundle.device)
         self.model = FastModel(bundle, attention=config.attention, compiled=config.compile)
-        self.prompts = PromptCache(config.prompt_cache)
+        self.prompts = PromptCache(config.prompt_cache, as_context=True)
         self._recorded: OrderedDict[Spec, Recorded] = OrderedDict()
         self._tables: Tables | None = None
         # The buffers are one batch's at a time, also for callers without an executor.
         self._lock = threading.Lock()
-        self.eager_batches = 0
+        self.plain_batches = 0
 
     @property
     def device(self) -> torch.device:
@@ -66,17 +66,19 @@ class GraphEngine:
         if why_not is not None:
             if self._config.engine == "graph":
                 raise InvalidRequest(f"engine='graph': {why_not}; use engine='auto' or 'eager'")
-            if not self.eager_batches:
-                log.info("a batch runs eagerly: %s", why_not)
-            self.eager_batches += 1
+            if not self.plain_batches:
+                log.info("a batch runs in plain torch: %s", why_not)
+            self.plain_batches += 1
             return self.oracle.run(batch)
         with self._lock:
-            known = self.prompts.known(batch)
-            result = self._run(known or batch)
+            # What is remembered is read and written in the order of the main lane, behind and before its replays.
+            with self.lanes.main():
+                batch = self.prompts.known(batch) or batch
+            result = self._run(batch)
             if self._overflowed(result):
                 self.model.use_fp32_vae()
                 self._recorded.clear()
-                result = self._run(known or batch)
+                result = self._run(batch)
             return result
 
     def refusal(self, batch: StepBatch) -> str | None:
@@ -90,6 +92,10 @@ class GraphEngine:
             )
         if batch.mode != "none" and batch.retrieved is None and not isinstance(batch.source, DatabaseSource):
             return "neighbours come from something that is not a database"
+        if self.device.type == "cuda" and isinstance(batch.source, DatabaseSource):
+            rows = batch.source.cache
+            if not rows.page_locked:
+                return f"rows must be page-locked for a kernel to read them, and are not: {rows.why_not_locked}"
         return None
 
     def encode_pairs(self, captions: list[str], images: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,8 +126,9 @@ class GraphEngine:
             "retrieval": None if tables is None else tables.form,
             "owned weights, bytes": model.unet.ties.owned_bytes,
             "keys on the device, bytes": 0 if tables is None or tables.keys is None else tables.keys.bytes,
-            "graphs": [{"kind": spec.label, "bytes": r.bytes, "seconds": r.took} for spec, r in self._recorded.items()],
-            "eager batches": self.eager_batches,
+            # A copy: the device's thread goes on recording.
+            "graphs": [{"kind": s.label, "bytes": r.bytes, "seconds": r.took} for s, r in list(self._recorded.items())],
+            "plain batches": self.plain_batches,
             "prompts": {"held": len(self.prompts), "hits": self.prompts.hits, "misses": self.prompts.misses},
             "rows in memory": 0 if tables is None else len(tables.rows.host_rows),
         }
@@ -136,15 +143,18 @@ class GraphEngine:
             recorded = self._record(spec, batch, tables)
         self._recorded.move_to_end(spec)
         result = recorded.run(batch, tables)
-        if batch.input_ids is not None and recorded.step.key is not None:
-            self.prompts.remember(batch, recorded.step.hidden, recorded.step.key)
+        step = recorded.step
+        if self.prompts.capacity and step.key is not None and batch.query_key is None:
+            with self.lanes.main():
+                self.prompts.remember(batch, step.context, step.key)
         return result
 
     def _record(self, spec: Spec, batch: StepBatch, tables: Tables | None) -> Recorded:
         while len(self._recorded) >= MAX_SPECS:
             self._recorded.popitem(last=False)
         before, start = _reserved(self.device), time.perf_counter()
-        recorded = Recorded(Step(self.model, spec, self.lanes, page_locked=self.device.type == "cuda"))
+        locked, remembered = self.device.type == "cuda", self.prompts.capacity > 0
+        recorded = Recorded(Step(self.model, spec, self.lanes, page_locked=locked, remembered=remembered))
         recorded.fill(batch, tables)
         recorded.record()
         recorded.bytes, recorded.took = _reserved(self.device) - before, time.perf_counter() - start
@@ -198,6 +208,10 @@ class Recorded:
         if "mean" in host:
             assert tables is not None and tables.keys is not None and tables.keys.mean is not None
             host["mean"].copy_(tables.keys.mean)
+        if self.spec.known:
+            assert self.step.known is not None and batch.context is not None
+            with self.lanes.main():
+                self.step.known.copy_(batch.context)
         if self.spec.retrieval == "given":
             assert batch.retrieved is not None
             for name in ("ids", "scores", "keys", "h_retr"):
@@ -213,8 +227,10 @@ class Recorded:
             assert tables is not None
             try:
                 ids = self._split(batch, tables, extra)
-                self.lanes.await_main()
             finally:
+                # Also after an error: what is on its way still reads the rows, and the buffers of the next request.
+                self.lanes.join_replayed()
+                self.lanes.await_main()
                 if self._lease is not None:
                     self._lease.release()
                     self._lease = None

@@ -1,22 +1,23 @@
 """How a step function runs: recorded once as a CUDA graph and replayed, or called each time.
 
-`Direct` is the same structure without graphs: on a CPU, where the tests drive all of it, and on a GPU, where a replay
-must equal it bit for bit.
+`Direct` is the same structure without graphs: on a CPU, where the tests drive all of it, and on a GPU, where it is the
+eager engine, which a replay must equal bit for bit.
 """
 
 from __future__ import annotations
 
-import time
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
-from torch.profiler import record_function
 
+from ragturbo.engine.timings import StageClock
 from ragturbo.errors import GenerationError
 
 WARMUPS = 3
+_MODELS = ("ragturbo.model", "ragturbo.ops", "ragturbo.kernels", "diffusers.", "transformers.")
 
 
 class Program(Protocol):
@@ -51,8 +52,12 @@ class Lanes(Protocol):
         """Waits for what was started on neither lane: new weights, new tables."""
         ...
 
+    def main(self) -> Any:
+        """A context manager for the host's part: what it starts on the device goes to the main lane."""
+        ...
+
     def beside(self) -> Any:
-        """A context manager for the host's part: what it starts on the device goes to the retrieval lane."""
+        """The same for the retrieval lane."""
         ...
 
     def mark_asked(self) -> None:
@@ -73,20 +78,19 @@ class Lanes(Protocol):
 
 
 class Direct:
-    name = "direct"
+    """Steps are called each time: for the tests on a CPU, and as the eager engine on a GPU."""
 
-    def __init__(self) -> None:
-        self._clock: dict[str, float] = {}
+    name = "calls"
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self._device = torch.device(device)
+        self._clock = StageClock(self._device)
 
     def record(self, label: str, step: Callable[[], None], *, beside: bool = False) -> Program:
         return _Called(self, step)
 
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        with record_function(name):
-            yield
-        self._clock[name] = self._clock.get(name, 0.0) + time.perf_counter() - start
+    def stage(self, name: str) -> Any:
+        return self._clock.stage(name)
 
     @contextmanager
     def fork(self) -> Iterator[None]:
@@ -95,6 +99,9 @@ class Direct:
     def join(self) -> None: ...
 
     def settle(self) -> None: ...
+
+    def main(self) -> Any:
+        return nullcontext()
 
     def beside(self) -> Any:
         return nullcontext()
@@ -105,8 +112,8 @@ class Direct:
         self.await_main()
 
     def await_main(self) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.current_stream().synchronize()
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
 
     def join_replayed(self) -> None: ...
 
@@ -114,14 +121,17 @@ class Direct:
 class _Called:
     def __init__(self, lanes: Direct, step: Callable[[], None]) -> None:
         self._lanes, self._step = lanes, step
-        self._seconds: dict[str, float] = {}
+        self._clock = lanes._clock
 
     def replay(self) -> None:
-        self._lanes._clock = self._seconds = {}
-        self._step()
+        lanes = self._lanes
+        lanes._clock = self._clock = StageClock(lanes._device)
+        # Events and streams are made on the current device, which need not be the model's.
+        with torch.cuda.device(lanes._device) if lanes._device.type == "cuda" else nullcontext():
+            self._step()
 
     def seconds(self) -> dict[str, float]:
-        return dict(self._seconds)
+        return self._clock.seconds()
 
 
 class CudaGraphs:
@@ -138,29 +148,49 @@ class CudaGraphs:
         self._asked = torch.cuda.Event()
         self._done = torch.cuda.Event()
         self._retrieved = torch.cuda.Event()
+        # A pool ends with its last graph, and its handle then opens no other: this graph of nothing keeps it.
+        with torch.cuda.stream(self._main):
+            nothing = torch.zeros(1, device=device)
+        self._keeper = self._captured(self._main, nothing.zero_)
 
     def record(self, label: str, step: Callable[[], None], *, beside: bool = False) -> Program:
         stream = self._beside if beside else self._main
         stream.wait_stream(torch.cuda.current_stream(self._device))
-        try:
-            # Lazy libraries, autotuning and lazily made buffers happen here, off the record.
-            with torch.cuda.stream(stream):
-                for _ in range(WARMUPS):
-                    step()
-            stream.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            marks: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
-            self._marks = marks
-            # Thread-local: other threads go on allocating and copying while this one records.
-            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+        # Lazy libraries, autotuning and lazily made buffers happen here, off the record. An error is the step's own.
+        with torch.cuda.stream(stream):
+            for _ in range(WARMUPS):
                 step()
+        stream.synchronize()
+        marks: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._marks = marks
+        try:
+            graph = self._captured(stream, step)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            raise GenerationError(f"{label}: {_culprit(error)} cannot be captured in a CUDA graph: {error}") from error
+            # A device that is lost answers this with an error of its own, which is then the one to report.
+            torch.cuda.synchronize(self._device)
+            where, first = culprit(error)
+            raise GenerationError(f"{label}: {where} cannot be captured in a CUDA graph: {first}") from error
         finally:
             self._marks = None
         return _Graph(label, graph, stream, marks)
+
+    def _captured(self, stream: torch.cuda.Stream, step: Callable[[], Any]) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        collecting = gc.isenabled()
+        # A collection could end events and page-locked buffers of others, which a stream being captured must not see.
+        gc.disable()
+        try:
+            # Thread-local: other threads go on allocating and copying while this one records. The outer context is for
+            # releases of torch that leave the stream of a capture that failed current.
+            with torch.cuda.stream(stream):
+                with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+                    step()
+        finally:
+            if collecting:
+                gc.enable()
+        return graph
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -186,6 +216,9 @@ class CudaGraphs:
     def settle(self) -> None:
         # The lanes are no streams that the default one waits for, or that wait for it.
         torch.cuda.current_stream(self._device).synchronize()
+
+    def main(self) -> Any:
+        return torch.cuda.stream(self._main)
 
     def beside(self) -> Any:
         return torch.cuda.stream(self._beside)
@@ -221,12 +254,21 @@ class _Graph:
         return out
 
 
-def _culprit(error: BaseException) -> str:
-    """The innermost call of a model, an op or a kernel that the error came through."""
-    where, trace = "an operation", error.__traceback__
-    while trace is not None:
-        code, module = trace.tb_frame.f_code, trace.tb_frame.f_globals.get("__name__", "")
-        if module.startswith(("ragturbo.model", "ragturbo.ops", "ragturbo.kernels", "diffusers.", "transformers.")):
-            where = f"{module}.{code.co_qualname if hasattr(code, 'co_qualname') else code.co_name}:{trace.tb_lineno}"
-        trace = trace.tb_next
-    return where
+def culprit(error: BaseException) -> tuple[str, BaseException]:
+    """The innermost call of a model, an op or a kernel that a capture failed in, and the error raised there.
+
+    Leaving a broken capture raises once more: the error that broke it is then the context of the one that is seen.
+    """
+    chain = [error]
+    while (earlier := chain[-1].__context__) is not None:
+        chain.append(earlier)
+    for candidate in reversed(chain):
+        where, trace = None, candidate.__traceback__
+        while trace is not None:
+            code, module = trace.tb_frame.f_code, trace.tb_frame.f_globals.get("__name__", "")
+            if module.startswith(_MODELS):
+                where = f"{module}.{getattr(code, 'co_qualname', code.co_name)}:{trace.tb_lineno}"
+            trace = trace.tb_next
+        if where is not None:
+            return where, candidate
+    return "an operation", error

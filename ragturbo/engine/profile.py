@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from ragturbo.generate import Generator
 
 WARMUPS = 3
+# Chrome trace categories of what ran on the device.
+_ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 
 
 def run(gen: Generator, prompts: list[str], count: int, **options: Any) -> list[dict[str, float]]:
@@ -55,6 +58,53 @@ def median(timings: list[dict[str, float]]) -> dict[str, float]:
     """By stage, in the order they were met."""
     stages = dict.fromkeys(stage for row in timings for stage in row)
     return {stage: sorted(row.get(stage, 0.0) for row in timings)[len(timings) // 2] for stage in stages}
+
+
+def summary(trace: Path, most: int = 12) -> dict[str, Any]:
+    """What a Chrome trace says of the device: by stream its operations, busy and idle time, the costliest kernels, and
+    how much of what the other streams did lay beside work of the busiest one. Empty without a GPU."""
+    events = [e for e in json.loads(trace.read_text("utf-8"))["traceEvents"] if e.get("cat") in _ON_DEVICE]
+    streams: dict[int, list[tuple[float, float, str]]] = {}
+    for event in events:
+        start = float(event["ts"])
+        streams.setdefault(event["args"]["stream"], []).append((start, start + float(event["dur"]), event["name"]))
+    if not streams:
+        return {}
+    busiest = max(streams, key=lambda s: _length(_merged(streams[s])))
+    main = _merged(streams[busiest])
+    out: dict[str, Any] = {"main stream": busiest, "streams": {}}
+    for stream, work in streams.items():
+        spans = _merged(work)
+        beside = sum(max(0.0, min(b, d) - max(a, c)) for a, b in spans for c, d in main)
+        totals: dict[str, list[float]] = {}
+        for start, end, name in work:
+            totals.setdefault(name[:90], []).append(end - start)
+        out["streams"][stream] = {
+            "operations": len(work),
+            "busy_us": round(_length(spans), 1),
+            "idle_us": round(spans[-1][1] - spans[0][0] - _length(spans), 1),
+            "beside_main_us": None if stream == busiest else round(beside, 1),
+            "costliest": [
+                {"name": name, "calls": len(times), "us": round(sum(times), 1)}
+                for name, times in sorted(totals.items(), key=lambda item: -sum(item[1]))[:most]
+            ],
+        }
+    return out
+
+
+def _merged(work: list[tuple[float, float, str]]) -> list[tuple[float, float]]:
+    """Intervals that touch, as one."""
+    spans: list[tuple[float, float]] = []
+    for start, end, _ in sorted(work):
+        if spans and start <= spans[-1][1]:
+            spans[-1] = (spans[-1][0], max(spans[-1][1], end))
+        else:
+            spans.append((start, end))
+    return spans
+
+
+def _length(spans: list[tuple[float, float]]) -> float:
+    return sum(end - start for start, end in spans)
 
 
 def commands(arguments: list[str]) -> dict[str, str]:

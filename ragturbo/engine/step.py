@@ -49,6 +49,8 @@ class StepBatch:
     """(B, L) int64, or None where `text` is given."""
     text: Tensor | None = None
     """(B, L, D) hidden states given by the caller."""
+    context: Tensor | None = None
+    """(B, L, ΣC): keys and values of the folded UNet's cross-attentions, remembered by the engine itself."""
     query_ids: Tensor | None = None
     """(B, L) int64: other text to search by."""
     query_key: Tensor | None = None
@@ -156,6 +158,9 @@ class StepResult:
     bucket: int = 0
 
     def rows(self, start: int, stop: int) -> StepResult:
+        """Copies, so that one request's rows do not keep a whole batch alive; all rows are the batch itself."""
+        if (start, stop) == (0, len(self.ok)):
+            return replace(self, timings=dict(self.timings))
         cut = {
             name: value[start:stop].clone() if isinstance(value := getattr(self, name), Tensor) else value
             for name in ("ok", "lam", "ids", "scores", "cosine", "valid", "uint8", "image", "latents")

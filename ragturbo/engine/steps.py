@@ -33,7 +33,7 @@ class Spec:
     length: int
     """Tokens of a prompt."""
     text_given: bool
-    """Hidden states come from the caller or from the prompt cache."""
+    """There are no tokens: hidden states come from the caller, or `known` from the prompt cache."""
     query: str
     """Where the key comes from: "prompt", "ids" (another text), "key" (given) or "none"."""
     mode: str
@@ -50,6 +50,8 @@ class Spec:
     centred: bool = False
     hot: bool = False
     """Rows may lie on the device instead."""
+    known: bool = False
+    """Keys and values of all cross-attentions are remembered, on the device."""
 
     @property
     def split(self) -> bool:
@@ -66,7 +68,8 @@ class Spec:
 
 
 def spec_of(batch: StepBatch, tables: Tables | None, length: int) -> Spec:
-    query = "prompt" if batch.text is None else "none"
+    given = batch.text if batch.context is None else batch.context
+    query = "prompt" if given is None else "none"
     if batch.query_key is not None:
         query = "key"
     elif batch.query_ids is not None:
@@ -74,8 +77,9 @@ def spec_of(batch: StepBatch, tables: Tables | None, length: int) -> Spec:
     spec = Spec(
         rows=len(batch),
         latents=tuple(batch.latents.shape[1:]),
-        length=length if batch.text is None else batch.text.shape[1],
-        text_given=batch.text is not None,
+        length=length if given is None else given.shape[1],
+        text_given=given is not None,
+        known=batch.context is not None,
         query=query if batch.mode != "none" else "none",
         mode=batch.mode,
         k=batch.k,
@@ -105,8 +109,11 @@ def spec_of(batch: StepBatch, tables: Tables | None, length: int) -> Spec:
 class Step:
     """The segments of one batch, and the tensors that pass between them."""
 
-    def __init__(self, model: FastModel, spec: Spec, lanes: Lanes, *, page_locked: bool) -> None:
-        self.model, self.spec, self.lanes = model, spec, lanes
+    def __init__(
+        self, model: FastModel, spec: Spec, lanes: Lanes, *, page_locked: bool, remembered: bool = False
+    ) -> None:
+        """remembered: the prompts' keys and values are read after a run, by the prompt cache."""
+        self.model, self.spec, self.lanes, self._remembered = model, spec, lanes, remembered
         device = model.device
         self.given = Arena(self._given_layout(), device, page_locked=page_locked)
         self.found = Arena(self._found_layout(), device, page_locked=page_locked)
@@ -117,8 +124,13 @@ class Step:
         self.context: Any = None
         self.state: Any = None
         self.features: Any = None
+        # Remembered keys and values come from the device's own memory, past the arenas.
+        self.known: Tensor | None = None
+        if spec.known:
+            shape = (spec.rows, spec.length, model.unet.context_width)
+            self.known = torch.empty(shape, dtype=model.dtype, device=device)
         nothing = torch.empty(0)
-        self.hidden = self.rows_found = self.scores = self.lam = self.valid = self.cosine = nothing
+        self.rows_found = self.scores = self.lam = self.valid = self.cosine = nothing
         self.kept: list[Tensor] = []
 
     # Layouts
@@ -128,9 +140,9 @@ class Step:
         spec, model = self.spec, self.model
         n, k, width = spec.rows, spec.k, model.bundle.text.key_dim
         layout: dict[str, Any] = {"latents": ((n, *spec.latents), torch.float32)}
-        if spec.text_given:
+        if spec.text_given and not spec.known:
             layout["text"] = ((n, spec.length, model.bundle.text.width), model.dtype)
-        else:
+        elif not spec.text_given:
             layout["input_ids"] = ((n, spec.length), torch.int64)
         if spec.mode != "none":
             layout |= {name: ((n,), torch.float32) for name in ("lam", "w", "min_score")}
@@ -184,9 +196,11 @@ class Step:
 
     def forget(self) -> None:
         """After one graph was recorded: what lies between its stages is nobody else's, and its memory free for the
-        next graph. Hidden states and key stay for the prompt cache."""
-        self.context = self.state = self.features = None
+        next graph, but for what the prompt cache reads."""
+        self.state = self.features = None
         self.kept = []
+        if not self._remembered:
+            self.context = self.key = None
 
     # Segments
 
@@ -282,24 +296,17 @@ class Step:
     # Their parts
 
     def _text(self) -> None:
-        spec, given = self.spec, self.given.device
-        key = None
-        if spec.text_given:
-            hidden = given["text"]
-        elif spec.query == "ids":
+        spec, given, model = self.spec, self.given.device, self.model
+        hidden, key = given.get("text"), None
+        if not spec.text_given:
+            ids = given["input_ids"]
             # The prompt and the text to search by go through the encoder together.
-            states = self.model.text(torch.cat([given["input_ids"], given["query_ids"]]))
-            hidden, key = states.hidden_states[: spec.rows], states.key[spec.rows :]
-        else:
-            states = self.model.text(given["input_ids"])
-            hidden, key = states.hidden_states, states.key
-        if spec.text_given and spec.query == "ids":
-            key = self.model.text(given["query_ids"]).key
-        if spec.query == "key":
-            key = given["query_key"]
-        self.key = key if spec.query != "none" else None
-        self.hidden = hidden
-        self.context = self.model.unet.context(hidden)
+            states = model.text(torch.cat([ids, given["query_ids"]]) if spec.query == "ids" else ids)
+            hidden, key = states.hidden_states[: spec.rows], states.key[-spec.rows :]
+        elif spec.query == "ids":
+            key = model.text(given["query_ids"]).key
+        self.key = given.get("query_key", key)
+        self.context = self.known if hidden is None else model.unet.context(hidden)
 
     def _search(self) -> None:
         spec, given = self.spec, self.given.device

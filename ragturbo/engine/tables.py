@@ -12,8 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ragturbo.errors import GenerationError
-
 if TYPE_CHECKING:
     from ragturbo.engine.source import DatabaseSource
     from ragturbo.retrieval.snapshot import Snapshot
@@ -46,11 +44,6 @@ class Tables:
         self.source, self.snapshot = source, source.database.snapshot
         self.rows = source.cache
         self.address = self.rows.device_host_ptr or self.rows.host_ptr
-        if device.type == "cuda" and not self.rows.page_locked:
-            raise GenerationError(
-                f"rows must be page-locked for a kernel to read them, and are not: {self.rows.why_not_locked}; "
-                "engine='eager' copies them instead"
-            )
         self.keys = DeviceKeys(self.snapshot, device) if _on_device(source, device) else None
 
     @property

@@ -19,17 +19,8 @@ from torch.nn import functional as F
 from ragturbo.errors import InvalidRequest, ModelError
 from ragturbo.model.fused import ContextLayout, NormAct, Resnet, Transformer
 from ragturbo.model.onestep import EulerSchedule
-from ragturbo.model.ties import Ties, sharing_copy
+from ragturbo.model.ties import Replaced, Ties, sharing_copy
 from ragturbo.model.unet import HSpaceUNet, UNetState
-
-
-@dataclass(frozen=True)
-class Replaced:
-    """A row of the table of what stands where in a derived model."""
-
-    path: str
-    was: str
-    now: str
 
 
 class FoldedUNet(HSpaceUNet):
@@ -70,6 +61,11 @@ class FoldedUNet(HSpaceUNet):
     def _replace(self, path: str, was: Any, now: torch.nn.Module) -> None:
         self.unet.set_submodule(path, now)
         self.replaced.append(Replaced(path, type(was).__name__, type(now).__name__))
+
+    @property
+    def context_width(self) -> int:
+        """ΣC of `context`."""
+        return self.text_width if self.context_weight is None else self.context_weight.shape[0]
 
     def context(self, text: Tensor) -> Tensor:
         """(B, L, D) -> the keys and values of every cross-attention side by side, (B, L, ΣC): one launch."""

@@ -34,7 +34,7 @@ class NormAct(nn.Module):
         return group_norm_silu(x, self.norm)
 
 
-def _layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+def layer_norm_of(x: Tensor, norm: nn.LayerNorm) -> Tensor:
     return layer_norm(x, norm.weight, norm.bias, norm.eps)
 
 
@@ -146,13 +146,13 @@ class TransformerBlock(nn.Module):
         self.down, self.down_bias = ties.weight(f"{path}.ff.net.2"), ties.bias(f"{path}.ff.net.2")
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        q, k, v = F.linear(_layer_norm(x, self.norm1), self.qkv).chunk(3, dim=-1)
+        q, k, v = F.linear(layer_norm_of(x, self.norm1), self.qkv).chunk(3, dim=-1)
         x = x + F.linear(attend(q, k, v, self.heads, self.attention), self.out1, self.out1_bias)
-        q = F.linear(_layer_norm(x, self.norm2), self.q)
+        q = F.linear(layer_norm_of(x, self.norm2), self.q)
         start, width = self.where
         k, v = context[..., start : start + width], context[..., start + width : start + 2 * width]
         x = x + F.linear(attend(q, k, v, self.heads, self.attention), self.out2, self.out2_bias)
-        hidden = geglu(F.linear(_layer_norm(x, self.norm3), self.up), self.up_bias)
+        hidden = geglu(F.linear(layer_norm_of(x, self.norm3), self.up), self.up_bias)
         return x + F.linear(hidden, self.down, self.down_bias)
 
 

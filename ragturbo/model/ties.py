@@ -16,6 +16,15 @@ import torch
 from torch import Tensor, nn
 
 
+@dataclass(frozen=True)
+class Replaced:
+    """A row of the table of what stands where in a derived model."""
+
+    path: str
+    was: str
+    now: str
+
+
 @dataclass
 class Ties:
     """The original model's weights by module path, as a derived model takes them."""

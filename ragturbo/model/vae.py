@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
 
 from ragturbo.errors import InvalidRequest, ModelError
+from ragturbo.model.ties import sharing_copy
 
 
 class VAE:
@@ -59,3 +61,10 @@ class VAE:
         # Divided before the cast: fp32 latents keep their bits for as long as they can.
         images = self.module.decode((latents / self.scale + self.shift).to(self.dtype)).sample
         return (images / 2 + 0.5).clamp(0, 1)
+
+    def decoder_in(self, dtype: torch.dtype) -> VAE:
+        """A copy of the decoding half in another type."""
+        module = sharing_copy(self.module)
+        module.encoder = None
+        # A real copy before the cast, which works in place.
+        return VAE(copy.deepcopy(module).to(dtype))

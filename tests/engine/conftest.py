@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +20,8 @@ from ragturbo.engine.step import StepBatch
 from ragturbo.model.adapter import HSpaceAdapter
 from ragturbo.model.bundle import Bundle
 from ragturbo.retrieval import Database, Geometry, Record
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 COLOURS = ("red", "green", "blue", "yellow")
 SHAPES = ("circle", "square", "triangle", "cat", "dog")
@@ -122,6 +125,17 @@ def graph_engine(bundle: Bundle) -> Callable[..., GraphEngine]:
 
     def make(of: Bundle = bundle, **options: object) -> GraphEngine:
         return GraphEngine(of, GeneratorConfig(**options), Direct())  # type: ignore[arg-type]
+
+    return make
+
+
+@pytest.fixture
+def replayed_engine(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> Callable[..., GraphEngine]:
+    """The graph engine over recordings that replay their operations and run no Python, as a CUDA graph does."""
+    import replay
+
+    def make(of: Bundle = bundle, **options: object) -> GraphEngine:
+        return GraphEngine(of, GeneratorConfig(**options), replay.Replayed(monkeypatch))  # type: ignore[arg-type]
 
     return make
 

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
+from ragturbo import Generator
 from ragturbo.config import GeneratorConfig
 from ragturbo.engine.graph import GraphEngine
 from ragturbo.engine.lanes import Direct
 from ragturbo.engine.source import DatabaseSource
 from ragturbo.errors import GenerationError
 from ragturbo.model.bundle import Bundle
+from ragturbo.model.fused_text import FusedText
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,7 +40,7 @@ def on_gpu(model_folder) -> Bundle:
 
 def engines(bundle: Bundle) -> tuple[GraphEngine, GraphEngine]:
     """The same networks and kernels, replayed and called."""
-    return GraphEngine(bundle, GeneratorConfig()), GraphEngine(bundle, GeneratorConfig(), Direct())
+    return GraphEngine(bundle, GeneratorConfig()), GraphEngine(bundle, GeneratorConfig(), Direct(bundle.device))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -84,16 +87,63 @@ def test_new_weights_take_effect_under_the_live_graph(on_gpu, database, make_bat
 
 
 def test_a_capture_that_fails_names_the_operation(on_gpu, make_batch, monkeypatch):
-    encode = type(on_gpu.text).encode
+    encode = FusedText.encode
 
     def syncing(self, input_ids):
         states = encode(self, input_ids)
         states.hidden_states.sum().item()
         return states
 
-    monkeypatch.setattr(type(on_gpu.text), "encode", syncing)
+    monkeypatch.setattr(FusedText, "encode", syncing)
     with pytest.raises(GenerationError, match="cannot be captured in a CUDA graph"):
         engines(on_gpu)[0].run(make_batch(*PROMPTS))
+
+
+def test_after_a_capture_that_failed_and_without_any_recording_the_next_is_recorded(
+    on_gpu, database, make_batch, monkeypatch
+):
+    """The memory pool outlives its graphs, also while an error holds what a failed capture had made."""
+    source = DatabaseSource(database, "exact", device="cuda")
+    replayed, called = engines(on_gpu)
+    batch = make_batch(*PROMPTS, mode="adapter", k=1, source=source)
+    expected = called.run(batch).latents
+    assert torch.equal(replayed.run(batch).latents, expected)
+    replayed._recorded.clear()
+    assert torch.equal(replayed.run(batch).latents, expected)
+    replayed._recorded.clear()
+    decode = type(replayed.model.unet).decode
+
+    def syncing(self, *arguments):
+        out = decode(self, *arguments)
+        out.sum().item()
+        return out
+
+    monkeypatch.setattr(type(replayed.model.unet), "decode", syncing)
+    with pytest.raises(GenerationError, match="cannot be captured") as held:
+        replayed.run(batch)
+    monkeypatch.undo()
+    assert torch.equal(replayed.run(batch).latents, expected) and held.value.__traceback__ is not None
+
+
+def test_remembered_prompts_give_the_same_bytes(on_gpu, database, make_batch):
+    source = DatabaseSource(database, "exact", device="cuda")
+    remembering = GraphEngine(on_gpu, GeneratorConfig(prompt_cache=4))
+    plain = engines(on_gpu)[0]
+    for seed, prompts in enumerate([PROMPTS, ("a dog", "a cat"), PROMPTS, ("a dog", "a cat"), PROMPTS]):
+        batch = make_batch(*prompts, seed=seed, mode="adapter", k=1, source=source)
+        assert torch.equal(remembering.run(batch).latents, plain.run(batch).latents)
+    assert remembering.describe()["prompts"]["hits"] == 3
+
+
+def test_by_name_eager_is_the_graphs_own_steps(model_folder, database_folder):
+    images = []
+    for engine in ("graph", "eager"):
+        with Generator.from_pretrained(
+            model_folder, device="cuda", database=database_folder, engine=engine, batch_sizes=(1,)
+        ) as gen:
+            assert gen.info["engine"] == engine
+            images.append(gen("a red circle", seed=3, output_type="uint8").images)
+    assert np.array_equal(*images)
 
 
 def test_memory_is_flat_over_many_requests(on_gpu, database, make_batch, long_count):

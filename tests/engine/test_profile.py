@@ -29,6 +29,28 @@ def test_a_profile_has_every_stage_in_its_table_and_its_trace(model_folder, data
     assert all(names.count(stage) == 1 for stage in STAGES)
 
 
+def test_a_trace_tells_what_lay_beside_the_main_stream(tmp_path):
+    def kernel(name: str, start: float, duration: float, stream: int) -> dict[str, object]:
+        return {"cat": "kernel", "name": name, "ts": start, "dur": duration, "args": {"stream": stream}}
+
+    events = [
+        kernel("text", 0, 10, 7), kernel("conv", 10, 20, 7), kernel("conv", 35, 15, 7),
+        # From 25 to 30 beside the first convolution, then alone, and from 35 to 40 beside the second.
+        kernel("topk", 25, 7, 9), kernel("gather_rows", 32, 8, 9),
+        {"cat": "cpu_op", "name": "aten::conv2d", "ts": 0, "dur": 100},
+    ]  # fmt: skip
+    path = tmp_path / "trace.json"
+    path.write_text(json.dumps({"traceEvents": events}))
+    found = profiling.summary(path)
+    assert found["main stream"] == 7
+    main, other = found["streams"][7], found["streams"][9]
+    assert (main["operations"], main["busy_us"], main["idle_us"]) == (3, 45, 5)
+    assert main["costliest"][0] == {"name": "conv", "calls": 2, "us": 35}
+    assert (other["busy_us"], other["beside_main_us"]) == (15, 10)
+    path.write_text(json.dumps({"traceEvents": events[-1:]}))
+    assert profiling.summary(path) == {}
+
+
 def test_the_commands_repeat_the_run_and_record_single_kernels():
     commands = profiling.commands(["--model", "my model", "--steps", "2"])
     for line in commands.values():

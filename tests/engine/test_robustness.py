@@ -221,12 +221,13 @@ def test_cancellations_leave_queue_and_memory_where_they_were(rng, long_count):
         executor.close()
 
 
-def test_under_overload_accepted_requests_keep_their_deadlines_and_the_rest_are_refused(long_count):
-    """Ten times what the engine can do. A queue of 8 drains in 4 batches of 2: long before the deadline."""
+def test_under_overload_accepted_requests_keep_their_deadlines_and_the_rest_are_refused(long_count, record_property):
+    """Ten times what the engine can do, for 5 seconds, or 30. A queue of 8 drains in 4 batches of 2: long before the
+    deadline. How fast a refusal comes is recorded, not judged: a busy machine may hold up any thread."""
     executor = Executor(Slow(0.004), batch_sizes=(1, 2), max_queue=8)
     refusals: list[float] = []
     accepted: list[Future[StepResult]] = []
-    until = time.monotonic() + long_count(300) / 10
+    until = time.monotonic() + max(5.0, long_count(300) / 10)
 
     def client() -> None:
         while time.monotonic() < until:
@@ -245,7 +246,8 @@ def test_under_overload_accepted_requests_keep_their_deadlines_and_the_rest_are_
     try:
         assert all(float(f.result(60).latents) == 2.0 for f in accepted)
         assert executor.counts["expired"] == 0 and executor.counts["rejected"] == len(refusals) > 0
-        print(f"{len(accepted)} accepted, {len(refusals)} refused, p99 {1e3 * np.quantile(refusals, 0.99):.2f} ms")
+        slowest = {f"p{q}_ms": round(1e3 * float(np.quantile(refusals, q / 100)), 3) for q in (50, 99, 100)}
+        record_property("counted", {"accepted": len(accepted), "refused": len(refusals), "refusal": slowest})
     finally:
         executor.close()
 

@@ -1,0 +1,137 @@
+"""`python -m ragturbo.bench.overhead`: what generate() costs over the same modules called by hand.
+
+Both make the same images, one after the other and in turning order, on one thread of torch's; a pair is one image of
+each. Compared are the processor's time of the whole process (every thread, no waiting for others) and the wall's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ragturbo.bench.context import context, now
+from ragturbo.bench.peers import noise_of
+from ragturbo.bench.prompts import prompts
+from ragturbo.engine.eager import cosine_of
+from ragturbo.model.inject import blend_weights, inject
+from ragturbo.model.onestep import make_schedule
+
+if TYPE_CHECKING:
+    from ragturbo.model.bundle import Bundle
+
+Draw = Callable[[str, int], np.ndarray]
+
+
+def by_hand(bundle: Bundle, database: Any = None) -> Draw:
+    """Prompt and seed to uint8 (1, H, W, 3) without requests, queue or checks; with a database, mode "adapter"."""
+    schedule = make_schedule(bundle.scheduler, 1, distilled=bundle.info.distilled, device=bundle.device)
+
+    @torch.inference_mode()
+    def draw(prompt: str, seed: int) -> np.ndarray:
+        states = bundle.text.encode(bundle.text.tokenize([prompt]).input_ids.to(bundle.device))
+        x = noise_of(bundle, [seed]).to(bundle.device) * schedule.init_sigma
+        sample = schedule.scale_input(x, 0).to(bundle.dtype)
+        if database is None:
+            out = bundle.unet.unet(sample, schedule.timesteps[0], states.hidden_states).sample
+        else:
+            ids, scores = database.search(states.key, bundle.info.num_neighbors)
+            cosine = cosine_of(states.key, database.keys(ids))
+            lam, valid = blend_weights(cosine, ids, scores)
+            rows = database.features(ids).to(bundle.dtype)
+            state = bundle.unet.encode(sample, schedule.timesteps[0], states.hidden_states)
+            out = bundle.unet.decode(
+                state, inject("adapter", state.h, rows, lam=lam, valid=valid, adapter=bundle.adapter)
+            )
+        image = bundle.vae.decode(schedule.step(x, out.float(), 0)).float()
+        return (image * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+    return draw
+
+
+def pairs(library: Draw, hand: Draw, words: Sequence[str], rounds: int, warmups: int = 5) -> dict[str, Any]:
+    """Seconds of `rounds` pairs, of the processor and of the wall, and the overhead: of the medians, and its spread."""
+    for i in range(warmups):
+        library(words[i % len(words)], i), hand(words[i % len(words)], i)
+    seconds: dict[str, dict[str, list[float]]] = {clock: {"library": [], "hand": []} for clock in ("processor", "wall")}
+    for i in range(rounds):
+        turn = [("library", library), ("hand", hand)]
+        for name, draw in turn if i % 2 else turn[::-1]:
+            word = words[i % len(words)]
+            begin = time.process_time(), time.perf_counter()
+            draw(word, i)
+            end = time.process_time(), time.perf_counter()
+            seconds["processor"][name].append(end[0] - begin[0])
+            seconds["wall"][name].append(end[1] - begin[1])
+    out: dict[str, Any] = {"rounds": rounds}
+    for clock, taken in seconds.items():
+        hand_p50 = statistics.median(taken["hand"])
+        added = [a - b for a, b in zip(taken["library"], taken["hand"], strict=True)]
+        # The median's own noise, by the order statistics of a binomial: two standard deviations of its rank.
+        ordered, half = sorted(added), len(added) ** 0.5
+        low, high = (ordered[round(max(0, min(rounds - 1, rounds / 2 + sign * half)))] for sign in (-1, 1))
+        out[clock] = {
+            "overhead": statistics.median(added) / hand_p50,
+            "overhead_95": [low / hand_p50, high / hand_p50],
+            "library_p50_s": statistics.median(taken["library"]),
+            "hand_p50_s": hand_p50,
+        }
+    return {**out, "seconds": seconds}
+
+
+def measure(model: str = "shapes", rounds: int = 200) -> dict[str, Any]:
+    """The record: modes "none" and "adapter" of a model on the CPU."""
+    from ragturbo.generate import Generator
+
+    torch.set_num_threads(1)
+    words, found = prompts(64), {}
+    with Generator.from_pretrained(model, device="cpu", dtype="float32", batch_sizes=(1,)) as gen:
+        bundle = gen._bundle
+        if gen.database is not None:
+            # Words the model knows: nothing is to be warned of.
+            words = [record.caption for record in gen.database.records(gen.database.ids[:64])]
+        for mode, database in (("none", None), ("adapter", gen.database)):
+            if mode == "adapter" and (bundle.adapter is None or database is None):
+                continue
+            hand = by_hand(bundle, database)
+
+            def library(prompt: str, seed: int, mode: str = mode) -> np.ndarray:
+                output: Any = gen(prompt, seed=seed, mode=mode, output_type="uint8")
+                return output.images
+
+            difference = int(np.abs(library(words[0], 7).astype(int) - hand(words[0], 7).astype(int)).max())
+            assert difference <= 1, f"mode {mode}: the images differ by {difference}: not the same work"
+            found[mode] = pairs(library, hand, words, rounds)
+    worst = max(result["wall"]["overhead"] for result in found.values())
+    return {"kind": "overhead", "datetime": now(), "context": context(), "model": model, "threads": 1,
+            "measured": {"library_overhead": worst}, "modes": found}  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m ragturbo.bench.overhead", description=__doc__)
+    parser.add_argument("--model", default="shapes")
+    parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("--out", type=Path, help="where the record goes; without it only the summary is printed")
+    options = parser.parse_args()
+    record = measure(options.model, options.rounds)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+    for mode, result in record["modes"].items():
+        for clock in ("processor", "wall"):
+            at, (low, high) = result[clock], result[clock]["overhead_95"]
+            print(f"{mode}, {clock}: {1e3 * at['library_p50_s']:.2f} ms, {1e3 * at['hand_p50_s']:.2f} ms by hand: "
+                  f"{100 * at['overhead']:+.1f} % ({100 * low:+.1f} to {100 * high:+.1f})")  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""CLIP's text transformer with fewer launches: the same maths over the same weights, Q, K and V as one product.
+
+transformers chooses masks and attention kernels by what surrounds the call (a capture is told apart from a plain one);
+here a replay runs what the call ran.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ragturbo.errors import ModelError
+from ragturbo.model.fused import layer_norm_of
+from ragturbo.model.text import TextEncoder, TextStates
+from ragturbo.model.ties import Replaced
+
+
+class FusedText:
+    """A TextEncoder's `encode` over its own weights; the encoder itself stays as it is."""
+
+    def __init__(self, text: TextEncoder) -> None:
+        self._text = text
+        encoder = text.text_encoder
+        # transformers 4 wraps the transformer once more.
+        model = getattr(encoder, "text_model", encoder)
+        for name in ("embeddings", "encoder", "final_layer_norm"):
+            if not hasattr(model, name):
+                raise ModelError(f"{type(encoder).__name__} cannot be fused: it has no {name!r}")
+        self._embeddings, self._norm = model.embeddings, model.final_layer_norm
+        self._layers = [_Layer(f"encoder.layers.{i}", layer) for i, layer in enumerate(model.encoder.layers)]
+        self.replaced = [
+            Replaced(f"text_encoder.{layer.path}", "CLIPEncoderLayer", "fused layer") for layer in self._layers
+        ]
+
+    def encode(self, input_ids: Tensor) -> TextStates:
+        """input_ids: (B, L) on the encoder's device. Waits for nothing."""
+        embeddings = self._embeddings
+        x = F.embedding(input_ids, embeddings.token_embedding.weight)
+        x = x + embeddings.position_embedding.weight[: input_ids.shape[1]]
+        for layer in self._layers:
+            x = layer(x)
+        hidden, end = layer_norm_of(x, self._norm), self._text.end_of_text(input_ids)
+        if self._text.clip_key is not None:
+            # The CLIP key continues the transformer: it needs the states before the final norm.
+            key = self._text.clip_key(x, end)
+        else:
+            key = hidden[torch.arange(len(end), device=end.device), end]
+        return TextStates(hidden, F.normalize(key.float(), dim=-1))
+
+
+class _Layer:
+    def __init__(self, path: str, layer: Any) -> None:
+        self.path = path
+        attention, mlp = layer.self_attn, layer.mlp
+        parts = [attention.q_proj, attention.k_proj, attention.v_proj]
+        if any(not isinstance(part, nn.Linear) or part.bias is None for part in (*parts, attention.out_proj)):
+            raise ModelError(f"{path} cannot be fused: its attention is not made of linear layers with biases")
+        width = attention.q_proj.in_features
+        if attention.scale != (width // attention.num_heads) ** -0.5:
+            raise ModelError(f"{path} cannot be fused: its attention has a scale of its own")
+        self.norm1, self.norm2 = layer.layer_norm1, layer.layer_norm2
+        self.heads = attention.num_heads
+        self.qkv = torch.cat([part.weight.detach() for part in parts])
+        self.qkv_bias = torch.cat([part.bias.detach() for part in parts])
+        self.out, self.up, self.down, self.activation = attention.out_proj, mlp.fc1, mlp.fc2, mlp.activation_fn
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: (B, L, D)"""
+        q, k, v = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for part in F.linear(layer_norm_of(x, self.norm1), self.qkv, self.qkv_bias).chunk(3, dim=-1)
+        )
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        x = x + self.out(attended)
+        return x + self.down(self.activation(self.up(layer_norm_of(x, self.norm2))))

@@ -1,0 +1,83 @@
+"""A CUDA graph without a GPU: what a step did is written down once, operation by operation, and done again.
+
+As in a graph, a replay runs no line of Python: it does the same operations on the same memory, and whatever the host
+decided or read while recording is as it was then. What a step would read from the host and not from the arenas is
+stale in the next replay, and the result is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ragturbo.engine import steps
+from ragturbo.engine.lanes import Direct
+
+# `ragturbo.ops` has functions of the same names.
+gather, search = import_module("ragturbo.ops.gather_rows"), import_module("ragturbo.ops.topk")
+
+
+# The CPU's references read a table's address and count on the host, which on a GPU the kernels do: one operation here.
+@torch.library.custom_op("ragturbo_tests::gather_rows", mutates_args=())
+def _gather(descriptor: Tensor, ids: Tensor, row_bytes: int, tokens: int, channels: int, stored: str) -> Tensor:
+    return gather.reference(gather.Rows(descriptor, row_bytes, tokens, channels, stored), ids)
+
+
+@torch.library.custom_op("ragturbo_tests::topk", mutates_args=())
+def _topk(keys: Tensor, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    return search.reference(keys, query, k)
+
+
+class _Log(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.done: list[tuple[Any, tuple[Any, ...], dict[str, Any], list[Tensor]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        # The outputs are held: on a GPU, the graph's pool holds their memory.
+        self.done.append((func, args, kwargs or {}, [t for t in tree_leaves(out) if isinstance(t, Tensor)]))
+        return out
+
+
+class Replayed(Direct):
+    """Lanes that record. `before(label)` is called at each replay, and may raise in a graph's place."""
+
+    name = "replayed operations"
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        patch.setattr(steps, "gather_rows", lambda rows, ids: _gather(*rows[:1], ids, *rows[1:]))
+        patch.setattr(steps, "topk", _topk)
+        self.before: Callable[[str], None] = lambda label: None
+
+    def record(self, label: str, step: Callable[[], None], *, beside: bool = False) -> Any:
+        step()
+        with _Log() as log:
+            step()
+        return _Replay(self, label, log.done)
+
+
+class _Replay:
+    def __init__(self, lanes: Replayed, label: str, done: list[Any]) -> None:
+        self._lanes, self._label, self._done = lanes, label, done
+
+    def replay(self) -> None:
+        self._lanes.before(self._label)
+        for func, args, kwargs, recorded in self._done:
+            out = func(*args, **kwargs)
+            for old, new in zip(recorded, (t for t in tree_leaves(out) if isinstance(t, Tensor)), strict=True):
+                # A view lies where it lay; what was made anew (also by a `reshape` or a `to` that had to copy) is put
+                # where the recording's was.
+                if old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+    def seconds(self) -> dict[str, float]:
+        return {}

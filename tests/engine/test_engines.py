@@ -1,0 +1,130 @@
+"""Which engine runs, what it says of itself, and what a capture that fails says of the model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from ragturbo.config import GeneratorConfig
+from ragturbo.engine import attention
+from ragturbo.engine.build import make_engine
+from ragturbo.engine.eager import EagerEngine
+from ragturbo.engine.graph import GraphEngine
+from ragturbo.engine.lanes import Direct, culprit
+from ragturbo.errors import ModelError
+from ragturbo.model.bundle import Bundle
+from ragturbo.ops import dispatch
+
+PROMPTS = ("a red circle", "a blue cat")
+
+
+def test_a_decoder_that_overflows_in_plain_torch_moves_to_fp32_and_says_so(model_folder, make_batch, caplog):
+    bundle = Bundle.load(model_folder, device="cpu", dtype=torch.float16)
+    engine, batch = EagerEngine(bundle), make_batch(*PROMPTS, want="float")
+    assert bool(engine.run(batch).ok.all()) and engine.describe()["vae dtype"] == "float16"
+    # Latents that are no numbers are the request's own fault.
+    broken = replace(batch, latents=torch.full_like(batch.latents, float("nan")))
+    assert not engine.run(broken).ok.any() and engine.describe()["vae dtype"] == "float16"
+    with torch.no_grad():
+        bundle.vae.module.decoder.conv_in.weight.mul_(3e4)
+    result = engine.run(batch)
+    assert bool(result.ok.all()) and engine.describe()["vae dtype"] == "float32"
+    assert "float32 from now on" in caplog.text and bundle.vae.dtype == torch.float16
+    assert torch.equal(engine.run(batch).image, result.image)
+
+
+def test_a_cpu_takes_plain_torch_and_compiled_the_fused_steps(bundle):
+    plain = make_engine(bundle, GeneratorConfig())
+    assert isinstance(plain, EagerEngine) and "for GPUs" in plain.describe()["plain torch"]
+    compiled = make_engine(bundle, GeneratorConfig(compile=True))
+    assert isinstance(compiled, GraphEngine) and isinstance(compiled.lanes, Direct) and compiled.name == "eager"
+    assert compiled.describe()["replaced"]["DownBlock2D -> torch.compile"] == 1
+
+
+def test_attention_is_what_was_asked_for_or_the_fastest_that_was_measured(monkeypatch, tmp_path):
+    gpu = torch.device("cuda")
+    monkeypatch.setattr("ragturbo.kernels.tiles.INSTALLED", tmp_path)
+    monkeypatch.setattr(dispatch, "HAS_XFORMERS", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H200")
+    assert attention.choose("auto", gpu, torch.float16)[0] == "sdpa"
+    times = {"seconds": {"sdpa": 2e-3, "triton": 1e-3, "xformers": 1e-4}}
+    (tmp_path / "nvidia_h200_attention.json").write_text(json.dumps(times))
+    name, why = attention.choose("auto", gpu, torch.float16)
+    # What is not installed cannot win.
+    assert name == "triton" and "triton 1000 us, sdpa 2000 us" in why
+    assert attention.choose("sdpa", gpu, torch.float16) == ("sdpa", "asked for")
+    assert attention.choose("auto", torch.device("cpu"), torch.float32)[0] == "sdpa"
+    # Shapes alone: what is timed is an image's worth of attentions.
+    monkeypatch.setattr(attention, "NAMES", ("sdpa",))
+    raced = attention.race("meta", lambda call: float(call().numel()))
+    assert raced == {"sdpa": sum(t * 64 * heads * count for t, _, heads, count in attention.SIZES)}
+
+
+def test_a_model_that_cannot_be_folded_runs_plain_or_is_refused_by_name(bundle, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise ModelError("this UNet cannot be folded: class_embed_type")
+
+    monkeypatch.setattr("ragturbo.engine.fast.FoldedUNet", refuse)
+    with pytest.raises(ModelError, match="class_embed_type"):
+        make_engine(bundle, GeneratorConfig(compile=True))
+    # As on a GPU, where fused modules are the first choice.
+    monkeypatch.setattr("ragturbo.engine.graph.CudaGraphs", lambda device: Direct())
+    monkeypatch.setattr(Bundle, "device", torch.device("cuda"))
+    with pytest.raises(ModelError, match="class_embed_type"):
+        make_engine(bundle, GeneratorConfig(engine="graph"))
+    for name in ("auto", "eager"):
+        engine = make_engine(bundle, GeneratorConfig(engine=name))
+        assert isinstance(engine, EagerEngine) and "class_embed_type" in engine.describe()["plain torch"]
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+def test_the_compiled_engine_is_the_oracle_and_compiles_every_block_whole_and_once(
+    bundle, eager, make_batch, fresh_compiler
+):
+    """Through Inductor, where there is a C++ compiler: a minute and more."""
+    engine = make_engine(bundle, GeneratorConfig(compile=True))
+    batch = make_batch(*PROMPTS, want="float")
+    got, expected = engine.run(batch), eager.run(batch)
+    assert float((got.image - expected.image).abs().max()) < 1e-4
+    blocks = engine.describe()["replaced"]
+    count = sum(number for name, number in blocks.items() if name.endswith("torch.compile"))
+    assert counters["stats"]["unique_graphs"] == count and not counters["graph_break"]
+    # Other numbers compile nothing, and change the image.
+    other = engine.run(make_batch("a dog", "a cat", seed=5, want="float"))
+    assert counters["stats"]["unique_graphs"] == count
+    assert float((other.image - got.image).abs().max()) > 1e-2
+
+
+def test_a_broken_capture_names_the_call_that_broke_it(bundle, monkeypatch):
+    """Leaving it raises again, from torch's own frames: the first error is behind that one."""
+
+    class Capture:
+        def __enter__(self) -> None: ...
+
+        def __exit__(self, *_: object) -> None:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    def syncing(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.nn.functional, "normalize", syncing)
+    with pytest.raises(RuntimeError) as caught:
+        with Capture():
+            bundle.text.encode(torch.zeros(1, bundle.text.max_length, dtype=torch.int64))
+    where, first = culprit(caught.value)
+    assert "ragturbo.model.text" in where and "not permitted" in str(first)
+    assert culprit(RuntimeError("elsewhere"))[0] == "an operation"

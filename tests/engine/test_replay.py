@@ -1,0 +1,174 @@
+"""What is recorded must be right for every later request: operations replayed over the same memory, as a graph does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ragturbo.engine.executor import Executor
+from ragturbo.engine.source import DatabaseSource
+from ragturbo.engine.steps import Step
+from ragturbo.errors import DeviceLost, GenerationError, OutOfDeviceMemory
+from ragturbo.model.bundle import Bundle
+
+PROMPTS = ("a red circle", "a blue cat")
+FORMS = {
+    "one graph": {"retriever": "exact"},
+    "ids to the host": {"retriever": "exact", "host_bytes": 4 * 512},
+    "ids to the host, some rows hot": {"retriever": "exact", "host_bytes": 4 * 512, "device_bytes": 3 * 512},
+    "three graphs": {"retriever": "bm25"},
+}
+
+
+def equal(got, expected) -> bool:
+    names = ("latents", "uint8", "ids", "scores", "lam", "cosine", "valid", "ok")
+    pairs = [(getattr(got, name), getattr(expected, name)) for name in names]
+    return all((a is b) or torch.equal(a.nan_to_num(-7.0), b.nan_to_num(-7.0)) for a, b in pairs)
+
+
+def requests(make_batch, **fields):
+    """Every number of a request differs from the one before."""
+    for i, prompts in enumerate([PROMPTS, ("a dog", "a green square"), ("a yellow cat", "a dog"), PROMPTS]):
+        lam = torch.tensor([float("nan"), 0.2 * i]) if fields.get("mode") == "adapter" else torch.zeros(2)
+        yield make_batch(*prompts, seed=5 * i, lam=lam, w=torch.tensor([0.1 * i, 0.9]), **fields)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("mode", "k"), [("adapter", 2), ("slerp", 1)])
+def test_a_replay_is_the_call_bit_for_bit_for_ever_new_numbers(
+    database, graph_engine, replayed_engine, make_batch, form, mode, k
+):
+    source = DatabaseSource(database, **FORMS[form])
+    replayed, called = replayed_engine(), graph_engine()
+    results = []
+    for batch in requests(make_batch, mode=mode, k=k, source=source):
+        results.append(replayed.run(batch))
+        assert equal(results[-1], called.run(batch))
+    assert len(replayed.describe()["graphs"]) == 1
+    assert not torch.equal(results[0].latents, results[1].latents)
+
+
+@pytest.mark.parametrize(("want", "steps"), [("uint8", 1), ("latent", 4)])
+def test_without_retrieval_as_well(graph_engine, replayed_engine, make_batch, want, steps):
+    replayed, called = replayed_engine(), graph_engine()
+    for batch in requests(make_batch, want=want, num_inference_steps=steps):
+        assert equal(replayed.run(batch), called.run(batch))
+
+
+def test_a_number_read_from_the_host_would_be_stale(graph_engine, replayed_engine, make_batch, monkeypatch):
+    """That this file can fail: a step that takes a number from the host repeats the first request's."""
+    encode = Step.encode
+
+    def stale(self: Step) -> None:
+        self.given.device["latents"].mul_(1 + float(self.given.host["latents"][0, 0, 0, 0]))
+        encode(self)
+
+    monkeypatch.setattr(Step, "encode", stale)
+    replayed, called = replayed_engine(), graph_engine()
+    first, second = (make_batch(*PROMPTS, seed=seed) for seed in (1, 2))
+    assert equal(replayed.run(first), called.run(first))
+    assert not equal(replayed.run(second), called.run(second))
+
+
+def test_new_weights_and_another_database_take_effect_under_the_live_recording(
+    model_folder, tmp_path, new_adapter, decoder_lora, write_database, source, graph_engine, replayed_engine, make_batch
+):
+    own = [Bundle.load(model_folder, device="cpu") for _ in range(2)]
+    replayed, called = replayed_engine(own[0]), graph_engine(own[1])
+    other = DatabaseSource(write_database(tmp_path / "other", ["a dog on a boat", "a photo of a cat"], seed=5))
+    seen = []
+    for seed, place in enumerate([None, "adapter", "lora", "lora of other values"]):
+        if place is not None:
+            (tmp_path / place).mkdir()
+            (new_adapter if place == "adapter" else decoder_lora)(tmp_path / place, seed)
+            for engine in (replayed, called):
+                engine.load_adapter(tmp_path / place)
+        for at in (source, other):
+            batch = make_batch(*PROMPTS, mode="adapter", k=1, source=at)
+            seen.append(replayed.run(batch))
+            assert equal(seen[-1], called.run(batch))
+    assert all(not torch.equal(a.latents, b.latents) for i, a in enumerate(seen) for b in seen[:i])
+
+
+def test_remembered_prompts_give_the_same_bytes_under_one_recording_each(
+    source, graph_engine, replayed_engine, make_batch
+):
+    """Keys and values of all cross-attentions, on the device: recorded once for prompts that are known."""
+    engine, plain = replayed_engine(prompt_cache=4), graph_engine()
+    for seed, prompts in enumerate([PROMPTS, ("a dog", "a cat"), PROMPTS, ("a dog", "a cat"), PROMPTS[::-1]]):
+        for fields in ({"mode": "adapter", "k": 1, "source": source}, {}):
+            batch = make_batch(*prompts, seed=seed, **fields)
+            assert equal(engine.run(batch), plain.run(batch))
+    ways = engine.describe()
+    # Known: the second mode of each new pair of prompts, then both modes of what has been there.
+    assert ways["prompts"] == {"held": 4, "hits": 8, "misses": 2} and len(ways["graphs"]) == 3
+
+
+STEPS = {"one graph": ("",), "three graphs": ("text", "encoder", "rows", "decoder")}
+
+
+@pytest.fixture(params=[(form, step) for form, steps in STEPS.items() for step in steps], ids=" ".join)
+def faulty(request, database, replayed_engine) -> Iterator[tuple[Executor, DatabaseSource, list[BaseException]]]:
+    """An engine in which a replay of one graph raises what is in the list."""
+    form, step = request.param
+    engine, faults = replayed_engine(), []
+
+    def before(label: str) -> None:
+        if faults and label.endswith(step):
+            raise faults.pop()
+
+    engine.lanes.before = before
+    executor = Executor(engine, batch_sizes=(1, 2), max_queue=16)
+    yield executor, DatabaseSource(database, **FORMS[form]), faults
+    executor.close()
+
+
+FAULTS = [
+    (RuntimeError("an injected fault"), GenerationError),
+    (torch.OutOfMemoryError("an injected fault"), OutOfDeviceMemory),
+]
+
+
+def test_a_fault_inside_a_graph_is_one_requests_and_the_next_is_right(faulty, make_batch, rng, long_count):
+    executor, source, faults = faulty
+    batches = [make_batch(p, seed=i, mode="adapter", k=1, source=source) for i, p in enumerate(PROMPTS)]
+    expected = [executor.submit([b])[0].result(60) for b in batches]
+    for i in range(long_count(20)):
+        fault, typed = FAULTS[rng.integers(len(FAULTS))]
+        faults.append(fault)
+        with pytest.raises(typed, match="injected"):
+            executor.submit([batches[i % 2]])[0].result(60)
+        assert not faults and executor.healthy
+        assert equal(executor.submit([batches[1 - i % 2]])[0].result(60), expected[1 - i % 2])
+
+
+def test_a_device_lost_inside_a_graph_ends_the_executor(faulty, make_batch):
+    executor, source, faults = faulty
+    batch = make_batch("a dog", mode="adapter", k=1, source=source)
+    executor.submit([batch])[0].result(60)
+    faults.append(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    for _ in range(2):
+        with pytest.raises(DeviceLost, match="restart"):
+            executor.submit([batch])[0].result(60)
+    assert not executor.healthy
+
+
+def test_rows_are_held_until_the_batch_has_ended_also_after_an_error(database, replayed_engine, make_batch):
+    source, engine = DatabaseSource(database, **FORMS["ids to the host"]), replayed_engine()
+    batch = make_batch(*PROMPTS, mode="adapter", k=1, source=source)
+    engine.run(batch)
+
+    def before(label: str) -> None:
+        if label.endswith("decoder"):
+            raise ValueError("an injected fault")
+
+    engine.lanes.before = before
+    for seed in range(6):
+        with pytest.raises(ValueError, match="injected"):
+            engine.run(replace(batch, latents=batch.latents + seed))
+    engine.lanes.before = lambda label: None
+    # Four slots: six leases that were never given back would have left none.
+    assert bool(engine.run(batch).ok.all())
