@@ -11,6 +11,7 @@ A benchmark takes the fixture `measure`:
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from ragturbo.bench.roofline import Work
 from ragturbo.bench.timing import BULK_BELOW, bulk_calls, captured, noise, once, percentiles, rotating, synchronized
 
 MAX_ROUNDS = 1000
+_STARTED = time.monotonic()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -49,6 +51,8 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
     device = "cpu" if no_gpu_reason() else "cuda"
     output_json["ceilings"] = {device: ceilings(device)}
+    # How long all of it took, models and databases included.
+    output_json["wall_s"] = round(time.monotonic() - _STARTED, 1)
     if not config.getoption("benchmark_save_data"):
         # Percentiles are in extra_info; a thousand times a row is for those who ask.
         for entry in output_json["benchmarks"]:

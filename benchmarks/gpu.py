@@ -198,6 +198,7 @@ def merge_suite(path: Path, new: dict[str, Any]) -> None:
     seen = {b["fullname"] for b in new["benchmarks"]}
     merged["benchmarks"] = [b for b in merged["benchmarks"] if b["fullname"] not in seen] + new["benchmarks"]
     merged["datetime"] = new.get("datetime")
+    merged["wall_s"] = merged.get("wall_s", 0.0) + new.get("wall_s", 0.0) if path.is_file() else new.get("wall_s", 0.0)
     path.write_text(json.dumps(merged, indent=1) + "\n", "utf-8")
 
 

@@ -42,7 +42,7 @@ def update(results: Path, page: Path, *, write: bool) -> list[str]:
 
 
 def machines_section(machines: list[Machine]) -> str:
-    lines = ["| folder | machine | torch | triton | commit | files |", "|---|---|---|---|---|---|"]
+    lines = ["| folder | machine | torch | triton | commit | file | took, s |", "|---|---|---|---|---|---|--:|"]
     for machine in machines:
         for run in machine.runs:
             c = run.context
@@ -54,9 +54,13 @@ def machines_section(machines: list[Machine]) -> str:
             packages = c["packages"]
             lines.append(
                 f"| {machine.name} | {what} | {packages.get('torch', '')} | {packages.get('triton', '')} "
-                f"| {run.commit} | {run.path.name} |"
+                f"| {run.commit} | {run.path.name} | {_whole(run.data.get('wall_s'))} |"
             )
     return _block(lines)
+
+
+def _whole(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds:.0f}"
 
 
 def budgets_section(machines: list[Machine]) -> str:
