@@ -108,10 +108,8 @@ def report(results: Path, image: Path) -> str:
     rows = [json.loads(path.read_text("utf-8")) for path in sorted(results.glob("*.json"))]
     if not rows:
         raise SystemExit(f"{results} holds no results: run findings.py first")
-    order = list(dict.fromkeys(cell.question for cell in cells([])))
-    order.insert(order.index("lambda") + 1, "size")
     lines = []
-    for question in order:
+    for question in dict.fromkeys(cell.question for cell in cells([0])):
         lines += [
             f"**{question}**",
             "",
