@@ -61,9 +61,9 @@ def _readable(report: dict[str, Any]) -> str:
     for kind, parts in report["parameters"].items():
         lines += [f"{kind:<10} {name:<44} {count:>15,}" for name, count in parts.items()]
     lines += [f"{'memory':<10} {name:<44} {n / 2**30:>11.2f} GiB" for name, n in report["memory_bytes"].items()]
-    flops, parts = report["flops_per_step"] / 1e15, report["micro_batches_per_step"]
-    lines += [f"{'a sample':<10} {k:<44} {n / 1e12:>9.3f} TFLOP" for k, n in report["flops_per_sample"].items()]
-    lines.append(f"a step: {flops:.2f} PFLOP in all, {parts} micro-batches on each process")
+    flops, parts = report["flops_per_step"] / 1e12, report["micro_batches_per_step"]
+    lines += [f"{'a sample':<10} {k:<44} {n / 1e9:>9,.2f} GFLOP" for k, n in report["flops_per_sample"].items()]
+    lines.append(f"a step: {flops:,.2f} TFLOP in all, {parts} micro-batches on each process")
     rate = report["samples_per_s"]
     lines.append("samples/s: not measured here" if rate is None else f"samples/s, measured by the run: {rate:.1f}")
     return "\n".join(lines)

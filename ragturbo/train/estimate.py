@@ -52,6 +52,8 @@ _TEXT_TOKENS = 77
 def estimate(config: LADDConfig, out: str | Path | None = None, processes: int = 1) -> dict[str, Any]:
     """Parameters by module, bytes and FLOPs of one process; samples/s only where a run in `out` has measured it."""
     unet_config, notes = _unet_config(config)
+    if config.loss.beta and _vgg_width(config) is None:
+        notes.append(f"{config.loss.lpips_weights} is not on this machine: latent LPIPS is taken at its full width")
     dtype = torch.bfloat16 if config.loop.precision == "bf16" else torch.float32
     student, discriminator, lpips = _build(config, unet_config, dtype)
     flops, activations = _trace(config, student, discriminator, lpips, dtype)
@@ -117,7 +119,7 @@ def _build(
     discriminator = make_discriminator(teacher, student, config).to("meta")
     lpips = None
     if config.loss.beta:
-        lpips = LatentLPIPS(LatentVGG(unet.config.in_channels, _vgg_width(config))).to("meta", dtype)
+        lpips = LatentLPIPS(LatentVGG(unet.config.in_channels, _vgg_width(config) or 64)).to("meta", dtype)
     return student.train(), discriminator.train(), lpips
 
 
@@ -216,14 +218,15 @@ def _measured(out: str | Path | None) -> float | None:
     return sorted(rates)[len(rates) // 2] if rates else None
 
 
-def _vgg_width(config: LADDConfig) -> int:
+def _vgg_width(config: LADDConfig) -> int | None:
+    """None: its file is not there."""
     weights = config.loss.lpips_weights
     if weights in (None, "random"):
         return 64
     try:
         return LatentLPIPS.load(str(weights)).vgg.width
     except ModelError:
-        return 64
+        return None
 
 
 def _numel(module: nn.Module | None) -> int:
