@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterator
 from multiprocessing import get_context
 from pathlib import Path
@@ -36,7 +37,7 @@ def draw(work: Path, tokenizer: CLIPTokenizer, s: Settings) -> None:
         return
     images = np.lib.format.open_memmap(work / "images.npy", "w+", np.uint8, (s.scenes, 64, 64, 3))
     captions: list[str] = []
-    with get_context("fork").Pool(2) as pool:
+    with get_context("fork").Pool(os.cpu_count()) as pool:
         chunks = [(range(i, min(i + 1000, s.scenes)), s) for i in range(0, s.scenes, 1000)]
         for (chunk, _), (drawn, said) in zip(chunks, pool.imap(_draw_chunk, chunks), strict=True):
             images[chunk.start : chunk.stop] = drawn
