@@ -101,8 +101,14 @@ def open_database(config: LADDConfig, bundle: Bundle) -> Database | None:
 
 
 def open_data(config: LADDConfig, database: Database | None) -> TrainingData:
+    sources = [Shards(source.path) for source in config.data.sources]
+    if config.discriminator.real == "images" and all("noise" in source.fields for source in sources):
+        raise InvalidRequest(
+            "discriminator.real=images, and no source of data.sources has images: all are a teacher's latents. Add a "
+            "folder made by `ragturbo data encode`, or set discriminator.real=all"
+        )
     return TrainingData(
-        [Shards(source.path) for source in config.data.sources],
+        sources,
         [source.weight for source in config.data.sources],
         config.seed,
         database=database,

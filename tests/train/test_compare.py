@@ -111,7 +111,7 @@ def test_the_heads_are_measured_with_the_student_held_still(scripts, options, tm
     heads, out = scripts["heads"], tmp_path / "heads"
     small = ("loop.batch=2", "loop.micro_batch=2", "discriminator.width=8", "student.lora.rank=2")
     monkeypatch.setattr(heads, "VARIANTS", {"one": small, "two": (*small, "discriminator.real=all")})
-    call(heads, *options, "--results", out, "--steps", 2)
+    call(heads, *options, "--results", out, "--steps", 2, "--variants", "one", "two")
     facts = json.loads((out / "two.json").read_text())
     assert facts["changes"][-1] == "discriminator.real=all" and set(facts["stats"][0]["d_heads"]) >= {"mid"}
     assert "| one |" in capsys.readouterr().out

@@ -69,6 +69,8 @@ def test_with_images_alone_as_real_a_teachers_latents_are_none(make, world, grad
     weights = [name for name in d if "original" in name]
     assert all(torch.allclose(d[name], same[name], atol=1e-6) for name in weights)
     assert not any(torch.allclose(d[name], all_real[name], atol=1e-6) for name in weights)
+    with pytest.raises(InvalidRequest, match="no source of data.sources has images"):
+        make(discriminator__real="images")
 
 
 def test_r1_smooths_the_heads_and_reaches_nothing_else(make, grown, batches, gradients):
