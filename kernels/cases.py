@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ragturbo.kernels import (
+    bias_residual,
     cross_attention,
     cross_attention_backward,
     gather_rows,
@@ -110,6 +111,11 @@ def _geglu(rows: int, f: int, device: str, dtype: torch.dtype) -> Call:
     return partial(geglu.forward, random((rows, 2 * f), device, dtype), random((2 * f,), device, dtype))
 
 
+def _bias_residual(channels: int, size: int, device: str, dtype: torch.dtype) -> Call:
+    x = random((1, channels, size, size), device, dtype).contiguous(memory_format=torch.channels_last)
+    return partial(bias_residual.forward, x, random((channels,), device, dtype), torch.ones_like(x))
+
+
 def _to_uint8(size: int, device: str, dtype: torch.dtype) -> Call:
     images = random((1, 3, size, size), device, dtype).contiguous(memory_format=torch.channels_last)
     return partial(to_uint8.forward, images, True)
@@ -180,6 +186,8 @@ def _cases() -> list[Case]:
     for channels, size in ((320, 64), (640, 32), (1280, 16)):
         add("layer_norm", f"{size}² tokens, {channels}", _layer_norm, size * size, channels)
         add("geglu", f"{size}² tokens, {4 * channels}", _geglu, size * size, 4 * channels)
+    for channels, size in ((320, 64), (1280, 8), (128, 512)):
+        add("bias_residual", f"{channels}×{size}²", _bias_residual, channels, size)
     add("to_uint8", "512²", _to_uint8, 512)
     for n in (1, 16, 64):
         add("gather_rows", f"{n} rows fp16", _gather, n, False)

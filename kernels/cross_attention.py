@@ -185,7 +185,7 @@ def project(
     default = {
         "BT": min(32 if half else 16, tiles.power_of_2(t, 16)),
         "BS": min(32 if not half or d > 128 else 64, tiles.power_of_2(s, 16)),
-        "BK": 64 if half else 32,
+        "BK": 128 if half else 32,
         "num_warps": 4,
         "num_stages": 3 if half else 1,
     }

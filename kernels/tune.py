@@ -60,6 +60,7 @@ CANDIDATES: dict[str, list[tiles.Tile]] = {
     "group_norm": _product(BR=(8, 16, 32, 64), SPLITS=(128, 512, 1024), ONE_LAUNCH=(64, 512, 2048), num_warps=(4, 8)),
     "layer_norm": _product(BM=(1, 2, 4, 8), num_warps=(1, 2, 4, 8)),
     "geglu": _product(BLOCK=(256, 512, 1024, 2048), num_warps=(2, 4, 8)),
+    "bias_residual": _product(BLOCK=(512, 1024, 2048, 4096), num_warps=(4, 8)),
     "to_uint8": _product(BLOCK=(512, 1024, 2048, 4096), num_warps=(4, 8)),
     "gather_rows": _product(BLOCK=(1024, 2048, 4096, 8192), num_warps=(2, 4, 8)),
     "topk": _product(BN=(8, 16, 32), BD=(256, 512, 1024), PER_PROCESSOR=(1, 2, 4), num_warps=(4, 8), num_stages=(1, 2)),

@@ -135,6 +135,12 @@ def geglu(rows: int, width: int, itemsize: int = 2) -> Work:
     return Work(12 * rows * width, (3 * rows * width + 2 * width) * itemsize)
 
 
+def bias_residual(batch: int, channels: int, pixels: int, itemsize: int = 2) -> Work:
+    """A convolution's result and the residual in, their sum with the bias out."""
+    n = batch * channels * pixels
+    return Work(2 * n, (3 * n + channels) * itemsize)
+
+
 def to_uint8(batch: int, pixels: int, itemsize: int = 2) -> Work:
     return Work(4 * batch * 3 * pixels, batch * 3 * pixels * (itemsize + 1))
 
@@ -171,6 +177,7 @@ def main_shapes() -> dict[str, Work]:
         "group_norm, VAE 128×512²": group_norm(1, 128, 512 * 512),
         "layer_norm, 4096×320": layer_norm(4096, 320),
         "geglu, 4096×1280": geglu(4096, 1280),
+        "bias_residual, VAE 128×512²": bias_residual(1, 128, 512 * 512),
         "to_uint8, 512²": to_uint8(1, 512 * 512),
         "gather_rows, 1 of fp16, host": gather_rows(1, 64, 1280),
         "gather_rows, 16 of fp16, host": gather_rows(16, 64, 1280),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ragturbo.ops.adapter import attention_adapter, retrieved_kv, transformer_adapter
+from ragturbo.ops.bias_residual import bias_residual
 from ragturbo.ops.cross_attention import cross_attention
 from ragturbo.ops.dispatch import explain
 from ragturbo.ops.gather_rows import Rows, describe, gather_rows
@@ -20,6 +21,7 @@ __all__ = [
     "Norm",
     "Rows",
     "attention_adapter",
+    "bias_residual",
     "cross_attention",
     "describe",
     "explain",

@@ -34,6 +34,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "group_norm": ("reference", "triton"),
     "layer_norm": ("reference", "triton"),
     "geglu": ("reference", "triton"),
+    "bias_residual": ("reference", "triton"),
     "to_uint8": ("reference", "triton"),
     "gather_rows": ("reference", "triton", "cuda"),
     "topk": ("reference", "triton", "cuda"),

@@ -139,13 +139,14 @@ def calls(make):
         ),
         "layer_norm": (lambda x, s, b: ops.layer_norm(x, s, b, impl="triton"), (x, c, c)),
         "geglu": (lambda x, b: ops.geglu(x, b, impl="triton"), (x, c)),
+        "bias_residual": (lambda x, b: ops.bias_residual(x, b, x.flip(0), impl="triton"), (image, c)),
         "to_uint8": (lambda x: ops.to_uint8(x, impl="triton"), (image,)),
     }  # fmt: skip
 
 
 NAMES = (
     "slerp", "scaled_residual", "cross_attention", "linear", "project_attention", "group_norm", "group_norm_and_sum",
-    "layer_norm", "geglu", "to_uint8",
+    "layer_norm", "geglu", "bias_residual", "to_uint8",
 )  # fmt: skip
 
 
@@ -198,6 +199,7 @@ def test_opcheck_of_every_custom_op(randn, device):
         "group_norm": (image, 4, c, c, 1e-5, True, image, None, True),
         "layer_norm": (x, c, c, 1e-5),
         "geglu": (x, c),
+        "bias_residual": (image, c, image.flip(0)),
         "to_uint8": (image, True),
         "gather_rows": (described, ids, 80, 5, 8, False),
         "topk": (described, randn(2, 40), rows, scores),

@@ -76,7 +76,9 @@ def test_a_mean_a_thousand_times_the_deviation_does_not_cancel(tile, randn, no_w
     with tiles.forced("group_norm", tile):
         out = group_norm(x, 4, weight, bias, impl="triton")
     exact, _ = composed(x.double(), 4, weight.double(), bias.double())
-    no_worse(out, exact, composed(x, 4, weight, bias)[0])
+    # The mean itself is known to half its last place, in torch too: by luck more, but never worse than its size says.
+    # E[x²] - E[x]² would be off by a tenth of the deviation here, a thousand times that.
+    no_worse(out, exact, composed(x, 4, weight, bias)[0], terms=1000 * exact.norm())
 
 
 def test_every_memory_order_gives_the_same_bits(randn):

@@ -28,7 +28,7 @@ def composed(x, weights, bias, norm, geglu, residual, lam):
     return out if residual is None else residual + out
 
 
-def check(x, weights, no_worse, **options):
+def check(x, weights, no_worse, mean=0, **options):
     arguments = {"bias": None, "norm": None, "geglu": False, "residual": None, "lam": None, **options}
     double = {
         name: Norm(v.weight.double(), v.bias.double(), v.eps, v.groups) if isinstance(v, Norm)
@@ -39,7 +39,8 @@ def check(x, weights, no_worse, **options):
     with counted() as launched:
         out = linear(x, weights, impl="triton", **arguments)
     assert launched == ["linear"]
-    no_worse(out, exact, composed(x, weights, **arguments))
+    # A mean is known to half its last place, in torch too: what that is depends on luck, its size does not.
+    no_worse(out, exact, composed(x, weights, **arguments), terms=mean * exact.norm() if mean else None)
 
 
 NORMS = ("", "layer", "group")
@@ -111,7 +112,7 @@ def test_many_rows_and_a_large_mean(randn, no_worse):
     x, w = randn(2, 80, 64) + 300, randn(24, 64)
     scale, shift = randn(64), randn(64)
     for groups in (0, 4):
-        check(x, [w], no_worse, norm=Norm(scale, shift, 1e-5, groups))
+        check(x, [w], no_worse, mean=300, norm=Norm(scale, shift, 1e-5, groups))
 
 
 def test_lambda_0_keeps_the_residuals_bits(randn, device):

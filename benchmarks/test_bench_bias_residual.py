@@ -1,0 +1,46 @@
+"""A convolution's bias and the block's residual: one pass against torch's two, eager and compiled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from ragturbo.bench import roofline
+from ragturbo.ops import bias_residual
+
+IMPLS = ["torch", pytest.param("triton", marks=pytest.mark.gpu), pytest.param("compile", marks=pytest.mark.gpu)]
+# (channels, side): the UNet's first blocks, and the VAE's largest on a GPU.
+SHAPES = [pytest.param(320, 64, marks=pytest.mark.quick), (1280, 8), pytest.param(128, 512, marks=pytest.mark.gpu)]
+
+
+def composed(x: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    return residual + (x + bias[:, None, None])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("channels, side", SHAPES)
+def test_bias_residual(measure: Any, device: str, channels: int, side: int, impl: str) -> None:
+    dtype = torch.float16 if device == "cuda" else torch.float32
+    generator = torch.Generator().manual_seed(1)
+
+    def image() -> torch.Tensor:
+        found = torch.randn(1, channels, side, side, generator=generator).to(device, dtype)
+        return found.contiguous(memory_format=torch.channels_last)
+
+    bias = torch.randn(channels, generator=generator).to(device, dtype)
+    inputs = [(image(), bias, image()) for _ in range(3)]
+    calls = {"torch": composed, "triton": lambda *args: bias_residual(*args, impl="triton")}
+    call = calls[impl] if impl in calls else torch.compile(composed, fullgraph=True, dynamic=False)
+
+    def verify() -> None:
+        exact = composed(*(x.double() for x in inputs[0]))
+        error = (call(*inputs[0]).double() - exact).norm() / exact.norm()
+        assert error < 8 * torch.finfo(dtype).eps, error
+
+    cost = roofline.bias_residual(1, channels, side * side, dtype.itemsize)
+    sizes = {"channels": channels, "side": side, "impl": impl}
+    group = f"bias_residual {channels}x{side}x{side}"
+    with torch.inference_mode():
+        measure(call, inputs=inputs, verify=verify, cost=cost, dtype=dtype, sizes=sizes, group=group)
