@@ -49,7 +49,7 @@ def _channel_moments(
     n = 0.0
     mean = tl.zeros([BC], dtype=tl.float32)
     m2 = tl.zeros([BC], dtype=tl.float32)
-    for r0 in tl.range(first_row, last_row, BR, num_stages=3):
+    for r0 in tl.range(first_row, last_row, BR, num_stages=2):
         r = r0 + tl.arange(0, BR)
         m = (r < last_row)[:, None] & m_c[None, :]
         o = first + r[:, None].to(tl.int64) * C + c[None, :]
