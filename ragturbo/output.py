@@ -62,7 +62,7 @@ def to_pil(batch: np.ndarray) -> list[Image]:
 ENCODINGS: dict[str, dict[str, Any]] = {
     "png": {"compress_level": 1},
     "jpeg": {"quality": 95, "subsampling": 0},
-    # Method 4, Pillow's default, takes twice the time for a tenth of the bytes (docs/images/grid.png at 512 x 512).
+    # Method 4, Pillow's default, takes twice the time to save a tenth of the bytes (docs/images/grid.png at 512 x 512).
     "webp": {"quality": 90, "method": 1},
 }
 

@@ -15,7 +15,9 @@ import pytest
 from PIL import Image
 
 from ragturbo.errors import InvalidRequest
+from ragturbo.retrieval.features import CacheStats
 from ragturbo.serve.config import ServeConfig, read_keys
+from ragturbo.serve.metrics import Metrics
 
 PROMPT = "a red circle left of a blue square"
 PATH = "/v1/images/generations"
@@ -188,6 +190,36 @@ def test_a_safety_filter_has_the_last_word(gen, kit, monkeypatch, tmp_path):
     with kit.served(gen, postprocess="house_rules:blank") as server:
         data = base64.b64decode(server.post(prompt=PROMPT).json()["data"][0]["b64_json"])
     assert Image.open(io.BytesIO(data)).getextrema() == ((0, 0),) * 3
+
+
+def test_metrics_tell_what_an_operator_asks(server, gen):
+    before = server.metrics()
+    assert server.post(prompt=PROMPT, mode="slerp", n=2).status_code == 200
+    assert server.post(prompt=PROMPT, style="vivid").status_code == 400
+    after = server.metrics()
+
+    def grown(name: str) -> float:
+        return after[name] - before.get(name, 0)
+
+    assert grown('ragturbo_requests_total{path="/v1/images/generations",status="200"}') == 1
+    assert grown('ragturbo_images_total{mode="slerp"}') == 2
+    assert grown('ragturbo_rejections_total{reason="unknown_parameter"}') == 1
+    assert grown('ragturbo_batches_total{rows="2"}') == 1
+    for stage in ("queue", "tokenize", "text", "search", "gather", "encode", "adapter", "decode", "vae", "total"):
+        assert grown(f'ragturbo_stage_seconds_count{{stage="{stage}"}}') == 1
+        assert f'ragturbo_stage_seconds_bucket{{le="0.0005",stage="{stage}"}}' in after
+    assert after["ragturbo_database_generation"] == gen.stats()["generation"]
+    assert after["ragturbo_queue_waiting"] == after["ragturbo_in_flight"] == after["ragturbo_rows_running"] == 0
+    # Paths that strangers make up are one series.
+    server.http.get("/wp-login.php")
+    assert 'ragturbo_requests_total{path="other",status="404"}' in server.metrics()
+
+
+def test_cache_hits_are_told_by_tier(gen):
+    stats = gen.stats() | {"cache": {**CacheStats(device_hits=3, host_hits=2, disk_reads=1).to_dict()}}
+    said = Metrics(lambda: stats).text().decode()
+    for tier, rows in {"device": 3, "host": 2, "disk": 1}.items():
+        assert f'ragturbo_cache_rows_total{{tier="{tier}"}} {rows}.0' in said
 
 
 def test_the_configuration_refuses_nonsense(tmp_path):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import openai
 import pytest
+import torch
 
 from ragturbo import Database, Generator
 
@@ -175,13 +176,23 @@ def test_without_admin_keys_there_is_no_admin_command(server):
     assert server.http.post("/admin/database", json={}).status_code == 404
 
 
-def test_a_dead_device_turns_readiness_off(tiny_sd21, kit, many):
+def test_a_black_image_is_an_error_and_a_dead_device_turns_readiness_off(tiny_sd21, kit, many):
     with Generator.from_pretrained(tiny_sd21, device="cpu") as dying, kit.served(dying) as server:
         assert server.post(prompt="a dog").status_code == 200
         before = dying.stats()["accepted"]
         assert server.http.get("/health/ready").status_code == 200
         # Being asked how it is gives it nothing to do.
         assert dying.stats()["accepted"] == before
+
+        weight = dying._bundle.unet.unet.conv_out.weight
+        with torch.no_grad():
+            healthy = weight.clone()
+            weight.fill_(torch.nan)
+            black = server.post(prompt="a dog")
+            weight.copy_(healthy)
+        assert black.status_code == 500 and black.json()["error"]["code"] == "non_finite_output"
+        assert server.metrics()["ragturbo_non_finite_total"] == 1
+        assert server.post(prompt="a dog").status_code == 200
 
         def lost(batch: object) -> None:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
