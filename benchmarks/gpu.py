@@ -118,7 +118,8 @@ def plan(part: str, options: argparse.Namespace, quick: bool, scratch: Path) -> 
         # The ops' tests take a GPU where there is one; in a rehearsal, one quick file of them.
         folder = ROOT / "tests" / "ops"
         chosen = [folder / "test_dispatch.py"] if rehearse else [folder, ROOT / "tests" / "native" / "test_cuda.py"]
-        tests = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *map(str, chosen)]
+        tests = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *map(str, chosen),
+                 f"--ignore={folder / 'test_compile_only.py'}"]  # fmt: skip
         sanitized = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "1", sys.executable, *tests,
                      "-k", "gather or topk or slerp or shared_by", "-x"]  # fmt: skip
         # What it finds is kept as it goes: kernels/configs/<gpu>.json, once looked at, is where it belongs.

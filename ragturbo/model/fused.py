@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from ragturbo.errors import ModelError
 from ragturbo.model.ties import Ties
 from ragturbo.model.unet import from_tokens, to_tokens
-from ragturbo.ops import cross_attention, geglu, group_norm, layer_norm
+from ragturbo.ops import bias_residual, cross_attention, geglu, group_norm, layer_norm
 
 
 def group_norm_silu(x: Tensor, norm: nn.GroupNorm, add_bias: Tensor | None = None) -> Tensor:
@@ -58,8 +58,8 @@ class Resnet(nn.Module):
             )
         self.norm1, self.norm2 = block.norm1, block.norm2
         self.conv1, self.conv2 = ties.weight(f"{path}.conv1"), ties.weight(f"{path}.conv2")
-        # A convolution adds its bias in a launch of its own on a GPU: conv1's goes into the norm behind it, conv2's
-        # into the shortcut's where there is one.
+        # A convolution adds its bias in a launch of its own on a GPU: conv1's goes into the norm behind it, conv2's and
+        # the shortcut's into the block's sum.
         self.bias1 = ties.own(lambda: _folded_biases(ties, path, block.skip_time_act, embeddings))
         self.shortcut: Tensor | None = None
         if block.conv_shortcut is None:
@@ -73,12 +73,11 @@ class Resnet(nn.Module):
         """temb: which of the folded timesteps, an int; None where there is no time."""
         h = F.conv2d(group_norm_silu(x, self.norm1), self.conv1, padding=1)
         h = group_norm_silu(h, self.norm2, self.bias1[temb or 0])
-        if self.shortcut is None:
-            h = F.conv2d(h, self.conv2, self.bias2, padding=1)
-        else:
-            h = F.conv2d(h, self.conv2, padding=1)
-            x = F.conv2d(x, self.shortcut, self.bias2)
-        return x + h if self.scale == 1 else (x + h) / self.scale
+        h = F.conv2d(h, self.conv2, padding=1)
+        if self.shortcut is not None:
+            x = F.conv2d(x, self.shortcut)
+        out = bias_residual(h, self.bias2, x)
+        return out if self.scale == 1 else out / self.scale
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor:
