@@ -1,6 +1,9 @@
 """Open-loop load on `ragturbo serve`, and what the server costs over `generate()`; one JSON record.
 
     python benchmarks/serve_load.py --seconds 60 --out benchmarks/results/shapes/cpu-2core/serve.json
+    python benchmarks/serve_load.py --page docs/serving.md --out benchmarks/results/shapes/cpu-2core/serve.json
+
+The second writes what the record says into the page, between its marks, and measures nothing.
 
 Starts the server as a process of its own. Arrivals are Poisson at shares of the capacity, whether or not earlier
 requests have been answered, and a latency counts from the intended arrival: a server that falls behind cannot hide it.
@@ -264,6 +267,62 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
     return record | {"exit_code_after_sigterm": code}
 
 
+def table(record: dict[str, Any], source: Path) -> str:
+    """What the record says, for people."""
+
+    def spread(found: dict[str, float] | None) -> str:
+        return "–" if found is None else " / ".join(f"{1e3 * found[name]:.1f}" for name in ("p50", "p99", "max"))
+
+    facts, lines = record["context"], []
+    threads = record["environment"].get("OMP_NUM_THREADS", "its own number of")
+    commit = facts["commit"][:9] + (" and changes" if facts["dirty"] else "")
+    lines += [
+        f"{facts['cpu']}, {facts['cores']} cores, shared with the generator of load; embedded model, mode "
+        f"{record['mode']}, torch on {threads} thread(s); commit {commit}; {source.name}:",
+        f"capacity {record['capacity_images_per_s']:.1f} images/s ({record['capacity_clients']} clients, each with one",
+        f"request in flight), deadline {record['deadline_s']:g} s, ready {record['cold_start_s']:.1f} s after its start.",
+        "",
+        "| load | requests | accepted | goodput of capacity | p50 / p99 / max, ms | past the deadline | refused | "
+        "refusal p50 / p99 / max, ms | refusals over 20 ms | memory, MiB: start / most / end | open files |",
+        "|--:|" + "--:|" * 10,
+    ]
+    for load in record["loads"]:
+        cells = [
+            f"{100 * load['share']:.0f} %",
+            load["requests"],
+            load["accepted"],
+            f"{100 * load['goodput_of_capacity']:.0f} %",
+            spread(load["accepted_seconds"]),
+            load["accepted_after_deadline"] + sum(load["other"].values()),
+            load["rejected"],
+            spread(load["rejected_seconds"]),
+            load["rejected_over_20_ms"],
+            " / ".join(f"{n / 2**20:.0f}" for n in load["memory_bytes"]),
+            " / ".join(map(str, load["open_files"])),
+        ]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    if over := record.get("overhead"):
+        served, called = (1e3 * over[name]["p50"] for name in ("served_seconds", "generate_seconds"))
+        lines += [
+            "",
+            f"One request at a time, by turns with `generate()` in another process ({over['pairs']} pairs): median "
+            f"{served:.1f} ms served,",
+            f"{called:.1f} ms called, PNG included; the median difference is "
+            f"{1e3 * over['median_of_differences_s']:.2f} ms.",
+        ]
+    return "\n".join(lines)
+
+
+def fill(page: Path, text: str) -> None:
+    """Puts it between the page's marks."""
+    begin, end = "<!-- measured -->", "<!-- /measured -->"
+    before, mark, rest = page.read_text("utf-8").partition(begin)
+    _, closing, after = rest.partition(end)
+    if not mark or not closing:
+        raise SystemExit(f"{page} has no {begin} … {end}")
+    page.write_text(f"{before}{begin}\n{text}\n{end}{after}", "utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="without it, the record goes to stdout")
@@ -278,7 +337,13 @@ def main() -> None:
     parser.add_argument("--capacity-seconds", type=float, default=15)
     parser.add_argument("--pairs", type=int, default=150, help="of the overhead; 0 leaves it out")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--page", type=Path, help="write the record --out into this page, and measure nothing")
     args = parser.parse_args()
+    if args.page is not None:
+        if args.out is None:
+            parser.error("--page needs --out, the record")
+        fill(args.page, table(json.loads(args.out.read_text("utf-8")), args.out))
+        return
     args.log.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(asyncio.run(measure(args)), indent=1) + "\n"
     if args.out is None:

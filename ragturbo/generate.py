@@ -71,7 +71,7 @@ class Generator:
         adapter: a folder with adapter.safetensors [+ decoder_lora]; None takes the bundle's own; False goes without.
         device, dtype: None means cuda/float16 where there is a GPU, else cpu/float32.
         options: the fields of `ragturbo.config.GeneratorConfig` (engine, retriever, vae, attention, compile,
-        host_cache, device_cache, batch_sizes, batch_window, max_queue).
+        host_cache, device_cache, batch_sizes, batch_window, max_queue, prompt_cache, log_prompts).
         """
         known = GeneratorConfig.__dataclass_fields__
         if unknown := sorted(set(options) - set(known)):
@@ -110,8 +110,8 @@ class Generator:
         (0.8); per: "sample" or "token", for slerp.
         negative_prompt, guidance_scale, num_inference_steps, height, width, prompt_embeds, negative_prompt_embeds:
         as diffusers.
-        output_type: "pil", "np", "pt", "latent", "uint8" (B, H, W, 3), "png" or "jpeg"; postprocess: a hook on the
-        uint8 batch; timeout: seconds; return_dict: False gives (images,).
+        output_type: "pil", "np", "pt", "latent", "uint8" (B, H, W, 3), "png", "jpeg" or "webp"; postprocess: a hook
+        on the uint8 batch; timeout: seconds; return_dict: False gives (images,).
         """
         call = self._start(prompt, options)
         output = call.wait()
