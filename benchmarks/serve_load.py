@@ -280,7 +280,7 @@ def table(record: dict[str, Any], source: Path) -> str:
         f"{facts['cpu']}, {facts['cores']} cores, shared with the generator of load; embedded model, mode "
         f"{record['mode']}, torch on {threads} thread(s); commit {commit}; {source.name}:",
         f"capacity {record['capacity_images_per_s']:.1f} images/s ({record['capacity_clients']} clients, each with one",
-        f"request in flight), deadline {record['deadline_s']:g} s, ready {record['cold_start_s']:.1f} s after its start.",
+        f"request in flight), deadline {record['deadline_s']:g} s, ready {record['cold_start_s']:.1f} s after start.",
         "",
         "| load | requests | accepted | goodput of capacity | p50 / p99 / max, ms | past the deadline | refused | "
         "refusal p50 / p99 / max, ms | refusals over 20 ms | memory, MiB: start / most / end | open files |",
