@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import sys
+from types import ModuleType
+
 import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
@@ -7,7 +10,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from ragturbo.errors import InvalidRequest
-from ragturbo.ops import cross_attention
+from ragturbo.ops import cross_attention, dispatch
 from ragturbo.ops.cross_attention import reference
 
 CAPABLE = ["reference", "triton", "sdpa"]
@@ -153,6 +156,21 @@ def test_the_reference_passes_gradcheck():
     leaves = [torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes]
     valid = torch.tensor([[True, False], [False, False]])
     assert torch.autograd.gradcheck(lambda q, k, v: cross_attention(q, k, v, valid, heads=2), leaves)
+
+
+def test_an_xformers_without_kernels_for_this_torch_is_refused_in_its_own_words(monkeypatch, randn):
+    def attention(*tensors, attn_bias):
+        raise NotImplementedError("No operator found for memory_efficient_attention_forward")
+
+    # What an xformers built for another torch does: it imports, and knows no operator.
+    module = ModuleType("xformers.ops")
+    module.memory_efficient_attention = attention
+    monkeypatch.setitem(sys.modules, "xformers", ModuleType("xformers"))
+    monkeypatch.setitem(sys.modules, "xformers.ops", module)
+    monkeypatch.setattr(dispatch, "refusal", lambda *asked: None)
+    q, k = randn(2, 5, 32), randn(2, 3, 7, 32)
+    with pytest.raises(InvalidRequest, match="xformers.*No operator found"):
+        cross_attention(q, k, k, heads=2, impl="xformers")
 
 
 def test_nonsense_is_refused_by_name(randn, device):
