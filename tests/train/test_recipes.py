@@ -53,7 +53,7 @@ def test_a_dry_run_counts_the_tiny_models_own_parameters(world, tmp_path):
     from ragturbo.train.estimate import estimate
     from ragturbo.train.ladd import LADDTrainer
 
-    config = world.config(loss={"beta": 1.0, "lpips_weights": "random"}, loop__batch=4)
+    config = world.config(loop__batch=4)
     report = estimate(config, processes=1)
     trainer = LADDTrainer(config, tmp_path / "out", device="cpu")
     parts = report["parameters"]
