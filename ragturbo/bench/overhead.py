@@ -1,6 +1,6 @@
 """`python -m ragturbo.bench.overhead`: what generate() costs over the same modules called by hand.
 
-Both make the same images, one after the other and in turning order, on one thread of torch's; a pair is one image of
+Both make the same images, one after the other in random order, on one thread of torch's; a pair is one image of
 each. Compared are the processor's time of the whole process (every thread, no waiting for others) and the wall's.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import sys
 import time
@@ -62,9 +63,11 @@ def pairs(library: Draw, hand: Draw, words: Sequence[str], rounds: int, warmups:
     for i in range(warmups):
         library(words[i % len(words)], i), hand(words[i % len(words)], i)
     seconds: dict[str, dict[str, list[float]]] = {clock: {"library": [], "hand": []} for clock in ("processor", "wall")}
+    turn = [("library", library), ("hand", hand)]
+    chance = random.Random(0)
     for i in range(rounds):
-        turn = [("library", library), ("hand", hand)]
-        for name, draw in turn if i % 2 else turn[::-1]:
+        chance.shuffle(turn)
+        for name, draw in turn:
             word = words[i % len(words)]
             begin = time.process_time(), time.perf_counter()
             draw(word, i)

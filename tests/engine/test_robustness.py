@@ -74,7 +74,7 @@ def test_sixty_four_threads_each_get_what_they_would_have_got_alone(
     batches = kinds(make_batch, source)
     bad = {"not a number": replace(batches["1 of none"], latents=torch.full((1, 4, 16, 16), float("nan")))}
     names = [*batches, *bad]
-    plan = rng.choice(len(names), size=(64, max(1, long_count(1000) // 64)))
+    plan = rng.choice(len(names), size=(64, -(-long_count(1000) // 64)))
     got: list[tuple[str, StepResult]] = []
     wrong: list[object] = []
 
