@@ -54,7 +54,8 @@ class ScannConfig:
         if rows < 100_000:
             return cls(0, 0, 100, soar=False, centred=centred)
         leaves = round(math.sqrt(rows))
-        return cls(leaves, max(20, round(leaves / 20)), 100, centred=centred)
+        # Twice the leaves found no more at 630,000 and took 1.7 times as long: the reorder count bounds the recall.
+        return cls(leaves, max(20, round(leaves / 40)), 100, centred=centred)
 
 
 def available() -> bool:
