@@ -61,7 +61,7 @@ class Settings:
 SIZES = {
     "short": Settings(
         vae_steps=1_600, decoder_steps=1_500, text_steps=800, teacher_steps=8_000, teacher_batch=128, pairs=8_000,
-        student_steps=2_500, adversarial_from=1_000, lcm_steps=1_000,
+        student_steps=2_000, adversarial_from=1_000, lcm_steps=1_000,
     ),
     "cpu": Settings(),
     "gpu": Settings(
