@@ -89,7 +89,7 @@ def train_tiny(work: Path, s: Settings, minutes: float | None = None) -> None:
     optimizer = torch.optim.AdamW(tiny.parameters(), lr=s.vae_rate, weight_decay=1e-3, betas=(0.9, 0.99))
 
     def update(step: int, generator: torch.Generator) -> dict[str, float]:
-        set_rate(optimizer, rate(step, s.decoder_steps, s.vae_rate))
+        set_rate(optimizer, rate(step, s.tiny_steps, s.vae_rate))
         index = torch.randint(len(latents), (s.vae_batch,), generator=generator)
         x, z = to_float(images[index]), latents[index].float()
         noisy = z + 0.03 * torch.randn(z.shape, generator=generator).to(DEVICE)
@@ -106,7 +106,7 @@ def train_tiny(work: Path, s: Settings, minutes: float | None = None) -> None:
         return {"pixels": pixels.item(), "squares": squares.item(), "edges": edges.item(), "encoded": encoded.item()}
 
     state = {"tiny": tiny, "mean": mean, "optimizer": optimizer}
-    run("tiny", work, update, state, steps=s.decoder_steps, seed=s.seed + 23, minutes=minutes)
+    run("tiny", work, update, state, steps=s.tiny_steps, seed=s.seed + 23, minutes=minutes)
     mean.module.save_pretrained(work / "vae_tiny")
 
 
