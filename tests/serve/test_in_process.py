@@ -142,6 +142,7 @@ for pid in workers:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_a_pre_fork_server_loads_one_generator_a_worker(tiny_sd21):
     with socket.socket() as listening:

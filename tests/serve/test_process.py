@@ -101,6 +101,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_process_with_its_code(tmp_path):
         assert "nowhere" in process.stderr.read()
 
 
+@pytest.mark.slow
 def test_the_load_generator_measures_a_real_server(tmp_path):
     """benchmarks/serve_load.py at a second a load: the record it leaves is whole."""
     script = Path(__file__).parents[2] / "benchmarks" / "serve_load.py"
