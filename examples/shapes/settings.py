@@ -61,13 +61,13 @@ class Settings:
 # The same recipe for what there is: two hours of two cores, a night of two idle ones, minutes of a GPU.
 SIZES = {
     "short": Settings(
-        vae_steps=1_600, decoder_steps=1_500, tiny_steps=800, text_steps=800, teacher_steps=8_000, teacher_batch=128, pairs=8_000,
-        student_steps=2_000, adversarial_from=1_000, lcm_steps=1_000,
+        vae_steps=1_600, decoder_steps=1_500, tiny_steps=800, text_steps=800, teacher_steps=8_000,
+        teacher_batch=128, pairs=8_000, student_steps=2_000, adversarial_from=1_000, lcm_steps=1_000,
     ),
     "cpu": Settings(),
     "gpu": Settings(
-        scenes=200_000, vae_steps=6_000, vae_batch=128, decoder_steps=4_000, tiny_steps=4_000, text_steps=3_000, text_batch=512,
-        teacher_steps=14_000, teacher_batch=1024, pairs=60_000, pair_steps=16, student_steps=8_000, student_batch=512,
-        adversarial_from=3_000, lcm_steps=4_000,
+        scenes=200_000, vae_steps=6_000, vae_batch=128, decoder_steps=4_000, tiny_steps=4_000, text_steps=3_000,
+        text_batch=512, teacher_steps=14_000, teacher_batch=1024, pairs=60_000, pair_steps=16, student_steps=8_000,
+        student_batch=512, adversarial_from=3_000, lcm_steps=4_000,
     ),
 }  # fmt: skip
