@@ -19,6 +19,11 @@ LATENT_SIDE = 16
 SPECIAL = ("<|startoftext|>", "<|endoftext|>", "<|unk|>")
 
 
+def tokenizer_in(folder: Path, s: Settings) -> CLIPTokenizer:
+    """The folder's own, made if it has none: two trainings number the words differently."""
+    return CLIPTokenizer.from_pretrained(folder) if (folder / "vocab.json").exists() else make_tokenizer(folder, s)
+
+
 def make_tokenizer(folder: Path, s: Settings) -> CLIPTokenizer:
     """Byte-pair merges trained on the closed vocabulary until every word of it is one token."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -14,8 +14,9 @@ import data
 import torch
 from device import DEVICE
 from diffusers import AutoencoderKL
-from networks import make_tokenizer
+from networks import tokenizer_in
 from settings import SIZES, Settings
+from stage_adopt import adopt
 from stage_bundle import build_database, build_large_database, write_bundle
 from stage_lcm import distil_lcm
 from stage_student import distil_student, make_pairs
@@ -25,7 +26,7 @@ from stage_vae import train_decoder, train_tiny, train_vae
 
 
 def draw(work: Path, s: Settings, minutes: float | None) -> None:
-    data.draw(work, make_tokenizer(work / "tokenizer", s), s)
+    data.draw(work, tokenizer_in(work / "tokenizer", s), s)
 
 
 def encode(work: Path, s: Settings, minutes: float | None) -> None:
@@ -33,6 +34,7 @@ def encode(work: Path, s: Settings, minutes: float | None) -> None:
 
 
 STAGES: dict[str, Callable[[Path, Settings, float | None], None]] = {
+    "adopt": adopt,
     "draw": draw,
     "text": train_text,
     "vae": train_vae,
@@ -60,7 +62,8 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
-    for name in STAGES if "all" in args.stage else args.stage:
+    # "all" starts from nothing.
+    for name in [stage for stage in STAGES if stage != "adopt"] if "all" in args.stage else args.stage:
         logging.getLogger("ragturbo.recipe").info("stage %s", name)
         STAGES[name](args.work, SIZES[args.size], args.minutes)
 

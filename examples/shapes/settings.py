@@ -52,8 +52,6 @@ class Settings:
     lcm_steps: int = 4_000
     lcm_rate: float = 3e-4
 
-    # An interim bundle leaves its teacher out: weights stay in git's history for good.
-    bundle_teacher: bool = True
     database_pairs: int = 4_000
     large_database_pairs: int = 20_480
 

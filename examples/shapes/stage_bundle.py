@@ -43,7 +43,7 @@ def write_bundle(work: Path, s: Settings, minutes: float | None = None) -> None:
         unet=HSpaceUNet(UNet2DConditionModel.from_pretrained(work / "unet", **half).eval()),
         vae=VAE(AutoencoderKL.from_pretrained(work / "vae", **half).eval()),
         scheduler=make_scheduler(),
-        teacher=teacher.eval() if s.bundle_teacher else None,
+        teacher=teacher.eval(),
     )
     folder = bundle.save(work / "bundle")
     AutoencoderTiny.from_pretrained(work / "vae_tiny", **half).save_pretrained(folder / "vae_tiny")

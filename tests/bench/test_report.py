@@ -89,7 +89,7 @@ def test_a_budget_nobody_measured_says_so_and_a_measured_one_is_judged():
     lines = budgets.table({"unet_s": (3e-3, "x/y.json"), "rows_of_memcpy": (0.5, "x/z.json")})
     told = {line.split("|")[1].strip(): line for line in lines}
     assert "3.00 ms | met | x/y.json" in told["UNet alone, batch 1"]
-    assert "50 % | not met" in told["feature rows from the page cache, share of memcpy"]
+    assert "50 % | not met" in told["feature rows, page cache, 64 a request, share of memcpy"]
     assert sum("not measured" in line for line in lines) == len(budgets.BUDGETS) - 2
 
 

@@ -139,3 +139,15 @@ def test_teacher_features_are_the_unets_own(recipe):
         unet(x, t, states)
     assert [f.shape[-1] for f in features] == [16, 8, 4, 4]
     assert torch.allclose(features[-1], torch.nn.functional.group_norm(seen["middle"], 8), atol=1e-5)
+
+
+def test_the_embedded_parts_can_be_adopted_where_only_the_unets_are_to_be_trained_again(recipe, tmp_path):
+    adopt, s = recipe["stage_adopt"], recipe["settings"].Settings()
+    adopt.adopt(tmp_path, s)
+    vocabulary = (tmp_path / "tokenizer" / "vocab.json").read_bytes()
+    # The drawing stage numbers words as the adopted encoder knows them.
+    recipe["networks"].tokenizer_in(tmp_path / "tokenizer", s)
+    assert (tmp_path / "tokenizer" / "vocab.json").read_bytes() == vocabulary
+    texts = recipe["sampling"].Texts(tmp_path)
+    assert texts.states(["a red circle"]).dtype == torch.float32
+    assert json.loads((tmp_path / "text.jsonl").read_text())["step"] > 0

@@ -71,7 +71,7 @@ def test_the_metadata_ask_for_lower_bounds_only(wheel: zipfile.ZipFile) -> None:
         "rich",
     } <= needed
     assert {"triton", "scann"} <= needed
-    assert {"train", "eval", "bench", "xformers", "serve", "dev"} == set(facts.get_all("Provides-Extra") or [])
+    assert {"train", "eval", "bench", "xformers", "serve", "ray", "dev"} == set(facts.get_all("Provides-Extra") or [])
     assert facts["Requires-Python"] == ">=3.10"
     assert "Apache-2.0" in (facts["License"], facts["License-Expression"])
 
