@@ -19,6 +19,8 @@ from ragturbo.errors import InvalidRequest
 MAX_NEIGHBORS = 16
 MAX_SEED = 2**64 - 1
 DEFAULT_W = 0.8
+# What the device's float32 holds.
+GREATEST = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ def resolve(request: Request, can: Abilities) -> Plan:
         k=k,
         lam=lam,
         w=w,
-        min_score=float("-inf") if request.min_score is None else float(request.min_score),
+        min_score=_min_score(request.min_score),
         seeds=seeds,
         latents=latents,
         height=height,
@@ -369,6 +371,14 @@ def _query(request: Request, can: Abilities, n_prompts: int, mode: str) -> tuple
     return (texts * n_prompts if len(texts) == 1 else texts), None
 
 
+def _min_score(value: Any) -> float:
+    if value is None:
+        return float("-inf")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= GREATEST:
+        raise InvalidRequest(f"min_score={value!r} must be a number within ±{GREATEST:.4g}, as scores are")
+    return float(value)
+
+
 def _per_image(
     name: str, value: Any, default: float, count: int, n_prompts: int, low: float, high: float | None
 ) -> Tensor:
@@ -376,9 +386,9 @@ def _per_image(
         return torch.full((count,), default)
     values = list(value) if isinstance(value, (list, tuple)) else [value]
     for v in values:
-        bad = isinstance(v, bool) or not isinstance(v, (int, float)) or not v >= low or v == float("inf")
+        bad = isinstance(v, bool) or not isinstance(v, (int, float)) or not low <= v <= GREATEST
         if bad or (high is not None and v > high):
-            bound = f"in [{low:g}, {high:g}]" if high is not None else f"a number of at least {low:g}"
+            bound = f"in [{low:g}, {high:g}]" if high is not None else f"a number from {low:g} to {GREATEST:.4g}"
             raise InvalidRequest(f"{name}={v!r} must be {bound}")
     if len(values) == n_prompts != count:
         values = [v for v in values for _ in range(count // n_prompts)]
