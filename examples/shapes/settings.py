@@ -56,7 +56,7 @@ class Settings:
     large_database_pairs: int = 20_480
 
 
-# The same recipe for what there is: two hours of two cores, a night of two idle ones, minutes of a GPU.
+# The same recipe for what there is: two hours of two cores, a night of two idle ones, a GPU.
 SIZES = {
     "short": Settings(
         vae_steps=1_600, decoder_steps=1_500, tiny_steps=800, text_steps=800, teacher_steps=8_000,

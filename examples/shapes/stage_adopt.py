@@ -1,6 +1,6 @@
 """Instead of the first stages: the tokenizer, text encoder and autoencoders of the embedded model, with provenance.
 
-A better teacher and student can then be trained where there is a GPU for minutes only; the rest is good already.
+A better teacher and student can then be trained where time on a GPU is short; the rest is good already.
 """
 
 from __future__ import annotations
