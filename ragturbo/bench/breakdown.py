@@ -93,12 +93,13 @@ def breakdown(settings: Settings, on_row: Callable[[str, str], None] | None = No
         if "paper" in settings.profiles:
             record["profiles"]["paper"] = _paper(settings, bundle, database, search, tell)
             states.append(_gpu_state(settings))
+        # Before the engine lays the weights out anew: a projection is of the eager modules as diffusers has them.
+        record["projection"] = _projection(settings, bundle, record)
         if "turbo" in settings.profiles:
             record["profiles"]["turbo"] = _turbo(settings, bundle, database, tell)
             states.append(_gpu_state(settings))
         record["gpu_states"] = [s for s in states if s]
         record["flags"] = _flags(record, states)
-        record["projection"] = _projection(settings, bundle, record)
     return record
 
 
