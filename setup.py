@@ -20,7 +20,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-CPP = ["csrc/bindings.cpp", "csrc/store.cpp", "csrc/crc32.cpp", "csrc/pool.cpp", "csrc/pinned.cpp"]
+CPP = [f"csrc/{name}.cpp" for name in ("bindings", "store", "mapped", "crc32", "pool", "pinned")]
 CUDA = ["csrc/gather.cu", "csrc/topk.cu"]
 HEADERS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.hpp"))
 # Ampere (A100), Ada (L40S) and Hopper (H100, H200) in machine code; newer ones compile the PTX on first load.

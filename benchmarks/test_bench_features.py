@@ -1,9 +1,9 @@
 """Feature rows of 160 KiB in random order, page cache to destination: ours, and what one would write without it.
 
 The file is read from beginning to end before each row's clock starts, since some systems give cold pages back within
-seconds. How pages came in matters: a file read in order, or just written, lies in large folios, from which the kernel
-copies faster than from the single pages that reads in random order leave ("single pages"). memcpy is the same pattern
-from plain memory: records of random places into one buffer.
+seconds. How pages came in may matter: a file read in order, or just written, lies in large folios, one read in random
+order in single pages ("single pages"). "pread" is what ours falls back to without ragturbo._native. memcpy is the same
+pattern from plain memory: records of random places into one buffer.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 from ragturbo.bench import roofline
 from ragturbo.bench.timing import once, percentiles
 from ragturbo.retrieval import Database, FeatureCache, Geometry, Record
+from ragturbo.retrieval.store import PreadStore
 
 GEOMETRY = Geometry(8, 8, 1280, "float16", 16)
 ROWS, ROTATE = 4096, 64
@@ -31,6 +32,7 @@ READERS = [
     "ours, checksums",
     "ours, one thread",
     "ours, single pages",
+    "pread",
     "memcpy",
     "memcpy, one thread",
     "memmap",
@@ -109,6 +111,18 @@ def reader(name: str, rows: Rows) -> Any:
             return out[: len(ids)]
 
         return ours
+    if name == "pread":
+        rows.warm(rows.path)
+        twin = PreadStore(
+            [str(rows.path)], header_bytes=GEOMETRY.offset(0), record_bytes=GEOMETRY.stride,
+            payload_bytes=GEOMETRY.record_bytes, counts=[ROWS],
+        )  # fmt: skip
+
+        def pread(ids: np.ndarray) -> np.ndarray:
+            assert not twin.read_into(np.zeros(len(ids), np.int32), ids, out[: len(ids)], threads=2)
+            return out[: len(ids)]
+
+        return pread
     if name.startswith("memcpy"):
         source, target = torch.from_numpy(rows.memory), torch.from_numpy(out)
         threads = 1 if "one thread" in name else 2
@@ -175,6 +189,25 @@ def test_rows_beside_memcpy(benchmark: Any, rows: Rows, count: int) -> None:
         op="features", device="cpu", dtype="float16", seconds=found["ours"], seconds_memcpy=found["memcpy"],
         sizes={"rows": count, "row_bytes": GEOMETRY.record_bytes, "reader": f"ours, {share:.0%} of memcpy"},
         share_of_memcpy=share, measured={"rows_of_memcpy": share} if count == 64 else {},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_rows_read_for_the_first_time(benchmark: Any, rows: Rows, count: int) -> None:
+    """In the page cache, but new to the process: each round a database that was just opened. Two threads."""
+    rng = np.random.default_rng(count)
+    rows.warm(rows.path)
+    times = []
+    for _ in range(100):
+        segments = Database.open(rows.folder / "db").snapshot.segments
+        ids = rng.choice(ROWS, count, replace=False)
+        time.sleep(3e-3)
+        times.append(once(lambda read=segments.read_into, ids=ids: read(ids, rows.out, checksums=False)))
+    benchmark.group = f"{count} rows"
+    benchmark.pedantic(segments.read_into, args=(ids, rows.out), kwargs={"checksums": False}, rounds=5)
+    benchmark.extra_info.update(
+        op="features", device="cpu", dtype="float16", seconds=percentiles(times),
+        sizes={"rows": count, "row_bytes": GEOMETRY.record_bytes, "reader": "ours, first read"},
     )  # fmt: skip
 
 

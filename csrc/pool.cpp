@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <deque>
 #include <mutex>
@@ -13,11 +14,13 @@
 namespace ragturbo {
 namespace {
 
+constexpr std::chrono::microseconds kSpin{30};
+
 struct Job {
   const std::function<void(size_t)>& body;
   size_t tasks;
   std::atomic<size_t> next{0};
-  int helpers = 0;  // guarded by the pool's mutex
+  std::atomic<int> helpers{0};  // raised under the pool's mutex, and only while the job is wanted
 
   void work() {
     for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) body(i);
@@ -37,7 +40,14 @@ class Pool {
     // Every task is taken. A call for help that nobody has answered is withdrawn: a busy pool never delays the caller.
     std::unique_lock lock(mutex_);
     wanted_.erase(std::remove(wanted_.begin(), wanted_.end(), &job), wanted_.end());
-    done_.wait(lock, [&] { return job.helpers == 0; });
+    lock.unlock();
+    // The helpers are in the middle of their last tasks. To be put to sleep and woken takes as long as such a task.
+    const auto patience = std::chrono::steady_clock::now() + kSpin;
+    while (job.helpers.load(std::memory_order_acquire) != 0 && std::chrono::steady_clock::now() < patience) {
+    }
+    if (job.helpers.load(std::memory_order_acquire) == 0) return;
+    lock.lock();
+    done_.wait(lock, [&] { return job.helpers.load(std::memory_order_acquire) == 0; });
   }
 
  private:
@@ -63,7 +73,8 @@ class Pool {
       lock.unlock();
       job->work();
       lock.lock();
-      if (--job->helpers == 0) done_.notify_all();
+      // The caller may be gone with its job as soon as this is zero.
+      if (job->helpers.fetch_sub(1, std::memory_order_acq_rel) == 1) done_.notify_all();
     }
   }
 

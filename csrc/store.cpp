@@ -12,6 +12,7 @@
 #include <system_error>
 
 #include "crc32.hpp"
+#include "mapped.hpp"
 #include "pool.hpp"
 
 namespace ragturbo {
@@ -37,6 +38,7 @@ OpenError::OpenError(int code, const std::string& path)
 
 struct Store::Files {
   std::vector<int> fds;
+  std::vector<Mapped> maps;
 
   Files() = default;
   Files(const Files&) = delete;
@@ -56,6 +58,7 @@ Store::Store(const std::vector<std::string>& paths, Layout layout, std::vector<u
   constexpr uint64_t limit = std::numeric_limits<int64_t>::max();
   auto files = std::make_shared<Files>();
   files->fds.reserve(paths.size());
+  files->maps.reserve(paths.size());
   for (size_t s = 0; s < paths.size(); ++s) {
     if (layout_.header > limit || counts_[s] > (limit - layout_.header) / layout_.record)
       throw std::invalid_argument(paths[s] + ": " + number(counts_[s]) + " records of " + number(layout_.record) +
@@ -74,6 +77,7 @@ Store::Store(const std::vector<std::string>& paths, Layout layout, std::vector<u
     // Rows are asked for in random order: reading ahead would only push other rows out of the page cache.
     ::posix_fadvise(fd, 0, 0, POSIX_FADV_RANDOM);
 #endif
+    files->maps.emplace_back(fd, needed);
   }
   files_ = std::move(files);
 }
@@ -123,14 +127,17 @@ void Store::check(const Request& request) const {
   if (twice != taken.end()) throw std::invalid_argument("slot " + std::to_string(*twice) + " is given twice");
 }
 
-bool Store::read_record(int fd, const Request& request, size_t i, Failure& failure) const {
+bool Store::read_record(int fd, const Mapped* map, const Request& request, size_t i, Failure& failure) const {
   const uint64_t offset = layout_.header + static_cast<uint64_t>(request.rows[i]) * layout_.record;
   const size_t slot = request.slots ? static_cast<size_t>(request.slots[i]) : i;
   unsigned char* out = request.dst + slot * request.slot_bytes;
   uint32_t crc = 0;
   for (size_t done = 0; done < layout_.payload;) {
     const size_t wanted = std::min<size_t>(layout_.payload - done, kChunk);
-    const ssize_t got = ::pread(fd, out + done, wanted, static_cast<off_t>(offset + done));
+    // What the map cannot give is read, and the read knows why.
+    if (map && !map->copy(out + done, offset + done, wanted)) map = nullptr;
+    const ssize_t got = map ? static_cast<ssize_t>(wanted)
+                            : ::pread(fd, out + done, wanted, static_cast<off_t>(offset + done));
     if (got < 0 && errno == EINTR) continue;
     if (got < 0) {
       failure = {i, Failure::Kind::io, describe(errno) + " at byte " + number(offset + done)};
@@ -157,9 +164,11 @@ std::vector<Failure> Store::read(const Request& request) const {
   check(request);
   std::vector<Failure> failures;
   std::mutex mutex;
+  const bool mapped = Mapped::guarded();
   run_parallel(request.n, request.threads, [&](size_t i) {
     Failure failure{};
-    if (read_record(files->fds[request.segments[i]], request, i, failure)) return;
+    const size_t segment = static_cast<size_t>(request.segments[i]);
+    if (read_record(files->fds[segment], mapped ? &files->maps[segment] : nullptr, request, i, failure)) return;
     std::lock_guard lock(mutex);
     failures.push_back(std::move(failure));
   });

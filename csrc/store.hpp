@@ -43,8 +43,10 @@ struct Request {
   int threads;
 };
 
-// Fixed-size records in many files. pread, not mmap: equal in speed here, and a file that shrinks under the reader is
-// a short read to report instead of a SIGBUS.
+class Mapped;
+
+// Fixed-size records in many files. What lies in the page cache is copied from a map of its file, the rest is read: so is
+// whatever the map fails at, which makes a file that shrinks under the reader a short read to report, not a SIGBUS.
 class Store {
  public:
   Store(const std::vector<std::string>& paths, Layout layout, std::vector<uint64_t> counts);
@@ -62,7 +64,7 @@ class Store {
 
   std::shared_ptr<const Files> files() const;
   void check(const Request& request) const;
-  bool read_record(int fd, const Request& request, size_t i, Failure& failure) const;
+  bool read_record(int fd, const Mapped* map, const Request& request, size_t i, Failure& failure) const;
 
   Layout layout_;
   std::vector<uint64_t> counts_;

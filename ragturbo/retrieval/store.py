@@ -1,6 +1,7 @@
 """Positioned reads of many records into one buffer: `ragturbo._native.Store`, or the same contract in Python.
 
-Memory maps are avoided on purpose: a file truncated under a map is a SIGBUS, under `preadv` it is a short read.
+The native store copies from maps of its files and knows how to survive a file that is truncated under them. Python does
+not, so its twin reads: there a truncated file is a short read.
 """
 
 from __future__ import annotations

@@ -1,6 +1,9 @@
 // The native parts under the sanitizers, without Python: every check is an ordinary use or an attempt to misuse.
 // usage: checks FOLDER; prints one line a check and exits 1 at the first that fails.
 #include <fcntl.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -14,6 +17,7 @@
 #include <thread>
 
 #include "../../csrc/crc32.hpp"
+#include "../../csrc/mapped.hpp"
 #include "../../csrc/pinned.hpp"
 #include "../../csrc/pool.hpp"
 #include "../../csrc/store.hpp"
@@ -168,6 +172,88 @@ void damage_is_found_and_named(const Database& database) {
   CHECK(raises<std::invalid_argument>([&] { database.open(); }));
 }
 
+struct File {
+  std::string path;
+  std::vector<unsigned char> bytes;
+  int fd;
+
+  File(const std::string& folder, size_t n) : path(folder + "/mapped"), bytes(random_bytes(n, 9)) {
+    fd = ::open(path.c_str(), O_RDWR | O_CREAT | O_TRUNC, 0600);
+    CHECK(fd >= 0);
+    fill();
+  }
+  ~File() { ::close(fd); }
+  void fill() const { CHECK(::pwrite(fd, bytes.data(), bytes.size(), 0) == static_cast<ssize_t>(bytes.size())); }
+};
+
+void a_map_copies_what_is_there_or_says_no(const std::string& folder) {
+  const File file(folder, 700000);
+  const Mapped map(file.fd, file.bytes.size());
+  CHECK(map.mapped() && Mapped::guarded());
+  std::vector<unsigned char> out(file.bytes.size() + 2, 0xAA);
+  for (size_t offset : {size_t{0}, size_t{1}, size_t{4095}, size_t{4096}, size_t{262144}, size_t{300001}})
+    for (size_t n : {size_t{1}, size_t{4096}, size_t{262144}, size_t{399999}}) {
+      CHECK(map.copy(out.data() + 1, offset, n));
+      CHECK(std::memcmp(out.data() + 1, file.bytes.data() + offset, n) == 0);
+      CHECK(out[0] == 0xAA && out[n + 1] == 0xAA);
+      std::fill(out.begin(), out.end(), 0xAA);
+    }
+  CHECK(!map.copy(out.data(), 700000, 1) && !map.copy(out.data(), 1, 700000) && !map.copy(out.data(), UINT64_MAX, 2));
+  CHECK(::ftruncate(file.fd, 5000) == 0);
+  CHECK(map.copy(out.data(), 0, 4096) && !map.copy(out.data(), 4096, 8192));
+  // Nothing of a file that is empty, or that may not be read, is mapped.
+  CHECK(!Mapped(file.fd, 0).mapped() && !Mapped(-1, 10).mapped());
+}
+
+void a_file_cut_short_while_it_is_copied_is_no_signal(const std::string& folder) {
+  const File file(folder, 400000);
+  const Mapped map(file.fd, file.bytes.size());
+  std::atomic<bool> stop{false};
+  std::vector<std::thread> readers;
+  for (int reader = 0; reader < 3; ++reader)
+    readers.emplace_back([&] {
+      std::vector<unsigned char> out(250000);
+      while (!stop.load()) map.copy(out.data(), 150000, out.size());
+    });
+  for (int round = 0; round < 300; ++round) {
+    CHECK(::ftruncate(file.fd, 160000) == 0);
+    file.fill();
+  }
+  stop = true;
+  for (auto& reader : readers) reader.join();
+}
+
+sigjmp_buf back;
+
+void another_signal_of_the_kind_goes_where_it_went(const std::string& folder) {
+  // Before the first map, a handler of the program's own.
+  struct sigaction mine {};
+  mine.sa_handler = [](int) { siglongjmp(back, 1); };
+  ::sigemptyset(&mine.sa_mask);
+  CHECK(::sigaction(SIGBUS, &mine, nullptr) == 0);
+  const File file(folder, 8192);
+  const Mapped map(file.fd, file.bytes.size());
+  void* other = ::mmap(nullptr, 8192, PROT_READ, MAP_SHARED, file.fd, 0);
+  CHECK(other != MAP_FAILED && ::ftruncate(file.fd, 0) == 0);
+  volatile bool came = false;
+  if (sigsetjmp(back, 1) == 0) {
+    (void)*static_cast<volatile unsigned char*>(other);
+  } else {
+    came = true;
+  }
+  CHECK(came && Mapped::guarded());
+  // Who takes the signal afterwards has it: the map says so, and stores read.
+  struct sigaction ours {};
+  CHECK(::sigaction(SIGBUS, &mine, &ours) == 0);
+  CHECK(!Mapped::guarded());
+  const Database database(folder);
+  const Store store = database.open();
+  Rows want(database, 30, 1);
+  CHECK(store.read(want.request(2)).empty());
+  CHECK(::sigaction(SIGBUS, &ours, nullptr) == 0 && Mapped::guarded());
+  ::munmap(other, 8192);
+}
+
 void misuse_is_refused_before_a_byte_is_written(const Database& database) {
   Store store = database.open();
   Rows want(database, 10, 5);
@@ -246,6 +332,9 @@ int main(int argc, char** argv) {
     const Database database(argv[1]);
     crc_of_every_length_and_alignment();
     every_task_runs_once_from_many_callers();
+    another_signal_of_the_kind_goes_where_it_went(argv[1]);
+    a_map_copies_what_is_there_or_says_no(argv[1]);
+    a_file_cut_short_while_it_is_copied_is_no_signal(argv[1]);
     rows_arrive_in_their_slots_and_nowhere_else(database);
     misuse_is_refused_before_a_byte_is_written(database);
     closing_waits_for_readers(database);

@@ -11,7 +11,8 @@ import pytest
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
-SOURCES = [HERE / "checks.cpp", *(CSRC / name for name in ("crc32.cpp", "pool.cpp", "store.cpp", "pinned.cpp"))]
+PARTS = ("crc32", "pool", "store", "mapped", "pinned")
+SOURCES = [HERE / "checks.cpp", *(CSRC / f"{name}.cpp" for name in PARTS)]
 SANITIZERS = {"asan": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"], "tsan": ["-fsanitize=thread"]}
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed: nothing to compile with")
