@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from device import DEVICE
 from PIL import Image
+from projected import make_projected
 from scored import latency, record, score
 from settings import Settings
 from stage_bundle import pairs
@@ -33,7 +34,7 @@ from ragturbo.model.source import resolve
 log = logging.getLogger("ragturbo.recipe")
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "shapes" / "cpu-2core" / "findings"
-OWN, CIRCLES = "own", "circles"
+OWN, CIRCLES, PROJECTED = "own", "circles", "projected"
 WEIGHTS = (0.9, 0.8, 0.6, 0.4, 0.2)
 
 
@@ -42,7 +43,7 @@ class Cell:
     question: str
     system: str
     database: str = OWN
-    """ "own", "circles", or a number of pairs."""
+    """ "own", "circles", "projected" (the own pairs under keys of a projection), or a number of pairs."""
 
     @property
     def name(self) -> str:
@@ -61,6 +62,7 @@ def cells(sizes: list[int]) -> list[Cell]:
     found += [Cell("size", system, str(n)) for n in sizes for system in ("adapter", "slerp@w=0.8")]
     foreign = ("student", "adapter", "adapter@min_score=0.9", "slerp@w=0.8")
     found += [Cell("wrong domain", system, CIRCLES) for system in foreign]
+    found += [Cell("keys", system, name) for name in (OWN, PROJECTED) for system in ("adapter", "slerp@w=0.8")]
     found += [Cell("search", f"adapter@retriever={name}") for name in ("exact", "bm25")]
     return [Cell(cell.question, _joined(cell.system), cell.database) for cell in found]
 
@@ -77,10 +79,21 @@ def database(name: str, args: argparse.Namespace) -> Path:
     folder = args.work / f"database-{name}"
     if not folder.exists():
         part = folder.with_name(f".{folder.name}.part")
-        source = circles(args.circles) if name == CIRCLES else pairs(int(name), Settings())
-        Database.build(source, part, model=args.model, feature_dtype="int8", index=False, batch_size=64, resume=False)
+        source = circles(args.circles) if name == CIRCLES else pairs(_count(name, args), Settings())
+        asked = model(name, args)
+        Database.build(source, part, model=asked, feature_dtype="int8", index=False, batch_size=64, resume=False)
         part.rename(folder)
     return folder
+
+
+def _count(name: str, args: argparse.Namespace) -> int:
+    return len(Database.open(database(OWN, args))) if name == PROJECTED else int(name)
+
+
+def model(name: str, args: argparse.Namespace) -> str:
+    if name != PROJECTED:
+        return str(args.model)
+    return str(make_projected(args.model, args.work / "projected", args.key_steps))
 
 
 def circles(count: int) -> Iterator[tuple[str, Image.Image]]:
@@ -97,7 +110,7 @@ def measure(cell: Cell, args: argparse.Namespace) -> None:
     log.info("%s", cell.name)
     where = database(cell.database, args)
     adapter = None if args.adapter is None else str(args.adapter)
-    loading = Loading(str(args.model), str(where), adapter, str(DEVICE))
+    loading = Loading(model(cell.database, args), str(where), adapter, str(DEVICE))
     suite = shapes(args.prompts)
     facts: dict[str, Any] = {"question": cell.question, "database": cell.database, "pairs": len(Database.open(where))}
     facts |= score(cell.system, loading, suite, args.work / "drawn" / cell.database)
@@ -117,7 +130,7 @@ def report(results: Path, image: Path) -> str:
             "|---|---|---|---|---|---|",
         ]
         for row in (row for row in rows if row["question"] == question):
-            stored = f"{row['pairs']:,}" + (f" {CIRCLES}" if row["database"] == CIRCLES else "")
+            stored = f"{row['pairs']:,}" + (f" {row['database']}" if row["database"] in (CIRCLES, PROJECTED) else "")
             cells_of = [_mean(row, letters) for letters in ("cr", "c", "r")]
             lines.append(
                 f"| `{row['system']}` | {stored} | {' | '.join(cells_of)} | {row['milliseconds']['p50']:.1f} |"
@@ -166,6 +179,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--prompts", type=int, default=400, help="unseen captions, every other one rare")
     parser.add_argument("--sizes", nargs="*", type=int, default=[250, 1000, 4000, 20480])
     parser.add_argument("--circles", type=int, default=1000, help="pairs of the database of another domain")
+    parser.add_argument("--key-steps", type=int, default=600, help="training of the projection")
     parser.add_argument("--questions", nargs="+", help="only these")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--report", action="store_true", help="tables and plot of what is there")

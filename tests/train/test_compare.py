@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ragturbo import Database
+
 RECIPE = Path(__file__).parents[2] / "examples" / "shapes"
 
 
@@ -18,7 +20,8 @@ def scripts():
     sys.path.insert(0, str(RECIPE))
     try:
         yield {
-            name: importlib.import_module(name) for name in ("compare", "compare_report", "findings", "heads", "scored")
+            name: importlib.import_module(name)
+            for name in ("compare", "compare_report", "findings", "heads", "projected", "scored")
         }
     finally:
         sys.path.remove(str(RECIPE))
@@ -120,8 +123,10 @@ def test_the_heads_are_measured_with_the_student_held_still(scripts, options, tm
 def test_findings_are_measured_once_and_reported_from_their_numbers(scripts, world, tmp_path, monkeypatch, capsys):
     findings, out = scripts["findings"], tmp_path / "results"
     monkeypatch.setattr(scripts["scored"], "TIMED", 2)
+    monkeypatch.setattr(scripts["projected"], "SCENES", 8)
+    monkeypatch.setattr(scripts["projected"], "BATCH", 4)
     run = ["--work", tmp_path / "work", "--model", world.model, "--database", world.database, "--results", out,
-           "--prompts", 2, "--sizes", 6, "--circles", 4, "--threads", 1]  # fmt: skip
+           "--prompts", 2, "--sizes", 6, "--circles", 4, "--key-steps", 2, "--threads", 1]  # fmt: skip
     names = {cell.name for cell in findings.cells([6])}
     assert len(names) == len(findings.cells([6])) and "blend-slerp_per=token+w=0.8-own" in names
     wanted = [
@@ -130,8 +135,12 @@ def test_findings_are_measured_once_and_reported_from_their_numbers(scripts, wor
     monkeypatch.setattr(findings, "cells", lambda sizes: wanted)
     call(findings, *run)
     kept = {path: path.stat().st_mtime_ns for path in out.glob("*.json")}
-    facts = {json.loads(path.read_text())["question"]: json.loads(path.read_text()) for path in kept}
-    assert {question: f["pairs"] for question, f in facts.items()} == {"mode": 32, "size": 6, "wrong domain": 4}
+    facts = {(f["question"], f["database"]): f for f in (json.loads(path.read_text()) for path in kept)}
+    assert {asked: f["pairs"] for asked, f in facts.items()} == {
+        ("mode", "own"): 32, ("size", "6"): 6, ("wrong domain", "circles"): 4,
+        ("keys", "own"): 32, ("keys", "projected"): 32,
+    }  # fmt: skip
+    assert Database.open(tmp_path / "work" / "database-projected").key_kind == "clip"
     assert all(f["milliseconds"]["p50"] > 0 and len(f["values"]) == 2 for f in facts.values())
     call(findings, *run)
     assert kept == {path: path.stat().st_mtime_ns for path in out.glob("*.json")}
