@@ -70,7 +70,7 @@ class StudentConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW at a constant rate, as the paper, after a linear warm-up where one is asked for."""
+    """AdamW at a constant rate, as the paper, unless a linear warm-up or a decay is asked for."""
 
     lr: float = 1e-5
     betas: tuple[float, float] = (0.9, 0.999)
@@ -79,11 +79,24 @@ class OptimConfig:
     clip: float = 1.0
     """Largest norm of the gradient; 0 for no clipping."""
     warmup: int = 0
+    decay: str = "none"
+    """"cosine": to a fiftieth of lr at loop.max_steps; a short run ends settled only so."""
 
     def __post_init__(self) -> None:
         _at_least("optim", self, lr=0, eps=0, weight_decay=0, clip=0, warmup=0)
+        if self.decay not in ("none", "cosine"):
+            raise InvalidRequest(f"optim.decay={self.decay!r} must be none or cosine")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise InvalidRequest(f"optim.betas={self.betas} must be two numbers from 0 up to but not including 1")
+
+    def rate(self, update: int, steps: int) -> float:
+        """Of update number `update`, counted from 0, of a run of `steps`."""
+        if update < self.warmup:
+            return self.lr * (update + 1) / self.warmup
+        if self.decay == "none":
+            return self.lr
+        done = min(1.0, (update - self.warmup) / max(1, steps - self.warmup))
+        return self.lr * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
 @dataclass(frozen=True)

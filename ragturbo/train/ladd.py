@@ -141,7 +141,7 @@ class LADDTrainer:
         self._meter(norm_g=norm_g * self.accumulation, norm_d=norm_d * self.accumulation)
         # The one wait for the device in a step: was anything in it not finite? Every process has the same norms.
         if bool(torch.isfinite(norm_g) & torch.isfinite(norm_d)):
-            self._warm_up()
+            self._set_rates()
             self.optimizer_d.step()
             self.optimizer_g.step()
             self.masters.publish()
@@ -279,14 +279,13 @@ class LADDTrainer:
         for grad, mean in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
             grad.copy_(mean.view_as(grad))
 
-    def _warm_up(self) -> None:
+    def _set_rates(self) -> None:
         for optimizer, settings in (
             (self.optimizer_g, self.config.optim),
             (self.optimizer_d, self.config.discriminator.optim),
         ):
-            if settings.warmup:
-                for group in optimizer.param_groups:
-                    group["lr"] = settings.lr * min(1.0, (self.updates + 1) / settings.warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = settings.rate(self.updates, self.config.loop.max_steps)
 
     def _skip(self) -> None:
         self.skipped += 1

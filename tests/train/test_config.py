@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ragturbo.errors import InvalidRequest
-from ragturbo.train.config import find_config, from_dict, load_config, to_dict, to_yaml
+from ragturbo.train.config import OptimConfig, find_config, from_dict, load_config, to_dict, to_yaml
 
 OURS = sorted(path.stem for path in find_config("paper").parent.glob("*.yaml"))
 LEAST = {"model": "m", "data": {"sources": [{"path": "d"}]}}
@@ -46,6 +46,7 @@ def test_a_setting_can_be_changed_on_the_command_line():
         (["loop.batch=2047"], "not a multiple of loop.micro_batch"),
         (["optim.lr=-1"], "optim.lr=-1.0 must be at least 0"),
         (["optim.lr=.inf"], "must be finite"),
+        (["optim.decay=linear"], "optim.decay='linear' must be none or cosine"),
         (["optim.betas=[0.9]"], "must have 2 values"),
         (["student.steps=5"], "one to four steps"),
         (["student.adapter=lora"], "'transformer', 'attention', 'none'"),
@@ -80,3 +81,11 @@ def test_a_batch_divides_into_processes_or_says_so():
     assert [config.loop.accumulation(n) for n in (1, 2, 3)] == [6, 3, 2]
     with pytest.raises(InvalidRequest, match="12 does not divide into 4 processes"):
         config.loop.accumulation(4)
+
+
+def test_a_rate_warms_up_and_decays_to_a_fiftieth_where_asked():
+    constant, cosine = OptimConfig(lr=1.0, warmup=4), OptimConfig(lr=1.0, warmup=4, decay="cosine")
+    assert [constant.rate(i, 100) for i in (0, 3, 4, 99)] == [0.25, 1.0, 1.0, 1.0]
+    rates = [cosine.rate(i, 100) for i in range(101)]
+    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0] and rates[52] == pytest.approx(0.51) and rates[100] == 0.02
+    assert all(later < sooner for sooner, later in zip(rates[4:], rates[5:], strict=False))

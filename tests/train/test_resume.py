@@ -57,7 +57,7 @@ def settings_of(world, processes: int = 1) -> dict:
     return world.settings(
         loop__max_steps=STEPS, loop__save_every=1, loop__batch=4, loop__micro_batch=4 // processes // 2,
         student__retrieval_dropout=0.3, student__steps=2, student__lora={"rank": 2, "alpha": 2.0, "dropout": 0.1},
-        optim={"lr": 1e-3, "warmup": 3},
+        optim={"lr": 1e-3, "warmup": 3, "decay": "cosine"},
         data__sources=[{"path": str(world.data), "weight": 3.0}, {"path": str(world.real)}],
     )  # fmt: skip
 
