@@ -137,6 +137,8 @@ class Call:
     def future(self) -> Future[Output]:
         outer = _OutputFuture(self)
         left, lock = len(self.futures), threading.Lock()
+        # Emptied by the last one: inner futures that kept the outer one would be a cycle.
+        waiting = [outer]
 
         def one_done(_: Future[StepResult]) -> None:
             nonlocal left
@@ -144,7 +146,7 @@ class Call:
                 left -= 1
                 last = left == 0
             if last:
-                _finishers().submit(outer.finish)
+                _finishers().submit(waiting.pop().finish)
 
         for future in self.futures:
             future.add_done_callback(one_done)
@@ -193,21 +195,25 @@ class _OutputFuture(Future[Output]):
 
     def __init__(self, call: Call) -> None:
         super().__init__()
-        self._call = call
+        self._call: Call | None = call
 
     def cancel(self) -> bool:
-        cancelled = super().cancel()
-        if cancelled:
-            self._call.cancel()
+        call, cancelled = self._call, super().cancel()
+        if cancelled and call is not None:
+            call.cancel()
         return cancelled
 
     def finish(self) -> None:
-        if not self.set_running_or_notify_cancel():
+        # From here on nothing is left to cancel, and whoever keeps the result keeps no more than that.
+        call, self._call = self._call, None
+        if call is None or not self.set_running_or_notify_cancel():
             return
         try:
-            self.set_result(self._call.output([f.result(0) for f in self._call.futures]))
+            self.set_result(call.output([f.result(0) for f in call.futures]))
         except BaseException as error:
             self.set_exception(error)
+            # The error's traceback holds this frame.
+            del self, call
 
 
 def _check_grids(bundle: Bundle, source: DatabaseSource | None, plan: Plan) -> None:

@@ -14,7 +14,6 @@ from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -136,7 +135,8 @@ class Executor:
             self.counts["accepted"] += len(jobs)
             self._wake.notify()
         for job in jobs:
-            job.future.add_done_callback(partial(self._leave, job))
+            # Not bound to the job: that would be a cycle, and what a request holds would outlive it until a collection.
+            job.future.add_done_callback(self._leave)
         return [job.future for job in jobs]
 
     def _check_room(self, rows: int, jobs: int, timeout: float | None) -> None:
@@ -156,13 +156,15 @@ class Executor:
                 retry_after=expected - timeout,
             )
 
-    def _leave(self, job: Job, future: Future[StepResult]) -> None:
+    def _leave(self, future: Future[StepResult]) -> None:
         """A cancelled request makes room at once, not when the device's thread next looks."""
         if future.cancelled():
             with self._wake:
-                if job in self._queue:
-                    self._queue.remove(job)
-                    self.counts["cancelled"] += 1
+                for job in self._queue:
+                    if job.future is future:
+                        self._queue.remove(job)
+                        self.counts["cancelled"] += 1
+                        break
 
     def _expected_wait(self, rows: int) -> float:
         return self._pace.expected(rows + sum(len(job.batch) for job in self._queue))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import threading
 import time
@@ -50,6 +51,7 @@ class Service:
 
         config = self.config
         begin = time.monotonic()
+        ours = False
         if self.generator is None:
             self.generator = Generator.from_pretrained(
                 config.model,
@@ -62,8 +64,14 @@ class Service:
                 cache_dir=config.cache_dir,
                 **{"log_prompts": config.log_prompts, **config.options},
             )
+            ours = True
         loaded = time.monotonic()
         self.generator.warmup()
+        if ours:
+            # A collection that walks through everything torch and the model brought stops the process for a tenth of
+            # a second. All of it stays, so it need not be looked at again.
+            gc.collect()
+            gc.freeze()
         self._warm = True
         log.info("loaded in %.1f s, warm after %.1f s more", loaded - begin, time.monotonic() - loaded)
 
