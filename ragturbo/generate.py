@@ -34,6 +34,7 @@ class Generator:
         """For a Bundle already in memory; `from_pretrained` loads one."""
         from ragturbo.engine.build import make_engine
         from ragturbo.engine.executor import Executor
+        from ragturbo.engine.threads import settle_threads
 
         self.config = config or GeneratorConfig()
         self._bundle = bundle
@@ -48,6 +49,7 @@ class Generator:
         )
         # The device thread holds the executor, never the Generator: an abandoned Generator is collected and closed.
         self._finalizer = weakref.finalize(self, self._executor.close)
+        self._threads = settle_threads(bundle, self._executor.call)
         if database is not None and database is not False:
             self.use_database(database)
 
@@ -195,6 +197,7 @@ class Generator:
             "decoder_lora": bundle.has_lora,
             "database": None if source is None else source.info,
             "batch_sizes": list(self.config.batch_sizes),
+            "threads": self._threads,
         }
 
     def stats(self) -> dict[str, Any]:
