@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+from collections.abc import Iterator
 
 import numpy as np
+import pytest
 
 from ragturbo import Database
 from ragturbo.errors import DatabaseError
@@ -21,7 +24,17 @@ def batch(first: int, n: int) -> tuple:
     return [Record(0, f"pair {i}", f"site-{i % 7}") for i in ids], keys, features
 
 
-def test_sixteen_readers_and_a_writer(tmp_path, long_count, record_property):
+@pytest.fixture
+def often() -> Iterator[None]:
+    """Threads change places fifty times as often: more orders of events, and a writer that releases Python's lock at
+    every system call does not wait for sixteen readers' full turns each time."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    yield
+    sys.setswitchinterval(before)
+
+
+def test_sixteen_readers_and_a_writer(tmp_path, long_count, record_property, often):
     folder = tmp_path / "db"
     database = Database.write(folder, [batch(0, 60)], geometry=GEOMETRY, segment_records=16)
     # What a reader may see: the live ids of every generation that was ever current.

@@ -331,43 +331,6 @@ def test_a_damaged_index_is_named(folder, tmp_path, rng, long_count):
     Database.open(copy, retriever="scann")
 
 
-def test_ids_are_never_reused_and_quarantine_takes_a_source_out(tmp_path):
-    database = Database.write(tmp_path / "db", [batch(clustered(30, 1))], geometry=GEOMETRY, segment_records=8)
-    assert database.remove(where={"source": "site-2"}) == 6
-    assert database.remove(where={"source": ["site-3", "site-4"], "year": 2001}) == 4
-    assert database.remove(where={"source": "site-2"}) == 0
-    left = {record.id for record in database.records(database.ids)}
-    assert all(record.source != "site-2" for record in database.records(database.ids)) and len(left) == 20
-    keys = clustered(30, 1)
-    assert not {*range(30)} - left & set(database.search(keys, 30)[0].ravel().tolist())
-    database.remove([29] if 29 in left else [0])
-    database.compact()
-    database.append_encoded([batch(clustered(3, 2))])
-    assert database.ids[-3:].tolist() == [30, 31, 32]
-    for bad in ({}, {"planet": "x"}):
-        with pytest.raises(InvalidRequest):
-            database.remove(where=bad)
-    with pytest.raises(InvalidRequest, match="not in this database"):
-        database.remove([999])
-    with pytest.raises(InvalidRequest, match="either ids or where"):
-        database.remove()
-
-
-def test_a_removal_takes_effect_at_once_and_a_frozen_view_keeps_its_generation(tmp_path):
-    database = Database.write(tmp_path / "db", [batch(clustered(30, 1))], geometry=GEOMETRY)
-    other, frozen = Database.open(tmp_path / "db"), database.frozen()
-    keys = clustered(30, 1)[4:5]
-    database.remove([4])
-    assert database.search(keys, 1)[0][0, 0] != 4
-    assert frozen.search(keys, 1)[0][0, 0] == 4 and other.search(keys, 1)[0][0, 0] == 4
-    assert other.refresh() and not other.refresh()
-    assert other.search(keys, 1)[0][0, 0] != 4
-    database.compact()
-    database.append_encoded([batch(clustered(2, 3))])
-    # Its files are gone by name; what it opened it can still read.
-    assert frozen.records([4])[0].caption == "caption 4" and frozen.rows([4]).shape == (1, 16)
-
-
 @settings(deadline=None, max_examples=25)
 @given(
     st.integers(1, 60), st.integers(1, 12), st.integers(1, 5), st.integers(0, 2**31), st.sets(st.integers(0, 59)),
@@ -417,23 +380,6 @@ def test_the_one_pass_kernels_contract_gives_what_the_blocked_product_gives(tmp_
     ids, scores = retriever._one_pass(query, 10)
     assert torch.equal(ids, expected[0])
     torch.testing.assert_close(scores, expected[1])
-
-
-def test_a_thumbnail_of_a_large_segment_is_read_by_its_page_and_checked(tmp_path):
-    records, keys, features = batch(clustered(600, 1))
-    thumbnails = [np.random.default_rng(i).bytes(3000) for i in range(600)]
-    records = [Record(0, r.caption, r.source, thumbnail=t) for r, t in zip(records, thumbnails, strict=True)]
-    database = Database.write(tmp_path / "db", [(records, keys, features)], geometry=GEOMETRY)
-    path = tmp_path / "db/segments/000000.parquet"
-    assert path.stat().st_size > 1 << 20
-    for _ in range(2):
-        assert [r.thumbnail for r in database.records([599, 0, 256])] == [thumbnails[i] for i in (599, 0, 256)]
-    data = bytearray(path.read_bytes())
-    place = data.index(thumbnails[300][:64])
-    data[place] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(DatabaseCorrupt, match="000000.parquet"):
-        database.records([300])
 
 
 def test_a_removal_shares_what_did_not_change(folder, tmp_path):
