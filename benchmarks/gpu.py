@@ -24,10 +24,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 PARTS = ("kernels", "engine", "breakdown", "train")
 NEEDED = ("diffusers", "transformers", "safetensors", "pyarrow", "PIL", "scann", "bm25s", "peft", "accelerate",
-          "pytest_benchmark", "pynvml", "matplotlib", "typer", "rich")  # fmt: skip
+          "pytest_benchmark", "hypothesis", "pynvml", "matplotlib", "typer", "rich")  # fmt: skip
 # The whole of a part, and of the quick cut of all four; the machine is lent for little longer.
 PART_SECONDS = 470.0
 QUICK_SHARES = {"kernels": 110.0, "engine": 160.0, "breakdown": 110.0, "train": 90.0}
+# Their suites hold peers that torch.compile autotunes, for minutes where its cache is cold.
+COMPILED = ("cross_attention", "adapter")
 # A rehearsal asks whether every line runs, on whatever slow and shared machine it runs on.
 REHEARSAL_PATIENCE = 4
 
@@ -50,6 +52,7 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=Path("gpu-results"))
     parser.add_argument("--cache", type=Path, help="where compiled kernels are kept from run to run")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes, no GPU: does every line run?")
+    parser.add_argument("--only", nargs="+", metavar="STEP", help="of a part, the steps whose names begin so")
     parser.add_argument("--step", help=argparse.SUPPRESS)
     parser.add_argument("--quick", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
@@ -70,6 +73,8 @@ def main() -> int:
     for part in PARTS if quick else (options.part,):
         with tempfile.TemporaryDirectory(prefix="ragturbo-gpu-") as scratch:
             steps = plan(part, options, quick, Path(scratch))
+            if options.only:
+                steps = [step for step in steps if step.name.startswith(tuple(options.only))]
             seconds = QUICK_SHARES[part] if quick else PART_SECONDS
             try:
                 run_part(part, steps, options.results, seconds, rehearsal=options.rehearse, missing=missing)
@@ -97,28 +102,32 @@ def plan(part: str, options: argparse.Namespace, quick: bool, scratch: Path) -> 
         command += ["--rehearse"] * rehearse + ["--quick"] * quick
         return Step(name, command, box, out, needs)
 
-    def suite(files: list[str], box: float, seconds: float) -> list[Step]:
-        """A process a file: pytest writes its JSON at the end, and one that runs out of time must not take the rest."""
-        steps = []
-        for file in files:
-            name = Path(file).stem.removeprefix("test_bench_")
-            out = scratch / f"suite-{name}.json"
-            command = [sys.executable, "-m", "pytest", file, "-q", "--benchmark-only", "-p", "no:cacheprovider",
-                       f"--benchmark-json={out}", f"--benchmark-max-time={seconds}",
-                       "--benchmark-columns=median,iqr,rounds"]  # fmt: skip
-            command += ["-m", "quick"] if quick or rehearse else []
-            steps.append(Step(f"suite {name}", command, box, out, ("pytest_benchmark",)))
-        return steps
+    def suite(file: str, box: float, seconds: float, rows: str = "") -> Step:
+        """A process a file: pytest writes its JSON at the end, and one that runs out of time must not take the rest.
+
+        rows: "quick" for the first row of each kind alone, "not quick" for the others.
+        """
+        rows = "quick" if quick or rehearse else rows
+        name = " ".join(["suite", Path(file).stem.removeprefix("test_bench_"), *([f"({rows})"] if rows else [])])
+        out = scratch / f"{name.replace(' ', '-')}.json"
+        command = [sys.executable, "-m", "pytest", file, "-q", "--benchmark-only", "-p", "no:cacheprovider",
+                   f"--benchmark-json={out}", f"--benchmark-max-time={seconds}",
+                   "--benchmark-columns=median,iqr,rounds"]  # fmt: skip
+        command += ["-m", rows] if rows else []
+        return Step(name, command, box, out, ("pytest_benchmark",))
 
     benchmarks = ROOT / "benchmarks"
     bundles = {"generate", "stages", "serve", "import"}
     named = {p.stem.removeprefix("test_bench_"): str(p) for p in sorted(benchmarks.glob("test_bench_*.py"))}
     if part == "kernels":
-        ops = [path for name, path in named.items() if name not in bundles | {"train", "retrieval", "features"}]
+        others = bundles | {"train", "retrieval", "features", *COMPILED}
+        ops = [path for name, path in named.items() if name not in others]
         # The ops' tests take a GPU where there is one; in a rehearsal, one quick file of them.
         folder = ROOT / "tests" / "ops"
         chosen = [folder / "test_dispatch.py"] if rehearse else [folder, ROOT / "tests" / "native" / "test_cuda.py"]
-        tests = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *map(str, chosen),
+        # A test file whose packages are missing here must not keep the others from running.
+        tests = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors", "-m", "not slow",
+                 *map(str, chosen),
                  f"--ignore={folder / 'test_compile_only.py'}"]  # fmt: skip
         sanitized = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "1", sys.executable, *tests,
                      "-k", "gather or topk or slerp or shared_by", "-x"]  # fmt: skip
@@ -130,12 +139,17 @@ def plan(part: str, options: argparse.Namespace, quick: bool, scratch: Path) -> 
         results = options.results.resolve()
         fastest = [sys.executable, "-m", "ragturbo.bench.fastest", str(results / "kernels-suite.json"),
                    "--out", str(results / "configs")]  # fmt: skip
+        # Nobody knows how long peers autotune: the rows that matter most come first, by themselves.
+        compiled = [named[name] for name in COMPILED]
+        seconds = 0.1 if quick or rehearse else 0.3
         return [
-            Step("kernel tests", [sys.executable, *tests], 60 if quick else 150, None, ("pytest",)),
-            *suite(ops, 20 if quick else 60, 0.1 if quick or rehearse else 0.3),
-            *([] if quick else [Step("sanitizer", sanitized, 120, None, ("compute-sanitizer",))]),
+            Step("kernel tests", [sys.executable, *tests], 60 if quick else 130, None, ("pytest",)),
+            *(suite(file, 20 if quick else 40, seconds) for file in ops),
+            *(suite(file, 25 if quick else 150, seconds, "quick") for file in compiled),
             *([] if quick or rehearse else [Step("fastest", fastest, 30, None)]),
+            *([] if quick or rehearse else [suite(file, 150, seconds, "not quick") for file in compiled]),
             *([] if quick else [Step("tune", tune, 240, None, ("triton",))]),
+            *([] if quick else [Step("sanitizer", sanitized, 200, None, ("compute-sanitizer",))]),
         ]
     if part == "engine":
         # Replays against calls bit for bit, and 10,000 requests over which memory must stay flat.
@@ -154,12 +168,12 @@ def plan(part: str, options: argparse.Namespace, quick: bool, scratch: Path) -> 
         files = [named[name] for name in ("stages", "generate", "serve") if name in named]
         return [
             own("breakdown", 100 if quick else 260, "diffusers"),
-            *suite(files, 30 if quick else 90, 0.1 if quick or rehearse else 0.5),
+            *(suite(file, 30 if quick else 90, 0.1 if quick or rehearse else 0.5) for file in files),
         ]
     files = [named[name] for name in ("train", "retrieval", "features") if name in named]
     return [
         own("build", 45 if quick else 90, "diffusers"),
-        *suite(files, 45 if quick else 220, 0.1 if quick or rehearse else 1.0),
+        *(suite(file, 45 if quick else 220, 0.1 if quick or rehearse else 1.0) for file in files),
     ]
 
 
@@ -175,12 +189,17 @@ def run_part(
                               "context": context(), "rehearsal": rehearsal, "missing": missing, "measured": {},
                               "steps": {}}  # fmt: skip
     path = results / f"{part}.json"
+    earlier = _earlier(path, record["context"])
+    if earlier is not None and earlier["rehearsal"] == rehearsal:
+        # A part that is gone on with: what other steps found in the same sources stays.
+        record = {**earlier, "datetime": record["datetime"]}
     for step in steps:
         print(f"gpu: {part}: {step.name} …", flush=True)
         found = run_boxed(step, min(step.box * patience, until - time.monotonic()))
         result = found.pop("result", None)
         if result and "benchmarks" in result:
-            merge_suite(results / f"{part}-suite.json", result)
+            # All that --results may receive is eight files, the tiles among them.
+            merge_suite(results / ("kernels-suite.json" if part == "kernels" else "suite.json"), result)
         elif result and result.get("kind") == "breakdown":
             # The part is this one record; what became of its other steps is beside it.
             record = {**result, "rehearsal": rehearsal, "missing": missing, "steps": record["steps"]}
@@ -193,13 +212,23 @@ def run_part(
     return record
 
 
+def _earlier(path: Path, context: dict[str, Any]) -> dict[str, Any] | None:
+    """What an earlier run left, where it ran this very code on this kind of machine: any other is begun anew."""
+    if not path.is_file():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    theirs = found["machine_info"]["ragturbo"] if "machine_info" in found else found["context"]
+    return found if all(theirs[name] == context[name] for name in ("sources", "machine")) else None
+
+
 def merge_suite(path: Path, new: dict[str, Any]) -> None:
-    """All suites of a part in one file: same machine, same sources, one after another."""
-    merged = json.loads(path.read_text("utf-8")) if path.is_file() else {**new, "benchmarks": []}
+    """Several suites in one file: same machine, same sources, one after another."""
+    earlier = _earlier(path, new["machine_info"]["ragturbo"])
+    merged = earlier or {**new, "benchmarks": []}
     seen = {b["fullname"] for b in new["benchmarks"]}
     merged["benchmarks"] = [b for b in merged["benchmarks"] if b["fullname"] not in seen] + new["benchmarks"]
     merged["datetime"] = new.get("datetime")
-    merged["wall_s"] = merged.get("wall_s", 0.0) + new.get("wall_s", 0.0) if path.is_file() else new.get("wall_s", 0.0)
+    merged["wall_s"] = new.get("wall_s", 0.0) + (earlier.get("wall_s", 0.0) if earlier else 0.0)
     path.write_text(json.dumps(merged, indent=1) + "\n", "utf-8")
 
 

@@ -89,13 +89,37 @@ def test_suites_of_a_part_become_one_file_that_a_late_one_cannot_spoil(tmp_path,
     assert "kernels: suite late: out of time" in gpu.summary(tmp_path)
 
 
+def test_a_part_is_gone_on_with_in_the_same_sources_and_begun_anew_in_others(tmp_path, suite, monkeypatch):
+    out, data = tmp_path / "found.out", json.loads(suite.read_text())
+    first, second = data["benchmarks"][:2]
+
+    def measured(name: str, benchmark: dict) -> None:
+        text = json.dumps({**data, "benchmarks": [benchmark]})
+        gpu.run_part("kernels", [step(name, f"open({str(out)!r}, 'w').write({text!r})", result=out)], tmp_path, 100.0,
+                     rehearsal=False, missing=[])  # fmt: skip
+
+    def found() -> tuple[list[str], list[str]]:
+        steps = json.loads((tmp_path / "kernels.json").read_text())["steps"]
+        merged = json.loads((tmp_path / "kernels-suite.json").read_text())["benchmarks"]
+        return list(steps), [b["fullname"] for b in merged]
+
+    measured("suite one", first), measured("suite two", second)
+    assert found() == (["suite one", "suite two"], [first["fullname"], second["fullname"]])
+    data["machine_info"]["ragturbo"]["sources"] = "0123456789ab"
+    monkeypatch.setattr("ragturbo.bench.context.context", lambda: data["machine_info"]["ragturbo"])
+    measured("suite two", second)
+    assert found() == (["suite two"], [second["fullname"]])
+
+
 def test_the_parts_fit_their_time_and_at_most_eight_files(tmp_path):
-    files = {"summary.md"}
+    # And the tiles and winners of this GPU, in a folder of their own.
+    files = {"summary.md", "configs/nvidia_h200.json"}
     for part in gpu.PARTS:
         options = argparse.Namespace(rehearse=False, results=tmp_path)
         files.add(f"{part}.json")
         for planned in gpu.plan(part, options, False, tmp_path):
-            files |= {f"{part}-suite.json"} if planned.name.startswith("suite ") else set()
+            suite = "kernels-suite.json" if part == "kernels" else "suite.json"
+            files |= {suite} if planned.name.startswith("suite ") else set()
             # What a step leaves lies in scratch, and is merged.
             assert planned.result is None or planned.result.parent == tmp_path
     assert len(files) <= 8, files
