@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,6 +32,12 @@ def folders(tiny: ModuleType, tiny_sd21: Path, tmp_path_factory: pytest.TempPath
 def bundle(tiny_sd21: Path) -> Bundle:
     """The sd-turbo-shaped model on the CPU. Shared: a test that changes a model loads its own."""
     return Bundle.load(tiny_sd21, device="cpu")
+
+
+@pytest.fixture
+def folder(tiny_sd21: Path, tmp_path: Path) -> Path:
+    """A copy to spoil."""
+    return Path(shutil.copytree(tiny_sd21, tmp_path / "model"))
 
 
 @pytest.fixture(scope="session")
