@@ -25,6 +25,7 @@ if importlib.util.find_spec("ray") is None:
 
 PATH = "/v1/images/generations"
 EXAMPLE = Path(__file__).parents[2] / "examples" / "serving" / "ray_serve.yaml"
+ATTEMPTS = 6
 SETTINGS: dict[str, Any] = {"device": "cpu", "timeout": 120, "options": {"batch_sizes": (1,), "log_prompts": False}}
 
 
@@ -69,14 +70,16 @@ def cluster():
         port = free.getsockname()[1]
     # Nothing is told to anybody, and no token is left in somebody's home: the cluster is of this machine and this test.
     os.environ["RAY_USAGE_STATS_ENABLED"], os.environ["RAY_AUTH_MODE"] = "0", "disabled"
-    for attempt in range(3):
+    # A machine that is busy with other tests is slow to start processes, not broken.
+    os.environ["RAY_gcs_server_port_wait_time_s"] = os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "240"
+    for attempt in range(ATTEMPTS):
         try:
             ray.init(num_cpus=4, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
             break
         except Exception:
-            # On a machine that is busy with other tests Ray may give up on its own start.
+            # Ray gives its own processes 30 s to be up, and nobody can change that.
             ray.shutdown()
-            if attempt == 2:
+            if attempt == ATTEMPTS - 1:
                 raise
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
@@ -98,7 +101,8 @@ def replicas() -> set[int]:
 
 
 @pytest.mark.slow
-def test_a_replica_killed_under_load_costs_no_wrong_answer_and_comes_back(cluster, gen):
+@pytest.mark.timeout(1500)
+def test_a_replica_killed_under_load_costs_no_wrong_answer_and_comes_back(cluster, gen, record_property):
     def ask(seed: int) -> tuple[int, str]:
         body = {"prompt": "a red circle left of a blue square", "seed": seed}
         try:
@@ -133,7 +137,7 @@ def test_a_replica_killed_under_load_costs_no_wrong_answer_and_comes_back(cluste
         time.sleep(3)
         victim = sorted(before)[0]
         os.kill(victim, signal.SIGKILL)
-        end = time.monotonic() + 240
+        end = time.monotonic() + 480
         # Nobody is told: Ray's own health checks find out and start another, which warms up before it is counted in.
         while not (len(now := replicas()) == 2 and victim not in now):
             assert time.monotonic() < end, f"still {now}, {outcomes}"
@@ -146,6 +150,7 @@ def test_a_replica_killed_under_load_costs_no_wrong_answer_and_comes_back(cluste
         stop.set()
         for thread in threads:
             thread.join()
+    record_property("counted", dict(outcomes))
     assert outcomes["wrong"] == 0 and outcomes["right"] > 20, outcomes
     # What the dead one had in hand, and what was sent to it before it was missed.
     assert outcomes["failed"] < outcomes["right"], outcomes
