@@ -22,8 +22,7 @@ class TritonPythonModel:
         self.gen.close()
 
     def _submit(self, request):
-        prompts = pb.get_input_tensor_by_name(request, "PROMPT").as_numpy().reshape(-1)
-        seeds = pb.get_input_tensor_by_name(request, "SEED").as_numpy().reshape(-1)
+        prompts, seeds = (pb.get_input_tensor_by_name(request, n).as_numpy().reshape(-1) for n in ("PROMPT", "SEED"))
         texts = [prompt.decode() for prompt in prompts]
         try:
             return self.gen.submit(texts, seed=seeds.tolist(), output_type="uint8", timeout=10)
