@@ -1,7 +1,7 @@
 """Two processes for one training: each takes its part of every batch, and they meet once a step, at the gradients.
 
-On a busy machine this beats two threads in one process, which meet at every operation. Start the recipe for each of
-RANK=0 … WORLD_SIZE-1 with torch.distributed's environment variables; without them it is one process.
+On a busy machine this beats two threads in one process, which meet at every operation. Start the recipe by torchrun;
+without it, it is one process.
 """
 
 from __future__ import annotations
@@ -19,6 +19,12 @@ RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE",
 def start() -> None:
     if WORLD > 1 and not dist.is_initialized():
         dist.init_process_group("gloo")
+
+
+def meet() -> None:
+    start()
+    if WORLD > 1:
+        dist.barrier()
 
 
 def part(batch: Tensor) -> Tensor:

@@ -38,16 +38,14 @@ class Settings:
     guidance: float = 3.0
     sampling_steps: int = 50
 
-    # Fewer steps than the teacher is measured with: twice the pairs for the time.
     pairs: int = 20_000
-    pair_steps: int = 12
+    pair_steps: int = 25
+    # True pictures of other captions: what D takes for real.
+    real: int = 8_000
+    lpips_steps: int = 600
     student_steps: int = 6_000
     student_batch: int = 64
     student_rate: float = 5e-4
-    discriminator_rate: float = 5e-4
-    # The game starts when the regression has the layout; before, it only costs time.
-    adversarial: float = 0.1
-    adversarial_from: int = 2_500
 
     lcm_steps: int = 4_000
     lcm_rate: float = 3e-4
@@ -60,12 +58,12 @@ class Settings:
 SIZES = {
     "short": Settings(
         vae_steps=1_600, decoder_steps=1_500, tiny_steps=800, text_steps=800, teacher_steps=8_000,
-        teacher_batch=128, pairs=8_000, student_steps=2_000, adversarial_from=1_000, lcm_steps=1_000,
+        teacher_batch=128, pairs=8_000, real=4_000, student_steps=2_000, lcm_steps=1_000,
     ),
     "cpu": Settings(),
     "gpu": Settings(
         scenes=200_000, vae_steps=6_000, vae_batch=128, decoder_steps=4_000, tiny_steps=4_000, text_steps=3_000,
-        text_batch=512, teacher_steps=14_000, teacher_batch=1024, pairs=60_000, pair_steps=16, student_steps=8_000,
-        student_batch=512, adversarial_from=3_000, lcm_steps=4_000,
+        text_batch=512, teacher_steps=14_000, teacher_batch=1024, pairs=60_000, real=20_000, student_steps=8_000,
+        student_batch=512, lcm_steps=4_000,
     ),
 }  # fmt: skip

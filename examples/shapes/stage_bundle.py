@@ -32,28 +32,35 @@ LOGS = ("text", "vae", "decoder", "tiny", "teacher", "student", "lcm")
 
 def write_bundle(work: Path, s: Settings, minutes: float | None = None) -> None:
     """work/bundle: fp16, in the diffusers layout, with the recipe's settings and its last losses."""
-    half = {"torch_dtype": torch.float16}
-    tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
-    teacher = UNet2DConditionModel.from_pretrained(work / "teacher_unet", **half)
-    info = BundleInfo(distilled=True, base_model="shapes", provenance=provenance(work, s))
-    bundle = Bundle(
-        name="shapes",
-        info=info,
-        text=TextEncoder(tokenizer, CLIPTextModel.from_pretrained(work / "text_encoder", dtype=torch.float16).eval()),
-        unet=HSpaceUNet(UNet2DConditionModel.from_pretrained(work / "unet", **half).eval()),
-        vae=VAE(AutoencoderKL.from_pretrained(work / "vae", **half).eval()),
-        scheduler=make_scheduler(),
-        teacher=teacher.eval(),
-    )
-    folder = bundle.save(work / "bundle")
-    AutoencoderTiny.from_pretrained(work / "vae_tiny", **half).save_pretrained(folder / "vae_tiny")
+    folder = save_bundle(work, work / "unet", work / "bundle", torch.float16, provenance(work, s))
     for path in folder.glob("*/config.json"):
         # Where the parts lay on the machine that made them is nobody's business.
         config = {key: value for key, value in json.loads(path.read_text()).items() if key != "_name_or_path"}
         path.write_text(json.dumps(config, indent=2) + "\n")
+    log.info("bundle: %.1f MB without its database", size_of(folder) / 1e6)
+
+
+def save_bundle(
+    work: Path, unet: Path, folder: Path, dtype: torch.dtype = torch.float32, provenance: dict | None = None
+) -> Path:
+    """The parts of `work` as a bundle with this student."""
+    bundle = Bundle(
+        name="shapes",
+        info=BundleInfo(distilled=True, base_model="shapes", provenance=provenance or {}),
+        text=TextEncoder(
+            CLIPTokenizer.from_pretrained(work / "tokenizer"),
+            CLIPTextModel.from_pretrained(work / "text_encoder", dtype=dtype).eval(),
+        ),
+        unet=HSpaceUNet(UNet2DConditionModel.from_pretrained(unet, torch_dtype=dtype).eval()),
+        vae=VAE(AutoencoderKL.from_pretrained(work / "vae", torch_dtype=dtype).eval()),
+        scheduler=make_scheduler(),
+        teacher=UNet2DConditionModel.from_pretrained(work / "teacher_unet", torch_dtype=dtype).eval(),
+    )
+    bundle.save(folder)
+    AutoencoderTiny.from_pretrained(work / "vae_tiny", torch_dtype=dtype).save_pretrained(folder / "vae_tiny")
     for name in ("vocab.json", "merges.txt"):
         (folder / "tokenizer" / name).write_bytes((work / "tokenizer" / name).read_bytes())
-    log.info("bundle: %.1f MB without its database", size_of(folder) / 1e6)
+    return folder
 
 
 def build_database(work: Path, s: Settings, minutes: float | None = None) -> None:

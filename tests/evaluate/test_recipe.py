@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+
+from ragturbo.model import Bundle
 
 
 def test_training_scenes_glimpse_rare_kinds_a_few_times_and_never_again(recipe):
@@ -112,9 +115,13 @@ def test_both_solvers_reach_the_latents_the_exact_flow_leads_to(recipe):
     assert miss(12, 2) < miss(12, 1)
 
 
-def test_pairs_have_captions_of_their_own_and_noise_of_their_seed(recipe):
-    s, student = recipe["settings"].Settings(), recipe["stage_student"]
-    assert len({student.pair_caption(i, s) for i in range(s.pairs)}) == s.pairs
+def test_pairs_and_true_pictures_have_captions_of_their_own(recipe):
+    for s in recipe["settings"].SIZES.values():
+        drawn = [recipe["stage_student"].pair_caption(i, s) for i in range(s.pairs + s.real)]
+        assert len(set(drawn)) == len(drawn)
+
+
+def test_a_pictures_noise_is_a_function_of_its_seed(recipe):
     noise_of = recipe["sampling"].noise_of
     assert torch.equal(noise_of(range(3, 6))[1], noise_of(range(4, 5))[0])
 
@@ -126,19 +133,27 @@ def test_captions_that_name_the_same_kinds_are_not_each_others_negatives(recipe)
     assert contrast(keys, keys, scale, torch.tensor([7, 7, 8])) < 1e-3 < contrast(keys, keys, scale)
 
 
-def test_teacher_features_are_the_unets_own(recipe):
-    s, networks, student = recipe["settings"].Settings(), recipe["networks"], recipe["stage_student"]
+def test_the_student_is_distilled_by_the_librarys_trainer_from_the_librarys_data(recipe, tmp_path):
+    """Pairs, true pictures, latent LPIPS and two steps of `ragturbo.train`, resumed, then a bundle."""
     torch.manual_seed(2)
-    unet = networks.make_unet(s).eval()
-    x, t, states = torch.randn(2, 4, 16, 16), torch.tensor([10, 999]), torch.randn(2, s.context, s.text_width)
-    seen = {}
-    unet.mid_block.register_forward_hook(lambda module, args, out: seen.update(middle=out))
-    with torch.no_grad():
-        features = student.TeacherFeatures(unet)(x, t, states)
-        seen.clear()
-        unet(x, t, states)
-    assert [f.shape[-1] for f in features] == [16, 8, 4, 4]
-    assert torch.allclose(features[-1], torch.nn.functional.group_norm(seen["middle"], 8), atol=1e-5)
+    s = replace(
+        recipe["settings"].Settings(), scenes=6, pairs=3, pair_steps=1, real=2, lpips_steps=1, student_steps=1,
+        student_batch=4,
+    )  # fmt: skip
+    recipe["stage_adopt"].adopt(tmp_path, s)
+    recipe["data"].draw(tmp_path, recipe["networks"].tokenizer_in(tmp_path / "tokenizer", s), s)
+    teacher = recipe["networks"].make_unet(s)
+    teacher.save_pretrained(tmp_path / "teacher_unet")
+    student = recipe["stage_student"]
+    student.make_pairs(tmp_path, s)
+    for steps in (1, 2):
+        student.distil_student(tmp_path, replace(s, student_steps=steps))
+        assert json.loads((tmp_path / "student.jsonl").read_text())["step"] == steps
+    recipe["stage_bundle"].write_bundle(tmp_path, s)
+    bundle = Bundle.load(tmp_path / "bundle", device="cpu", teacher=True)
+    assert bundle.info.distilled and bundle.info.provenance["stages"]["student"]["step"] == 2
+    before = teacher.half().float().state_dict()
+    assert sum(not torch.equal(before[name], value) for name, value in bundle.unet.unet.state_dict().items()) > 100
 
 
 def test_the_embedded_parts_can_be_adopted_where_only_the_unets_are_to_be_trained_again(recipe, tmp_path):
