@@ -105,6 +105,26 @@ def test_a_dry_run_counts_the_candidates_on_any_machine(capsys):
     assert {line.split(",")[0] for line in lines} == {"linear", "cross_attention"}
 
 
+AHEAD = """
+import torch
+from ragturbo.kernels import tune
+from ragturbo.kernels.cases import CASES
+if __name__ == "__main__":
+    case = next(case for case in CASES if case.op == "scaled_residual")
+    tune.CANDIDATES["scaled_residual"] = [{"BLOCK": 512}, {"BLOCK": 1024, "num_warps": 8}, {"BLOCK": "wrong"}]
+    print(tune.compile_ahead([(case, torch.float16)], 90, 1))
+"""
+
+
+def test_candidates_are_compiled_ahead_without_a_gpu_and_one_that_cannot_be_stops_nothing(tmp_path):
+    (tmp_path / "ahead.py").write_text(AHEAD)
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, str(tmp_path / "ahead.py")], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "2", done.stderr[-2000:]
+    # What the timing process will find in place of a compilation.
+    assert len(list((tmp_path / "cache").rglob("*.cubin"))) == 2
+
+
 def test_without_a_gpu_the_command_says_so():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
