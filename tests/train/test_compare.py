@@ -133,6 +133,8 @@ def test_findings_are_measured_once_and_reported_from_their_numbers(scripts, wor
         cell for cell in findings.cells([6]) if cell.system.startswith("slerp@w=0.8") and cell.question != "blend"
     ]
     monkeypatch.setattr(findings, "cells", lambda sizes: wanted)
+    call(findings, *run, "--untimed")
+    assert all("milliseconds" not in json.loads(path.read_text()) for path in out.glob("*.json"))
     call(findings, *run)
     kept = {path: path.stat().st_mtime_ns for path in out.glob("*.json")}
     facts = {(f["question"], f["database"]): f for f in (json.loads(path.read_text()) for path in kept)}
