@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from ragturbo.bench.overhead import by_hand, pairs
 from ragturbo.bench.peers import Diffusers, agreement, equal
@@ -54,7 +55,8 @@ def record(measure: Any, bundle: Any, gen: Any, mode: str, batch: int, **options
         calls(gen, batch, mode=mode), verify=lambda: verify(gen, bundle, mode), dtype=bundle.dtype, capture=False,
         group=f"generate, batch {batch}",
         sizes={"model": bundle.name, "batch": batch, "pixels": bundle.default_size, "pairs": len(gen.database)},
-        extra={"op": "generate", "mode": mode, "engine": gen.info["engine"], "images_a_call": batch, **options},
+        extra={"op": "generate", "mode": mode, "engine": gen.info["engine"], "images_a_call": batch,
+               "threads": gen.info["threads"], **options},
     )  # fmt: skip
 
 
@@ -93,7 +95,7 @@ def test_peer_diffusers(measure, bundle):
     measure(
         call, dtype=bundle.dtype, capture=False, group="generate, batch 1",
         sizes={"model": bundle.name, "batch": 1, "pixels": bundle.default_size},
-        extra={"op": "peer.diffusers", "images_a_call": 1},
+        extra={"op": "peer.diffusers", "images_a_call": 1, "threads": torch.get_num_threads()},
     )  # fmt: skip
 
 
@@ -127,11 +129,17 @@ def test_library_overhead(measure, bundle, make_generator):
     def library(prompt: str, seed: int) -> np.ndarray:
         return gen(prompt, seed=seed, mode="none", output_type="uint8").images
 
-    assert np.abs(hand(WORDS[0], 0).astype(int) - library(WORDS[0], 0).astype(int)).max() <= 1
-    found = pairs(library, hand, WORDS, rounds=40)
-    measure(
-        lambda: hand(WORDS[(i := next(turn)) % len(WORDS)], i), dtype=bundle.dtype, capture=False,
-        group="generate, batch 1", sizes={"model": bundle.name, "batch": 1, "pixels": bundle.default_size},
-        extra={"op": "modules_by_hand", "mode": "none", "images_a_call": 1,
-               "measured": {"library_overhead": found["wall"]["overhead"]}},
-    )  # fmt: skip
+    # By hand as by the library: on as many threads as its device thread has.
+    own, threads = torch.get_num_threads(), gen.info["threads"]
+    torch.set_num_threads(threads)
+    try:
+        assert np.abs(hand(WORDS[0], 0).astype(int) - library(WORDS[0], 0).astype(int)).max() <= 1
+        found = pairs(library, hand, WORDS, rounds=40)
+        measure(
+            lambda: hand(WORDS[(i := next(turn)) % len(WORDS)], i), dtype=bundle.dtype, capture=False,
+            group="generate, batch 1", sizes={"model": bundle.name, "batch": 1, "pixels": bundle.default_size},
+            extra={"op": "modules_by_hand", "mode": "none", "images_a_call": 1, "threads": threads,
+                   "measured": {"library_overhead": found["wall"]["overhead"]}},
+        )  # fmt: skip
+    finally:
+        torch.set_num_threads(own)

@@ -218,16 +218,16 @@ def _features_table(found: list[dict[str, Any]]) -> list[str]:
 
 
 def _generate_table(found: list[dict[str, Any]]) -> list[str]:
-    lines = ["| benchmark | model | dtype | batch | p50 | p95 | p99 | images/s | flags |",
-             "|---|---|---|--:|--:|--:|--:|--:|---|"]  # fmt: skip
+    lines = ["| benchmark | model | dtype | CPU threads | batch | p50 | p95 | p99 | images/s | flags |",
+             "|---|---|---|--:|--:|--:|--:|--:|--:|---|"]  # fmt: skip
     for b in found:
         info = b["extra_info"]
         if "seconds" not in info:
             continue
         s = info["seconds"]
         lines.append(
-            f"| {b['name']} | {info['sizes'].get('model')} | {info.get('dtype') or ''} | {info['sizes'].get('batch')} "
-            f"| {_time(s['p50'])} | {_time(s['p95'])} | {_time(s['p99'])} "
+            f"| {b['name']} | {info['sizes'].get('model')} | {info.get('dtype') or ''} | {info.get('threads', '')} "
+            f"| {info['sizes'].get('batch')} | {_time(s['p50'])} | {_time(s['p95'])} | {_time(s['p99'])} "
             f"| {info['images_a_call'] / s['p50']:.2f} | {'; '.join(info.get('flags', []))} |"
         )
     return lines
