@@ -66,8 +66,10 @@ py::list read_into(const Store& store, const py::object& segments, const py::obj
                    int threads) {
   const Buffer out(dst, true);
   const size_t n = py::len(rows);
-  const Request request{column<int32_t>(segments, "segments", n),
-                        column<int64_t>(rows, "rows", n),
+  const int64_t* inside = column<int64_t>(rows, "rows", n);
+  const Store::Places places = segments.is_none() ? store.locate(inside, n) : Store::Places{};
+  const Request request{segments.is_none() ? places.segments.data() : column<int32_t>(segments, "segments", n),
+                        segments.is_none() ? places.rows.data() : inside,
                         column_or_null<int64_t>(slots, "slots", n),
                         column_or_null<uint32_t>(expected_crc, "expected_crc", n),
                         n,

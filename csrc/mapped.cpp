@@ -85,8 +85,8 @@ bool told_the_truth(int fd) {
 
 Mapped::Mapped(int fd, uint64_t bytes) {
   static const bool installed = install();
-  if (!installed || bytes == 0 || bytes > SIZE_MAX || ::sysconf(_SC_PAGESIZE) != static_cast<long>(kPage) || !told_the_truth(fd))
-    return;
+  if (!installed || bytes == 0 || bytes > SIZE_MAX) return;
+  if (::sysconf(_SC_PAGESIZE) != static_cast<long>(kPage) || !told_the_truth(fd)) return;
   void* base = ::mmap(nullptr, bytes, PROT_READ, MAP_SHARED, fd, 0);
   if (base == MAP_FAILED) return;
   base_ = static_cast<unsigned char*>(base);

@@ -1,6 +1,9 @@
 #include "pool.hpp"
 
 #include <pthread.h>
+#ifdef __linux__
+#include <sched.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -10,11 +13,22 @@
 #include <mutex>
 #include <system_error>
 #include <thread>
+#include <vector>
 
 namespace ragturbo {
 namespace {
 
-constexpr std::chrono::microseconds kSpin{30};
+// To be put to sleep and woken takes tens of microseconds, as long as copying a few records: so whoever waits looks out
+// for so long before it sleeps.
+constexpr std::chrono::microseconds kSpin{50};
+
+template <typename Condition>
+bool soon(Condition condition) {
+  const auto until = std::chrono::steady_clock::now() + kSpin;
+  while (!condition())
+    if (std::chrono::steady_clock::now() >= until) return false;
+  return true;
+}
 
 struct Job {
   const std::function<void(size_t)>& body;
@@ -33,21 +47,22 @@ class Pool {
     {
       std::lock_guard lock(mutex_);
       start(helpers);
+      keep_off_this_processor();
       for (int i = 0; i < std::min(helpers, workers_); ++i) wanted_.push_back(&job);
+      calls_.store(wanted_.size(), std::memory_order_release);
     }
     work_.notify_all();
     job.work();
     // Every task is taken. A call for help that nobody has answered is withdrawn: a busy pool never delays the caller.
     std::unique_lock lock(mutex_);
     wanted_.erase(std::remove(wanted_.begin(), wanted_.end(), &job), wanted_.end());
+    calls_.store(wanted_.size(), std::memory_order_release);
     lock.unlock();
-    // The helpers are in the middle of their last tasks. To be put to sleep and woken takes as long as such a task.
-    const auto patience = std::chrono::steady_clock::now() + kSpin;
-    while (job.helpers.load(std::memory_order_acquire) != 0 && std::chrono::steady_clock::now() < patience) {
-    }
-    if (job.helpers.load(std::memory_order_acquire) == 0) return;
+    // The helpers are in the middle of their last tasks.
+    const auto done = [&] { return job.helpers.load(std::memory_order_acquire) == 0; };
+    if (soon(done)) return;
     lock.lock();
-    done_.wait(lock, [&] { return job.helpers.load(std::memory_order_acquire) == 0; });
+    done_.wait(lock, done);
   }
 
  private:
@@ -55,7 +70,12 @@ class Pool {
     while (workers_ < std::min(helpers, kMaxThreads)) {
       try {
         // Detached: the pool lives as long as the process.
-        std::thread([this] { serve(); }).detach();
+        std::thread thread([this] { serve(); });
+#ifdef __linux__
+        handles_.push_back(thread.native_handle());
+        avoided_ = -1;
+#endif
+        thread.detach();
       } catch (const std::system_error&) {
         return;  // no more threads to be had: the caller does the work
       }
@@ -63,12 +83,33 @@ class Pool {
     }
   }
 
+  // Linux may wake a helper on the processor of its caller, where it waits for its turn until there is nothing left to
+  // do, though others are idle. Helpers of one job are useful elsewhere only.
+  void keep_off_this_processor() {
+#ifdef __linux__
+    const int here = ::sched_getcpu();
+    if (here == avoided_ || here < 0) return;
+    cpu_set_t others;
+    if (::sched_getaffinity(0, sizeof others, &others) != 0) return;
+    CPU_CLR(here, &others);
+    if (CPU_COUNT(&others) == 0) return;
+    for (pthread_t handle : handles_) ::pthread_setaffinity_np(handle, sizeof others, &others);
+    avoided_ = here;
+#endif
+  }
+
   void serve() {
     std::unique_lock lock(mutex_);
     for (;;) {
-      work_.wait(lock, [&] { return !wanted_.empty(); });
+      if (wanted_.empty()) {
+        lock.unlock();
+        soon([&] { return calls_.load(std::memory_order_acquire) != 0; });
+        lock.lock();
+        work_.wait(lock, [&] { return !wanted_.empty(); });
+      }
       Job* job = wanted_.front();
       wanted_.pop_front();
+      calls_.store(wanted_.size(), std::memory_order_release);
       ++job->helpers;
       lock.unlock();
       job->work();
@@ -81,7 +122,12 @@ class Pool {
   std::mutex mutex_;
   std::condition_variable work_, done_;
   std::deque<Job*> wanted_;
+  std::atomic<size_t> calls_{0};  // wanted_.size(), for those who look without the mutex
   int workers_ = 0;
+#ifdef __linux__
+  std::vector<pthread_t> handles_;
+  int avoided_ = -1;  // the processor that helpers do not run on
+#endif
 };
 
 std::atomic<Pool*> current{nullptr};

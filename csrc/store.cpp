@@ -8,7 +8,9 @@
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
+#include <iterator>
 #include <limits>
+#include <numeric>
 #include <system_error>
 
 #include "crc32.hpp"
@@ -20,6 +22,8 @@ namespace {
 
 // A record is checked while its bytes are still in the cache they were just copied through.
 constexpr size_t kChunk = 256 * 1024;
+// Handing out less costs more than copying it.
+constexpr size_t kLeastPart = 32 * 1024;
 
 std::string number(uint64_t value) { return std::to_string(value); }
 
@@ -79,7 +83,25 @@ Store::Store(const std::vector<std::string>& paths, Layout layout, std::vector<u
 #endif
     files->maps.emplace_back(fd, needed);
   }
+  std::partial_sum(counts_.begin(), counts_.end(), std::back_inserter(ends_));
   files_ = std::move(files);
+}
+
+Store::Places Store::locate(const int64_t* rows, size_t n) const {
+  Places places;
+  places.segments.reserve(n);
+  places.rows.reserve(n);
+  const uint64_t all = ends_.empty() ? 0 : ends_.back();
+  for (size_t i = 0; i < n; ++i) {
+    const uint64_t row = static_cast<uint64_t>(rows[i]);
+    if (rows[i] < 0 || row >= all)
+      throw std::out_of_range("record " + number(i) + " of the request: row " + std::to_string(rows[i]) + " of " +
+                              number(all));
+    const size_t segment = static_cast<size_t>(std::upper_bound(ends_.begin(), ends_.end(), row) - ends_.begin());
+    places.segments.push_back(static_cast<int32_t>(segment));
+    places.rows.push_back(static_cast<int64_t>(row - (ends_[segment] - counts_[segment])));
+  }
+  return places;
 }
 
 void Store::close() {
@@ -127,13 +149,14 @@ void Store::check(const Request& request) const {
   if (twice != taken.end()) throw std::invalid_argument("slot " + std::to_string(*twice) + " is given twice");
 }
 
-bool Store::read_record(int fd, const Mapped* map, const Request& request, size_t i, Failure& failure) const {
+bool Store::read_part(int fd, const Mapped* map, const Request& request, Part part, Failure& failure) const {
+  const size_t i = part.record;
   const uint64_t offset = layout_.header + static_cast<uint64_t>(request.rows[i]) * layout_.record;
   const size_t slot = request.slots ? static_cast<size_t>(request.slots[i]) : i;
   unsigned char* out = request.dst + slot * request.slot_bytes;
   uint32_t crc = 0;
-  for (size_t done = 0; done < layout_.payload;) {
-    const size_t wanted = std::min<size_t>(layout_.payload - done, kChunk);
+  for (size_t done = part.begin; done < part.end;) {
+    const size_t wanted = std::min<size_t>(part.end - done, kChunk);
     // What the map cannot give is read, and the read knows why.
     if (map && !map->copy(out + done, offset + done, wanted)) map = nullptr;
     const ssize_t got = map ? static_cast<ssize_t>(wanted)
@@ -165,14 +188,28 @@ std::vector<Failure> Store::read(const Request& request) const {
   std::vector<Failure> failures;
   std::mutex mutex;
   const bool mapped = Mapped::guarded();
-  run_parallel(request.n, request.threads, [&](size_t i) {
-    Failure failure{};
+  // Fewer records than would keep every thread busy are cut in parts; a checksum is of a whole record.
+  size_t parts = 1, size = layout_.payload;
+  if (!request.crcs && request.threads > 1 && request.n > 0 && request.n < 2 * static_cast<size_t>(request.threads)) {
+    const size_t wanted = (2 * static_cast<size_t>(request.threads) + request.n - 1) / request.n;
+    parts = std::clamp<size_t>(layout_.payload / kLeastPart, 1, wanted);
+    size = (layout_.payload + parts - 1) / parts;
+    parts = (layout_.payload + size - 1) / size;
+  }
+  run_parallel(request.n * parts, request.threads, [&](size_t task) {
+    const size_t i = task / parts, begin = task % parts * size;
     const size_t segment = static_cast<size_t>(request.segments[i]);
-    if (read_record(files->fds[segment], mapped ? &files->maps[segment] : nullptr, request, i, failure)) return;
+    const Mapped* map = mapped ? &files->maps[segment] : nullptr;
+    Failure failure{};
+    const Part part{i, begin, std::min<size_t>(begin + size, layout_.payload)};
+    if (read_part(files->fds[segment], map, request, part, failure)) return;
     std::lock_guard lock(mutex);
     failures.push_back(std::move(failure));
   });
+  // Of a record that failed in several parts, one is told.
   std::sort(failures.begin(), failures.end(), [](const Failure& a, const Failure& b) { return a.index < b.index; });
+  const auto same = [](const Failure& a, const Failure& b) { return a.index == b.index; };
+  failures.erase(std::unique(failures.begin(), failures.end(), same), failures.end());
   return failures;
 }
 

@@ -51,6 +51,13 @@ class Store {
  public:
   Store(const std::vector<std::string>& paths, Layout layout, std::vector<uint64_t> counts);
 
+  // Rows counted through all files, in order, as files and rows of those (std::out_of_range).
+  struct Places {
+    std::vector<int32_t> segments;
+    std::vector<int64_t> rows;
+  };
+  Places locate(const int64_t* rows, size_t n) const;
+
   // Checks the whole request first (std::out_of_range, std::invalid_argument), then reads. Thread-safe.
   std::vector<Failure> read(const Request& request) const;
 
@@ -64,10 +71,15 @@ class Store {
 
   std::shared_ptr<const Files> files() const;
   void check(const Request& request) const;
-  bool read_record(int fd, const Mapped* map, const Request& request, size_t i, Failure& failure) const;
+  // Bytes begin…end of one record of a request.
+  struct Part {
+    size_t record, begin, end;
+  };
+  bool read_part(int fd, const Mapped* map, const Request& request, Part part, Failure& failure) const;
 
   Layout layout_;
   std::vector<uint64_t> counts_;
+  std::vector<uint64_t> ends_;  // of each file's rows, counted through all of them
   mutable std::mutex mutex_;
   std::shared_ptr<const Files> files_;
 };

@@ -21,7 +21,7 @@ class Store:
     ) -> None: ...
     def read_into(
         self,
-        segments: NDArray[np.int32],
+        segments: NDArray[np.int32] | None,
         rows: NDArray[np.int64],
         dst: Buffer,
         *,
@@ -32,6 +32,7 @@ class Store:
     ) -> list[tuple[int, str, str]]:
         """Read n records; record i goes to byte `slots[i] * slot_bytes` of dst (0..n-1 and payload_bytes if None).
 
+        Without `segments`, rows are counted through all files.
         Returns the records that failed as (i, kind, detail), kind "io" | "short" | "crc"; empty means all are good.
         The bytes in the slot of a failed record are unspecified. With `expected_crc` each payload is checked as read.
         A segment, row or slot outside its range is an IndexError and two equal slots are a ValueError, before any read.

@@ -119,12 +119,13 @@ class Segments:
         checksums: bool = True, threads: int = 2,
     ) -> None:  # fmt: skip
         """Reads the records of `rows` into slots of `dst`. A record that is not what was written is never returned."""
-        segments, inside = self.locate(rows)
+        rows = np.ascontiguousarray(rows, np.int64)
         failures = self._store.read_into(
-            segments.astype(np.int32), inside.astype(np.int64), dst, slots=slots, slot_bytes=slot_bytes,
+            None, rows, dst, slots=slots, slot_bytes=slot_bytes,
             expected_crc=self.crcs[rows] if checksums else None, threads=threads,
         )  # fmt: skip
         if failures:
+            segments, inside = self.locate(rows)
             raise DatabaseCorrupt("; ".join(self._describe(segments, inside, rows, f) for f in failures[:8]))
 
     def _describe(self, segments: np.ndarray, inside: np.ndarray, rows: np.ndarray, failure: store.Failure) -> str:

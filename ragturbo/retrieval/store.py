@@ -45,9 +45,16 @@ class PreadStore:
             raise
 
     def read_into(
-        self, segments: np.ndarray, rows: np.ndarray, dst: Any, slots: np.ndarray | None = None,
+        self, segments: np.ndarray | None, rows: np.ndarray, dst: Any, slots: np.ndarray | None = None,
         slot_bytes: int | None = None, expected_crc: np.ndarray | None = None, threads: int = 2,
     ) -> list[Failure]:  # fmt: skip
+        if segments is None:
+            # Counted through all files.
+            ends = np.cumsum(self._counts)
+            if len(rows) and not 0 <= rows.min() <= rows.max() < ends[-1]:
+                raise IndexError(f"rows {rows.min()}…{rows.max()} of {ends[-1]}")
+            segments = np.searchsorted(ends, rows, side="right").astype(np.int32)
+            rows = rows - (ends - self._counts)[segments]
         view = memoryview(dst).cast("B")
         step = self._payload if slot_bytes is None else slot_bytes
         places = np.arange(len(rows)) if slots is None else slots

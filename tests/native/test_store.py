@@ -125,6 +125,36 @@ def test_bad_requests_are_refused_before_a_byte_is_written(segments) -> None:
     assert (dst == 0xAA).all()
 
 
+LARGE = 160 * 1024
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_few_large_records_are_read_in_parts_and_a_failed_one_is_told_once(threads: int, tmp_path: Path) -> None:
+    path, count = tmp_path / "large.hseg", 3
+    table = np.random.default_rng(1).integers(0, 256, (count, LARGE), dtype=np.uint8)
+    path.write_bytes(bytes(HEADER) + table.tobytes())
+    store = _native.Store([str(path)], header_bytes=HEADER, record_bytes=LARGE, payload_bytes=LARGE - 7, counts=[count])
+    os.truncate(path, HEADER + 2 * LARGE + 10_000)
+    for rows in ([1], [1, 0], [0, 1, 2], [2]):
+        dst = np.full((len(rows), LARGE), 0xAA, np.uint8)
+        failures = store.read_into(None, np.array(rows, np.int64), dst, slot_bytes=LARGE, threads=threads)
+        assert [(rows[i], kind) for i, kind, _ in failures] == [(2, "short")] * rows.count(2)
+        for i, r in enumerate(rows):
+            assert r == 2 or ((dst[i, :-7] == table[r, :-7]).all() and (dst[i, -7:] == 0xAA).all())
+
+
+def test_rows_counted_through_all_files_are_the_same_rows(segments) -> None:
+    paths, tables = segments
+    every = np.concatenate(tables)
+    rows = np.random.default_rng(2).permutation(len(every))
+    dst = np.zeros((len(every), PAYLOAD), np.uint8)
+    assert open_store(paths).read_into(None, rows, dst) == []
+    np.testing.assert_array_equal(dst, every[rows])
+    for bad in (-1, len(every)):
+        with pytest.raises(IndexError, match=f"row {bad} of {len(every)}"):
+            open_store(paths).read_into(None, np.array([0, bad]), dst)
+
+
 def test_a_closed_store_says_so(segments) -> None:
     with open_store(segments[0]) as store:
         assert not store.closed
