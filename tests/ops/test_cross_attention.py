@@ -160,7 +160,7 @@ def test_the_kernels_gradients_are_the_references(t, n, s, heads, d, masked, dty
     written_out = partial(composed_gradients, valid=valid, heads=heads)
     eager = [in_another_order(form) for form in (by_autograd, written_out) for _ in range(4)]
     for a, b, *c in zip(found, true, *eager, strict=True):
-        # Scores, probabilities, gradient: one query in 200 draws has a probability that three roundings have moved alike.
+        # Scores, probabilities, gradient: in one draw of 200 three roundings move a probability alike.
         no_worse(a, b, *c, chained=3)
 
 
