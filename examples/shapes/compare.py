@@ -37,6 +37,10 @@ log = logging.getLogger("ragturbo.recipe")
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "shapes" / "cpu-2core" / "comparison"
 
 
+KEPT = ("step", "distill", "held_out", "held_out_alone", "lpips", "adv", "d_heads", "d_accuracy", "dead_heads",
+        "skipped", "samples_per_s")  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Arm:
     system: str
@@ -78,11 +82,13 @@ def make_data(args: argparse.Namespace) -> None:
     captions = [scene.caption for scene in sample_scenes(args.pairs, 41, "train", rare=False)]
     scenes = sample_scenes(args.real, 42, "train")
     shared: dict[str, Any] = {"batch": 64, "shard_size": 256, "store_text": True, "device": str(DEVICE)}
-    make_teacher_data(captions, work / "teacher", model=teacher, guidance=3.0, steps=args.teacher_steps, **shared)
+    unseen = [scene.caption for scene in sample_scenes(args.held_out, 43, "train", rare=False)]
+    for prompts, name in ((captions, "teacher"), (unseen, "held-out")):
+        make_teacher_data(prompts, work / name, model=teacher, guidance=3.0, steps=args.teacher_steps, **shared)
     if not (work / "real" / "neighbors").is_dir():
         pictures = [(scene.caption, render(scene)) for scene in scenes]
         make_encoded_data(pictures, work / "real", model=args.model, min_size=1, **shared)
-    for source in ("teacher", "real"):
+    for source in ("teacher", "held-out", "real"):
         make_neighbors(work / source, args.database, model=args.model, k=4, device=str(DEVICE))
     if not (work / "vgg.safetensors").exists():
         result = train_vgg(
@@ -103,7 +109,8 @@ def training(args: argparse.Namespace, setting: Setting) -> LADDConfig:
     sources = f"[{{path: {data / 'teacher'}, weight: 1}}, {{path: {data / 'real'}, weight: 1}}]"
     own = [
         f"model={args.model}", f"database={args.database}", f"seed={setting.seed}", f"data.sources={sources}",
-        f"loss.lpips_weights={data / 'vgg.safetensors'}", *([f"teacher={args.teacher}"] if args.teacher else []),
+        f"data.held_out={data / 'held-out'}", f"loss.lpips_weights={data / 'vgg.safetensors'}",
+        *([f"teacher={args.teacher}"] if args.teacher else []),
     ]  # fmt: skip
     return load_config("shapes", [*own, *setting.changes])
 
@@ -118,8 +125,8 @@ def train(name: str, seed: int, args: argparse.Namespace) -> tuple[Path, dict[st
         folder = trainer.train()
     rows = [json.loads(line) for line in (out / STATS).read_text("utf-8").splitlines()]
     every = max(1, len(rows) // 40)
-    kept = ("step", "distill", "lpips", "adv", "d_heads", "d_accuracy", "dead_heads", "skipped", "samples_per_s")
-    said = [{key: _short(row[key]) for key in kept if key in row} for row in (*rows[:-1:every], rows[-1])]
+    told = [row for i, row in enumerate(rows) if i % every == 0 or "held_out" in row or row is rows[-1]]
+    said = [{key: _short(row[key]) for key in KEPT if key in row} for row in told]
     facts = {
         "changes": list(ARMS[name].changes or ()),
         "set": args.set,
@@ -188,6 +195,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--teacher", help="a bundle with the teacher, where the model has no teacher_unet/")
     parser.add_argument("--database", help="default: the model's own")
     parser.add_argument("--pairs", type=int, default=4096, help="teacher latents")
+    parser.add_argument("--held-out", type=int, default=256, help="teacher latents that are not trained on")
     parser.add_argument("--real", type=int, default=4096, help="true pictures")
     parser.add_argument("--teacher-steps", type=int, default=25)
     parser.add_argument("--lpips-steps", type=int, default=600)

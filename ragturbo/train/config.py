@@ -80,7 +80,8 @@ class OptimConfig:
     """Largest norm of the gradient; 0 for no clipping."""
     warmup: int = 0
     decay: str = "none"
-    """"cosine": to a fiftieth of lr at loop.max_steps; a short run ends settled only so."""
+    """Of the rate; cosine: to a fiftieth at loop.max_steps. A short run ends settled only so; resumed with another
+    max_steps, it goes on at that schedule's rate."""
 
     def __post_init__(self) -> None:
         _at_least("optim", self, lr=0, eps=0, weight_decay=0, clip=0, warmup=0)
@@ -153,6 +154,8 @@ class SourceConfig:
 @dataclass(frozen=True)
 class DataConfig:
     sources: tuple[SourceConfig, ...] = ()
+    held_out: str | None = None
+    """A folder of `ragturbo data teacher` that is not trained on; its loss is reported."""
     prefetch: int = 2
     """Micro-batches read ahead by a thread."""
 
@@ -177,6 +180,8 @@ class LoopConfig:
     max_skipped: int = 50
     """Steps in a row with a gradient that is not finite, before the run gives up."""
     log_every: int = 10
+    held_out_every: int = 100
+    """Steps between measurements of data.held_out; a multiple of log_every."""
     save_every: int = 500
     keep: int = 2
     sample_every: int = 500
@@ -188,7 +193,8 @@ class LoopConfig:
 
     def __post_init__(self) -> None:
         one_of("loop.precision", self.precision, PRECISIONS)
-        ones = ("batch", "micro_batch", "max_steps", "max_skipped", "log_every", "save_every", "keep", "samples")
+        ones = ("batch", "micro_batch", "max_steps", "max_skipped", "log_every", "save_every", "keep", "samples",
+                "held_out_every")  # fmt: skip
         _at_least("loop", self, **dict.fromkeys(ones, 1), sample_every=0, dead_after=1)
         if not 0 <= self.ema < 1:
             raise InvalidRequest(f"loop.ema={self.ema} must be from 0 up to but not including 1")
@@ -228,6 +234,11 @@ class LADDConfig:
         student = self.student
         if self.mode == "adapter" and student.adapter == "none" and student.lora.rank == 0:
             raise InvalidRequest("student.adapter=none and student.lora.rank=0: there is nothing to train")
+        loop = self.loop
+        if self.data.held_out is not None and loop.held_out_every % loop.log_every:
+            raise InvalidRequest(
+                f"loop.held_out_every={loop.held_out_every} is not a multiple of loop.log_every={loop.log_every}"
+            )
         if self.mode == "student" and (student.adapter != "none" or student.lora.rank):
             raise InvalidRequest(
                 "mode=student trains the whole UNet: set student.adapter=none and student.lora.rank=0; an adapter is "

@@ -27,6 +27,7 @@ from ragturbo.train.models import (
     make_lpips,
     open_data,
     open_database,
+    open_held_out,
 )
 from ragturbo.train.report import HeadWatch, Report
 from ragturbo.train.state import load_state, save_state
@@ -68,7 +69,8 @@ class LADDTrainer:
         self.ema = EMA(self.masters, config.loop.ema) if config.loop.ema else None
 
         # Setup: data
-        self.data = open_data(config, open_database(config, self.bundle))
+        database = open_database(config, self.bundle)
+        self.data, self.held_out = open_data(config, database), open_held_out(config, database)
 
         # Setup: optimisers, each with its own options
         self.optimizer_g = make_adamw(self.masters.parameters.values(), config.optim)
@@ -203,10 +205,11 @@ class LADDTrainer:
 
     # Its parts
 
-    def estimate(self, batch: Batch, noise: Tensor, i: Tensor) -> Tensor:
-        """ẑ_0 of a batch on the device, with its neighbours."""
+    def estimate(self, batch: Batch, noise: Tensor, i: Tensor, *, alone: bool = False) -> Tensor:
+        """ẑ_0 of a batch on the device, with its neighbours or alone."""
         text = self._text(batch)
-        retrieved = self._retrieved(batch, text.key, torch.zeros(len(batch), dtype=torch.bool, device=self.device))
+        drop = torch.full((len(batch),), alone, device=self.device)
+        retrieved = self._retrieved(batch, text.key, drop)
         return self._denoise(self.student.noisy(batch.z0, noise, i), i, text.hidden_states, *retrieved)
 
     def _generator(self, m: int) -> torch.Generator:
@@ -322,6 +325,8 @@ class LADDTrainer:
         if report is not None:
             values["dead_heads"] = self._watch.check(self.step, losses)
             values |= {"skipped": self.skipped, "lr": self.optimizer_g.param_groups[0]["lr"]}
+            if self.held_out is not None and self.step % self.config.loop.held_out_every == 0:
+                values |= self.held_out.measure(self)
             report.write(self.step, self.config.loop.batch, values)
 
     def _start_report(self, last: int) -> Report | None:

@@ -13,6 +13,7 @@ from ragturbo.train.augment import Augmentation
 from ragturbo.train.config import LADDConfig, OptimConfig
 from ragturbo.train.data import TrainingData
 from ragturbo.train.discriminator import Backbone, Discriminator
+from ragturbo.train.held_out import HeldOut
 from ragturbo.train.lpips import LatentLPIPS, load_lpips
 from ragturbo.train.shards import Shards
 from ragturbo.train.student import Student, trailing_euler
@@ -107,9 +108,21 @@ def open_data(config: LADDConfig, database: Database | None) -> TrainingData:
             "discriminator.real=images, and no source of data.sources has images: all are a teacher's latents. Add a "
             "folder made by `ragturbo data encode`, or set discriminator.real=all"
         )
+    return _training_data(config, sources, [source.weight for source in config.data.sources], database)
+
+
+def open_held_out(config: LADDConfig, database: Database | None) -> HeldOut | None:
+    if config.data.held_out is None:
+        return None
+    return HeldOut(_training_data(config, [Shards(config.data.held_out)], [1.0], database))
+
+
+def _training_data(
+    config: LADDConfig, sources: list[Shards], weights: list[float], database: Database | None
+) -> TrainingData:
     return TrainingData(
         sources,
-        [source.weight for source in config.data.sources],
+        weights,
         config.seed,
         database=database,
         num_neighbors=config.student.num_neighbors,

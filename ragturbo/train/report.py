@@ -17,6 +17,7 @@ from ragturbo.errors import ModelError
 log = logging.getLogger("ragturbo")
 
 STATS = "stats.jsonl"
+_SHOWN = ("d", "adv", "distill", "lpips", "held_out", "held_out_alone")
 # A head that answers 0 everywhere has a hinge loss of 2: within this share of it, it has learnt nothing.
 _STARTING_LOSS, _MARGIN = 2.0, 0.025
 
@@ -51,7 +52,7 @@ class Report:
                     if isinstance(number, (int, float)):
                         self._board.add_scalar(f"{name}/{key}" if key else name, number, step)
         text = f"{line['kimg']:.1f} kimg  {samples_per_s:.1f} samples/s"
-        text += "".join(f"  {name} {values[name]:.3f}" for name in ("d", "adv", "distill", "lpips") if name in values)
+        text += "".join(f"  {name} {values[name]:.3f}" for name in _SHOWN if name in values)
         text += f"  {memory / 2**30:.1f} GiB" if memory else ""
         if self._progress is not None:
             self._progress.update(self._task, completed=step, facts=text)

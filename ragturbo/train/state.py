@@ -10,7 +10,7 @@ import torch
 
 from ragturbo.errors import InvalidRequest, ModelError
 from ragturbo.train import checkpoint
-from ragturbo.train.config import to_dict
+from ragturbo.train.config import from_dict, to_dict
 
 if TYPE_CHECKING:
     from ragturbo.train.ladd import LADDTrainer
@@ -18,8 +18,11 @@ if TYPE_CHECKING:
 log = logging.getLogger("ragturbo")
 
 # What may differ between a run and its resumption without changing what is trained.
-_FREE_LOOP = ("max_steps", "log_every", "save_every", "keep", "sample_every", "samples", "dead_after", "tensorboard")
-_FREE = {f"loop.{name}" for name in _FREE_LOOP} | {"data.prefetch", "loop.compile"}
+_FREE_LOOP = (
+    "max_steps", "log_every", "held_out_every", "save_every", "keep", "sample_every", "samples", "dead_after",
+    "tensorboard", "compile",
+)  # fmt: skip
+_FREE = {f"loop.{name}" for name in _FREE_LOOP} | {"data.prefetch", "data.held_out"}
 
 
 def save_state(trainer: LADDTrainer, folder: Path) -> Path:
@@ -63,7 +66,8 @@ def _head_names(trainer: LADDTrainer) -> list[str]:
 
 
 def _check_same(trainer: LADDTrainer, facts: dict[str, Any], path: Path) -> None:
-    theirs, mine = _flat(facts["config"]), _flat(to_dict(trainer.config))
+    # Read as a configuration: a setting that came after the checkpoint has its default there.
+    theirs, mine = _flat(to_dict(from_dict(facts["config"]))), _flat(to_dict(trainer.config))
     changed = [k for k in sorted(theirs.keys() | mine.keys()) if theirs.get(k) != mine.get(k) and k not in _FREE]
     if changed:
         what = ", ".join(f"{name} ({theirs.get(name)!r} there, {mine.get(name)!r} now)" for name in changed)

@@ -33,7 +33,7 @@ def scripts():
 @pytest.fixture
 def options(world, tmp_path):
     return ["--work", tmp_path / "work", "--model", world.model, "--database", world.database, "--pairs", 6,
-            "--real", 6, "--teacher-steps", 1, "--lpips-steps", 1, "--threads", 1]  # fmt: skip
+            "--held-out", 2, "--real", 6, "--teacher-steps", 1, "--lpips-steps", 1, "--threads", 1]  # fmt: skip
 
 
 def call(module, *arguments):

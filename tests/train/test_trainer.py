@@ -8,7 +8,7 @@ import logging
 import pytest
 import torch
 
-from ragturbo.errors import NonFiniteOutput
+from ragturbo.errors import InvalidRequest, NonFiniteOutput
 from ragturbo.train import checkpoint
 
 # What trains, and what does not
@@ -264,3 +264,38 @@ def test_a_run_of_nan_ends_with_an_error_and_not_in_silence(make, batches):
             bad = batches(trainer)
             bad[0].z0.fill_(float("inf"))
             trainer._update(bad)
+
+
+# Samples that are not trained on
+
+
+def test_held_out_pairs_tell_a_retrieving_students_loss_with_and_without_its_neighbours(make, world, grown):
+    trainer = grown(make(data__held_out=str(world.data), loop__log_every=1, loop__held_out_every=2))
+    batch = trainer.held_out.data.batch(range(6))
+    measured = trainer.held_out.measure(trainer)
+    first = torch.zeros(6, dtype=torch.int64)
+    for name, alone in (("held_out", False), ("held_out_alone", True)):
+        trainer.held_out.count = 6
+        with torch.no_grad():
+            z0_hat = trainer.estimate(batch, batch.noise, first, alone=alone)
+        expected = torch.nn.functional.smooth_l1_loss(z0_hat, batch.z0).item()
+        assert trainer.held_out.measure(trainer)[name] == pytest.approx(expected, rel=1e-5)
+    assert measured["held_out"] != measured["held_out_alone"]
+    trainer.train()
+    rows = [json.loads(line) for line in (trainer.out / "stats.jsonl").read_text().splitlines()]
+    assert ["held_out" in row for row in rows] == [False, True, False, True]
+
+
+def test_measuring_changes_nothing_of_what_is_trained(make, world):
+    watched, plain = make(data__held_out=str(world.data), loop__held_out_every=1), make()
+    for trainer in (watched, plain):
+        trainer.train()
+    theirs = plain.masters.state()
+    assert all(torch.equal(value, theirs[name]) for name, value in watched.masters.state().items())
+
+
+def test_held_out_pictures_without_noise_are_refused(make, world):
+    with pytest.raises(InvalidRequest, match="ragturbo data teacher"):
+        make(data__held_out=str(world.real))
+    with pytest.raises(InvalidRequest, match="held_out_every=3 is not a multiple"):
+        make(data__held_out=str(world.data), loop__log_every=2, loop__held_out_every=3)
