@@ -218,7 +218,8 @@ async def overhead(server: Server, mode: str | None, pairs: int) -> dict[str, An
 
     client = Client(server.port)
     plain, served = [], []
-    with ragturbo.Generator.from_pretrained("shapes") as gen:
+    # The server does not log prompts either.
+    with ragturbo.Generator.from_pretrained("shapes", log_prompts=False) as gen:
         gen.warmup()
         for i in range(pairs + 5):
             begin = time.perf_counter()
