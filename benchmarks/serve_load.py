@@ -284,8 +284,9 @@ def table(record: dict[str, Any], source: Path) -> str:
         f"request in flight), deadline {record['deadline_s']:g} s, ready {record['cold_start_s']:.1f} s after start.",
         "",
         "| load | requests | accepted | goodput of capacity | p50 / p99 / max, ms | past the deadline | refused | "
-        "refusal p50 / p99 / max, ms | refusals over 20 ms | memory, MiB: start / most / end | open files |",
-        "|--:|" + "--:|" * 10,
+        "refusal p50 / p99 / max, ms | refusals over 20 ms | the generator itself late, p50 / p99 / max, ms | "
+        "memory, MiB: start / most / end | open files |",
+        "|--:|" + "--:|" * 11,
     ]
     for load in record["loads"]:
         cells = [
@@ -298,6 +299,7 @@ def table(record: dict[str, Any], source: Path) -> str:
             load["rejected"],
             spread(load["rejected_seconds"]),
             load["rejected_over_20_ms"],
+            spread(load["late_start_seconds"]),
             " / ".join(f"{n / 2**20:.0f}" for n in load["memory_bytes"]),
             " / ".join(map(str, load["open_files"])),
         ]
