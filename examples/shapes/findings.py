@@ -132,7 +132,8 @@ def report(results: Path, image: Path) -> str:
             "| system | database | all | common | rare | ms an image |",
             "|---|---|---|---|---|---|",
         ]
-        for row in (row for row in rows if row["question"] == question):
+        held = [row for row in rows if row["question"] == question]
+        for row in sorted(held, key=lambda row: (row["database"] in (CIRCLES, PROJECTED), row["system"], row["pairs"])):
             stored = f"{row['pairs']:,}" + (f" {row['database']}" if row["database"] in (CIRCLES, PROJECTED) else "")
             cells_of = [_mean(row, letters) for letters in ("cr", "c", "r")]
             took = f"{row['milliseconds']['p50']:.1f}" if "milliseconds" in row else "not timed"
