@@ -28,7 +28,7 @@ from ragturbo import Database
 from ragturbo.evaluate.drawing import render
 from ragturbo.evaluate.suites import shapes
 from ragturbo.evaluate.systems import Loading, parse_spec
-from ragturbo.evaluate.table import estimate
+from ragturbo.evaluate.table import estimate, verdict
 from ragturbo.evaluate.world import COLOURS, sample_scene
 from ragturbo.model.source import resolve
 
@@ -124,18 +124,20 @@ def report(results: Path, image: Path) -> str:
     rows = [json.loads(path.read_text("utf-8")) for path in sorted(results.glob("*.json"))]
     if not rows:
         raise SystemExit(f"{results} holds no results: run findings.py first")
+    base = next((row for row in rows if row["system"] == "student"), None)
     lines = []
     for question in dict.fromkeys(cell.question for cell in cells([0])):
         lines += [
             f"**{question}**",
             "",
-            "| system | database | all | common | rare | ms an image |",
-            "|---|---|---|---|---|---|",
+            "| system | database | all | common | rare | to `student`, paired | ms an image |",
+            "|---|---|---|---|---|---|---|",
         ]
         held = [row for row in rows if row["question"] == question]
         for row in sorted(held, key=lambda row: (row["database"] in (CIRCLES, PROJECTED), row["system"], row["pairs"])):
             stored = f"{row['pairs']:,}" + (f" {row['database']}" if row["database"] in (CIRCLES, PROJECTED) else "")
             cells_of = [_mean(row, letters) for letters in ("cr", "c", "r")]
+            cells_of.append(_difference(row, base))
             took = f"{row['milliseconds']['p50']:.1f}" if "milliseconds" in row else "not timed"
             lines.append(f"| `{row['system']}` | {stored} | {' | '.join(cells_of)} | {took} |")
         lines.append("")
@@ -152,6 +154,14 @@ def report(results: Path, image: Path) -> str:
 def _mean(row: dict[str, Any], letters: str) -> str:
     found = estimate([v for v, group in zip(row["values"], row["group"], strict=True) if group in letters])
     return f"{found.mean:.3f} [{found.low:.3f}, {found.high:.3f}]" if found.count else ""
+
+
+def _difference(row: dict[str, Any], base: dict[str, Any] | None) -> str:
+    """All systems drew the same prompts from the same noise."""
+    if base is None or row["system"] == base["system"]:
+        return ""
+    found = estimate([mine - theirs for mine, theirs in zip(row["values"], base["values"], strict=True)])
+    return f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}] {verdict(found)}"
 
 
 def _plot(rows: list[dict[str, Any]], image: Path) -> None:
