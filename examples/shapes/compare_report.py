@@ -15,8 +15,14 @@ from typing import Any
 
 import numpy as np
 from compare import ARMS, RESULTS
+from PIL import Image, ImageDraw
 
+from ragturbo.evaluate.drawing import render
+from ragturbo.evaluate.run import image_path
+from ragturbo.evaluate.suites import shapes
+from ragturbo.evaluate.systems import parse_spec
 from ragturbo.evaluate.table import Estimate, verdict
+from ragturbo.evaluate.world import Scene, arrange, parse
 
 RESAMPLES, SEED = 2000, 0
 GROUPS = {"all": "cr", "common": "c", "rare": "r"}
@@ -165,16 +171,49 @@ def _curves(trained: dict[str, Result], path: Path) -> Path:
     return path
 
 
+def sheet(results: dict[str, Result], drawn: Path, images: Path, count: int = 12) -> Path | None:
+    """The first prompts, a row an arm (its first seed) and under them the true pictures; never chosen, always these."""
+    suite = shapes(len(next(iter(results.values())).group))
+    prompts = suite.prompts[:count]
+    rows: list[list[Image.Image]] = []
+    titles: list[str] = []
+    for arm, result in results.items():
+        run = result.runs[0]
+        folder = drawn / (arm if run["seed"] is None else f"{arm}-{run['seed']}")
+        paths = [image_path(folder, parse_spec(run["system"]), prompt) for prompt in prompts]
+        if all(path.exists() for path in paths):
+            rows.append([Image.open(path).convert("RGB") for path in paths])
+            titles.append(TITLES[arm])
+    if not rows:
+        return None
+    # The captions' scenes as the world draws them: what was asked for.
+    asked = [(prompt.text, parse(prompt.text)) for prompt in prompts]
+    rows.append([render(Scene(said, text, arrange(said, np.random.default_rng(SEED)))) for text, said in asked])
+    titles.append("what was asked for")
+    side, left = 66, 250
+    page = Image.new("RGB", (left + side * count, side * len(rows)), "white")
+    pen = ImageDraw.Draw(page)
+    for j, (title, row) in enumerate(zip(titles, rows, strict=True)):
+        pen.text((4, j * side + 26), title.replace("λ", "lambda"), fill="black", font_size=12)
+        for i, image in enumerate(row):
+            page.paste(image, (left + i * side + 1, j * side + 1))
+    path = images / "comparison-sheet.png"
+    page.save(path)
+    return path
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--images", type=Path, default=IMAGES)
+    parser.add_argument("--work", type=Path, help="compare.py's: also a sheet of its images")
     args = parser.parse_args(arguments)
     results = read(args.results)
     if not results:
         raise SystemExit(f"{args.results} holds no results: run compare.py first")
     print(markdown(results))
-    for path in plot(results, args.images):
+    made = [*plot(results, args.images), *([sheet(results, args.work / "drawn", args.images)] if args.work else [])]
+    for path in filter(None, made):
         print(path)
 
 
