@@ -16,6 +16,7 @@ import numpy as np
 from ragturbo.errors import DatabaseCorrupt, DatabaseError, InvalidRequest
 from ragturbo.retrieval import durable, store
 from ragturbo.retrieval.manifest import IndexEntry, Manifest
+from ragturbo.retrieval.npy import read_ids
 from ragturbo.retrieval.retriever import EXACT_BELOW, check_k, check_keys, excluded_ids, like, to_host
 from ragturbo.retrieval.snapshot import Snapshot
 
@@ -219,10 +220,10 @@ class ScannRetriever:
     def _load_ids(self, rows: int) -> np.ndarray:
         path = self.folder / IDS
         try:
-            ids = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+            ids = read_ids(path.read_bytes())
+        except (OSError, ValueError) as error:
             raise DatabaseCorrupt(f"{path}: not an array of ids: {error}") from error
-        if ids.dtype != np.int64 or ids.shape != (rows,) or rows == 0 or np.any(np.diff(ids) <= 0):
+        if ids.shape != (rows,) or rows == 0 or np.any(np.diff(ids) <= 0):
             raise DatabaseCorrupt(f"{path}: must be {rows} ascending int64 ids")
         return ids
 

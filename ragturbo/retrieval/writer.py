@@ -23,6 +23,7 @@ from ragturbo.retrieval import durable
 from ragturbo.retrieval.format import Geometry, generation_name
 from ragturbo.retrieval.jobs import Finished, Job, SegmentWriter
 from ragturbo.retrieval.manifest import Manifest, is_generation, load
+from ragturbo.retrieval.npy import read_ids
 from ragturbo.retrieval.pairs import Record
 
 
@@ -125,10 +126,10 @@ def removed_ids(folder: Path, manifest: Manifest) -> np.ndarray:
     if len(raw) != expected.bytes or zlib.crc32(raw) != expected.crc32:
         raise DatabaseCorrupt(f"{path}: its size or CRC-32 is not the manifest's")
     try:
-        removed = np.load(io.BytesIO(raw), allow_pickle=False)
-    except (ValueError, EOFError, SyntaxError, TypeError) as error:
+        removed = read_ids(raw)
+    except ValueError as error:
         raise DatabaseCorrupt(f"{path}: not an array of ids: {error}") from error
-    if removed.dtype != np.int64 or removed.shape != (manifest.removed,) or np.any(np.diff(removed) <= 0):
+    if removed.shape != (manifest.removed,) or np.any(np.diff(removed) <= 0):
         raise DatabaseCorrupt(f"{path}: must be {manifest.removed} ascending int64 ids")
     return removed
 

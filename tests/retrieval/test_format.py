@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import resource
 import subprocess
@@ -10,10 +11,12 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ragturbo.retrieval import Geometry, format
+from ragturbo.retrieval.npy import read_ids
 
 
 @settings(deadline=None, max_examples=50)
@@ -45,6 +48,7 @@ import json, sys, resource
 sys.path.insert(0, {here!r})
 from ragturbo import Database
 import numpy as np
+import pytest
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 db = Database.open({folder!r})
 row = db.rows([0, 30_000, len(db) - 1])
@@ -107,3 +111,24 @@ def sparse_database(folder: Path, geometry: Geometry, count: int, per: int, payl
         entries.append(SegmentEntry(number, per, int(ids[0]), int(ids[-1]), trailer_crc, sums))
     done = [jobs.Finished(entry, np.zeros(geometry.key_dim)) for entry in entries]
     writer.commit(folder, writer.joined(manifest, done, count), np.empty(0, np.int64))
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 5000])
+def test_ids_that_numpy_wrote_are_read(count):
+    ids, file = np.arange(count, dtype="<i8") * 3, io.BytesIO()
+    np.save(file, ids)
+    read = read_ids(file.getvalue())
+    assert read.dtype == np.int64 and np.array_equal(read, ids)
+    for spoiled in (file.getvalue()[:-1], file.getvalue() + b"x", file.getvalue()[1:], b""):
+        with pytest.raises(ValueError):
+            read_ids(spoiled)
+
+
+@pytest.mark.parametrize(
+    "other", [np.zeros(3, "<f8"), np.zeros((3, 1), "<i8"), np.zeros((), "<i8"), np.zeros(3, ">i8")]
+)
+def test_arrays_that_are_no_row_of_ids_are_refused(other):
+    file = io.BytesIO()
+    np.save(file, other)
+    with pytest.raises(ValueError, match="header"):
+        read_ids(file.getvalue())

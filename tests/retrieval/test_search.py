@@ -138,17 +138,18 @@ def test_a_query_without_neighbours_is_refused(bad, retriever, database):
 
 @pytest.mark.parametrize("retriever", ["exact", "scann"])
 def test_excluded_ids_are_never_returned_and_others_take_their_place(retriever, database):
-    queries = near(4, 10)
+    # ScaNN trains its index anew each time, and misses some of one query's ten now and then: recall is a mean of forty.
+    queries = near(40, 10)
     first, _ = oracle(database, queries, 30)
     for exclude in (first[0], torch.from_numpy(first[0]), list(first[0]), set(first[0].tolist())):
         ids, _ = database.search(queries, 10, exclude=exclude, retriever=retriever)
-        assert not set(ids.ravel().tolist()) & set(first[0].tolist())
-        assert recall(ids[:1], oracle(database, queries[:1], 10, first[0])[0]) >= 0.7
+        assert (ids >= 0).all() and not set(ids.ravel().tolist()) & set(first[0].tolist())
+        assert recall(ids, oracle(database, queries, 10, first[0])[0]) >= 0.9
     per_row = first[:, :20].copy()
-    per_row[2] = -1
+    per_row[::2] = -1
     ids, _ = database.search(queries, 10, exclude=per_row, retriever=retriever)
-    assert not set(ids[3].tolist()) & set(per_row[3].tolist())
-    assert recall(ids[2:3], first[2:3, :10]) >= 0.9
+    assert not any(set(row) & set(banned) for row, banned in zip(ids.tolist(), per_row.tolist(), strict=True))
+    assert recall(ids[::2], first[::2, :10]) >= 0.9
     with pytest.raises(InvalidRequest, match="exclude"):
         database.search(queries, 1, exclude=np.zeros((3, 2), np.int64), retriever=retriever)
     with pytest.raises(InvalidRequest, match="whole numbers"):

@@ -1,0 +1,30 @@
+"""Files of ids: numpy's .npy, one row of int64.
+
+Read without numpy's reader. That goes through Python's parser for the header, and CPython 3.11's fails in one thread
+now and then while another is in it (SystemError: AST constructor recursion depth mismatch).
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+
+import numpy as np
+
+_MAGIC = b"\x93NUMPY\x01\x00"
+_HEADER = re.compile(rb"\{'descr': '<i8', 'fortran_order': False, 'shape': \((\d{1,18}),\), \} *\n")
+
+
+def read_ids(raw: bytes) -> np.ndarray:
+    """The ids that `np.save` wrote; ValueError for anything else."""
+    start = len(_MAGIC) + 2
+    if raw[: len(_MAGIC)] != _MAGIC or len(raw) < start:
+        raise ValueError("it does not begin as a .npy file of version 1.0")
+    end = start + struct.unpack_from("<H", raw, len(_MAGIC))[0]
+    header = _HEADER.fullmatch(raw[start:end])
+    if header is None:
+        raise ValueError("its header is not that of one row of int64")
+    count = int(header[1])
+    if len(raw) != end + 8 * count:
+        raise ValueError(f"its header says {count} ids, which are not the {len(raw) - end} bytes after it")
+    return np.frombuffer(raw, np.dtype("<i8"), offset=end).astype(np.int64)
