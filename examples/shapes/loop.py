@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import math
 import os
 import subprocess
 import time
@@ -17,6 +16,8 @@ import parallel
 import torch
 from device import DEVICE, attention
 from torch import nn
+
+from ragturbo.train.config import OptimConfig
 
 log = logging.getLogger("ragturbo.recipe")
 
@@ -94,10 +95,7 @@ class Threads:
 
 def rate(step: int, steps: int, peak: float, warmup: int = 100) -> float:
     """Linear warm-up, then a cosine to a fiftieth."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    done = min(1.0, (step - warmup) / max(1, steps - warmup))
-    return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+    return OptimConfig(lr=peak, warmup=warmup, decay="cosine").rate(step, steps)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
