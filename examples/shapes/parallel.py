@@ -32,12 +32,18 @@ def part(batch: Tensor) -> Tensor:
     return batch[RANK::WORLD]
 
 
+def add(values: Tensor) -> None:
+    """In place: the sum over the processes."""
+    if WORLD > 1:
+        dist.all_reduce(values)
+
+
 def mean_gradients(parameters: Iterable[nn.Parameter]) -> None:
     if WORLD == 1:
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
     flat = torch.cat([g.flatten() for g in gradients])
-    dist.all_reduce(flat)
+    add(flat)
     flat /= WORLD
     for gradient, values in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(values.view_as(gradient))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+import parallel
 import torch
 from data import batches, tokenize
 from device import DEVICE, autocast
@@ -23,6 +25,22 @@ class Texts:
         self.empty_ids = tokenize(self.tokenizer, [""])
         with torch.no_grad():
             self.empty = self.model(input_ids=self.empty_ids.to(DEVICE)).last_hidden_state
+
+    @torch.no_grad()
+    def told(self, work: Path, tokens: Tensor) -> Path:
+        """states.npy (N, L, D) fp16: what the encoder says of every row of tokens, said once."""
+        path = work / "states.npy"
+        if parallel.RANK == 0 and not path.exists():
+            part = path.with_suffix(".part.npy")
+            width = self.model.config.hidden_size
+            rows = np.lib.format.open_memmap(part, "w+", np.float16, (*tokens.shape, width))
+            for chunk in batches(len(tokens), 512):
+                said = self.model(input_ids=tokens[chunk].long().to(DEVICE)).last_hidden_state
+                rows[chunk] = said.half().cpu().numpy()
+            rows.flush()
+            part.rename(path)
+        parallel.meet()
+        return path
 
     @torch.no_grad()
     def states(self, captions: list[str]) -> Tensor:

@@ -31,8 +31,8 @@ class Settings:
     # Text enters the middle block alone, and the middle block is where the depth is: h carries the meaning.
     unet_channels: tuple[int, ...] = (48, 64, 96)
     unet_middle_layers: int = 4
-    teacher_steps: int = 30_000
-    teacher_batch: int = 64
+    teacher_steps: int = 14_000
+    teacher_batch: int = 128
     teacher_rate: float = 1.2e-3
     text_dropout: float = 0.1
     guidance: float = 3.0
@@ -58,7 +58,7 @@ class Settings:
 SIZES = {
     "short": Settings(
         vae_steps=1_600, decoder_steps=1_500, tiny_steps=800, text_steps=800, teacher_steps=8_000,
-        teacher_batch=128, pairs=8_000, real=4_000, student_steps=2_000, lcm_steps=1_000,
+        pairs=8_000, real=4_000, student_steps=2_000, lcm_steps=1_000,
     ),
     "cpu": Settings(),
     "gpu": Settings(

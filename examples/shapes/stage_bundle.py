@@ -15,6 +15,7 @@ from loop import head
 from networks import make_scheduler
 from PIL import Image
 from settings import Settings
+from stage_teacher import START
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ragturbo import Database
@@ -27,7 +28,7 @@ from ragturbo.model.vae import VAE
 
 log = logging.getLogger("ragturbo.recipe")
 # What every training stage leaves behind; the last row of its log goes into the bundle's provenance.
-LOGS = ("text", "vae", "decoder", "tiny", "teacher", "student", "lcm")
+LOGS = ("text", "vae", "decoder", "tiny", START, "teacher", "student", "lcm")
 
 
 def write_bundle(work: Path, s: Settings, minutes: float | None = None) -> None:

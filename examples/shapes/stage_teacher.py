@@ -1,4 +1,7 @@
-"""Stage 3: the teacher, v-prediction diffusion on latents with the caption dropped now and then for guidance."""
+"""Stage 3: the teacher, v-prediction diffusion on latents with the caption dropped now and then for guidance.
+
+It goes on from `teacher_start/`, which `adopt` leaves there, or starts from nothing.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,47 @@ from pathlib import Path
 import parallel
 import torch
 from device import DEVICE, Table, autocast
+from diffusers import UNet2DConditionModel
 from loop import Average, rate, run, set_rate
 from networks import LATENT_SIDE, make_unet
 from sampling import Texts, noise_levels
 from settings import Settings
+from torch import Tensor, nn
+
+START = "teacher_start"
+
+
+class Levels(nn.Module):
+    """What the loss has been at each noise level of late. Divided by it, every level weighs alike: left as they are,
+    the highest, where nobody can know where things will be, drown the middle ones, where shapes get their corners."""
+
+    def __init__(self, count: int = 20, pace: float = 0.02) -> None:
+        super().__init__()
+        self.count, self.pace = count, pace
+        self.register_buffer("seen", torch.zeros(count, device=DEVICE))
+
+    @torch.no_grad()
+    def weights(self, t: Tensor, errors: Tensor) -> Tensor:
+        level = t * self.count // 1000
+        sums = torch.zeros(2, self.count, device=DEVICE)
+        sums.index_add_(1, level, torch.stack([errors.detach(), torch.ones_like(errors)]))
+        parallel.add(sums)
+        now = sums[0] / sums[1]
+        # A level's first value is its own; one that no sample met keeps what it had.
+        now = torch.where(self.seen > 0, torch.lerp(self.seen, now, self.pace), now)
+        self.seen.copy_(torch.where(sums[1] > 0, now, self.seen))
+        return self.seen.mean() / self.seen[level]
 
 
 def train_teacher(work: Path, s: Settings, minutes: float | None = None) -> None:
     latents, tokens, texts = Table(work / "latents.npy"), Table(work / "tokens.npy", s.scenes), Texts(work)
     alpha, sigma = noise_levels()
+    told = Table(texts.told(work, tokens.rows))
     torch.manual_seed(s.seed + 4)
-    unet = make_unet(s).to(DEVICE)
-    mean = Average(unet, 0.9995)
+    start = work / START
+    unet = (UNet2DConditionModel.from_pretrained(start, torch_dtype=torch.float32) if start.exists() else make_unet(s)).to(DEVICE).train()
+    compiled = torch.compile(unet)
+    mean, levels = Average(unet, 0.9995), Levels()
     adam = {"weight_decay": 0.01, "betas": (0.9, 0.99), "fused": True}
     optimizer = torch.optim.AdamW(unet.parameters(), lr=s.teacher_rate, **adam)
 
@@ -31,24 +63,24 @@ def train_teacher(work: Path, s: Settings, minutes: float | None = None) -> None
         t = t[torch.randperm(len(t), generator=generator)]
         dropped = torch.rand(len(index), generator=generator) < s.text_dropout
         index, noise, t, dropped = (parallel.part(drawn).to(DEVICE) for drawn in (index, noise, t, dropped))
-        x0, ids = latents[index].float(), tokens[index].long()
+        x0, states = latents[index].float(), told[index].float()
         a, b = alpha[t].view(-1, 1, 1, 1), sigma[t].view(-1, 1, 1, 1)
-        ids[dropped] = texts.empty_ids[0].to(DEVICE)
+        states[dropped] = texts.empty
         with autocast():
-            with torch.no_grad():
-                states = texts.model(input_ids=ids).last_hidden_state
-            out = unet(a * x0 + b * noise, t, states).sample
-        error = (out.float() - (a * noise - b * x0)) ** 2
-        loss = error.mean()
+            out = compiled(a * x0 + b * noise, t, states).sample
+        errors = ((out.float() - (a * noise - b * x0)) ** 2).mean((1, 2, 3))
+        loss = (errors * levels.weights(t, errors)).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         parallel.mean_gradients(unet.parameters())
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
         mean.update(unet, step)
-        return {"v": loss.item(), "v_late": error[t > 750].mean().item(), "v_early": error[t < 250].mean().item()}
+        # Of all levels, the highest quarter, and those where shapes are made.
+        late, middle = levels.seen[15:].mean().item(), levels.seen[2:10].mean().item()
+        return {"v": levels.seen.mean().item(), "v_late": late, "v_middle": middle}
 
-    state = {"unet": unet, "mean": mean, "optimizer": optimizer}
+    state = {"unet": unet, "mean": mean, "levels": levels, "optimizer": optimizer}
     run("teacher", work, update, state, steps=s.teacher_steps, seed=s.seed + 5, minutes=minutes)
     if parallel.RANK == 0:
         mean.module.save_pretrained(work / "teacher_unet")

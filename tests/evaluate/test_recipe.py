@@ -8,8 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file
 
 from ragturbo.model import Bundle
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def test_training_scenes_glimpse_rare_kinds_a_few_times_and_never_again(recipe):
@@ -131,6 +135,33 @@ def test_captions_that_name_the_same_kinds_are_not_each_others_negatives(recipe)
     keys = torch.eye(4)[[0, 0, 1]]
     scale = torch.tensor(20.0)
     assert contrast(keys, keys, scale, torch.tensor([7, 7, 8])) < 1e-3 < contrast(keys, keys, scale)
+
+
+def test_every_noise_level_weighs_alike_whatever_its_loss(recipe):
+    levels = recipe["stage_teacher"].Levels(count=4, pace=0.5)
+    t = torch.arange(0, 1000, 10)
+    losses = torch.tensor([0.1, 0.2, 0.4, 0.8])[t * 4 // 1000]
+    for _ in range(3):
+        shares = (levels.weights(t, losses) * losses).reshape(4, -1).sum(1)
+    torch.testing.assert_close(shares, shares.mean().expand(4))
+    # A batch that misses a level leaves it as it was, and one bad loss does not take over.
+    seen = levels.seen.clone()
+    levels.weights(t[:25], losses[:25] * 100)
+    assert torch.equal(levels.seen[1:], seen[1:]) and levels.seen[0] < 100 * seen[0]
+
+
+def test_a_teacher_goes_on_from_the_adopted_one(recipe, tmp_path):
+    s = replace(recipe["settings"].Settings(), scenes=4, teacher_batch=4, teacher_steps=1)
+    recipe["stage_adopt"].adopt(tmp_path, s)
+    recipe["data"].draw(tmp_path, recipe["networks"].tokenizer_in(tmp_path / "tokenizer", s), s)
+    recipe["data"].encode(tmp_path, AutoencoderKL.from_pretrained(tmp_path / "vae", torch_dtype=torch.float32), s)
+    with torch.compiler.set_stance("force_eager"):
+        recipe["stage_teacher"].train_teacher(tmp_path, s)
+    start, taught = (load_file(tmp_path / name / WEIGHTS) for name in ("teacher_start", "teacher_unet"))
+    moved = [float((start[name].float() - taught[name]).abs().max()) for name in start]
+    # One step of the warm-up moves every weight by its rate, a hundredth of the peak, and the average by less.
+    assert 0 < max(moved) < 0.02 * s.teacher_rate
+    assert json.loads((tmp_path / "teacher.jsonl").read_text())["step"] == 1
 
 
 def test_the_student_is_distilled_by_the_librarys_trainer_from_the_librarys_data(recipe, tmp_path):
