@@ -48,7 +48,8 @@ def train_teacher(work: Path, s: Settings, minutes: float | None = None) -> None
     told = Table(texts.told(work, tokens.rows))
     torch.manual_seed(s.seed + 4)
     start = work / START
-    unet = (UNet2DConditionModel.from_pretrained(start, torch_dtype=torch.float32) if start.exists() else make_unet(s)).to(DEVICE).train()
+    unet = UNet2DConditionModel.from_pretrained(start, torch_dtype=torch.float32) if start.exists() else make_unet(s)
+    unet.to(DEVICE).train()
     compiled = torch.compile(unet)
     mean, levels = Average(unet, 0.9995), Levels()
     adam = {"weight_decay": 0.01, "betas": (0.9, 0.99), "fused": True}
