@@ -19,7 +19,7 @@ from data import batches, to_bytes, to_float, tokenize
 from device import DEVICE
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
-from sampling import Texts, decode, noise_of, student_latents, teacher_latents
+from sampling import Texts, decode, noise_levels, noise_of, student_latents, teacher_latents
 from settings import Settings
 from torch import Tensor
 from torch.nn import functional as F
@@ -39,20 +39,43 @@ class Model:
     def unet(self, name: str) -> UNet2DConditionModel:
         return UNet2DConditionModel.from_pretrained(self.folder / name, torch_dtype=torch.float32).to(DEVICE).eval()
 
+    @torch.no_grad()
+    def encode(self, scenes: list[Scene]) -> Tensor:
+        """Their true pictures' latents."""
+        images = np.stack([render_array(scene) for scene in scenes])
+        means = [self.vae.encode(to_float(images[c])).latent_dist.mean for c in batches(len(images), 64)]
+        return torch.cat(means) * self.vae.config.scaling_factor
+
 
 def teacher(model: Model, args: argparse.Namespace) -> dict:
     unet, s = model.unet("teacher_unet"), Settings()
 
-    def latents(noise: Tensor, states: Tensor) -> Tensor:
+    def latents(noise: Tensor, states: Tensor, _: list[Scene]) -> Tensor:
         steps, guidance = args.steps or s.sampling_steps, args.guidance or s.guidance
-        return teacher_latents(unet, noise, states, model.texts.empty, steps=steps, guidance=guidance, order=args.order)
+        return teacher_latents(unet, noise, states, model.texts.empty, steps=steps, guidance=guidance)
 
     return _score(model, args, latents)
 
 
+def redraw(model: Model, args: argparse.Namespace) -> dict:
+    """The teacher goes on from the true picture, noised to a level: where on its way faithfulness is lost."""
+    unet, s = model.unet("teacher_unet"), Settings()
+    alpha, sigma = noise_levels()
+
+    def from_level(t: int) -> dict:
+        def latents(noise: Tensor, states: Tensor, scenes: list[Scene]) -> Tensor:
+            x = alpha[t] * model.encode(scenes) + sigma[t] * noise
+            how = {"steps": args.steps or 20, "guidance": args.guidance or s.guidance}
+            return teacher_latents(unet, x, states, model.texts.empty, start=t, **how)
+
+        return _score(model, args, latents)
+
+    return {str(t): from_level(t) for t in (999, 900, 800, 700, 600, 500, 400, 300, 200)}
+
+
 def student(model: Model, args: argparse.Namespace) -> dict:
     unet = model.unet("unet")
-    return _score(model, args, lambda noise, states: student_latents(unet, noise, states))
+    return _score(model, args, lambda noise, states, _: student_latents(unet, noise, states))
 
 
 def swap(model: Model, args: argparse.Namespace) -> dict:
@@ -63,8 +86,8 @@ def swap(model: Model, args: argparse.Namespace) -> dict:
         state = unet.encode(noise, torch.tensor(999, device=DEVICE), states)
         return -unet.decode(state, state.h.roll(1, 0) if other else None)
 
-    own = _score(model, args, lambda noise, states: latents(noise, states, False))
-    swapped = _score(model, args, lambda noise, states: latents(noise, states, True))
+    own = _score(model, args, lambda noise, states, _: latents(noise, states, False))
+    swapped = _score(model, args, lambda noise, states, _: latents(noise, states, True))
     return {"own": own, "swapped": swapped, "cost": own["overall"]["mean"] - swapped["overall"]["mean"]}
 
 
@@ -72,9 +95,7 @@ def autoencoder(model: Model, args: argparse.Namespace) -> dict:
     """The ceiling: true pictures, encoded and decoded."""
     scenes = _scenes(args)
     images = np.stack([render_array(scene) for scene in scenes])
-    with torch.no_grad():
-        means = [model.vae.encode(to_float(images[c])).latent_dist.mean for c in batches(len(images), 64)]
-    back = to_bytes(decode(model.vae, torch.cat(means) * model.vae.config.scaling_factor))
+    back = to_bytes(decode(model.vae, model.encode(scenes)))
     error = np.square(back.astype(np.float64) - images).mean()
     _grid(args, back)
     report = faithfulness([scene.caption for scene in scenes], back).as_dict()
@@ -99,7 +120,9 @@ def keys(model: Model, args: argparse.Namespace) -> dict:
     }
 
 
-MEASURES = {"autoencoder": autoencoder, "teacher": teacher, "student": student, "swap": swap, "keys": keys}
+MEASURES = {
+    "autoencoder": autoencoder, "teacher": teacher, "redraw": redraw, "student": student, "swap": swap, "keys": keys,
+}  # fmt: skip
 
 
 def _scenes(args: argparse.Namespace) -> list[Scene]:
@@ -120,7 +143,8 @@ def _score(model: Model, args: argparse.Namespace, latents) -> dict:
         captions = [scene.caption for scene in scenes[chunk]]
         noise = noise_of(range(args.seed * 1_000_000 + chunk.start, args.seed * 1_000_000 + chunk.stop))
         with torch.no_grad():
-            images.append(to_bytes(decode(model.vae, latents(noise, model.texts.states(captions)))))
+            states = model.texts.states(captions)
+            images.append(to_bytes(decode(model.vae, latents(noise, states, scenes[chunk]))))
     pictures = np.concatenate(images)
     _grid(args, pictures)
     return faithfulness([scene.caption for scene in scenes], pictures).as_dict()
@@ -145,8 +169,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("build/shapes"))
     parser.add_argument("--count", type=int, default=1000, help="unseen captions")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--steps", type=int, help="the teacher's; default: settings.sampling_steps")
-    parser.add_argument("--order", type=int, default=1, choices=(1, 2), help="1: Euler; 2: DPM-Solver++")
+    parser.add_argument("--steps", type=int, help="the teacher's; default: settings.sampling_steps (redraw: 20)")
     parser.add_argument("--guidance", type=float, help="the teacher's; default: settings.guidance")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--grid", type=Path, help="write the first sixty pictures here")

@@ -41,7 +41,7 @@ def make_pairs(work: Path, s: Settings, minutes: float | None = None) -> None:
     prompts = [captions[pair_caption(i, s)] for i in range(s.pairs)]
     make_teacher_data(
         prompts, work / PAIRS, model=model, guidance=s.guidance, steps=s.pair_steps, batch=batch, store_text=True,
-        precision="bfloat16" if DEVICE.type == "cuda" else None, device=device,
+        precision="bfloat16", device=device,
     )  # fmt: skip
     pictures = list(_pictures(work, captions, s))
     make_encoded_data(pictures, work / REAL, model=model, min_size=1, batch=batch, store_text=True, device=device)
@@ -70,7 +70,7 @@ def distil_student(work: Path, s: Settings, minutes: float | None = None) -> Non
         "student.lora.rank=0", "student.retrieval_dropout=0", f"loss.lpips_weights={work / VGG}",
         f"optim.lr={s.student_rate}", "optim.weight_decay=0.01", f"loop.max_steps={s.student_steps}",
         f"loop.batch={s.student_batch}", f"loop.micro_batch={s.student_batch // parallel.WORLD}", "loop.ema=0.998",
-        f"loop.precision={'bf16' if DEVICE.type == 'cuda' else 'fp32'}",
+        "loop.precision=bf16",
     ]  # fmt: skip
     with attention():
         folder = LADDTrainer(load_config("shapes", changes), work / "student", device=DEVICE, resume=True).train()
