@@ -31,7 +31,7 @@ class Settings:
     # Text enters the middle block alone, and the middle block is where the depth is: h carries the meaning.
     unet_channels: tuple[int, ...] = (48, 64, 96)
     unet_middle_layers: int = 4
-    teacher_steps: int = 14_000
+    teacher_steps: int = 6_000
     teacher_batch: int = 128
     teacher_rate: float = 1.2e-3
     text_dropout: float = 0.1
