@@ -15,7 +15,7 @@ from typing import Any
 import parallel
 import torch
 from device import DEVICE, attention
-from torch import nn
+from torch import Tensor, nn
 
 from ragturbo.train.config import OptimConfig
 
@@ -115,6 +115,28 @@ class Average(nn.Module):
     def update(self, module: nn.Module, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.module.parameters()), list(module.parameters()), 1 - decay)
+
+
+class Levels(nn.Module):
+    """What the loss has been at each noise level of late. Divided by it, every level weighs alike: left as they are,
+    the highest, where nobody can know where things will be, drown the middle ones, where shapes get their corners."""
+
+    def __init__(self, count: int = 20, pace: float = 0.02) -> None:
+        super().__init__()
+        self.count, self.pace = count, pace
+        self.register_buffer("seen", torch.zeros(count, device=DEVICE))
+
+    @torch.no_grad()
+    def weights(self, t: Tensor, errors: Tensor) -> Tensor:
+        level = t * self.count // 1000
+        sums = torch.zeros(2, self.count, device=DEVICE)
+        sums.index_add_(1, level, torch.stack([errors.detach(), torch.ones_like(errors)]))
+        parallel.add(sums)
+        now = sums[0] / sums[1]
+        # A level's first value is its own; one that no sample met keeps what it had.
+        now = torch.where(self.seen > 0, torch.lerp(self.seen, now, self.pace), now)
+        self.seen.copy_(torch.where(sums[1] > 0, now, self.seen))
+        return self.seen.mean() / self.seen[level]
 
 
 def _save(path: Path, step: int, state: Mapping[str, Any]) -> None:

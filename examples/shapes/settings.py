@@ -38,13 +38,13 @@ class Settings:
     guidance: float = 3.0
     sampling_steps: int = 50
 
-    pairs: int = 20_000
-    pair_steps: int = 25
+    pairs: int = 16_000
+    pair_steps: int = 20
     # True pictures of other captions: what D takes for real.
     real: int = 8_000
     lpips_steps: int = 600
-    student_steps: int = 6_000
-    student_batch: int = 64
+    student_steps: int = 3_000
+    student_batch: int = 128
     student_rate: float = 5e-4
 
     lcm_steps: int = 4_000
@@ -54,11 +54,11 @@ class Settings:
     large_database_pairs: int = 20_480
 
 
-# The same recipe for what there is: two hours of two cores, a night of two idle ones, a GPU.
+# The same recipe for what there is: an afternoon of two cores, a night of them, a GPU.
 SIZES = {
     "short": Settings(
         vae_steps=1_600, decoder_steps=1_500, tiny_steps=800, text_steps=800, teacher_steps=8_000,
-        pairs=8_000, real=4_000, student_steps=2_000, lcm_steps=1_000,
+        pairs=8_000, real=4_000, student_steps=2_000, student_batch=64, lcm_steps=1_000,
     ),
     "cpu": Settings(),
     "gpu": Settings(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 
+import parallel
 import torch
 from device import DEVICE, Table, autocast
 from diffusers import UNet2DConditionModel
-from loop import Average, rate, run, set_rate
+from loop import Average, Levels, rate, run, set_rate
+from networks import LATENT_SIDE
 from sampling import Texts, noise_levels
 from settings import Settings
 from torch import Tensor, nn
@@ -18,13 +19,13 @@ from torch.nn import functional as F
 
 def distil_lcm(work: Path, s: Settings, minutes: float | None = None) -> None:
     """Any point of the guided teacher's path must lead to the same picture as the point one solver step further."""
-    texts, captions = Texts(work), json.loads((work / "captions.json").read_text())
-    latents = Table(work / "latents.npy")
+    latents, tokens, texts = Table(work / "latents.npy"), Table(work / "tokens.npy", s.scenes), Texts(work)
+    told = Table(texts.told(work, tokens.rows))
     alpha, sigma = noise_levels()
     teacher = UNet2DConditionModel.from_pretrained(work / "teacher_unet").to(DEVICE).eval().requires_grad_(False)
     torch.manual_seed(s.seed + 8)
     model = copy.deepcopy(teacher).requires_grad_(True).train()
-    slow = Average(model, 0.95)
+    slow, levels = Average(model, 0.95), Levels()
     optimizer = torch.optim.AdamW(model.parameters(), lr=s.lcm_rate, weight_decay=0.0, betas=(0.9, 0.99))
     grid = 1000 // s.sampling_steps
 
@@ -40,12 +41,12 @@ def distil_lcm(work: Path, s: Settings, minutes: float | None = None) -> None:
     def update(step: int, generator: torch.Generator) -> dict[str, float]:
         set_rate(optimizer, rate(step, s.lcm_steps, s.lcm_rate))
         index = torch.randint(len(latents), (s.student_batch,), generator=generator)
-        x0 = latents[index].float()
-        noise = torch.randn(x0.shape, generator=generator).to(DEVICE)
-        t = torch.randint(1, s.sampling_steps + 1, (len(x0),), generator=generator).to(DEVICE) * grid - 1
+        noise = torch.randn((len(index), 4, LATENT_SIDE, LATENT_SIDE), generator=generator)
+        t = torch.randint(1, s.sampling_steps + 1, (len(index),), generator=generator) * grid - 1
+        index, noise, t = (parallel.part(drawn).to(DEVICE) for drawn in (index, noise, t))
+        x0, states = latents[index].float(), told[index].float()
         before = (t - grid).clamp_min(0)
         x = column(alpha[t]) * x0 + column(sigma[t]) * noise
-        states = texts.states([captions[i] for i in index.tolist()])
         with torch.no_grad():
             with autocast():
                 both = torch.cat([texts.empty.expand(len(x), -1, -1), states])
@@ -56,14 +57,17 @@ def distil_lcm(work: Path, s: Settings, minutes: float | None = None) -> None:
             target = consistent(slow.module, nearer, before, states)
             # The path's last point is its own picture.
             target = torch.where(column(before == 0), clean, target)
-        loss = F.huber_loss(consistent(model, x, t, states), target, delta=0.1)
+        errors = F.huber_loss(consistent(model, x, t, states), target, reduction="none", delta=0.1).mean((1, 2, 3))
+        loss = (errors * levels.weights(t, errors)).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        parallel.mean_gradients(model.parameters())
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         slow.update(model, step)
-        return {"consistency": loss.item()}
+        return {"consistency": levels.seen.mean().item()}
 
-    run("lcm", work, update, {"model": model, "slow": slow, "optimizer": optimizer}, steps=s.lcm_steps, seed=s.seed + 9,
-        minutes=minutes)  # fmt: skip
-    slow.module.save_pretrained(work / "lcm_unet")
+    state = {"model": model, "slow": slow, "levels": levels, "optimizer": optimizer}
+    run("lcm", work, update, state, steps=s.lcm_steps, seed=s.seed + 9, minutes=minutes)
+    if parallel.RANK == 0:
+        slow.module.save_pretrained(work / "lcm_unet")

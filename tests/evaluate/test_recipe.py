@@ -140,7 +140,7 @@ def test_captions_that_name_the_same_kinds_are_not_each_others_negatives(recipe)
 
 
 def test_every_noise_level_weighs_alike_whatever_its_loss(recipe):
-    levels = recipe["stage_teacher"].Levels(count=4, pace=0.5)
+    levels = recipe["loop"].Levels(count=4, pace=0.5)
     t = torch.arange(0, 1000, 10)
     losses = torch.tensor([0.1, 0.2, 0.4, 0.8])[t * 4 // 1000]
     for _ in range(3):
@@ -152,8 +152,8 @@ def test_every_noise_level_weighs_alike_whatever_its_loss(recipe):
     assert torch.equal(levels.seen[1:], seen[1:]) and levels.seen[0] < 100 * seen[0]
 
 
-def test_a_teacher_goes_on_from_the_adopted_one(recipe, tmp_path):
-    s = replace(recipe["settings"].Settings(), scenes=4, teacher_batch=4, teacher_steps=1)
+def test_a_teacher_goes_on_from_the_adopted_one_and_a_consistency_model_from_it(recipe, tmp_path):
+    s = replace(recipe["settings"].Settings(), scenes=4, teacher_batch=4, teacher_steps=1, student_batch=4, lcm_steps=1)
     recipe["stage_adopt"].adopt(tmp_path, s)
     recipe["data"].draw(tmp_path, recipe["networks"].tokenizer_in(tmp_path / "tokenizer", s), s)
     recipe["data"].encode(tmp_path, AutoencoderKL.from_pretrained(tmp_path / "vae", torch_dtype=torch.float32), s)
@@ -163,7 +163,11 @@ def test_a_teacher_goes_on_from_the_adopted_one(recipe, tmp_path):
     moved = [float((start[name].float() - taught[name]).abs().max()) for name in start]
     # One step of the warm-up moves every weight by its rate, a hundredth of the peak, and the average by less.
     assert 0 < max(moved) < 0.02 * s.teacher_rate
-    assert json.loads((tmp_path / "teacher.jsonl").read_text())["step"] == 1
+    recipe["stage_lcm"].distil_lcm(tmp_path, s)
+    distilled = load_file(tmp_path / "lcm_unet" / WEIGHTS)
+    assert 0 < max(float((taught[name] - distilled[name]).abs().max()) for name in taught) < 0.02 * s.lcm_rate
+    for stage in ("teacher", "lcm"):
+        assert json.loads((tmp_path / f"{stage}.jsonl").read_text())["step"] == 1
 
 
 def test_the_student_is_distilled_by_the_librarys_trainer_from_the_librarys_data(recipe, tmp_path):
