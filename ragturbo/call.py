@@ -164,6 +164,8 @@ class Call:
         for result in results:
             for stage, seconds in result.timings.items():
                 timings[stage] = timings.get(stage, 0.0) + seconds
+        # A call's later pieces wait for its earlier ones: the call's own wait is the first piece's.
+        timings["queue"] = min(result.timings["queue"] for result in results)
         timings["total"] = time.perf_counter() - self.started
         bucket = max(r.bucket for r in results)
         return Output(images, neighbors, lam, plan.seeds, plan.mode, bucket, timings, self.notes)

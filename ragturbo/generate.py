@@ -139,9 +139,12 @@ class Generator:
 
     def warmup(self) -> None:
         """Runs every bucket once, so that the first request finds everything loaded, compiled and captured."""
+        # A prompt that is remembered takes another way than one that is not.
+        times = 2 if self.config.prompt_cache else 1
         # The largest first: the smaller ones' graphs find room in its memory.
         for size in reversed(self.config.batch_sizes):
-            self._start(["warm up"] * size, {"seed": 0, "output_type": "uint8"}, quiet=True).wait()
+            for _ in range(times):
+                self._start(["warm up"] * size, {"seed": 0, "output_type": "uint8"}, quiet=True).wait()
         self._executor.forget_pace()
 
     def use_database(self, database: Any) -> None:

@@ -10,6 +10,7 @@ import logging
 import os
 import threading
 import time
+import traceback
 from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -279,15 +280,13 @@ class Executor:
         bucket = next(b for b in self._buckets if b >= least)
         with self._wake:
             self._pace.started(bucket)
-        try:
-            result = self._engine.run(join([j.batch for j in jobs], bucket))
-        except BaseException as error:  # the thread must outlive every error; each goes to its own request
-            with self._wake:
-                self._pace.ended(counts=False)
+        result, error = self._attempt(jobs, bucket)
+        with self._wake:
+            self._pace.ended(counts=error is None)
+        if result is None:
+            assert error is not None
             self._failed(jobs, error)
             return
-        with self._wake:
-            self._pace.ended(counts=True)
         self.batch_sizes[bucket] += 1
         start = 0
         for job in jobs:
@@ -296,6 +295,15 @@ class Executor:
             own.bucket = bucket
             own.timings["queue"] = started - job.queued_at
             self._finish(job, own)
+
+    def _attempt(self, jobs: list[Job], bucket: int) -> tuple[StepResult | None, BaseException | None]:
+        try:
+            return self._engine.run(join([j.batch for j in jobs], bucket)), None
+        except BaseException as error:  # the thread must outlive every error; each goes to its own request
+            # The traceback's frames hold the failed step's tensors: the next step, and whoever keeps the error, would
+            # find the device as full as it was.
+            traceback.clear_frames(error.__traceback__)
+            return None, error
 
     def _finish(self, job: Job, result: StepResult) -> None:
         if job.expired:
@@ -321,7 +329,11 @@ class Executor:
             # One request's fault must not be its neighbours': each runs again alone, in order.
             log.warning("a batch of %d requests failed (%s); each runs again alone", len(jobs), error)
             for job in jobs:
-                self._run([job])
+                if self._dead is None:
+                    self._run([job])
+                else:
+                    self.counts["failed"] += 1
+                    job.future.set_exception(self._dead)
         else:
             self.counts["failed"] += 1
             jobs[0].future.set_exception(typed)
@@ -342,7 +354,7 @@ class Executor:
 def _typed(error: BaseException) -> BaseException:
     if isinstance(error, RagTurboError):
         return error
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error):
+    if _no_room(error):
         typed: RagTurboError = OutOfDeviceMemory(f"the device has no room for this request: {error}")
     elif _lost(error):
         typed = DeviceLost(f"the device is lost ({error}); this Generator is dead: restart the process")
@@ -350,6 +362,15 @@ def _typed(error: BaseException) -> BaseException:
         typed = GenerationError(f"the step failed: {type(error).__name__}: {error}")
     typed.__cause__ = error
     return typed
+
+
+def _no_room(error: BaseException) -> bool:
+    """Not torch's allocator alone: page-locked memory, the driver and cuBLAS say it in words of their own. The device
+    lives on."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    words = ("out of memory", "alloc_failed", "defaultcpuallocator")
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
 
 
 def _lost(error: BaseException) -> bool:

@@ -18,7 +18,7 @@ import logging
 import os
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from typing import Any
 
 import torch
@@ -54,7 +54,7 @@ class GraphEngine:
         self._tables: Tables | None = None
         # The buffers are one batch's at a time, also for callers without an executor.
         self._lock = threading.Lock()
-        self.plain_batches = 0
+        self.plain_batches: Counter[str] = Counter()
 
     @property
     def device(self) -> torch.device:
@@ -66,9 +66,9 @@ class GraphEngine:
         if why_not is not None:
             if self._config.engine == "graph":
                 raise InvalidRequest(f"engine='graph': {why_not}; use engine='auto' or 'eager'")
-            if not self.plain_batches:
-                log.info("a batch runs in plain torch: %s", why_not)
-            self.plain_batches += 1
+            if why_not not in self.plain_batches:
+                log.info("batches run in plain torch: %s", why_not)
+            self.plain_batches[why_not] += 1
             return self.oracle.run(batch)
         with self._lock:
             # What is remembered is read and written in the order of the main lane, behind and before its replays.
@@ -103,8 +103,9 @@ class GraphEngine:
 
     def load_adapter(self, path: str | os.PathLike[str]) -> None:
         """New weights go into the memory the graphs read; where they do not fit there, the graphs are recorded anew."""
-        self.oracle.load_adapter(path)
         with self._lock, torch.inference_mode():
+            self.oracle.load_adapter(path)
+            self.prompts.clear()
             if not self.model.refresh():
                 log.info("the new weights touch other layers than before: graphs are recorded again")
                 self._recorded.clear()
@@ -128,7 +129,7 @@ class GraphEngine:
             "keys on the device, bytes": 0 if tables is None or tables.keys is None else tables.keys.bytes,
             # A copy: the device's thread goes on recording.
             "graphs": [{"kind": s.label, "bytes": r.bytes, "seconds": r.took} for s, r in list(self._recorded.items())],
-            "plain batches": self.plain_batches,
+            "plain batches": dict(self.plain_batches),
             "prompts": {"held": len(self.prompts), "hits": self.prompts.hits, "misses": self.prompts.misses},
             "rows in memory": 0 if tables is None else len(tables.rows.host_rows),
         }
@@ -152,6 +153,9 @@ class GraphEngine:
     def _record(self, spec: Spec, batch: StepBatch, tables: Tables | None) -> Recorded:
         while len(self._recorded) >= MAX_SPECS:
             self._recorded.popitem(last=False)
+        if self.device.type == "cuda":
+            # A capture begins so: what the cache held would be taken off what the graph holds.
+            torch.cuda.empty_cache()
         before, start = _reserved(self.device), time.perf_counter()
         locked, remembered = self.device.type == "cuda", self.prompts.capacity > 0
         recorded = Recorded(Step(self.model, spec, self.lanes, page_locked=locked, remembered=remembered))

@@ -17,7 +17,10 @@ from ragturbo.engine.timings import StageClock
 from ragturbo.errors import GenerationError
 
 WARMUPS = 3
-_MODELS = ("ragturbo.model", "ragturbo.ops", "ragturbo.kernels", "diffusers.", "transformers.")
+_MODELS = (
+    "ragturbo.model", "ragturbo.ops", "ragturbo.kernels", "ragturbo.engine.steps", "ragturbo.engine.fast", "diffusers.",
+    "transformers.",
+)  # fmt: skip
 
 
 class Program(Protocol):

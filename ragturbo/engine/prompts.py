@@ -47,6 +47,11 @@ class PromptCache:
         batch = replace(batch, input_ids=None, query_key=key)
         return replace(batch, context=states) if self.as_context else replace(batch, text=states)
 
+    def clear(self) -> None:
+        """After new weights: keys and values are products of them."""
+        with self._lock:
+            self._entries.clear()
+
     def _takes(self, batch: StepBatch) -> bool:
         # With another text to search by, the two run as one batch of the encoder: other bits.
         return self.capacity > 0 and batch.input_ids is not None and batch.query_ids is None

@@ -19,6 +19,7 @@ from ragturbo.engine.fast import FastModel
 from ragturbo.engine.lanes import Lanes
 from ragturbo.engine.step import StepBatch
 from ragturbo.engine.tables import Tables
+from ragturbo.errors import InvalidRequest
 from ragturbo.model.adapter import Context
 from ragturbo.model.inject import blend_weights, inject
 from ragturbo.ops import Rows, gather_rows, to_uint8, topk
@@ -350,7 +351,9 @@ class Step:
             self.kept += [keys, h_retr]
             self.features = h_retr
             if spec.mode == "adapter":
-                assert model.adapter is not None
+                if model.adapter is None:
+                    # New weights without one came between the request and its turn.
+                    raise InvalidRequest('mode "adapter" needs an adapter, and the model has none any more')
                 self.features = model.adapter.context(h_retr)
 
     def _inject(self, h: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
 
@@ -161,6 +162,57 @@ def test_not_a_number_is_the_error_of_the_request_it_belongs_to(engine, executor
     assert values(good) == [2]
     with pytest.raises(NonFiniteOutput, match=r"image \[1\]"):
         bad.result(30)
+
+
+def test_a_batch_that_runs_again_one_by_one_finds_what_it_held_freed(engine, executor):
+    """Tensors in a traceback's frames would be there still: the device would be as full as at the first try."""
+    held_at_first, still_there = [], []
+
+    def fail(b: StepBatch) -> None:
+        if len(b) > 1:
+            activations = torch.zeros(8)
+            held_at_first.append(weakref.ref(activations))
+            raise torch.OutOfMemoryError("no room")
+        still_there.append([ref for ref in held_at_first if ref() is not None])
+
+    held(engine, executor)
+    futures = [executor.submit([batch(float(i))])[0] for i in range(3)]
+    engine.fail = fail
+    engine.gate.set()
+    assert [values(f) for f in futures] == [[0], [2], [4]]
+    assert held_at_first and still_there and not any(still_there)
+
+
+@pytest.mark.parametrize(
+    "said",
+    ["CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"],
+)
+def test_an_allocation_that_fails_outside_torchs_allocator_costs_its_request_alone(engine, executor, said):
+    def fail(b: StepBatch) -> None:
+        raise RuntimeError(said)
+
+    engine.fail = fail
+    with pytest.raises(OutOfDeviceMemory):
+        executor.submit([batch(1)])[0].result(30)
+    engine.fail = lambda b: None
+    assert executor.healthy and values(executor.submit([batch(1)])[0]) == [2]
+
+
+def test_a_device_lost_while_a_batch_runs_one_by_one_is_not_asked_again(engine, executor):
+    def fail(b: StepBatch) -> None:
+        if len(b) > 1:
+            raise RuntimeError("an injected fault")
+        if b.latents.max() > 10:
+            raise RuntimeError("CUDA error: an illegal memory access")
+
+    held(engine, executor)
+    futures = [executor.submit([batch(float(i))])[0] for i in (11, 12, 13)]
+    engine.fail = fail
+    engine.gate.set()
+    for future in futures:
+        with pytest.raises(DeviceLost):
+            future.result(30)
+    assert engine.sizes == [1, 4, 1] and executor.counts["failed"] == 3
 
 
 def test_a_lost_device_fails_everything_at_once_and_says_restart(engine, executor):

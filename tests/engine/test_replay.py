@@ -77,7 +77,8 @@ def test_new_weights_and_another_database_take_effect_under_the_live_recording(
     model_folder, tmp_path, new_adapter, decoder_lora, write_database, source, graph_engine, replayed_engine, make_batch
 ):
     own = [Bundle.load(model_folder, device="cpu") for _ in range(2)]
-    replayed, called = replayed_engine(own[0]), graph_engine(own[1])
+    # What a cache remembers of a prompt is a product of the weights.
+    replayed, called = replayed_engine(own[0], prompt_cache=8), graph_engine(own[1])
     other = DatabaseSource(write_database(tmp_path / "other", ["a dog on a boat", "a photo of a cat"], seed=5))
     seen = []
     for seed, place in enumerate([None, "adapter", "lora", "lora of other values"]):
