@@ -1,4 +1,7 @@
-"""The bundle's networks as the fast engine runs them: folded, packed, fused, LoRA merged. The bundle stays as is."""
+"""The bundle's networks as the fast engine runs them: folded, packed, fused, LoRA merged.
+
+The bundle's own stay what they compute; on a GPU their weights are laid out channels last where they lie.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """A database in memory, as kernels see it: keys on the device, rows in page-locked memory, both by address and count.
 
-A graph reads the addresses from the arena that is uploaded with every request, so a swap of the database is nothing but
-other numbers in the next request, and a request's search, rows and records are of one generation.
+A graph reads the addresses from the arena that is uploaded with every request, so a swap of the database records
+nothing anew, and a request's search, rows and records are of one generation. The first request after a swap uploads the
+new keys.
 """
 
 from __future__ import annotations
