@@ -43,11 +43,11 @@ class Settings:
     # True pictures of other captions: what D takes for real.
     real: int = 8_000
     lpips_steps: int = 600
-    student_steps: int = 3_000
+    student_steps: int = 2_000
     student_batch: int = 128
     student_rate: float = 5e-4
 
-    lcm_steps: int = 4_000
+    lcm_steps: int = 2_000
     lcm_rate: float = 3e-4
 
     database_pairs: int = 4_000
@@ -58,7 +58,7 @@ class Settings:
 SIZES = {
     "short": Settings(
         vae_steps=1_600, decoder_steps=1_500, tiny_steps=800, text_steps=800, teacher_steps=8_000,
-        pairs=8_000, real=4_000, student_steps=2_000, student_batch=64, lcm_steps=1_000,
+        pairs=8_000, real=4_000, student_batch=64, lcm_steps=1_000,
     ),
     "cpu": Settings(),
     "gpu": Settings(
