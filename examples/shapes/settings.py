@@ -57,13 +57,13 @@ class Settings:
 # The same recipe for what there is: an afternoon of two cores, a night of them, a GPU.
 SIZES = {
     "short": Settings(
-        vae_steps=1_600, decoder_steps=1_500, tiny_steps=800, text_steps=800, teacher_steps=8_000,
+        vae_steps=1_600, decoder_steps=1_500, tiny_steps=800, text_steps=800, teacher_steps=4_000,
         pairs=8_000, real=4_000, student_batch=64, lcm_steps=1_000,
     ),
     "cpu": Settings(),
     "gpu": Settings(
         scenes=200_000, vae_steps=6_000, vae_batch=128, decoder_steps=4_000, tiny_steps=4_000, text_steps=3_000,
-        text_batch=512, teacher_steps=14_000, teacher_batch=1024, pairs=60_000, real=20_000, student_steps=8_000,
+        text_batch=512, teacher_steps=10_000, teacher_batch=512, pairs=60_000, real=20_000, student_steps=8_000,
         student_batch=512, lcm_steps=4_000,
     ),
 }  # fmt: skip
