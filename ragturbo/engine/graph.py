@@ -33,6 +33,7 @@ from ragturbo.engine.source import DatabaseSource
 from ragturbo.engine.step import StepBatch, StepResult
 from ragturbo.engine.steps import Spec, Step, spec_of
 from ragturbo.engine.tables import Tables
+from ragturbo.engine.timings import host_stage
 from ragturbo.errors import InvalidRequest
 from ragturbo.model.bundle import Bundle
 
@@ -253,24 +254,24 @@ class Recorded:
         self.lanes.mark_asked()
         programs["encode"].replay()
         self.lanes.await_asked()
-        start = time.perf_counter()
-        if self.spec.searches:
-            rows, scores = asked["rows"], asked["scores"]
-            ids = _ids_of(rows, tables)
-        else:
-            ids, scores = tables.source.search(asked["key"], batch.texts or None, self.spec.k)
-        searched = time.perf_counter()
-        found = self.step.found.host
-        # The rows stay where they are until the host has seen the end of the batch.
-        with self.lanes.beside():
-            self._lease = tables.rows.lease(ids.reshape(-1))
-        found["ids"].copy_(ids)
-        found["slots"].copy_(torch.from_numpy(self._lease.host_slots).view(ids.shape))
-        found["hot"].copy_(torch.from_numpy(self._lease.device_slots).view(ids.shape))
-        found["scores"].copy_(scores)
-        found["keys"].copy_(tables.source.database.keys(ids))
-        found["tables"].copy_(tables.descriptors())
-        took |= {"search": searched - start, "gather": time.perf_counter() - searched}
+        device = self.step.model.device
+        with host_stage("search", took, device):
+            if self.spec.searches:
+                rows, scores = asked["rows"], asked["scores"]
+                ids = _ids_of(rows, tables)
+            else:
+                ids, scores = tables.source.search(asked["key"], batch.texts or None, self.spec.k)
+        with host_stage("gather", took, device):
+            found = self.step.found.host
+            # The rows stay where they are until the host has seen the end of the batch.
+            with self.lanes.beside():
+                self._lease = tables.rows.lease(ids.reshape(-1))
+            found["ids"].copy_(ids)
+            found["slots"].copy_(torch.from_numpy(self._lease.host_slots).view(ids.shape))
+            found["hot"].copy_(torch.from_numpy(self._lease.device_slots).view(ids.shape))
+            found["scores"].copy_(scores)
+            found["keys"].copy_(tables.source.database.keys(ids))
+            found["tables"].copy_(tables.descriptors())
         programs["fetch"].replay()
         self.lanes.join_replayed()
         programs["finish"].replay()

@@ -44,6 +44,15 @@ class StageClock:
         return out
 
 
+@contextmanager
+def host_stage(name: str, seconds: dict[str, float], device: torch.device) -> Iterator[None]:
+    """The host's own part of a request, by its clock; a range of its thread in Nsight's timeline and torch's trace."""
+    start = time.perf_counter()
+    with torch.cuda.nvtx.range(name) if device.type == "cuda" else nullcontext(), _recorded(name):
+        yield
+    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+
+
 def _recorded(name: str) -> Any:
     """A range in the trace of a profiler, where one is on: without, it would only cost time."""
     return record_function(name) if getattr(torch.autograd.profiler, "_is_profiler_enabled", True) else nullcontext()

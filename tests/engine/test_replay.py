@@ -108,7 +108,8 @@ def test_remembered_prompts_give_the_same_bytes_under_one_recording_each(
     assert ways["prompts"] == {"held": 4, "hits": 8, "misses": 2} and len(ways["graphs"]) == 3
 
 
-STEPS = {"one graph": ("",), "three graphs": ("text", "encoder", "rows", "decoder")}
+SPLIT = ("text", "encoder", "rows", "decoder")
+STEPS = {"one graph": ("",), "ids to the host": SPLIT, "three graphs": SPLIT}
 
 
 @pytest.fixture(params=[(form, step) for form, steps in STEPS.items() for step in steps], ids=" ".join)
