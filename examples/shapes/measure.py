@@ -19,7 +19,7 @@ from data import batches, to_bytes, to_float, tokenize
 from device import DEVICE
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
-from sampling import Texts, decode, noise_levels, noise_of, student_latents, teacher_latents
+from sampling import Texts, consistency_latents, decode, noise_levels, noise_of, student_latents, teacher_latents
 from settings import Settings
 from torch import Tensor
 from torch.nn import functional as F
@@ -78,6 +78,14 @@ def student(model: Model, args: argparse.Namespace) -> dict:
     return _score(model, args, lambda noise, states, _: student_latents(unet, noise, states))
 
 
+def lcm(model: Model, args: argparse.Namespace) -> dict:
+    """The recipe's consistency model; --model is the recipe's working folder, where it lies."""
+    unet, steps = model.unet("lcm_unet"), args.steps or 4
+    return _score(
+        model, args, lambda noise, states, _: consistency_latents(unet, noise, states, steps=steps, seed=args.seed)
+    )
+
+
 def swap(model: Model, args: argparse.Namespace) -> dict:
     """The student with every picture's h taken from another prompt and noise: what is lost is what h carries."""
     unet = HSpaceUNet(model.unet("unet"))
@@ -121,7 +129,8 @@ def keys(model: Model, args: argparse.Namespace) -> dict:
 
 
 MEASURES = {
-    "autoencoder": autoencoder, "teacher": teacher, "redraw": redraw, "student": student, "swap": swap, "keys": keys,
+    "autoencoder": autoencoder, "teacher": teacher, "redraw": redraw, "student": student, "lcm": lcm, "swap": swap,
+    "keys": keys,
 }  # fmt: skip
 
 
@@ -169,7 +178,9 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("build/shapes"))
     parser.add_argument("--count", type=int, default=1000, help="unseen captions")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--steps", type=int, help="the teacher's; default: settings.sampling_steps (redraw: 20)")
+    parser.add_argument(
+        "--steps", type=int, help="the teacher's; default: settings.sampling_steps (redraw: 20, lcm: 4)"
+    )
     parser.add_argument("--guidance", type=float, help="the teacher's; default: settings.guidance")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--grid", type=Path, help="write the first sixty pictures here")

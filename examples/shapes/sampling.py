@@ -87,6 +87,21 @@ def student_latents(unet: UNet2DConditionModel, noise: Tensor, states: Tensor) -
 
 
 @torch.no_grad()
+def consistency_latents(unet: UNet2DConditionModel, noise: Tensor, states: Tensor, *, steps: int, seed: int) -> Tensor:
+    """Each step guesses the picture, and the next starts from the guess with fresh noise, a step further down."""
+    alpha, sigma = noise_levels()
+    generator = torch.Generator().manual_seed(seed)
+    x = noise
+    for i in range(steps):
+        t = round(1000 * (1 - i / steps)) - 1
+        if i:
+            x = alpha[t] * x0 + sigma[t] * torch.randn(x.shape, generator=generator).to(x.device)
+        v = unet(x, torch.full((len(x),), t, device=x.device), states).sample
+        x0 = alpha[t] * x - sigma[t] * v
+    return x0
+
+
+@torch.no_grad()
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """(B, 4, 16, 16) -> (B, 3, 64, 64) in about [-1, 1]."""
     scaled = latents.float() / vae.config.scaling_factor

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -119,6 +120,23 @@ def test_the_teachers_sampler_reaches_the_latents_the_exact_flow_leads_to(recipe
     a, b = alpha[499], sigma[499]
     halfway = a * 0.7 + (a**2 * 0.4**2 + b**2).sqrt() * noise
     assert float((made(halfway, steps=200, start=499) - exact).abs().mean()) < 0.02
+
+
+def test_a_consistency_model_that_knows_the_picture_ends_at_it(recipe):
+    sampling = recipe["sampling"]
+    alpha, sigma = sampling.noise_levels()
+    picture, seen = torch.full((2, 4, 16, 16), 0.3), []
+
+    def unet(x: torch.Tensor, t: torch.Tensor, states: torch.Tensor):
+        seen.append(int(t[0]))
+        a, b = alpha[t[0]], sigma[t[0]]
+        # v of x = αx₀ + σε for this picture.
+        return SimpleNamespace(sample=(a * (x - a * picture) / b - b * picture))
+
+    noise = sampling.noise_of(range(2))
+    made = sampling.consistency_latents(unet, noise, torch.zeros(2, 1, 1), steps=4, seed=0)
+    assert seen == [999, 749, 499, 249]
+    torch.testing.assert_close(made, picture, atol=1e-4, rtol=0)
 
 
 def test_pairs_and_true_pictures_have_captions_of_their_own(recipe):
