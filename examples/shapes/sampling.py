@@ -91,11 +91,11 @@ def consistency_latents(unet: UNet2DConditionModel, noise: Tensor, states: Tenso
     """Each step guesses the picture, and the next starts from the guess with fresh noise, a step further down."""
     alpha, sigma = noise_levels()
     generator = torch.Generator().manual_seed(seed)
-    x = noise
+    x0 = torch.zeros_like(noise)
     for i in range(steps):
         t = round(1000 * (1 - i / steps)) - 1
-        if i:
-            x = alpha[t] * x0 + sigma[t] * torch.randn(x.shape, generator=generator).to(x.device)
+        x = alpha[t] * x0 + sigma[t] * noise
+        noise = torch.randn(x.shape, generator=generator).to(x.device)
         v = unet(x, torch.full((len(x),), t, device=x.device), states).sample
         x0 = alpha[t] * x - sigma[t] * v
     return x0
