@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ragturbo.engine.executor import Executor
+from ragturbo.engine.executor import Executor, Place
 from ragturbo.engine.source import DatabaseSource
 from ragturbo.engine.step import Engine, Retrieved, StepBatch, StepResult
 from ragturbo.errors import DeadlineExceeded, InvalidRequest
@@ -80,6 +80,7 @@ class Call:
         started: float,
         *,
         quiet: bool = False,
+        place: Place | None = None,
     ) -> Call:
         request = Request.of(prompt, options)
         plan = resolve(request, abilities(bundle, source))
@@ -95,7 +96,7 @@ class Call:
             for note in notes:
                 log.warning("%s", note)
         deadline = None if request.timeout is None else time.monotonic() + request.timeout
-        futures = executor.submit(_split(batch, executor.max_rows), request.timeout)
+        futures = executor.submit(_split(batch, executor.max_rows), request.timeout, place)
         return cls(request, plan, source, futures, given, notes, started, tokenize, deadline)
 
     def wait(self) -> Output:

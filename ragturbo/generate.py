@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from ragturbo.engine.executor import Place
     from ragturbo.engine.source import DatabaseSource
     from ragturbo.model.bundle import Bundle
 
@@ -113,7 +114,7 @@ class Generator:
         negative_prompt, guidance_scale, num_inference_steps, height, width, prompt_embeds, negative_prompt_embeds:
         as diffusers.
         output_type: "pil", "np", "pt", "latent", "uint8" (B, H, W, 3), "png", "jpeg" or "webp"; postprocess: a hook
-        on the uint8 batch; timeout: seconds; return_dict: False gives (images,).
+        on the uint8 batch; timeout: seconds; place: from `reserve`; return_dict: False gives (images,).
         """
         call = self._start(prompt, options)
         output = call.wait()
@@ -170,6 +171,11 @@ class Generator:
     def check_room(self, images: int = 1, timeout: float | None = None) -> None:
         """Raises Overloaded, or what else a call would, before anything is spent on it."""
         self._executor.check_room(images, timeout)
+
+    def reserve(self, images: int = 1, timeout: float | None = None) -> Place:
+        """As `check_room`, and keeps the room: `with gen.reserve(2, 5.0) as place: gen(…, place=place)` is not
+        refused where it asks for no more."""
+        return self._executor.reserve(images, timeout)
 
     def expected_wait(self, images: int = 1) -> float:
         """Seconds until `images` more would be made, by the pace of the last batches; 0 where it is not known yet."""
@@ -234,7 +240,10 @@ class Generator:
                 self._source = self._source.current()
             source = self._source
         quiet = quiet or not self.config.log_prompts
-        return Call.start(self._bundle, self._engine, self._executor, source, prompt, options, started, quiet=quiet)
+        executor, place = self._executor, options.pop("place", None)
+        return Call.start(
+            self._bundle, self._engine, executor, source, prompt, options, started, quiet=quiet, place=place
+        )
 
 
 def _take_back(starting: Any) -> None:

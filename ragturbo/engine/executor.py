@@ -70,6 +70,21 @@ class Job:
         return self.deadline is not None and time.monotonic() >= self.deadline
 
 
+@dataclass(eq=False)
+class Place:
+    """Room in the queue that nobody else is given, until `submit` takes it or the `with` block ends."""
+
+    executor: Executor
+    rows: int
+    jobs: int
+
+    def __enter__(self) -> Place:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.executor.give_back(self)
+
+
 class Executor:
     def __init__(
         self, engine: Engine, *, batch_sizes: tuple[int, ...], batch_window: float = 0.0, max_queue: int = 64
@@ -81,7 +96,12 @@ class Executor:
         self._max_queue = max_queue
         self._queue: deque[Job] = deque()
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._places: set[Place] = set()
+        self._reserved = 0
+        """Jobs of all places: what is in the queue, or is about to be."""
+        self._retry_after = 0.0
         self._wake = threading.Condition()
+        self._counting = threading.Lock()
         self._closing = False
         self._dead: DeviceLost | None = None
         self._pid = os.getpid()
@@ -119,19 +139,58 @@ class Executor:
             self._pace.forget()
 
     def check_room(self, rows: int = 1, timeout: float | None = None) -> None:
-        """Raises what `submit` would, before anything has been spent on the request."""
+        """Raises what `submit` would, before anything has been spent on the request. It keeps no room."""
         self._check_process()
+        self._check_open()
+        jobs = self._jobs(rows)
+        # Without the lock, for whoever is refused needs none: while a batch is put together the queue looks shorter
+        # than it is, never longer.
+        if len(self._queue) + self._reserved + jobs > self._max_queue:
+            raise self._full(self._retry_after)
         with self._wake:
-            self._check_room(rows, -(-rows // self.max_rows), timeout)
+            self._check_room(rows, jobs, timeout)
 
-    def submit(self, batches: list[StepBatch], timeout: float | None = None) -> list[Future[StepResult]]:
+    def reserve(self, rows: int = 1, timeout: float | None = None) -> Place:
+        """`check_room`, and the room is kept: `submit(…, place)` will not refuse. For `with`."""
+        self._check_process()
+        place = Place(self, rows, self._jobs(rows))
+        with self._wake:
+            self._check_room(place.rows, place.jobs, timeout)
+            self._places.add(place)
+            self._reserved += place.jobs
+        return place
+
+    def give_back(self, place: Place) -> None:
+        """Nothing happens to a place that `submit` has taken."""
+        with self._wake:
+            self._take(place)
+
+    def _take(self, place: Place) -> bool:
+        """False: it is another executor's, or was taken or given back before."""
+        if place not in self._places:
+            return False
+        self._places.remove(place)
+        self._reserved -= place.jobs
+        return True
+
+    def _jobs(self, rows: int) -> int:
+        return -(-rows // self.max_rows)
+
+    def submit(
+        self, batches: list[StepBatch], timeout: float | None = None, place: Place | None = None
+    ) -> list[Future[StepResult]]:
         """All of them are taken or none is: Overloaded at once where the queue has no room, or is so long that the
-        deadline would pass in it."""
+        deadline would pass in it; never where `place` was kept for as much."""
         self._check_process()
         deadline = None if timeout is None else time.monotonic() + timeout
         jobs = [Job(b, deadline) for b in batches]
+        rows = sum(map(len, batches))
         with self._wake:
-            self._check_room(sum(map(len, batches)), len(jobs), timeout)
+            kept = place is not None and self._take(place) and place.rows >= rows and place.jobs >= len(jobs)
+            if kept:
+                self._check_open()
+            else:
+                self._check_room(rows, len(jobs), timeout)
             self._queue.extend(jobs)
             self.counts["accepted"] += len(jobs)
             self._wake.notify()
@@ -142,20 +201,30 @@ class Executor:
 
     def _check_room(self, rows: int, jobs: int, timeout: float | None) -> None:
         self._check_open()
-        if len(self._queue) + jobs > self._max_queue:
-            self.counts["rejected"] += 1
-            raise Overloaded(
-                f"{len(self._queue)} requests wait and max_queue is {self._max_queue}; retry later or raise it",
-                retry_after=self._expected_wait(0),
-            )
+        taken = len(self._queue) + self._reserved
+        if taken + jobs > self._max_queue:
+            raise self._full(self._expected_wait(0))
         # Where nothing waits it is taken whatever the pace was: a slow hour must not be the last one measured.
-        if timeout is not None and self._queue and (expected := self._expected_wait(rows)) > timeout:
-            self.counts["rejected"] += 1
+        if timeout is not None and taken and (expected := self._expected_wait(rows)) > timeout:
+            self._rejected()
             raise Overloaded(
-                f"{len(self._queue)} requests wait: about {expected:.2f} s, more than timeout={timeout:g}; retry later",
+                f"{taken} requests wait: about {expected:.2f} s, more than timeout={timeout:g}; retry later",
                 reason="deadline",
                 retry_after=expected - timeout,
             )
+
+    def _full(self, retry_after: float) -> Overloaded:
+        self._rejected()
+        return Overloaded(
+            f"{len(self._queue) + self._reserved} requests wait and max_queue is {self._max_queue}; retry later or "
+            "raise it",
+            retry_after=retry_after,
+        )
+
+    def _rejected(self) -> None:
+        # Counted from any thread, and not always under the queue's lock.
+        with self._counting:
+            self.counts["rejected"] += 1
 
     def _leave(self, future: Future[StepResult]) -> None:
         """A cancelled request makes room at once, not when the device's thread next looks."""
@@ -168,7 +237,8 @@ class Executor:
                         break
 
     def _expected_wait(self, rows: int) -> float:
-        return self._pace.expected(rows + sum(len(job.batch) for job in self._queue))
+        reserved = sum(place.rows for place in self._places)
+        return self._pace.expected(rows + reserved + sum(len(job.batch) for job in self._queue))
 
     def call(self, function: Callable[[], T]) -> T:
         """Runs it on the device's thread between two batches, and waits: how weights change under live requests."""
@@ -283,6 +353,7 @@ class Executor:
         result, error = self._attempt(jobs, bucket)
         with self._wake:
             self._pace.ended(counts=error is None)
+            self._retry_after = self._expected_wait(0)
         if result is None:
             assert error is not None
             self._failed(jobs, error)
@@ -327,7 +398,9 @@ class Executor:
             self._die(jobs, typed)
         elif len(jobs) > 1:
             # One request's fault must not be its neighbours': each runs again alone, in order.
-            log.warning("a batch of %d requests failed (%s); each runs again alone", len(jobs), error)
+            # Its type alone: what an error says may quote what it failed on.
+            kind = type(error).__name__
+            log.warning("a batch of %d requests failed (%s); each runs again alone", len(jobs), kind)
             for job in jobs:
                 if self._dead is None:
                     self._run([job])

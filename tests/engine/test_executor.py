@@ -104,6 +104,88 @@ def test_a_full_queue_refuses_at_once_and_takes_all_of_a_call_or_nothing(engine,
     executor.submit([batch(1)])
 
 
+def test_a_place_is_kept_until_it_is_taken_or_given_back(engine, executor):
+    held(engine, executor)
+    with executor.reserve(9) as place:
+        # Nine rows are two batches.
+        for i in range(14):
+            executor.submit([batch(float(i))])
+        for refuse in (executor.check_room, executor.reserve, lambda: executor.submit([batch(1)])):
+            with pytest.raises(Overloaded, match="16 requests wait and max_queue is 16"):
+                refuse()
+        kept = executor.submit([batch(*range(8)), batch(8)], place=place)
+        # What was taken is no longer anybody's to take.
+        with pytest.raises(Overloaded):
+            executor.submit([batch(1)], place=place)
+    assert executor.waiting == 16 and kept[1].cancel()
+    with executor.reserve(), pytest.raises(Overloaded):
+        executor.reserve()
+    with executor.reserve() as place:
+        pass
+    executor.submit([batch(1)])
+    # A place that was given back gives nothing.
+    with pytest.raises(Overloaded):
+        executor.submit([batch(1)], place=place)
+    assert executor.counts["rejected"] == 6
+
+
+def test_a_place_is_for_so_many_and_keeps_its_promise_of_a_deadline(engine, executor):
+    values(executor.submit([batch(1)])[0])
+    engine.gate.clear()
+    executor.submit([batch(-1)])
+    with executor.reserve(1, timeout=60) as place:
+        executor.submit([batch(float(i)) for i in range(15)])
+        # Long past what the pace allows by now; it was decided before.
+        [late] = executor.submit([batch(3)], timeout=1e-9, place=place)
+    with pytest.raises(Overloaded), executor.reserve(1):
+        pass
+    engine.gate.set()
+    with pytest.raises(DeadlineExceeded):
+        late.result(30)
+
+
+def test_who_has_a_place_is_never_refused_whoever_else_comes(engine, executor, long_count):
+    """Threads that reserve, think, and submit, among others that do not reserve; a queue for half of them."""
+    refused, beyond, times = [], [], long_count(500)
+
+    def client(i: int) -> None:
+        for _ in range(times):
+            try:
+                with executor.reserve() as place:
+                    time.sleep(0.0002 * (i % 3))
+                    try:
+                        [future] = executor.submit([batch(float(i))], place=place)
+                    except Overloaded:
+                        refused.append(i)
+                        continue
+                    if i % 5 == 0:
+                        future.cancel()
+                        continue
+                assert values(future) == [2 * i]
+            except Overloaded:
+                time.sleep(0.0001)
+
+    def stranger() -> None:
+        for _ in range(times):
+            try:
+                executor.submit([batch(1)])
+            except Overloaded:
+                pass
+            if executor.waiting > 16:
+                beyond.append(executor.waiting)
+
+    threads = [threading.Thread(target=client, args=(i,)) for i in range(24)]
+    threads += [threading.Thread(target=stranger) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not refused and not beyond and executor.counts["rejected"] > 0
+    executor.close()
+    # Nothing is left reserved.
+    assert executor._reserved == 0 and not executor._places
+
+
 def test_a_deadline_that_passes_in_the_queue_never_reaches_the_device(engine, executor):
     held(engine, executor)
     [late] = executor.submit([batch(1)], timeout=0.01)
