@@ -16,6 +16,8 @@ from ragturbo.config import GeneratorConfig
 from ragturbo.serve.config import ServeConfig, keys_from_environment
 
 NAME = "images"
+# Times what a replica can hold. A refusal takes a millisecond or two: even at many times the capacity there are few.
+MANY = 16
 
 
 class Images:
@@ -37,10 +39,14 @@ def build(args: Mapping[str, Any]) -> serve.Application:
     config = ServeConfig.of(settings)
     generator = GeneratorConfig(**config.options)
     batch = generator.batch_sizes[-1]
+    held = generator.max_queue + batch
     options: dict[str, Any] = {
         "ray_actor_options": {"num_cpus": 1} if config.device == "cpu" else {"num_cpus": 1, "num_gpus": 1},
-        # Ray's own 5 would keep most of a batch out, and the queue where nobody can refuse.
-        "max_ongoing_requests": generator.max_queue + batch,
+        # Far more than a replica holds: it refuses the rest itself, at once and with Retry-After. What Ray kept back
+        # would wait in its router, where no deadline counts.
+        "max_ongoing_requests": MANY * held,
+        # Where no replica can be asked at all, one server's fill may wait for it; Ray answers the rest with 503.
+        "max_queued_requests": held,
         "health_check_period_s": 2,
         "health_check_timeout_s": 10,
         "graceful_shutdown_timeout_s": config.timeout + 5,
