@@ -40,7 +40,7 @@ def loaded(gen, monkeypatch):
 
 
 def test_the_litserve_example_answers_what_came_together(loaded):
-    pytest.importorskip("litserve", reason="litserve is not installed")
+    pytest.importorskip("litserve", reason="litserve is not installed: pip install -e '.[dev]'")
     api = load(EXAMPLES / "litserve_app.py").Images(max_batch_size=8, batch_timeout=0.005)
     api.setup("cpu")
     requests = [api.decode_request({"prompt": PROMPT, "seed": seed}) for seed in range(3)]
@@ -69,6 +69,9 @@ def test_the_triton_example_answers_each_request_for_itself(loaded, monkeypatch)
         texts = np.array([[p.encode()] for p in prompts], object)
         return {"PROMPT": Tensor("PROMPT", texts), "SEED": Tensor("SEED", np.arange(len(prompts), dtype=np.uint64))}
 
-    one, empty, two = model.execute([request(PROMPT), request(" "), request(PROMPT, PROMPT)])
+    # No text at all, which no error of ours is about.
+    broken = {"PROMPT": Tensor("PROMPT", np.array([[b"\xff"]], object)), "SEED": Tensor("SEED", np.zeros(1, np.uint64))}
+    one, empty, bad, two = model.execute([request(PROMPT), request(" "), broken, request(PROMPT, PROMPT)])
     assert [r.out[0].as_numpy().shape for r in (one, two)] == [(1, 64, 64, 3), (2, 64, 64, 3)]
     assert "prompt is empty" in empty.error and not empty.out
+    assert "utf-8" in bad.error and not bad.out

@@ -22,18 +22,17 @@ class TritonPythonModel:
         self.gen.close()
 
     def _submit(self, request):
-        prompts, seeds = (pb.get_input_tensor_by_name(request, n).as_numpy().reshape(-1) for n in ("PROMPT", "SEED"))
-        texts = [prompt.decode() for prompt in prompts]
         try:
-            return self.gen.submit(texts, seed=seeds.tolist(), output_type="uint8", timeout=10)
-        except ragturbo.errors.RagTurboError as error:
+            texts, seeds = (pb.get_input_tensor_by_name(request, n).as_numpy().reshape(-1) for n in ("PROMPT", "SEED"))
+            prompts = [text.decode() for text in texts]
+            return self.gen.submit(prompts, seed=seeds.tolist(), output_type="uint8", timeout=10)
+        except Exception as error:  # whatever is wrong with one request is not the others'
             refused = Future()
             refused.set_exception(error)
             return refused
 
     def _answer(self, future):
         try:
-            images = future.result().images
-        except ragturbo.errors.RagTurboError as error:
+            return pb.InferenceResponse(output_tensors=[pb.Tensor("IMAGES", future.result().images)])
+        except Exception as error:
             return pb.InferenceResponse(error=pb.TritonError(str(error)))
-        return pb.InferenceResponse(output_tensors=[pb.Tensor("IMAGES", images)])
