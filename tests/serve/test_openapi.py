@@ -10,11 +10,11 @@ from hypothesis import HealthCheck, Phase, settings
 from ragturbo.serve.app import create_app
 from ragturbo.serve.config import ServeConfig
 
-schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
+schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed: pip install -e '.[dev]'")
 
 
-def test_no_case_of_its_own_schema_is_a_server_error(gen, kit, long_count):
-    """Valid and broken requests to every path, the admin's too; nine tenths of them ask for images."""
+def test_no_case_of_its_own_schema_is_a_server_error(gen, kit, long_count, record_property):
+    """Valid and broken requests to every path, the admin's too; the count is of those that ask for images."""
     from schemathesis.checks import not_a_server_error
     from schemathesis.specs.openapi.checks import (
         content_type_conformance,
@@ -40,7 +40,7 @@ def test_no_case_of_its_own_schema_is_a_server_error(gen, kit, long_count):
                 strategy = strategy | operation.as_strategy(generation_mode=schemathesis.GenerationMode.NEGATIVE)
 
             @settings(
-                max_examples=total - 5 * few if images else few,
+                max_examples=total if images else few,
                 deadline=None,
                 database=None,
                 phases=[Phase.explicit, Phase.generate],
@@ -56,7 +56,10 @@ def test_no_case_of_its_own_schema_is_a_server_error(gen, kit, long_count):
     statuses = answers["/v1/images/generations"]
     # Both kinds were sent: some were answered with images, more were refused.
     assert 200 in statuses and 400 in statuses
-    assert sum(map(len, answers.values())) >= 0.9 * total, {path: len(codes) for path, codes in answers.items()}
+    sent = {path: len(codes) for path, codes in answers.items()}
+    # What was sent, beside what was asked for: a strategy may run dry.
+    record_property("counted", sent)
+    assert len(statuses) >= total and len(sent) == len(operations), sent
 
 
 def _given(strategy):
