@@ -45,8 +45,9 @@ def build(args: Mapping[str, Any]) -> serve.Application:
         # Far more than a replica holds: it refuses the rest itself, at once and with Retry-After. What Ray kept back
         # would wait in its router, where no deadline counts.
         "max_ongoing_requests": MANY * held,
-        # Where no replica can be asked at all, one server's fill may wait for it; Ray answers the rest with 503.
-        "max_queued_requests": held,
+        # Bounded, for where no replica can be asked; Ray answers the rest with 503. A burst passes through this queue
+        # too, and must not be refused by it.
+        "max_queued_requests": MANY * held,
         "health_check_period_s": 2,
         "health_check_timeout_s": 10,
         "graceful_shutdown_timeout_s": config.timeout + 5,

@@ -38,7 +38,7 @@ def test_the_application_says_what_a_replica_needs():
         return build(args)._bound_deployment
 
     gpu = deployment(options={"batch_sizes": (1, 16), "max_queue": 40})
-    assert gpu.ray_actor_options["num_gpus"] == 1 and gpu.max_queued_requests == 40 + 16
+    assert gpu.ray_actor_options["num_gpus"] == 1 and gpu.max_queued_requests > 10 * 56
     # So many that the replica, which holds 56, is asked and refuses; with fewer the rest would wait where nobody does.
     assert gpu.max_ongoing_requests > 10 * 56
     assert gpu._deployment_config.autoscaling_config.target_ongoing_requests == 16
