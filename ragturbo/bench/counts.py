@@ -133,8 +133,11 @@ def _nbytes(tensor: torch.Tensor) -> int:
 
 
 def count(call: Callable[[], Any]) -> Counts:
-    """Counts one call; tensors may be fake."""
-    with torch.no_grad(), _Counter() as counter, _FusedAttention(counter):
+    """Counts one call; tensors may be fake, but not inference tensors.
+
+    In inference mode linear and conv2d reach the counter whole, and whole they are in no registry of FLOPs.
+    """
+    with torch.inference_mode(False), torch.no_grad(), _Counter() as counter, _FusedAttention(counter):
         out = call()
     return counter.finish(out)
 
@@ -155,8 +158,10 @@ def stage_counts(config: str, dtype: torch.dtype = torch.float16, batch: int = 1
 
     length = CONFIGS[config]["text"]["max_position_embeddings"]
     out: dict[str, Counts] = {}
-    parts = modules(config, {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1})
-    with fake_cuda(), torch.device("cuda"):
+    # Made in inference mode, the modules' own tensors would be inference tensors, counted otherwise.
+    with torch.inference_mode(False), torch.no_grad():
+        parts = modules(config, {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1})
+    with torch.inference_mode(False), torch.no_grad(), fake_cuda(), torch.device("cuda"):
         for name, module in parts.items():
             precision = vae_dtype if name == "vae" and vae_dtype else dtype
             _as_if_on_cuda(module.eval(), precision)

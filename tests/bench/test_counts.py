@@ -71,6 +71,20 @@ def test_a_count_that_moved_is_named_with_its_change():
     assert list(check.differences(now, now)) == []
 
 
+def test_inference_mode_changes_no_count(stages):
+    """In it linear and conv2d are taken apart after the counter has looked, and would count as nothing."""
+    stage_counts.cache_clear()
+    layer, x = nn.Linear(64, 32, bias=False), torch.randn(8, 64)
+    with torch.inference_mode():
+        inside = stage_counts("rehearsal", torch.float32)
+        by_hand = count(lambda: layer(x))
+    assert inside == stages
+    assert by_hand.flops == {"float32": 2 * 8 * 64 * 32} and by_hand.launches == 1
+    committed = json.loads(check.FILE.read_text())["stages"]["text"]
+    with torch.inference_mode():
+        assert stage_counts("sd21", torch.float16)["text"].to_dict() == committed
+
+
 @pytest.mark.slow
 def test_the_committed_counts_are_those_of_the_code(tmp_path, capsys):
     assert check.main([]) == 0
