@@ -35,6 +35,14 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "quick: one row of each kind; `-m quick` takes under a minute")
 
 
+def pytest_sessionstart() -> None:
+    # RAGTURBO_BENCH_THREADS fixes the number of CPU threads.
+    if count := os.environ.get("RAGTURBO_BENCH_THREADS"):
+        torch.set_num_threads(int(count))
+    # Kept from here on: commit and threads are those the run began with.
+    context()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     reason = no_gpu_reason()
     for item in items:
@@ -152,6 +160,7 @@ class Measure:
         info = {
             "op": request_op(self._request),
             "device": "cuda" if cuda else "cpu",
+            "torch_threads": torch.get_num_threads(),
             "dtype": str(dtype).removeprefix("torch.") if dtype is not None else None,
             "sizes": sizes or {},
             **_cost(cost),
@@ -268,8 +277,13 @@ def make_generator(bundle: Any, database: Any) -> Iterator[Callable[..., Any]]:
         generator.close()
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _threads() -> None:
-    """RAGTURBO_BENCH_THREADS fixes the number of CPU threads; the context records it."""
-    if count := os.environ.get("RAGTURBO_BENCH_THREADS"):
-        torch.set_num_threads(int(count))
+@pytest.fixture(autouse=True)
+def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every record has torch's threads; a test that leaves another number would slow or speed up all after it."""
+    before = torch.get_num_threads()
+    if "benchmark" in request.fixturenames:
+        request.getfixturevalue("benchmark").extra_info["torch_threads"] = before
+    yield
+    if (left := torch.get_num_threads()) != before:
+        torch.set_num_threads(before)
+        pytest.fail(f"this benchmark found torch with {before} threads and left it with {left}")

@@ -12,6 +12,7 @@ import itertools
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,15 @@ def reader(name: str, rows: Rows) -> Any:
     return lambda ids: torch.stack([part[int(i)] for i in ids]).numpy().reshape(len(ids), -1).view(np.uint8)
 
 
+@pytest.fixture
+def torch_threads() -> Iterator[None]:
+    """memcpy is torch's, with as many threads as its name says: they go back to what they were."""
+    own = torch.get_num_threads()
+    yield
+    torch.set_num_threads(own)
+
+
+@pytest.mark.usefixtures("torch_threads")
 @pytest.mark.parametrize("name", READERS)
 @pytest.mark.parametrize("count", COUNTS)
 def test_rows(measure: Any, rows: Rows, count: int, name: str) -> None:
@@ -166,6 +176,7 @@ def test_rows(measure: Any, rows: Rows, count: int, name: str) -> None:
             device="cpu", capture=False, extra={"moved_bytes": moved})  # fmt: skip
 
 
+@pytest.mark.usefixtures("torch_threads")
 @pytest.mark.parametrize("count", COUNTS)
 def test_rows_beside_memcpy(benchmark: Any, rows: Rows, count: int) -> None:
     """In blocks by turns, over the same ids, so that both meet the same noise: two threads, checksums off."""
