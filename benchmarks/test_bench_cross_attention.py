@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from ragturbo.bench import roofline
+from ragturbo.bench.timing import rotation
 from ragturbo.ops import cross_attention
 from ragturbo.ops.cross_attention import reference
 from ragturbo.ops.dispatch import HAS_XFORMERS
 
-TOKENS, CHANNELS, ROTATE = 64, 1280, 8
+TOKENS, CHANNELS = 64, 1280
 GPU = pytest.mark.gpu
 XFORMERS = pytest.mark.skipif(not HAS_XFORMERS, reason="xformers is not installed")
 IMPLS = [
@@ -35,7 +36,8 @@ def test_cross_attention(measure: Any, device: str, batch: int, neighbours: int,
         return torch.randn(batch, *shape, CHANNELS, generator=generator).to(device, dtype)
 
     valid = torch.ones(batch, neighbours, dtype=torch.bool, device=device)
-    inputs = [(tokens(TOKENS), tokens(neighbours, TOKENS), tokens(neighbours, TOKENS), valid) for _ in range(ROTATE)]
+    turns = rotation((1 + 2 * neighbours) * batch * TOKENS * CHANNELS * dtype.itemsize)
+    inputs = [(tokens(TOKENS), tokens(neighbours, TOKENS), tokens(neighbours, TOKENS), valid) for _ in range(turns)]
 
     def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
         return cross_attention(q, k, v, valid, heads=heads, impl=impl)

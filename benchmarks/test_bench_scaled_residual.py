@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from ragturbo.bench import roofline
+from ragturbo.bench.timing import rotation
 from ragturbo.ops import scaled_residual
 from ragturbo.ops.scaled_residual import reference
 
-TOKENS, CHANNELS, ROTATE = 64, 1280, 8
+TOKENS, CHANNELS = 64, 1280
 GPU = pytest.mark.gpu
 IMPLS = [
     "reference",
@@ -42,7 +43,8 @@ def test_scaled_residual(measure: Any, device: str, batch: int, impl: str) -> No
 
     # In place each call adds on: a small λ keeps the sum finite.
     lam = torch.full((batch,), 1e-4, device=device)
-    inputs = [(feature(), feature(), lam) for _ in range(ROTATE)]
+    turns = rotation(2 * batch * TOKENS * CHANNELS * dtype.itemsize)
+    inputs = [(feature(), feature(), lam) for _ in range(turns)]
     call = residual(impl)
 
     def verify() -> None:

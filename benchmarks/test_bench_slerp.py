@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from ragturbo.bench import roofline
+from ragturbo.bench.timing import rotation
 from ragturbo.ops import slerp
 from ragturbo.ops.slerp import reference
 
-TOKENS, CHANNELS, ROTATE = 64, 1280, 8
+TOKENS, CHANNELS = 64, 1280
 GPU = pytest.mark.gpu
 IMPLS = ["reference", "addition", pytest.param("triton", marks=GPU), pytest.param("compile", marks=GPU)]
 
@@ -35,7 +36,8 @@ def test_slerp(measure: Any, device: str, batch: int, per: str, impl: str) -> No
         return torch.randn(batch, TOKENS, CHANNELS, generator=generator).to(device, dtype)
 
     w = torch.full((batch,), 0.8, device=device)
-    inputs = [(feature(), feature(), w) for _ in range(ROTATE)]
+    turns = rotation(2 * batch * TOKENS * CHANNELS * dtype.itemsize)
+    inputs = [(feature(), feature(), w) for _ in range(turns)]
     call = blend(impl, per)
 
     def verify() -> None:

@@ -69,9 +69,18 @@ def run_stage(measure: Any, bundle: Any, stage: str, batch: int, config: str | N
             assert relative(adapt(h, h_retr), oracle) < 1e-2
             # The control: another neighbour is another result.
             assert not torch.equal(adapt(h, h_retr), adapt(h, other))
+        elif stage == "text":
+            (ids,), (other,) = rows["text"][:2]
+            states, raw = bundle.text.encode(ids).hidden_states, bundle.text.text_encoder(input_ids=ids)
+            assert relative(states, raw.last_hidden_state) < 1e-2
+            assert not torch.equal(states, bundle.text.encode(other).hidden_states)
         else:
-            out = calls[stage](*rows[stage][0])
-            assert torch.isfinite(out.key if stage == "text" else out).all()
+            (latents,) = rows["vae"][0]
+            module = bundle.vae.module
+            # diffusers' own decoder, from unscaled latents to [-1, 1].
+            scaled = latents / module.config.scaling_factor + (getattr(module.config, "shift_factor", None) or 0.0)
+            raw = (module.decode(scaled).sample / 2 + 0.5).clamp(0, 1)
+            assert relative(bundle.vae.decode(latents), raw) < 1e-2
 
     cost = None
     if config is not None:

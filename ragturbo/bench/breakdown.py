@@ -296,6 +296,8 @@ def _projection(settings: Settings, bundle: Bundle, record: dict[str, Any]) -> d
         try:
             reached, launch_s = _measure_fractions(bundle, eager, projection.GPUS[short], tf32)
             basis = f"made with fractions and host time a launch measured on {here['name']}"
+            if "adapter" not in reached:
+                basis += "; the adapter's is a lower bound: this bundle has none"
         except RuntimeError as error:  # a stage that cannot be captured must not cost the measurements before it
             basis = f"a lower bound: measuring {here['name']}'s fractions failed ({error})"
     host = {s: t for s, t in record["profiles"].get("paper", {}).get("ours", {}).get("stages", {}).items()
@@ -346,6 +348,12 @@ def _measure_fractions(
         "decode": lambda: bundle.unet.decode(state),
         "vae": lambda: vae.decode(noise_in),
     }
+    if (adapter := bundle.adapter) is not None:
+        h_tgt = state.h.flatten(2).transpose(1, 2)
+        h_retr = torch.randn_like(h_tgt)[:, None]
+        lam, valid = torch.full((1,), 0.5, device=where), torch.ones((1, 1), dtype=torch.bool, device=where)
+        # As counted: torch's own layers, not the fused ops.
+        calls["adapter"] = lambda: adapter(h_tgt, h_retr, lam, valid, impl="sdpa")
     device_seconds, host = {}, 0.0
     for stage, call in calls.items():
         replay = captured(call, [()], 1)

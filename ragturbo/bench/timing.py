@@ -53,6 +53,13 @@ def rotating(call: Call, inputs: Sequence[tuple[Any, ...]]) -> Callable[[], Any]
     return lambda: call(*next(turns))
 
 
+def rotation(nbytes: int, *, least: int = 8) -> int:
+    """How many inputs of `nbytes` a call rotates over: twice what a GPU's L2 holds; `least` on a CPU."""
+    if not torch.cuda.is_available():
+        return least
+    return max(least, math.ceil(2 * torch.cuda.get_device_properties(0).L2_cache_size / nbytes))
+
+
 def synchronized(call: Callable[[], Any]) -> Callable[[], Any]:
     """Device work is asynchronous: the clock stops when the device has finished."""
 
