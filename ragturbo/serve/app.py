@@ -7,8 +7,10 @@ import base64
 import contextlib
 import json
 import logging
+import threading
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request, Response
@@ -62,7 +64,7 @@ def create_app(
 
     async def load() -> None:
         try:
-            await asyncio.to_thread(service.load)
+            await asyncio.wrap_future(_loading(service))
         except Exception as error:
             service.error = error
             if not background:
@@ -78,9 +80,11 @@ def create_app(
             await loading
         yield
         service.draining = True
-        # A load cannot be stopped half-way; what it makes is closed.
-        await loading
-        if owned:
+        if not loading.done():
+            # It cannot be stopped half-way, and may take minutes.
+            service.abandon()
+            loading.cancel()
+        elif owned:
             await asyncio.to_thread(service.close)
 
     # No pages that fetch scripts from elsewhere.
@@ -93,6 +97,24 @@ def create_app(
         _add_admin(app, service)
     app.add_middleware(Border, service=service)
     return app
+
+
+def _loading(service: Service) -> Future[None]:
+    """In a thread of its own: asyncio would wait for one of its pool before it lets the process end."""
+    future: Future[None] = Future()
+    # Running from the start: whoever stops waiting for it does not cancel it.
+    future.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            service.load()
+        except BaseException as error:  # it belongs to whoever waits
+            future.set_exception(error)
+        else:
+            future.set_result(None)
+
+    threading.Thread(target=run, name="ragturbo-load", daemon=True).start()
+    return future
 
 
 def _add_refusals(app: FastAPI, service: Service) -> None:
@@ -119,6 +141,9 @@ def _takes(model: type[BaseModel]) -> dict[str, Any]:
 
 async def _read(request: Request, model: type[BaseModel]) -> Any:
     """The body as `model`, from its bytes: whatever is wrong with them ends in one kind of 400."""
+    if request.scope["query_string"]:
+        message = "the query string is not read here: fields go into the body"
+        raise Problem(400, message, code="unknown_parameter", param="query")
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         # Also what keeps a web page from making a browser ask on its behalf.
@@ -154,6 +179,9 @@ def _add_images(app: FastAPI, service: Service) -> None:
                 if fields.model not in (None, config.model_id):
                     message = f"there is no model {fields.model[:80]!r} here; /v1/models names those there are"
                     raise Problem(404, message, code="model_not_found", param="model")
+                if fields.return_neighbors and not service.blends(fields.mode):
+                    message = "return_neighbors has no effect where nothing is blended in: mode 'none', or no database"
+                    raise Problem(400, message, code="invalid_value", param="return_neighbors")
                 options = fields.call_options()
                 output = await service.draw(fields.prompt, options, gone)
             except (ClientGone, ClientDisconnect):
@@ -164,7 +192,7 @@ def _add_images(app: FastAPI, service: Service) -> None:
                 metrics.cancellations.inc()
                 raise
             except Exception as error:
-                raise problem_of(error) from None
+                raise problem_of(error, quote=config.log_prompts) from None
             metrics.made(output, time.perf_counter() - begin)
             own = service.serving().default_size
             size = f"{options.get('width', own)}x{options.get('height', own)}"
@@ -221,12 +249,16 @@ def _add_admin(app: FastAPI, service: Service) -> None:
         operation_id="swap_database",
         summary="Puts another database, or this one's newest generation, in use; no request fails for it.",
         response_model=Swapped,
-        responses=_errors(400, 401, 408, 413, 415, 503),
+        responses=_errors(400, 401, 408, 413, 415, 500, 503),
         openapi_extra=_takes(Swap),
     )
     async def swap_database(request: Request) -> Response:
-        asked = await _read(request, Swap)
         try:
+            asked = await _read(request, Swap)
             return JSONResponse(await asyncio.to_thread(service.swap, asked.path))
+        except ClientDisconnect:
+            return Response(status_code=CLIENT_GONE)
         except (DatabaseError, InvalidRequest, OSError, ValueError) as error:
             raise Problem(400, str(error), code="database_refused", param="path") from None
+        except Exception as error:
+            raise problem_of(error, quote=service.config.log_prompts) from None

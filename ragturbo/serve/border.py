@@ -5,18 +5,20 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
-import time
+import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from ragturbo.serve.problems import Problem
+from ragturbo.serve.problems import Problem, problem_of
 
 if TYPE_CHECKING:
+    from starlette.responses import Response
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from ragturbo.serve.service import Service
 
-PATHS = ("/v1/images/generations", "/v1/models", "/health/live", "/health/ready", "/metrics", "/admin/database")
+IMAGES = "/v1/images/generations"
+PATHS = (IMAGES, "/v1/models", "/health/live", "/health/ready", "/metrics", "/admin/database")
 
 
 class Keys:
@@ -52,24 +54,36 @@ class Border:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        asked = _path(scope)
         # Paths are a label: one that a stranger made up must not become a time series.
-        path = scope["path"] if scope["path"] in PATHS else "other"
-        metrics = self._service.metrics
+        path = asked if asked in PATHS else "other"
+        metrics, quote = self._service.metrics, self._service.config.log_prompts
+        begun = False
 
         async def counted(message: Message) -> None:
+            nonlocal begun
             if message["type"] == "http.response.start":
+                begun = True
                 metrics.requests.labels(path, str(message["status"])).inc()
             await send(message)
 
         try:
             headers = dict(scope["headers"])
-            self._check_key(scope["path"], headers)
+            self._check_key(asked, headers)
             limited = self._limited(receive, headers)
-        except Problem as problem:
-            metrics.rejections.labels(problem.code).inc()
-            await problem.response()(scope, receive, counted)
-            return
-        await self._app(scope, limited, counted)
+            if asked == IMAGES and scope["method"] == "POST":
+                # Under load most requests end here: before their body is read, and past no framework.
+                self._service.check_room()
+            await self._app(scope, limited, counted)
+        except Exception as error:
+            answer = self._answer(problem_of(error, quote=quote))
+            if not begun:
+                await answer(scope, receive, counted)
+
+    def _answer(self, problem: Problem) -> Response:
+        # Apart: an exception that is kept by a frame it went through is a cycle.
+        self._service.metrics.rejections.labels(problem.code).inc()
+        return problem.response()
 
     def _check_key(self, path: str, headers: dict[bytes, bytes]) -> None:
         if path.startswith("/v1/"):
@@ -91,7 +105,8 @@ class Border:
         announced = headers.get(b"content-length", b"0")
         if not announced.isdigit() or int(announced[:20]) > most:
             raise _too_large(most)
-        until = time.monotonic() + config.body_timeout
+        loop = asyncio.get_running_loop()
+        until = loop.time() + config.body_timeout
         taken, whole = 0, False
 
         async def limited() -> Message:
@@ -100,7 +115,7 @@ class Border:
                 # From here on the only news is that the client has left, and that may take as long as it likes.
                 return await receive()
             try:
-                message: Any = await asyncio.wait_for(receive(), max(0.0, until - time.monotonic()))
+                message: Any = await _by(until, receive, loop)
             except asyncio.TimeoutError:
                 raise Problem(
                     408,
@@ -115,6 +130,20 @@ class Border:
             return message
 
         return limited
+
+
+async def _by(until: float, receive: Receive, loop: asyncio.AbstractEventLoop) -> Message:
+    if sys.version_info >= (3, 11):
+        # A timer alone, where wait_for makes a task for every body.
+        async with asyncio.timeout_at(until):
+            return await receive()
+    return await asyncio.wait_for(receive(), max(0.0, until - loop.time()))
+
+
+def _path(scope: Scope) -> str:
+    """Within this application: where another one has mounted it, keys are asked for too."""
+    path, root = str(scope["path"]), str(scope.get("root_path", "")).rstrip("/")
+    return path[len(root) :] if root and path.startswith(f"{root}/") else path
 
 
 def _too_large(most: int) -> Problem:

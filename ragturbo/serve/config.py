@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -32,7 +33,7 @@ class ServeConfig:
     options: Mapping[str, Any] = field(default_factory=dict)
     """Fields of GeneratorConfig: batch_sizes, batch_window, max_queue, retriever, host_cache …"""
     name: str | None = None
-    """The model's id for clients; None: the last part of `model`."""
+    """The model's id for clients; None: `model` itself, or where that is a folder, the folder's name."""
     postprocess: str | None = None
     """"module:function", a hook on every uint8 batch: the place for a safety filter."""
 
@@ -64,13 +65,17 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         for name in ("timeout", "body_timeout"):
-            if not getattr(self, name) > 0:
-                raise InvalidRequest(f"{name}={getattr(self, name)!r} must be more than 0 seconds")
-        if not self.drain_delay >= 0:
-            raise InvalidRequest(f"drain_delay={self.drain_delay!r} must be 0 or more seconds")
+            if not 0 < getattr(self, name) < math.inf:
+                raise InvalidRequest(f"{name}={getattr(self, name)!r} must be more than 0 seconds, and finite")
+        if not 0 <= self.drain_delay < math.inf:
+            raise InvalidRequest(f"drain_delay={self.drain_delay!r} must be 0 or more seconds, and finite")
         for name in ("max_images", "max_prompt", "max_body"):
             if not getattr(self, name) >= 1:
                 raise InvalidRequest(f"{name}={getattr(self, name)!r} must be at least 1")
+        if self.max_side is not None and not self.max_side >= 1:
+            raise InvalidRequest(f"max_side={self.max_side!r} must be at least 1 pixel; None: twice the model's own")
+        if not 0 <= self.port <= 65535:
+            raise InvalidRequest(f"port={self.port!r} must be between 0, any that is free, and 65535")
         for name in ("api_keys", "admin_keys"):
             keys = getattr(self, name)
             if isinstance(keys, str):

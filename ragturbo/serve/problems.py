@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
+import traceback
 from collections.abc import Mapping
 
-from fastapi.responses import JSONResponse
+from fastapi.responses import Response
 from pydantic import BaseModel, ValidationError
 
 from ragturbo.errors import (
@@ -16,7 +18,6 @@ from ragturbo.errors import (
     NonFiniteOutput,
     OutOfDeviceMemory,
     Overloaded,
-    RagTurboError,
 )
 
 log = logging.getLogger("ragturbo")
@@ -50,9 +51,9 @@ class Problem(Exception):
         self.status, self.code, self.headers = status, code, dict(headers or {})
         self.detail = ErrorDetail(message=message, type=type, param=param, code=code)
 
-    def response(self) -> JSONResponse:
-        body = ErrorBody(error=self.detail).model_dump()
-        return JSONResponse(body, status_code=self.status, headers=self.headers)
+    def response(self) -> Response:
+        body = json.dumps({"error": dict(self.detail)})
+        return Response(body, status_code=self.status, headers=self.headers, media_type="application/json")
 
 
 def unavailable(message: str, code: str, retry_after: float, *, status: int = 503, type: str = "overloaded") -> Problem:
@@ -60,8 +61,9 @@ def unavailable(message: str, code: str, retry_after: float, *, status: int = 50
     return Problem(status, message, code=code, type=type, headers={"Retry-After": str(max(1, math.ceil(retry_after)))})
 
 
-def problem_of(error: BaseException) -> Problem:
-    """What was raised while an image was made, as its client sees it."""
+def problem_of(error: BaseException, *, quote: bool = False) -> Problem:
+    """What was raised while an image was made, as its client sees it. quote: whether the log may say it in the error's
+    own words, which may quote the prompt."""
     if isinstance(error, Problem):
         return error
     if isinstance(error, Overloaded):
@@ -72,15 +74,29 @@ def problem_of(error: BaseException) -> Problem:
         return unavailable("the device is lost; this server is about to be replaced", "device_lost", 5)
     if isinstance(error, InvalidRequest):
         return Problem(400, str(error), code="invalid_value")
-    code = "server_error"
+    log.error("a request failed: %s", _told(error, quote))
+    # Fixed texts: what failed inside is not for strangers.
     if isinstance(error, NonFiniteOutput):
-        code = "non_finite_output"
-    elif isinstance(error, OutOfDeviceMemory):
-        code = "out_of_device_memory"
-    # A prompt is in none of these messages; what else failed is not for strangers.
-    log.error("a request failed: %s: %s", type(error).__name__, error, exc_info=error)
-    message = str(error) if isinstance(error, RagTurboError) else "the server failed to make this image"
+        return _failed("the model gave NaN or infinity", "non_finite_output")
+    if isinstance(error, OutOfDeviceMemory):
+        return _failed("the device's memory did not suffice for this request", "out_of_device_memory")
+    return _failed("the server failed to answer this request", "server_error")
+
+
+def _failed(message: str, code: str) -> Problem:
     return Problem(500, message, code=code, type="server_error")
+
+
+def _told(error: BaseException, quote: bool) -> str:
+    """An error and what caused it, for the log: the lines of code it passed, and its own words where `quote`, or where
+    they are the device's."""
+    told = ""
+    cause: BaseException | None = error
+    while cause is not None:
+        said = f": {cause}" if quote or isinstance(error, (NonFiniteOutput, OutOfDeviceMemory)) else ""
+        told += f"{type(cause).__name__}{said}\n" + "".join(traceback.format_tb(cause.__traceback__))
+        cause = cause.__cause__
+    return told.rstrip()
 
 
 def invalid(error: ValidationError, known: list[str]) -> Problem:

@@ -39,7 +39,7 @@ class Service:
         self.draining = False
         self.error: BaseException | None = None
         """Why loading failed."""
-        self._warm = False
+        self._warm = self._abandoned = False
         self._hook = config.hook()
         self._swapping = threading.Lock()
         self._database = config.database if isinstance(config.database, str) else None
@@ -73,6 +73,9 @@ class Service:
             gc.collect()
             gc.freeze()
         self._warm = True
+        if self._abandoned and ours:
+            self.generator.close()
+            return
         log.info("loaded in %.1f s, warm after %.1f s more", loaded - begin, time.monotonic() - loaded)
 
     @property
@@ -90,6 +93,18 @@ class Service:
             return "device lost"
         return "ready" if self._warm else "loading"
 
+    @property
+    def warm(self) -> bool:
+        return self._warm
+
+    def abandon(self) -> None:
+        """Nobody waits for `load` any more: what it makes, it closes itself."""
+        self._abandoned = True
+
+    def check_room(self) -> None:
+        """Raises where not even one image would be taken now, whatever is asked for."""
+        self.serving().check_room(1, self.config.timeout)
+
     def serving(self) -> Generator:
         """The Generator, or the Problem of there being none. While it drains it still serves."""
         if self.generator is None or not self._warm:
@@ -100,24 +115,31 @@ class Service:
         """gone: returns when the client has left, which takes its request out of the queue and raises ClientGone."""
         generator, timeout = self.serving(), self.config.timeout
         self._check_size(generator, options)
-        # Before anything is tokenised: a refusal must cost nothing.
-        generator.check_room(options["num_images_per_prompt"], timeout)
         if self.config.log_prompts:
             log.info("prompt %r, options %r", prompt, options)
         if self._hook is not None:
             options = {**options, "postprocess": self._hook}
-        work = asyncio.ensure_future(generator.agenerate(prompt, timeout=timeout, **options))
-        watch = asyncio.ensure_future(gone())
-        try:
-            await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
-            if work.done():
-                return work.result()
-            raise ClientGone
-        finally:
-            work.cancel()
-            watch.cancel()
-            # Neither may outlive the request, and nobody asks what became of them.
-            await asyncio.gather(work, watch, return_exceptions=True)
+        # Before anything is tokenised: a refusal must cost nothing, and what was not refused here is not refused later.
+        with generator.reserve(options["num_images_per_prompt"], timeout) as place:
+            work = asyncio.ensure_future(generator.agenerate(prompt, timeout=timeout, place=place, **options))
+            watch = asyncio.ensure_future(gone())
+            try:
+                await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
+                if work.done():
+                    return work.result()
+                raise ClientGone
+            finally:
+                work.cancel()
+                watch.cancel()
+                # Neither may outlive the request, and nobody asks what became of them.
+                await asyncio.gather(work, watch, return_exceptions=True)
+
+    def blends(self, mode: str | None) -> bool:
+        """Whether a request in this mode has neighbours to name."""
+        generator = self.serving()
+        if mode is None:
+            return generator.database is not None and generator.info["adapter"] is not None
+        return mode != "none"
 
     def _check_size(self, generator: Generator, options: dict[str, Any]) -> None:
         own = generator.default_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hmac
 import io
@@ -14,8 +15,9 @@ import openai
 import pytest
 from PIL import Image
 
-from ragturbo.errors import InvalidRequest
+from ragturbo.errors import GenerationError, InvalidRequest
 from ragturbo.retrieval.features import CacheStats
+from ragturbo.serve.app import create_app
 from ragturbo.serve.config import ServeConfig, read_keys
 from ragturbo.serve.metrics import Metrics
 
@@ -112,6 +114,20 @@ def test_what_is_no_request_is_refused_in_openais_form(server, raw):
     assert answer.status_code == 400 and answer.json()["error"].keys() == {"message", "type", "param", "code"}
 
 
+def test_neighbours_that_nothing_was_blended_with_are_not_promised(server, gen, monkeypatch):
+    answer = server.post(prompt=PROMPT, mode="none", return_neighbors=True)
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "return_neighbors"
+    assert server.post(prompt=PROMPT, mode="none", return_neighbors=False).status_code == 200
+    monkeypatch.setattr(gen, "_source", None)
+    assert server.post(prompt=PROMPT, return_neighbors=True).json()["error"]["param"] == "return_neighbors"
+    assert server.post(prompt=PROMPT).json()["mode"] == "none"
+
+
+def test_a_query_string_is_refused_where_nothing_reads_it(server):
+    answer = server.http.post(f"{PATH}?n=2", json={"prompt": PROMPT})
+    assert answer.status_code == 400 and answer.json()["error"]["code"] == "unknown_parameter"
+
+
 def test_other_refusals_have_the_same_form(server):
     refused = {
         404: server.post(prompt=PROMPT, model="dall-e-3"),
@@ -171,6 +187,62 @@ def test_keys_are_asked_for_and_every_one_is_compared(gen, kit, monkeypatch):
         assert server.metrics()['ragturbo_rejections_total{reason="invalid_api_key"}'] == 6
 
 
+def asked(app, method: str, path: str, **request) -> httpx.Response:
+    async def ask() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://here") as http:
+            return await http.request(method, path, **request)
+
+    return asyncio.run(ask())
+
+
+def test_keys_are_asked_for_where_the_application_is_mounted_in_another():
+    from starlette.applications import Starlette
+    from starlette.routing import Mount
+
+    outer = Starlette(
+        routes=[Mount("/pictures", app=create_app(ServeConfig(api_keys=("key",), admin_keys=("admin",))))]
+    )
+    for path, key in ((PATH, "key"), ("/admin/database", "admin")):
+        for header, status in (({}, 401), ({"Authorization": f"Bearer {key}"}, 503)):
+            answer = asked(
+                outer, "POST", f"/pictures{path}", json={"prompt": PROMPT} if key == "key" else {}, headers=header
+            )
+            assert answer.status_code == status, answer.text
+    assert asked(outer, "GET", "/pictures/v1/models").status_code == 401
+
+
+@pytest.mark.parametrize("error", [ValueError, GenerationError])
+def test_an_error_nobody_foresaw_has_the_same_form_and_tells_nobody_the_prompt(gen, monkeypatch, caplog, error):
+    app = create_app(ServeConfig(admin_keys=("admin",)), generator=gen)
+    service = app.state.service
+    service.load()
+
+    def fail(*arguments, **options):
+        raise error("a unicorn nobody may read about") from KeyError("unicorn")
+
+    async def afail(*arguments, **options):
+        fail()
+
+    monkeypatch.setattr(gen, "agenerate", afail)
+    monkeypatch.setattr(service, "swap", fail)
+    app.add_api_route("/v1/surprise", lambda: fail())
+    admin = {"Authorization": "Bearer admin"}
+    answers = [asked(app, "POST", PATH, json={"prompt": "a unicorn"}), asked(app, "GET", "/v1/surprise")]
+    if error is GenerationError:
+        answers.append(asked(app, "POST", "/admin/database", json={}, headers=admin))
+    for answer in answers:
+        assert answer.status_code == 500 and answer.json()["error"].keys() == {"message", "type", "param", "code"}
+        assert answer.json()["error"]["code"] == "server_error" and "unicorn" not in answer.text
+    # The log says what kind it was, and where.
+    assert error.__name__ in caplog.text and "in fail" in caplog.text and "KeyError" in caplog.text
+    assert "unicorn" not in caplog.text.replace(
+        'raise error("a unicorn nobody may read about") from KeyError("unicorn")', ""
+    )
+    counted = service.metrics.text().decode()
+    assert f'ragturbo_rejections_total{{reason="server_error"}} {len(answers)}.0' in counted
+    assert 'ragturbo_requests_total{path="other",status="500"} 1.0' in counted
+
+
 def test_prompts_are_not_logged_unless_asked_for(gen, kit, caplog):
     secret = " ".join(["unheardof", *["word"] * 300])
     with caplog.at_level(logging.DEBUG), kit.served(gen) as server:
@@ -226,6 +298,11 @@ def test_the_configuration_refuses_nonsense(tmp_path):
     assert ServeConfig().host == "127.0.0.1" and not ServeConfig().public
     wrong = [
         {"timeout": 0},
+        {"timeout": float("inf")},
+        {"body_timeout": float("nan")},
+        {"drain_delay": float("inf")},
+        {"max_side": 0},
+        {"port": 70_000},
         {"max_images": 0},
         {"api_keys": "one"},
         {"api_keys": [" a"]},
