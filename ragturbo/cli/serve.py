@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import signal
+import threading
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,6 +33,7 @@ def serve(
     max_images: Annotated[int, typer.Option(help="Images a request.")] = 10,
     max_prompt: Annotated[int, typer.Option(help="Characters a prompt.")] = 4000,
     max_body: Annotated[int, typer.Option(help="Bytes a request.")] = 64 * 1024,
+    body_timeout: Annotated[float, typer.Option(help="Seconds a client may take to send its request.")] = 10.0,
     max_side: Annotated[int | None, typer.Option(help="Pixels; by default twice the model's own.")] = None,
     host_cache: Annotated[str | None, typer.Option(help='Features in memory, "8GiB".')] = None,
     device_cache: Annotated[str | None, typer.Option(help='Features in the device\'s memory, "1GiB".')] = None,
@@ -39,6 +42,8 @@ def serve(
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")] = None,
     engine: Annotated[str, typer.Option(help="auto, eager or graph.")] = "auto",
     retriever: Annotated[str, typer.Option(help="auto, scann, exact or bm25.")] = "auto",
+    attention: Annotated[str, typer.Option(help="auto, sdpa, triton or xformers.")] = "auto",
+    compile: Annotated[bool, typer.Option("--compile", help="By torch.compile: a slower start.")] = False,
     vae: Annotated[str, typer.Option(help="full, tiny, or the path or id of an AutoencoderTiny.")] = "full",
     postprocess: Annotated[
         str | None, typer.Option(help="module:function, a hook on every uint8 batch: a safety filter.")
@@ -46,12 +51,14 @@ def serve(
     drain_delay: Annotated[float, typer.Option(help="Seconds to go on serving after SIGTERM.")] = 0.0,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Prompts are not logged without this.")] = False,
     access_log: Annotated[bool, typer.Option("--access-log", help="A line a request, without its prompt.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Of the model on the hub.")] = None,
     local_files_only: Annotated[bool, typer.Option("--local-files-only", help="Never ask the hub.")] = False,
 ) -> None:
     """Serve images over HTTP: POST /v1/images/generations, as OpenAI's clients send it.
 
     SIGTERM finishes what was accepted and ends; SIGHUP opens the database anew. See docs/serving.md.
     """
+    _ignore_hangups()
     _require()
     from ragturbo.cli.terminal import quiet_libraries
     from ragturbo.serve.config import ServeConfig, keys_from_environment, read_keys
@@ -66,9 +73,12 @@ def serve(
         device=device,
         dtype=dtype,
         local_files_only=local_files_only,
+        revision=revision,
         options={
             "engine": engine,
             "retriever": retriever,
+            "attention": attention,
+            "compile": compile,
             "vae": vae,
             "batch_sizes": _sizes(batch_sizes),
             "batch_window": batch_window,
@@ -87,6 +97,7 @@ def serve(
         max_images=max_images,
         max_prompt=max_prompt,
         max_body=max_body,
+        body_timeout=body_timeout,
         max_side=max_side,
         log_prompts=log_prompts,
         access_log=access_log,
@@ -96,6 +107,12 @@ def serve(
     from ragturbo.serve.server import serve as run
 
     run(config)
+
+
+def _ignore_hangups() -> None:
+    """Until the server listens to SIGHUP: one that comes while it starts would end the process."""
+    if hasattr(signal, "SIGHUP") and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 def _require() -> None:

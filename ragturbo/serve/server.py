@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
+import os
 import signal
 import socket
 import sys
 import threading
 from types import FrameType
-from typing import Any
 
 import uvicorn
 
+from ragturbo.errors import InvalidRequest
 from ragturbo.serve.app import create_app
 from ragturbo.serve.config import ServeConfig
 from ragturbo.serve.service import Service
@@ -63,7 +65,7 @@ class Server(uvicorn.Server):
             return
         self.service.draining = True
         log.info("%s: draining", signal.Signals(sig).name)
-        if self.service.config.drain_delay and self._loop is not None:
+        if self.service.config.drain_delay and self.service.warm and self._loop is not None:
             self._loop.call_soon_threadsafe(self._loop.call_later, self.service.config.drain_delay, self._stop)
         else:
             self._stop()
@@ -78,12 +80,39 @@ class Server(uvicorn.Server):
             log.error("the database stays as it was: %s", error)
 
 
-def serve(config: ServeConfig, sockets: list[Any] | None = None) -> None:
-    """Serves until told to stop. Raises what loading the model raised."""
+def serve(config: ServeConfig) -> None:
+    """Serves until told to stop. Raises what loading the model raised, and at once where the port is taken."""
     if config.public and not config.api_keys:
         log.warning("listening on %s without API keys: everybody who reaches it may ask", config.host)
     sys.setswitchinterval(SWITCH_INTERVAL)
+    sockets = bind(config.host, config.port)
     server = Server(config)
     server.run(sockets)
     if server.service.error is not None:
         raise server.service.error
+    if server.service.status == "draining" and not server.service.warm:
+        # Stopped while it loaded: the interpreter cannot end around a thread that is inside torch.
+        logging.shutdown()
+        os._exit(0)
+
+
+def bind(host: str, port: int) -> list[socket.socket]:
+    """A socket for each address of the host, before anything is loaded for a port that cannot be had."""
+    sockets: list[socket.socket] = []
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for i, (family, _, _, _, address) in enumerate(dict.fromkeys(found)):
+            # "localhost" is two addresses, and one port for both.
+            same = sockets[0].getsockname()[1] if sockets else port
+            try:
+                sockets.append(socket.create_server((address[0], same, *address[2:]), family=family))
+            except OSError as error:
+                # Without IPv6 the name has an address more than the machine.
+                last = i == len(found) - 1 and not sockets
+                if last or error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise
+    except OSError as error:
+        for one in sockets:
+            one.close()
+        raise InvalidRequest(f"cannot listen on {host} port {port}: {error.strerror or error}") from error
+    return sockets

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,16 +20,27 @@ import pytest
 from ragturbo import Database
 from ragturbo.model import source
 
-COMMAND = [sys.executable, "-c", "from ragturbo.cli import main; main()", "serve"]
+MAIN = "from ragturbo.cli import main; main()"
+# A model that never loads, and a SIGHUP before the server has started.
+STUCK = """
+import os, signal, threading
+import ragturbo.serve.server, ragturbo.serve.service
+bind = ragturbo.serve.server.bind
+def late(*where):
+    os.kill(os.getpid(), signal.SIGHUP)
+    return bind(*where)
+ragturbo.serve.server.bind = late
+ragturbo.serve.service.Service.load = lambda self: threading.Event().wait()
+"""
 PATH = "/v1/images/generations"
 SECRET = "a unicorn nobody may read about"
 
 
 @contextlib.contextmanager
-def started(*arguments: object, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def started(*arguments: object, code: str = MAIN, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The process, and its url as soon as it listens, which is long before it is ready."""
     process = subprocess.Popen(
-        [*COMMAND, "--port", "0", *map(str, arguments)],
+        [sys.executable, "-c", code, "serve", "--port", "0", *map(str, arguments)],
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
@@ -55,7 +67,9 @@ def database(tmp_path_factory) -> Path:
 
 
 def test_a_life_from_loading_to_sigterm(database, kit):
-    with started("--database", database, "--drain-delay", 2, "--timeout", 250, RAGTURBO_API_KEYS="key") as (
+    with started(
+        "--database", database, "--drain-delay", 2, "--timeout", 250, "--body-timeout", 250, RAGTURBO_API_KEYS="key"
+    ) as (
         process,
         url,
     ):
@@ -101,6 +115,24 @@ def test_a_model_that_cannot_be_loaded_ends_the_process_with_its_code(tmp_path):
         assert "nowhere" in process.stderr.read()
 
 
+def test_sigterm_does_not_wait_for_a_model_that_loads_and_sighup_kills_nobody():
+    with started("--drain-delay", 600, code=STUCK + MAIN) as (process, url):
+        process.send_signal(signal.SIGHUP)
+        assert httpx.get(f"{url}/health/live").json() == {"status": "loading"}
+        assert httpx.get(f"{url}/v1/models").status_code == 200
+        # Before the body is looked at.
+        assert httpx.post(f"{url}{PATH}", content=b"{").status_code == 503
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(300) == 0
+        assert "Traceback" not in process.stderr.read()
+
+
+def test_a_port_that_is_taken_ends_the_process_before_anything_is_loaded():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        with started("--port", taken.getsockname()[1], code=STUCK + MAIN) as (process, _):
+            assert process.wait(300) == 2
+
+
 @pytest.mark.slow
 def test_the_load_generator_measures_a_real_server(tmp_path):
     """benchmarks/serve_load.py at a second a load: the record it leaves is whole."""
@@ -117,7 +149,10 @@ def test_the_load_generator_measures_a_real_server(tmp_path):
     assert done.returncode == 0, done.stderr
     record = json.loads(out.read_text())
     assert record["kind"] == "serve" and record["context"]["cores"] and record["capacity_images_per_s"] > 0
-    assert [load["share"] for load in record["loads"]] == [0.5, 3.0] and record["exit_code_after_sigterm"] == 0
+    assert [(load["share"], load["deadline_s"]) for load in record["loads"]] == [(0.5, 5.0), (3.0, 5.0), (3.0, 0.6)]
+    assert record["metrics_short"]["ragturbo_in_flight"] == 0 and record["exit_code_after_sigterm"] == 0
     for load in record["loads"]:
         assert load["requests"] == load["accepted"] + load["rejected"] + sum(load["other"].values())
+        over = load["rejected_over_20_ms"]
+        assert load["rejected"] >= over["from_intended"] == len(over["each"]) >= over["from_sending"]
         assert load["accepted"] > 0 and load["memory_bytes"][0] > 0 and load["open_files"][0] > 0
