@@ -44,10 +44,9 @@ def _jobs(machines: list[Machine]) -> list[tuple[str, Callable[[Path], Any]]]:
 
 
 def _series(machine: Machine) -> dict[str, dict[str, Any]]:
-    timed = [b for _, b in machine.benchmarks() if "seconds" in b["extra_info"]]
-    stages = [b for b in timed if _op(b).startswith("stage") and b["extra_info"]["sizes"].get("batch") == 1]
-    throughput = [b for b in timed if _op(b) == "generate"]
-    roofline = [b for b in timed if "fraction_of_roofline" in b["extra_info"]]
+    stages = _of_one_file(machine, lambda i: _op(i).startswith("stage") and i["sizes"].get("batch") == 1)
+    throughput = _of_one_file(machine, lambda i: _op(i) == "generate")
+    roofline = _of_one_file(machine, lambda i: "fraction_of_roofline" in i)
     past = [(run.commit, b["extra_info"]["seconds"]["p50"] * 1e3) for run, b in history(machine)]
     return {
         "stages": {
@@ -66,15 +65,21 @@ def _series(machine: Machine) -> dict[str, dict[str, Any]]:
             "places": [b["extra_info"]["fraction_of_roofline"] * 100 for b in roofline],
         },
         "history": {
-            "title": "one image, mode adapter, by commit", "unit": "ms (p50)",
+            "title": "one image by commit", "unit": "ms (p50)",
             "labels": [commit for commit, _ in past],
             "places": [value for _, value in past] if len(past) > 1 else [],
         },
     }  # fmt: skip
 
 
-def _op(benchmark: dict[str, Any]) -> str:
-    return str(benchmark["extra_info"].get("op", ""))
+def _of_one_file(machine: Machine, belongs: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    """As in the tables: the file that has most of them."""
+    files = machine.table(lambda info: "seconds" in info and belongs(info))
+    return files[0][1] if files else []
+
+
+def _op(info: dict[str, Any]) -> str:
+    return str(info.get("op", ""))
 
 
 def _draw(data: dict[str, Any], path: Path) -> None:

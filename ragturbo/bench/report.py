@@ -123,13 +123,16 @@ def breakdown_section(machines: list[Machine]) -> str:
 
 def history_section(machines: list[Machine]) -> str:
     """One row a run of the suites: what one image took, by commit."""
-    lines = ["| machine | when | commit | model | generate, batch 1, p50 ms | file |", "|---|---|---|---|--:|---|"]
+    lines = [
+        "| machine | when | commit | model | mode | generate, batch 1, p50 ms | file |",
+        "|---|---|---|---|---|--:|---|",
+    ]
     for machine in machines:
         for run, b in history(machine):
             info = b["extra_info"]
             lines.append(
                 f"| {machine.name} | {run.when[:10]} | {run.commit} | {info['sizes'].get('model')} "
-                f"| {info['seconds']['p50'] * 1e3:.2f} | {run.path.name} |"
+                f"| {info.get('mode')} | {info['seconds']['p50'] * 1e3:.2f} | {run.path.name} |"
             )
     pictures = [text for machine in machines if (text := _picture(machine, "history"))]
     return _block(lines) + "".join(f"\n{text}" for text in pictures)
@@ -158,15 +161,12 @@ def _suites(
 ) -> str:
     parts = []
     for machine in machines:
-        pairs = [(run, b) for run, b in machine.benchmarks() if belongs(b["extra_info"])]
-        if not pairs:
-            continue
-        found = [b for _, b in pairs]
-        files = dict.fromkeys(f"{run.path.name}, {run.commit}" for run, _ in pairs)
-        parts.append(f"{machine.name} ({'; '.join(files)}):\n")
-        parts.append(_block(table(found)))
-        if plot is not None:
-            parts.append(_picture(machine, plot))
+        for i, (run, found) in enumerate(machine.table(belongs)):
+            only = "" if i == 0 else ", rows that no file above has"
+            parts.append(f"{machine.name} ({run.path.name}, {run.commit}{only}):\n")
+            parts.append(_block(table(found)))
+            if plot is not None and i == 0:
+                parts.append(_picture(machine, plot))
     return "\n".join(parts) if parts else "Not measured yet.\n"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,16 +42,21 @@ class Machine:
     name: str
     runs: list[Run] = field(default_factory=list)
 
-    def benchmarks(self) -> list[tuple[Run, dict[str, Any]]]:
-        """Every benchmark of every suite, the newest measurement of each, by group and name."""
-        newest: dict[str, tuple[Run, dict[str, Any]]] = {}
-        for run in sorted((r for r in self.runs if r.kind == "suite"), key=lambda r: (r.when, r.path.name)):
-            # One benchmark at two scales is two measurements.
-            scales = [b["extra_info"].get("sizes", {}).get("rows") for b in run.data["benchmarks"]]
-            newest |= {
-                f"{b['fullname']} {rows}": (run, b) for b, rows in zip(run.data["benchmarks"], scales, strict=True)
-            }
-        return sorted(newest.values(), key=lambda pair: (pair[1].get("group") or "", pair[1]["fullname"]))
+    def table(self, belongs: Callable[[dict[str, Any]], bool]) -> list[tuple[Run, list[dict[str, Any]]]]:
+        """The benchmarks of one table, file by file: rows of two runs are not to be compared.
+
+        First the file that has most of them, of equals the newest; then what only others have, each by its file.
+        """
+        suites = sorted((r for r in self.runs if r.kind == "suite"), key=lambda r: (r.when, r.path.name), reverse=True)
+        found = [(run, [b for b in run.data["benchmarks"] if belongs(b["extra_info"])]) for run in suites]
+        out: list[tuple[Run, list[dict[str, Any]]]] = []
+        seen: set[tuple[str, Any]] = set()
+        for run, rows in sorted(found, key=lambda pair: -len(pair[1])):
+            new = [b for b in rows if _identity(b) not in seen]
+            seen |= {_identity(b) for b in new}
+            if new:
+                out.append((run, sorted(new, key=lambda b: (b.get("group") or "", b["fullname"]))))
+        return out
 
     def figures(self) -> dict[str, tuple[float, str]]:
         """Budget key -> (value, file) from every run; the newest wins."""
@@ -60,6 +65,11 @@ class Machine:
             for key, value in figures(run):
                 out[key] = (value, f"{self.name}/{run.path.name}")
         return out
+
+
+def _identity(benchmark: dict[str, Any]) -> tuple[str, Any]:
+    """One benchmark at two scales is two measurements."""
+    return benchmark["fullname"], benchmark["extra_info"].get("sizes", {}).get("rows")
 
 
 def read(folder: Path) -> list[Machine]:
@@ -90,16 +100,19 @@ def _run(path: Path) -> Run:
 
 
 def history(machine: Machine) -> list[tuple[Run, dict[str, Any]]]:
-    """One image in mode adapter, batch 1, from every suite in the order of their making."""
-    return [
+    """One image, batch 1, from every suite in the order of their making: one mode, the fullest that was measured."""
+    found = [
         (run, b)
         for run in sorted((r for r in machine.runs if r.kind == "suite"), key=lambda r: (r.when, r.path.name))
         for b in run.data["benchmarks"]
         if b["extra_info"].get("op") == "generate"
-        and b["extra_info"].get("mode") == "adapter"
         and b["extra_info"]["sizes"].get("batch") == 1
         and "seconds" in b["extra_info"]
     ]
+    modes = {b["extra_info"].get("mode") for _, b in found}
+    # A model without an adapter has a history too.
+    mode = next((m for m in ("adapter", "slerp", "none") if m in modes), None)
+    return [(run, b) for run, b in found if b["extra_info"].get("mode") == mode]
 
 
 def figures(run: Run) -> Iterator[tuple[str, float]]:

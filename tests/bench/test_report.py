@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -64,17 +65,31 @@ def test_new_data_makes_the_page_stale(place):
     assert update(results, page, write=False)
 
 
-def test_the_newest_measurement_of_a_benchmark_wins(place):
-    results, _ = place
+def test_a_table_is_of_one_run_and_what_another_adds_stands_apart_by_its_name(place):
+    results, page = place
     path = results / "cpu-test" / "suite.json"
     data = json.loads(path.read_text())
-    data["datetime"] = "2999-01-01T00:00:00+00:00"
-    data["benchmarks"] = data["benchmarks"][:1]
-    data["benchmarks"][0]["extra_info"]["seconds"]["p50"] = 42.0
-    (path.parent / "again.json").write_text(json.dumps(data))
-    found = {b["fullname"]: b for _, b in read(results)[0].benchmarks()}
-    assert found[data["benchmarks"][0]["fullname"]]["extra_info"]["seconds"]["p50"] == 42.0
-    assert len(found) == len(json.loads(path.read_text())["benchmarks"])
+    again = copy.deepcopy(data)
+    again["datetime"] = "2999-01-01T00:00:00+00:00"
+    kept = again["benchmarks"] = [b for b in again["benchmarks"] if b["extra_info"]["op"] == "scaled_residual"][:1]
+    kept[0]["extra_info"]["seconds"]["p50"] = 42.0
+    more = copy.deepcopy(kept[0])
+    more["fullname"] += "[more]"
+    more["extra_info"]["seconds"]["p50"] = 43.0
+    again["benchmarks"].append(more)
+    (path.parent / "quick.json").write_text(json.dumps(again))
+    belongs = lambda info: info["op"] == "scaled_residual"  # noqa: E731
+    whole, part = read(results)[0].table(belongs)
+    # A newer quick run does not put a row of its own among the suite's.
+    assert whole[0].path.name == "suite.json" and all(b["extra_info"]["seconds"]["p50"] < 42 for b in whole[1])
+    assert len(whole[1]) == sum(belongs(b["extra_info"]) for b in data["benchmarks"])
+    assert part[0].path.name == "quick.json" and [b["fullname"] for b in part[1]] == [more["fullname"]]
+    update(results, page, write=True)
+    text = page.read_text()
+    assert "42 s" not in text and "43 s" in text.split("rows that no file above has")[1]
+    # Of equally full files, the newest.
+    (path.parent / "suite-2.json").write_text(json.dumps({**data, "datetime": "3000-01-01T00:00:00+00:00"}))
+    assert read(results)[0].table(belongs)[0][0].path.name == "suite-2.json"
 
 
 def test_a_rehearsal_is_no_result(place):
