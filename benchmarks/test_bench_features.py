@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from ragturbo.bench import roofline
-from ragturbo.bench.timing import once, percentiles
+from ragturbo.bench.timing import once, percentiles, summary
 from ragturbo.retrieval import Database, FeatureCache, Geometry, Record
 from ragturbo.retrieval.store import PreadStore
 
@@ -201,7 +201,7 @@ def test_rows_beside_memcpy(benchmark: Any, rows: Rows, count: int) -> None:
     benchmark.group = "share of memcpy"
     benchmark.pedantic(runs["ours"], rounds=5)
     benchmark.extra_info.update(
-        op="features", device="cpu", dtype="float16", seconds=found["ours"], seconds_memcpy=found["memcpy"],
+        op="features", device="cpu", dtype="float16", **summary(times["ours"]), seconds_memcpy=found["memcpy"],
         sizes={"rows": count, "row_bytes": GEOMETRY.record_bytes, "reader": f"ours, {share:.0%} of memcpy"},
         share_of_memcpy=share, measured={"rows_of_memcpy": share} if count == 64 else {},
         seconds_from_rest={name: percentiles(data) for name, data in from_rest.items()},
@@ -222,7 +222,7 @@ def test_rows_read_for_the_first_time(benchmark: Any, rows: Rows, count: int) ->
     benchmark.group = f"{count} rows"
     benchmark.pedantic(segments.read_into, args=(ids, rows.out), kwargs={"checksums": False}, rounds=5)
     benchmark.extra_info.update(
-        op="features", device="cpu", dtype="float16", seconds=percentiles(times),
+        op="features", device="cpu", dtype="float16", **summary(times),
         sizes={"rows": count, "row_bytes": GEOMETRY.record_bytes, "reader": "ours, first read"},
     )  # fmt: skip
 

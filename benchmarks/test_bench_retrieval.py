@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ragturbo.bench.timing import interleaved, percentiles
+from ragturbo.bench.timing import interleaved, percentiles, summary
 from ragturbo.retrieval import Database, Geometry, Record, ScannConfig
 from ragturbo.retrieval.scann import build_searcher
 
@@ -203,13 +203,14 @@ def test_open_beyond_the_indexs_own_load(benchmark: Any, keys: SearchSet) -> Non
 
     folder = str(keys.database.retriever("scann").folder)  # type: ignore[attr-defined]
     runs = {"open": lambda: Database.open(keys.folder / "db"), "index alone": lambda: pybind.load_searcher(folder)}
-    found = {name: percentiles(data) for name, data in interleaved(runs, rounds=3).items()}
+    times = interleaved(runs, rounds=3)
+    found = {name: percentiles(data) for name, data in times.items()}
     beyond = found["open"]["p50"] - found["index alone"]["p50"]
     benchmark.group = "open"
     benchmark.pedantic(runs["open"], rounds=1)
     measured = {"open_beyond_index_s": beyond} if keys.rows == ROWS["paper"] else {}
     benchmark.extra_info.update(
-        op="retrieval", device="cpu", sizes=keys.sizes("scann"), note=keys.note, seconds=found["open"],
+        op="retrieval", device="cpu", sizes=keys.sizes("scann"), note=keys.note, **summary(times["open"]),
         seconds_index_alone=found["index alone"], beyond_s=beyond, measured=measured,
     )  # fmt: skip
 
@@ -237,13 +238,14 @@ def test_bare_scann_and_our_layer_over_it(benchmark: Any, keys: SearchSet) -> No
         "ours": over(lambda query: database.search(query, K)),
         "ours, by name": over(lambda query: database.search(query, K, retriever="scann")),
     }
-    found = {who: percentiles(data) for who, data in interleaved(runs, rounds=INTERLEAVED).items()}
+    times = interleaved(runs, rounds=INTERLEAVED)
+    found = {who: percentiles(data) for who, data in times.items()}
     added = {who: found[who]["p50"] / found["bare"]["p50"] - 1 for who in ("ours", "ours, by name")}
     benchmark.group = "our layer"
     benchmark.pedantic(runs["ours"], rounds=5)
     measured = {"scann_layer": max(added.values())} if keys.rows == ROWS["paper"] else {}
     benchmark.extra_info.update(
-        op="retrieval", device="cpu", seconds=found["ours"], interleaved=found, added=added, measured=measured,
+        op="retrieval", device="cpu", **summary(times["ours"]), interleaved=found, added=added, measured=measured,
         sizes=keys.sizes(f"scann, {max(added.values()):+.1%} over bare") | {"rounds": INTERLEAVED},
     )  # fmt: skip
 

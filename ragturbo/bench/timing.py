@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from ragturbo.bench.context import NOISE_LIMIT
+
 Call = Callable[..., Any]
 # Below this a single launch and its synchronize cost as much as the work: such calls are timed many at a time.
 BULK_BELOW = 200e-6
@@ -45,6 +47,13 @@ def noise(seconds: Sequence[float]) -> float:
         return 0.0
     first, second = (percentiles(part)["p50"] for part in (seconds[:half], seconds[-half:]))
     return abs(first - second) / max(min(first, second), 1e-12)
+
+
+def summary(seconds: Sequence[float]) -> dict[str, Any]:
+    """What a row that times itself stores: percentiles, noise, and the flag where the noise is too much."""
+    found = noise(seconds)
+    flags = [f"noise {found:.1%}"] if found > NOISE_LIMIT else []
+    return {"seconds": percentiles(seconds), "noise": found, "flags": flags}
 
 
 def rotating(call: Call, inputs: Sequence[tuple[Any, ...]]) -> Callable[[], Any]:

@@ -85,7 +85,6 @@ def test_inference_mode_changes_no_count(stages):
         assert stage_counts("sd21", torch.float16)["text"].to_dict() == committed
 
 
-@pytest.mark.slow
 def test_the_committed_counts_are_those_of_the_code(tmp_path, capsys):
     assert check.main([]) == 0
     changed = json.loads(check.FILE.read_text())
