@@ -131,8 +131,8 @@ def test_a_place_is_kept_until_it_is_taken_or_given_back(engine, executor):
 
 def test_a_place_is_for_so_many_and_keeps_its_promise_of_a_deadline(engine, executor):
     values(executor.submit([batch(1)])[0])
-    engine.gate.clear()
-    executor.submit([batch(-1)])
+    assert engine.entered.acquire(timeout=30)
+    held(engine, executor)
     with executor.reserve(1, timeout=60) as place:
         executor.submit([batch(float(i)) for i in range(15)])
         # Long past what the pace allows by now; it was decided before.
