@@ -19,6 +19,7 @@ from torch import Tensor
 from ragturbo.engine.executor import Executor, Place
 from ragturbo.engine.source import DatabaseSource
 from ragturbo.engine.step import Engine, Retrieved, StepBatch, StepResult
+from ragturbo.engine.timings import host_stage
 from ragturbo.errors import DeadlineExceeded, InvalidRequest
 from ragturbo.model.bundle import Bundle
 from ragturbo.output import Neighbor, Output, encode, to_pil
@@ -86,9 +87,9 @@ class Call:
         plan = resolve(request, abilities(bundle, source))
         if plan.mode in ("slerp", "lerp"):
             _check_grids(bundle, source, plan)
-        begin = time.perf_counter()
-        batch, notes = _batch(bundle, request, plan, source)
-        tokenize = time.perf_counter() - begin
+        took: dict[str, float] = {}
+        with host_stage("tokenize", took, bundle.device):
+            batch, notes = _batch(bundle, request, plan, source)
         given = None
         if plan.neighbors is not None:
             batch.retrieved, given = _given(bundle, engine, executor, source, plan)
@@ -97,7 +98,7 @@ class Call:
                 log.warning("%s", note)
         deadline = None if request.timeout is None else time.monotonic() + request.timeout
         futures = executor.submit(_split(batch, executor.max_rows), request.timeout, place)
-        return cls(request, plan, source, futures, given, notes, started, tokenize, deadline)
+        return cls(request, plan, source, futures, given, notes, started, took["tokenize"], deadline)
 
     def wait(self) -> Output:
         """In the caller's thread."""
