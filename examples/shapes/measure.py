@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import time
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ragturbo import Database
+from ragturbo.bench.context import context
 from ragturbo.evaluate.drawing import render_array
 from ragturbo.evaluate.faithfulness import faithfulness
 from ragturbo.evaluate.world import Scene, parse, sample_scenes
@@ -166,12 +166,6 @@ def _grid(args: argparse.Namespace, pictures: np.ndarray) -> None:
         Image.fromarray(np.concatenate(rows)).save(args.grid)
 
 
-def machine(args: argparse.Namespace) -> str:
-    if DEVICE.type == "cuda":
-        return torch.cuda.get_device_name()
-    return f"{platform.processor() or platform.machine()}, {args.threads} threads"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("measure", choices=MEASURES)
@@ -192,7 +186,7 @@ def main() -> None:
         "measure": args.measure, "captions": args.count, "seed": args.seed,
         "result": MEASURES[args.measure](Model(args.model), args),
         "seconds": round(time.monotonic() - begun, 1), "command": " ".join(["python", *sys.argv]),
-        "machine": machine(args), "torch": torch.__version__,
+        "threads": args.threads, "context": context(),
     }  # fmt: skip
     text = json.dumps(result, indent=1)
     print(text)
