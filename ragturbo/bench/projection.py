@@ -35,8 +35,8 @@ GPUS = {
     "H100": Datasheet(989.4e12, 494.7e12, 66.9e12, 3350e9),
     "H200": Datasheet(989.4e12, 494.7e12, 66.9e12, 4800e9),
 }
-# Whole images by one step of sd-turbo, full VAE, batch 1, as others published them: ONNX Runtime with a CUDA graph,
-# Microsoft's README to its optimised sd-turbo (the models of huggingface.co/blog/sdxl_ort_inference, January 2024).
+# Whole images by one step of sd-turbo, full VAE, batch 1: ONNX Runtime with a CUDA graph, by its own team's tables for
+# the optimised sd-turbo (the work told of in huggingface.co/blog/sdxl_ort_inference, January 2024).
 PUBLISHED = {"A100": 38.2e-3, "RTX 4090": 36.5e-3}
 
 
