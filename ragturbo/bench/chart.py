@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +112,11 @@ def _stage_table(record: dict[str, Any]) -> list[str]:
     return out
 
 
+def digest(data: Any) -> str:
+    """Of what is drawn: a plot carries it, so that one behind its data is found without drawing it again."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def bars(record: dict[str, Any], path: Path) -> Path:
     """A PNG: this machine's bars, split into retrieval and denoising, beside the paper's."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -143,5 +150,5 @@ def bars(record: dict[str, Any], path: Path) -> Path:
     plot.legend(fontsize=8, loc="outside lower center", ncols=3)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Without the library's version and the date, equal data give equal bytes.
-    plot.savefig(path, dpi=120, metadata={"Software": None})
+    plot.savefig(path, dpi=120, metadata={"Software": None, "Data": digest(record)})
     return path

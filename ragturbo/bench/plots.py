@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ragturbo.bench.chart import bars
+from ragturbo.bench.chart import bars, digest
 from ragturbo.bench.results import Machine, Run, history
 
 
@@ -21,25 +20,39 @@ def bars_name(machine: Machine, run: Run) -> str:
 
 def wanted(machines: list[Machine]) -> list[str]:
     """The names of all plots these results give."""
-    return [name for name, _ in _jobs(machines)]
+    return [name for name, _, _ in _jobs(machines)]
+
+
+def stale(machines: list[Machine], folder: Path) -> list[str]:
+    """The names of plots that are missing or were drawn of other data."""
+    return [name for name, data, _ in _jobs(machines) if _drawn_of(folder / name) != digest(data)]
 
 
 def draw(machines: list[Machine], folder: Path) -> None:
     jobs = _jobs(machines)
     if jobs:
         folder.mkdir(parents=True, exist_ok=True)
-    for name, job in jobs:
-        job(folder / name)
+    for name, data, job in jobs:
+        job(data, folder / name)
 
 
-def _jobs(machines: list[Machine]) -> list[tuple[str, Callable[[Path], Any]]]:
-    out: list[tuple[str, Callable[[Path], Any]]] = []
+def _drawn_of(path: Path) -> str | None:
+    from PIL import Image
+
+    if not path.is_file():
+        return None
+    with Image.open(path) as image:
+        return image.info.get("Data")
+
+
+def _jobs(machines: list[Machine]) -> list[tuple[str, dict[str, Any], Callable[[dict[str, Any], Path], Any]]]:
+    out: list[tuple[str, dict[str, Any], Callable[[dict[str, Any], Path], Any]]] = []
     for machine in machines:
         for run in (r for r in machine.runs if r.kind == "breakdown"):
-            out.append((bars_name(machine, run), partial(bars, run.data)))
+            out.append((bars_name(machine, run), run.data, bars))
         for plot, data in _series(machine).items():
             if data["places"]:
-                out.append((suite_name(machine, plot), partial(_draw, data)))
+                out.append((suite_name(machine, plot), data, _draw))
     return out
 
 
@@ -95,4 +108,4 @@ def _draw(data: dict[str, Any], path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel(data["unit"])
     axes.set_title(data["title"], fontsize=10)
-    plot.savefig(path, dpi=100, metadata={"Software": None})
+    plot.savefig(path, dpi=100, metadata={"Software": None, "Data": digest(data)})

@@ -33,8 +33,7 @@ def update(results: Path, page: Path, *, write: bool) -> list[str]:
         return new
 
     new = _SECTION.sub(render, text)
-    missing = [name for name in plots.wanted(machines) if not (page.parent / "plots" / name).is_file()]
-    changed += [f"plots/{name}" for name in missing]
+    changed += [f"plots/{name}" for name in plots.stale(machines, page.parent / "plots")]
     if write:
         plots.draw(machines, page.parent / "plots")
         page.write_text(new, "utf-8")

@@ -65,6 +65,23 @@ def test_new_data_makes_the_page_stale(place):
     assert update(results, page, write=False)
 
 
+def test_a_plot_behind_its_data_is_found_when_the_page_is_not(place):
+    results, page = place
+    update(results, page, write=True)
+    plot = page.parent / "plots" / "cpu-test-roofline.png"
+    old = plot.read_bytes()
+    path = results / "cpu-test" / "suite.json"
+    data = json.loads(path.read_text())
+    for b in data["benchmarks"]:
+        if "fraction_of_roofline" in b["extra_info"]:
+            b["extra_info"]["fraction_of_roofline"] /= 3
+    path.write_text(json.dumps(data))
+    update(results, page, write=True)
+    assert update(results, page, write=False) == []
+    plot.write_bytes(old)
+    assert update(results, page, write=False) == ["plots/cpu-test-roofline.png"]
+
+
 def test_a_table_is_of_one_run_and_what_another_adds_stands_apart_by_its_name(place):
     results, page = place
     path = results / "cpu-test" / "suite.json"
