@@ -349,7 +349,7 @@ class Executor:
         least = max(rows, jobs[0].batch.min_bucket)
         bucket = next(b for b in self._buckets if b >= least)
         with self._wake:
-            self._pace.started(bucket)
+            self._pace.started(bucket, jobs[0].queued_at)
         result, error = self._attempt(jobs, bucket)
         with self._wake:
             self._pace.ended(counts=error is None)

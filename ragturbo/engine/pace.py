@@ -17,16 +17,19 @@ class Pace:
         """largest: rows of the largest bucket."""
         self._largest = largest
         self._seconds: dict[int, deque[float]] = {}
-        self._since = 0.0
+        self._since = self._ended = 0.0
         self.running = 0
         """Rows of the batch on the device, padding included."""
 
-    def started(self, bucket: int) -> None:
-        self._since, self.running = time.monotonic(), bucket
+    def started(self, bucket: int, queued_at: float) -> None:
+        """queued_at: when its oldest request came. Between two batches lies what the host has to do: under load it is
+        part of the pace, and nobody's request alone would show it."""
+        self._since, self.running = max(queued_at, self._ended), bucket
 
     def ended(self, *, counts: bool) -> None:
+        self._ended = time.monotonic()
         if counts:
-            seconds = time.monotonic() - self._since
+            seconds = self._ended - self._since
             self._seconds.setdefault(self.running, deque(maxlen=KEPT)).append(seconds)
         self.running = 0
 
