@@ -203,7 +203,8 @@ def _turbo(settings: Settings, bundle: Bundle, database: Any, tell: Callable[[st
     words = prompts(settings.prompts)
     with Generator(bundle, database=database, config=GeneratorConfig(batch_sizes=(1,))) as gen:
         modes = {"turbo": "none", "ours": "adapter"}
-        agreement = _agreement(bundle, gen, words)
+        # Two prompts even where one is timed: the second is the control.
+        agreement = _agreement(bundle, gen, prompts(2))
         for kind, mode in modes.items():
             if mode == "adapter" and bundle.adapter is None:
                 rows[kind] = {"skipped": f"{bundle.name} has no adapter"}
@@ -239,7 +240,7 @@ def _agreement(bundle: Bundle, gen: Any, words: list[str]) -> dict[str, float]:
 
     return {
         "error": error(words[0], 0),
-        "error_other_prompt": error(words[1 % len(words)], 0),
+        "error_other_prompt": error(words[1], 0),
         "error_other_noise": error(words[0], 1),
     }
 
