@@ -17,8 +17,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import torch
-
+from ragturbo.engine.faults import typed
 from ragturbo.engine.pace import Pace
 from ragturbo.engine.step import Engine, StepBatch, StepResult, join
 from ragturbo.errors import (
@@ -26,9 +25,7 @@ from ragturbo.errors import (
     DeviceLost,
     GenerationError,
     NonFiniteOutput,
-    OutOfDeviceMemory,
     Overloaded,
-    RagTurboError,
 )
 
 T = TypeVar("T")
@@ -393,9 +390,9 @@ class Executor:
             job.future.set_result(result)
 
     def _failed(self, jobs: list[Job], error: BaseException) -> None:
-        typed = _typed(error)
-        if isinstance(typed, DeviceLost):
-            self._die(jobs, typed)
+        reason = typed(error)
+        if isinstance(reason, DeviceLost):
+            self._die(jobs, reason)
         elif len(jobs) > 1:
             # One request's fault must not be its neighbours': each runs again alone, in order.
             # Its type alone: what an error says may quote what it failed on.
@@ -409,7 +406,7 @@ class Executor:
                     job.future.set_exception(self._dead)
         else:
             self.counts["failed"] += 1
-            jobs[0].future.set_exception(typed)
+            jobs[0].future.set_exception(reason)
 
     def _die(self, jobs: list[Job], error: DeviceLost) -> None:
         log.error("the device is lost: %s", error)
@@ -422,34 +419,3 @@ class Executor:
         for job in waiting:
             if job.future.set_running_or_notify_cancel():
                 job.future.set_exception(error)
-
-
-def _typed(error: BaseException) -> BaseException:
-    if isinstance(error, RagTurboError):
-        return error
-    if _no_room(error):
-        typed: RagTurboError = OutOfDeviceMemory(f"the device has no room for this request: {error}")
-    elif _lost(error):
-        typed = DeviceLost(f"the device is lost ({error}); this Generator is dead: restart the process")
-    else:
-        typed = GenerationError(f"the step failed: {type(error).__name__}: {error}")
-    typed.__cause__ = error
-    return typed
-
-
-def _no_room(error: BaseException) -> bool:
-    """Not torch's allocator alone: page-locked memory, the driver and cuBLAS say it in words of their own. The device
-    lives on."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    words = ("out of memory", "alloc_failed", "defaultcpuallocator")
-    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
-
-
-def _lost(error: BaseException) -> bool:
-    accelerator_error = getattr(torch, "AcceleratorError", None)
-    if accelerator_error is not None and isinstance(error, accelerator_error):
-        return True
-    # Triton and the driver's own entries raise plain RuntimeErrors.
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and ("cuda error" in text or "illegal memory access" in text)
