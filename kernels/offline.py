@@ -187,6 +187,13 @@ def table(rows: Sequence[Compiled]) -> str:
     return "\n".join(lines)
 
 
+def record(rows: Sequence[Compiled]) -> dict[str, Any]:
+    """The rows and what compiled them."""
+    from ragturbo.bench.context import context, now
+
+    return {"kind": "offline-compile", "datetime": now(), "context": context(), "rows": [asdict(row) for row in rows]}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ragturbo.kernels.offline", description=__doc__)
     parser.add_argument("--sm", type=int, nargs="+", default=[80, 89, 90], choices=sorted(SHARED_LIMIT))
@@ -197,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     rows = compile_all(options.sm, [getattr(torch, name) for name in options.dtype], options.op, options.jobs)
     if options.json:
-        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1, ensure_ascii=False))
+        options.json.write_text(json.dumps(record(rows), indent=1, ensure_ascii=False) + "\n")
     print(table(rows))
     return 1 if any(row.spills or not row.fits for row in rows) else 0
 

@@ -8,6 +8,7 @@ goes on at its last checkpoint. `compare_report.py` makes tables and plots of th
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import shutil
@@ -23,7 +24,7 @@ from scored import record, score
 from ragturbo.evaluate.drawing import render
 from ragturbo.evaluate.suites import Suite, shapes
 from ragturbo.evaluate.systems import Loading
-from ragturbo.evaluate.world import sample_scenes
+from ragturbo.evaluate.world import RARE, Scene, sample_scene
 from ragturbo.model.bundle import TEACHER
 from ragturbo.model.source import resolve
 from ragturbo.train import LADDConfig, LADDTrainer, load_config
@@ -36,6 +37,9 @@ from ragturbo.train.vgg_recipe import train_vgg
 log = logging.getLogger("ragturbo.recipe")
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "shapes" / "cpu-2core" / "comparison"
 
+
+# Half of the rare kinds, one of each shape: no training data of any arm shows them, the database and the prompts do.
+UNTAUGHT = frozenset(sorted(RARE)[1::2])
 
 KEPT = ("step", "distill", "held_out", "held_out_alone", "lpips", "adv", "d_heads", "d_accuracy", "dead_heads",
         "skipped", "samples_per_s")  # fmt: skip
@@ -78,15 +82,12 @@ ARMS: dict[str, Arm] = {
 def make_data(args: argparse.Namespace) -> None:
     """Teacher latents with their noise, real pictures without, their neighbours, and a latent LPIPS: each once."""
     teacher, work = args.teacher or args.model, args.work / "data"
-    # What the teacher draws of kinds it hardly knows would teach its mistakes; the true pictures show all kinds.
-    captions = [scene.caption for scene in sample_scenes(args.pairs, 41, "train", rare=False)]
-    scenes = sample_scenes(args.real, 42, "train")
     shared: dict[str, Any] = {"batch": 64, "shard_size": 256, "store_text": True, "device": str(DEVICE)}
-    unseen = [scene.caption for scene in sample_scenes(args.held_out, 43, "train", rare=False)]
-    for prompts, name in ((captions, "teacher"), (unseen, "held-out")):
-        make_teacher_data(prompts, work / name, model=teacher, guidance=3.0, steps=args.teacher_steps, **shared)
+    plan = {"model": teacher, "guidance": 3.0, "steps": args.teacher_steps, "precision": "bfloat16", **shared}
+    for name, count, seed in (("teacher", args.pairs, 41), ("held-out", args.held_out, 43)):
+        make_teacher_data([scene.caption for scene in taught(count, seed)], work / name, **plan)
     if not (work / "real" / "neighbors").is_dir():
-        pictures = [(scene.caption, render(scene)) for scene in scenes]
+        pictures = [(scene.caption, render(scene)) for scene in taught(args.real, 42)]
         make_encoded_data(pictures, work / "real", model=args.model, min_size=1, **shared)
     for source in ("teacher", "held-out", "real"):
         make_neighbors(work / source, args.database, model=args.model, k=4, device=str(DEVICE))
@@ -95,6 +96,12 @@ def make_data(args: argparse.Namespace) -> None:
             work / "teacher", work / "vgg.safetensors", width=8, steps=args.lpips_steps, device=str(DEVICE)
         )
         log.info("latent LPIPS: %s", result)
+
+
+def taught(count: int, seed: int) -> list[Scene]:
+    """The first `count` training scenes of a seed that show no untaught kind."""
+    scenes = (sample_scene(i, "train") for i in itertools.count(seed * 1_000_000))
+    return list(itertools.islice((scene for scene in scenes if UNTAUGHT.isdisjoint(scene.meaning.kinds)), count))
 
 
 @dataclass(frozen=True)
@@ -106,7 +113,7 @@ class Setting:
 def training(args: argparse.Namespace, setting: Setting) -> LADDConfig:
     """The configuration `shapes` on this model and this data, but for the changes."""
     data = args.work / "data"
-    sources = f"[{{path: {data / 'teacher'}, weight: 1}}, {{path: {data / 'real'}, weight: 1}}]"
+    sources = f"[{{path: {data / 'teacher'}, weight: 3}}, {{path: {data / 'real'}, weight: 1}}]"
     own = [
         f"model={args.model}", f"database={args.database}", f"seed={setting.seed}", f"data.sources={sources}",
         f"data.held_out={data / 'held-out'}", f"loss.lpips_weights={data / 'vgg.safetensors'}",
@@ -194,10 +201,10 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="shapes")
     parser.add_argument("--teacher", help="a bundle with the teacher, where the model has no teacher_unet/")
     parser.add_argument("--database", help="default: the model's own")
-    parser.add_argument("--pairs", type=int, default=4096, help="teacher latents")
+    parser.add_argument("--pairs", type=int, default=16_384, help="teacher latents")
     parser.add_argument("--held-out", type=int, default=256, help="teacher latents that are not trained on")
     parser.add_argument("--real", type=int, default=4096, help="true pictures")
-    parser.add_argument("--teacher-steps", type=int, default=25)
+    parser.add_argument("--teacher-steps", type=int, default=20)
     parser.add_argument("--lpips-steps", type=int, default=600)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
 

@@ -31,7 +31,9 @@ def test_no_kernel_spills_or_asks_for_more_shared_memory_than_there_is(sm, dtype
     with capsys.disabled():
         print(f"\n{done.stdout}")
     assert done.returncode == 0, done.stderr[-3000:] or done.stdout
-    rows = json.loads((tmp_path / "rows.json").read_text())
+    record = json.loads((tmp_path / "rows.json").read_text())
+    assert record["context"]["packages"]["triton"]
+    rows = record["rows"]
     kernels = {row["kernel"] for row in rows}
     assert kernels >= {
         "bias_residual", "cross_attention", "cross_attention_dkv", "cross_attention_dq", "gather_rows", "geglu",
