@@ -10,11 +10,12 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from compare import ARMS, RESULTS
+from compare import ARMS, RESULTS, UNTAUGHT
 from PIL import Image, ImageDraw
 
 from ragturbo.evaluate.drawing import render
@@ -25,7 +26,7 @@ from ragturbo.evaluate.table import Estimate, verdict
 from ragturbo.evaluate.world import Scene, arrange, parse
 
 RESAMPLES, SEED = 2000, 0
-GROUPS = {"all": "cr", "common": "c", "rare": "r"}
+GROUPS = ("all", "common", "rare", "untaught")
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
 TITLES = {
     "student": "student, one step", "slerp": "direct injection, w = 0.8", "slerp-best": "direct injection, best w*",
@@ -42,7 +43,6 @@ class Result:
     """An arm's values: (training seeds, prompts)."""
 
     values: np.ndarray
-    group: str
     runs: tuple[dict[str, Any], ...]
 
 
@@ -55,9 +55,7 @@ def read(folder: Path) -> dict[str, Result]:
     if len(asked) > 1:
         raise SystemExit(f"{folder}: the results are of different prompts; make them again with one --prompts")
     return {
-        arm: Result(np.array([run["values"] for run in found[arm]]), found[arm][0]["group"], tuple(found[arm]))
-        for arm in ARMS
-        if arm in found
+        arm: Result(np.array([run["values"] for run in found[arm]]), tuple(found[arm])) for arm in ARMS if arm in found
     }
 
 
@@ -93,11 +91,21 @@ def _estimate(draws: Sequence[float], result: Result, group: str) -> Estimate:
 
 
 def _columns(result: Result, group: str) -> np.ndarray:
-    return np.array([i for i, letter in enumerate(result.group) if letter in GROUPS[group]])
+    return _groups(result.values.shape[1])[group]
+
+
+@cache
+def _groups(count: int) -> dict[str, np.ndarray]:
+    """Which of the suite's prompts are of each group; the untaught are those of the rare no arm's data showed."""
+    prompts = shapes(count).prompts
+    rare = np.array([prompt.group == "rare" for prompt in prompts])
+    untaught = np.array([not UNTAUGHT.isdisjoint(parse(prompt.text).kinds) for prompt in prompts])
+    masks = (np.ones_like(rare), ~rare, rare, untaught)
+    return {name: np.flatnonzero(mask) for name, mask in zip(GROUPS, masks, strict=True)}
 
 
 def markdown(results: dict[str, Result]) -> str:
-    lines = ["| arm | training seeds | all | common | rare |", "|---|---|---|---|---|"]
+    lines = [f"| arm | training seeds | {' | '.join(GROUPS)} |", f"|---|---{'|---' * len(GROUPS)}|"]
     for arm, result in results.items():
         cells = [_cell(mean(result, group)) for group in GROUPS]
         trained = str(len(result.values)) if "training" in result.runs[0] else ""
@@ -106,7 +114,7 @@ def markdown(results: dict[str, Result]) -> str:
         if base not in results:
             continue
         lines += ["", f"Difference to: {TITLES[base]}, paired by prompt.", ""]
-        lines += ["| arm | all | common | rare | in words |", "|---|---|---|---|---|"]
+        lines += [f"| arm | {' | '.join(GROUPS)} | in words |", f"|---|---{'|---' * len(GROUPS)}|"]
         for arm, result in results.items():
             if arm != base:
                 found = [difference(result, results[base], group) for group in GROUPS]
@@ -116,7 +124,10 @@ def markdown(results: dict[str, Result]) -> str:
     made = sorted(
         {json.dumps({k: run["made_by"][k] for k in ("commit", "machine")}) for r in results.values() for run in r.runs}
     )
-    lines += ["", f"{len(first.group)} unseen captions; means with 95 % intervals over prompts and training seeds."]
+    lines += [
+        "",
+        f"{first.values.shape[1]} unseen captions; means with 95 % intervals over prompts and training seeds.",
+    ]
     lines += [f"Made at {fact['commit'][:10]} on {fact['machine']}." for fact in map(json.loads, made)]
     return "\n".join(lines) + "\n"
 
@@ -133,7 +144,7 @@ def plot(results: dict[str, Result], images: Path) -> list[Path]:
 
     images.mkdir(parents=True, exist_ok=True)
     figure, axes = plt.subplots(figsize=(7.2, 0.42 * len(results) + 1.0), layout="constrained")
-    for j, (group, colour) in enumerate(zip(GROUPS, ("tab:gray", "tab:blue", "tab:orange"), strict=True)):
+    for j, (group, colour) in enumerate(zip(GROUPS[:3], ("tab:gray", "tab:blue", "tab:orange"), strict=True)):
         found = [mean(result, group) for result in results.values()]
         places = np.arange(len(found))[::-1] + 0.22 * (1 - j)
         errors = [[e.mean - e.low for e in found], [e.high - e.mean for e in found]]
@@ -173,7 +184,7 @@ def _curves(trained: dict[str, Result], path: Path) -> Path:
 
 def sheet(results: dict[str, Result], drawn: Path, images: Path, count: int = 12) -> Path | None:
     """The first prompts, a row an arm (its first seed) and under them the true pictures; never chosen, always these."""
-    suite = shapes(len(next(iter(results.values())).group))
+    suite = shapes(next(iter(results.values())).values.shape[1])
     prompts = suite.prompts[:count]
     rows: list[list[Image.Image]] = []
     titles: list[str] = []
