@@ -22,11 +22,10 @@ from ragturbo.output import to_pil
 
 if TYPE_CHECKING:
     from ragturbo.model.bundle import Bundle
-    from ragturbo.retrieval import Database
+    from ragturbo.retrieval import Database, Retriever
 
-# Search is given keys (B, K) on the CPU and gives ids (B, k).
-Search = Callable[[Tensor], Tensor]
 RETRIEVAL = ("search", "gather", "encode pair")
+PNDM: dict[str, Any] = {"skip_prk_steps": True, "steps_offset": 1, "set_alpha_to_one": False}
 
 
 @dataclass
@@ -41,7 +40,7 @@ class Sequence:
     """One model of Fig. 6. `steps` evaluations, twice that many under guidance."""
 
     def __init__(
-        self, bundle: Bundle, kind: str, *, steps: int, guidance: float = 0.0, search: Search | None = None,
+        self, bundle: Bundle, kind: str, *, steps: int, guidance: float = 0.0, search: Retriever | None = None,
         database: Database | None = None, uncached: Callable[[int], tuple[str, Tensor]] | None = None,
     ) -> None:  # fmt: skip
         """kind: "teacher", "lcm", "turbo" or "ours". database: where ids of `search` have their features.
@@ -73,7 +72,7 @@ class Sequence:
         if self._search is not None:
             begin = time.perf_counter()
             key = states.key[-1:].float().cpu()
-            found = self._search(key)
+            found, _ = self._search.search(key, 1)
             searched = time.perf_counter() - begin
             h_retr, lam = self._retrieve(key, found, clock)
         latents = self._denoise(states.hidden_states, h_retr, lam, seed, clock)
@@ -140,10 +139,19 @@ def _scheduler(kind: str, bundle: Bundle) -> Any:
     from diffusers import LCMScheduler, PNDMScheduler
 
     if kind == "teacher":
-        return PNDMScheduler(**SCHEDULE, skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False)
+        return PNDMScheduler(**SCHEDULE, **PNDM)
     if kind == "lcm":
         return LCMScheduler(**SCHEDULE)
     return type(bundle.scheduler).from_config(bundle.scheduler.config)
+
+
+def teacher_evaluations(steps: int) -> int:
+    """PNDM evaluates its second timestep twice: 51 for 50 steps."""
+    from diffusers import PNDMScheduler
+
+    scheduler: Any = PNDMScheduler(**SCHEDULE, **PNDM)
+    scheduler.set_timesteps(steps)
+    return len(scheduler.timesteps)
 
 
 def _guidance_embedding(w: float, width: int) -> Tensor:

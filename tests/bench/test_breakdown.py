@@ -42,9 +42,12 @@ def test_an_engine_that_makes_something_else_has_no_time(monkeypatch):
 
 
 @pytest.mark.slow
-def test_at_sd21s_own_sizes_the_engine_makes_the_eager_sequences_latents():
-    """Minutes and 8 GB on a CPU: 512², fp32, random weights."""
-    found = breakdown(Settings("sd21", "cpu", prompts=1, pairs=4, keys=64, profiles=("turbo",)))
+def test_at_sd21s_own_sizes_both_profiles_have_every_bar_and_make_the_same_latents():
+    """Minutes and 8 GB on a CPU: 512², fp32, random weights; the teacher takes one step of its fifty."""
+    found = breakdown(Settings("sd21", "cpu", prompts=1, teacher_prompts=1, teacher_steps=1, pairs=4, keys=64))
+    paper = found["profiles"]["paper"]
+    assert set(paper) == set(LABELS) and all(row["images"] == 1 for row in paper.values())
+    assert "116.7" in markdown(found) and found["projection"]["held_out"]
     ours, agreement = found["profiles"]["turbo"]["ours"], found["profiles"]["turbo"]["agreement"]
     assert found["pixels"] == 512 and ours["images"] == 1 and ours["seconds"]["p50"] > 0
     assert agreement["error"] < 1e-4
