@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
+import shlex
 import subprocess
+import sys
 from datetime import datetime, timezone
 from functools import lru_cache
 from importlib import metadata
@@ -29,6 +32,9 @@ REASONS = (
     (0x100, "display clocks", False),
 )
 NOISE_LIMIT = 0.02
+ENVIRONMENT = ("OMP_NUM_THREADS", "RAGTURBO_BENCH_THREADS")
+# A path that starts anywhere but here: at the root, at home or above the working folder.
+_OUTSIDE = re.compile(r"(?<![\w./-])(?:~?/|\.\./)[^:,;='\"]*")
 
 
 @lru_cache(maxsize=1)
@@ -38,6 +44,8 @@ def context() -> dict[str, Any]:
 
     return {
         "ragturbo": _version("ragturbo"),
+        "command": command(),
+        "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
         **checkout(),
         "machine": machine(),
         "cpu": cpu_model(),
@@ -50,6 +58,26 @@ def context() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "gpu": gpu(),
     }
+
+
+def command() -> str:
+    """What was typed, without where this checkout lies: paths from the working folder, of any other the name."""
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    if module is not None:
+        program = ["python", "-m", module.name.removesuffix(".__main__")]
+    elif sys.argv[0].endswith(".py"):
+        program = ["python", _relative(sys.argv[0])]
+    else:
+        program = [Path(sys.argv[0]).name]
+    return shlex.join([*program, *map(_relative, sys.argv[1:])])
+
+
+def _relative(argument: str) -> str:
+    def shown(match: re.Match[str]) -> str:
+        path = Path(os.path.normpath(Path(match[0]).expanduser().absolute()))
+        return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else path.name
+
+    return _OUTSIDE.sub(shown, argument)
 
 
 def now() -> str:
