@@ -19,9 +19,9 @@ import pytest
 import torch
 
 from ragturbo.bench.ceilings import ceilings
-from ragturbo.bench.context import NOISE_LIMIT, context, gpu_state, no_gpu_reason, throttled
+from ragturbo.bench.context import context, gpu_state, no_gpu_reason
 from ragturbo.bench.roofline import Work
-from ragturbo.bench.timing import BULK_BELOW, bulk_calls, captured, noise, once, percentiles, rotating, synchronized
+from ragturbo.bench.timing import CAPTURE_BELOW, in_bulk, once, rotating, summary, synchronized
 
 MAX_ROUNDS = 1000
 _STARTED = time.monotonic()
@@ -116,8 +116,8 @@ class Measure:
         """Times `call(*inputs[i])`, rotating over `inputs`.
 
         verify: raises where the result is wrong, and then there is no time. cost: bytes and FLOPs of one call, as
-        `ragturbo.bench.roofline` counts them. device: "cpu" for host work on a machine with a GPU. capture: short GPU
-        work may be captured and replayed in bulk; False for calls that wait for the host themselves.
+        `ragturbo.bench.roofline` counts them. device: "cpu" for host work on a machine with a GPU. capture: GPU work
+        of a few milliseconds is captured and replayed in bulk; False for calls that wait for the host themselves.
         """
         if verify is not None:
             # A wrong op has no time.
@@ -130,9 +130,9 @@ class Measure:
         if not slow:
             each = min(once(run) for _ in range(3))
         calls = 1
-        if cuda and capture and each < BULK_BELOW:
-            calls = bulk_calls(each)
-            run = captured(call, inputs, calls)
+        in_graph = cuda and capture and each < CAPTURE_BELOW
+        if in_graph:
+            run, calls = in_bulk(call, inputs)
             each = once(run)
         least = 3 if slow else 5
         count = rounds or max(least, min(MAX_ROUNDS, int(self._seconds / max(each, 1e-9))))
@@ -170,25 +170,12 @@ class Measure:
             data = bench.stats.stats.data
             # One replay holds many calls: the table and the JSON speak of one.
             data[:] = [seconds / calls for seconds in data]
-            info |= self._summary(data, calls * loops, states, cost, info)
+            info |= summary(data, states) | {"calls_a_round": calls * loops}
+            if cuda:
+                info |= {"captured": in_graph, "gpu_states": states}
+            if cost is not None and (floor := floor_seconds(info, ceilings(info["device"]))) is not None:
+                info |= {"floor_s": floor, "fraction_of_roofline": floor / info["seconds"]["p50"]}
         bench.extra_info.update(info)
-
-    def _summary(
-        self, data: list[float], calls: int, states: list[Any], cost: Any, info: dict[str, Any]
-    ) -> dict[str, Any]:
-        out: dict[str, Any] = {"seconds": percentiles(data), "calls_a_round": calls, "noise": noise(data)}
-        flags = [f"noise {out['noise']:.1%}"] if out["noise"] > NOISE_LIMIT else []
-        if held := throttled(states):
-            flags.append(f"throttled: {', '.join(held)}")
-        out["flags"] = flags
-        if states:
-            out["gpu_states"] = states
-        if cost is not None:
-            floor = floor_seconds(info, ceilings(info["device"]))
-            if floor is not None:
-                out["floor_s"] = floor
-                out["fraction_of_roofline"] = floor / out["seconds"]["p50"]
-        return out
 
 
 def row_seconds(config: pytest.Config) -> float:

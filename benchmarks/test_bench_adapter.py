@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from ragturbo.bench import roofline
+from ragturbo.bench.timing import rotation
 from ragturbo.model import HSpaceAdapter
 
-TOKENS, CHANNELS, HEADS, ROTATE = 64, 1280, 20, 4
+TOKENS, CHANNELS, HEADS = 64, 1280, 20
 GPU = pytest.mark.gpu
 IMPLS = ["sdpa", pytest.param("triton", marks=GPU), pytest.param("compile", marks=GPU)]
 
@@ -44,7 +45,7 @@ def test_adapter(
     lam = torch.full((batch,), 0.7, device=device)
     valid = torch.ones(batch, neighbours, dtype=torch.bool, device=device)
     inputs: list[tuple[Any, ...]] = []
-    for _ in range(ROTATE):
+    for _ in range(rotation((1 + neighbours) * batch * TOKENS * CHANNELS * dtype.itemsize)):
         h_tgt = torch.randn(batch, TOKENS, CHANNELS, generator=generator).to(device, dtype)
         h_retr = torch.randn(batch, neighbours, TOKENS, CHANNELS, generator=generator).to(device, dtype)
         inputs.append((h_tgt, h_retr if branch == "with K and V" else adapter.context(h_retr, attention)))

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ragturbo.bench import roofline
+from ragturbo.bench.timing import rotation
 from ragturbo.ops import bias_residual
 
 IMPLS = ["torch", pytest.param("triton", marks=pytest.mark.gpu), pytest.param("compile", marks=pytest.mark.gpu)]
@@ -30,7 +31,7 @@ def test_bias_residual(measure: Any, device: str, channels: int, side: int, impl
         return found.contiguous(memory_format=torch.channels_last)
 
     bias = torch.randn(channels, generator=generator).to(device, dtype)
-    inputs = [(image(), bias, image()) for _ in range(3)]
+    inputs = [(image(), bias, image()) for _ in range(rotation(2 * channels * side * side * dtype.itemsize))]
     calls = {"torch": composed, "triton": lambda *args: bias_residual(*args, impl="triton")}
     call = calls[impl] if impl in calls else torch.compile(composed, fullgraph=True, dynamic=False)
 

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from ragturbo.bench import roofline
+from ragturbo.bench.timing import rotation
 from ragturbo.ops import geglu
 
 IMPLS = ["torch", pytest.param("triton", marks=pytest.mark.gpu), pytest.param("compile", marks=pytest.mark.gpu)]
@@ -25,7 +26,8 @@ def test_geglu(measure: Any, device: str, rows: int, width: int, impl: str) -> N
     dtype = torch.float16 if device == "cuda" else torch.float32
     generator = torch.Generator().manual_seed(1)
     bias = torch.randn(2 * width, generator=generator).to(device, dtype)
-    inputs = [(torch.randn(rows, 2 * width, generator=generator).to(device, dtype), bias) for _ in range(4)]
+    turns = rotation(2 * rows * width * dtype.itemsize)
+    inputs = [(torch.randn(rows, 2 * width, generator=generator).to(device, dtype), bias) for _ in range(turns)]
     calls = {"torch": composed, "triton": lambda x, bias: geglu(x, bias, impl="triton")}
     call = calls[impl] if impl in calls else torch.compile(composed, fullgraph=True, dynamic=False)
 

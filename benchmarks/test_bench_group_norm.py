@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from ragturbo.bench import roofline
+from ragturbo.bench.timing import rotation
 from ragturbo.ops import group_norm, group_norm_and_sum
 from ragturbo.ops.group_norm import reference
 
@@ -60,7 +61,7 @@ def test_group_norm(measure: Any, device: str, channels: int, size: int, with_su
 
     weight, bias = (torch.randn(channels, generator=generator).to(device, dtype) for _ in range(2))
     add = image() if with_sum else None
-    inputs = [(image(),) for _ in range(2 if size >= 256 else 8)]
+    inputs = [(image(),) for _ in range(rotation(channels * size * size * dtype.itemsize))]
     call = normalise(impl, weight, bias, add)
 
     def verify() -> None:

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from ragturbo.bench import roofline
+from ragturbo.bench.timing import rotation
 from ragturbo.ops import layer_norm
 
 IMPLS = ["torch", pytest.param("triton", marks=pytest.mark.gpu), pytest.param("compile", marks=pytest.mark.gpu)]
@@ -20,7 +21,8 @@ def test_layer_norm(measure: Any, device: str, rows: int, channels: int, impl: s
     dtype = torch.float16 if device == "cuda" else torch.float32
     generator = torch.Generator().manual_seed(1)
     weight, bias = (torch.randn(channels, generator=generator).to(device, dtype) for _ in range(2))
-    inputs = [(torch.randn(rows, channels, generator=generator).to(device, dtype),) for _ in range(8)]
+    turns = rotation(rows * channels * dtype.itemsize)
+    inputs = [(torch.randn(rows, channels, generator=generator).to(device, dtype),) for _ in range(turns)]
 
     def eager(x: torch.Tensor) -> torch.Tensor:
         return F.layer_norm(x, (channels,), weight, bias)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ragturbo.bench import roofline
+from ragturbo.bench.timing import rotation
 from ragturbo.ops import to_uint8
 from ragturbo.ops.to_uint8 import reference
 
@@ -20,7 +21,8 @@ SIZE = 512
 def test_to_uint8(measure: Any, device: str, batch: int, impl: str) -> None:
     dtype = torch.float16 if device == "cuda" else torch.float32
     generator = torch.Generator().manual_seed(1)
-    images = [torch.randn(batch, 3, SIZE, SIZE, generator=generator).to(device, dtype) for _ in range(4)]
+    turns = rotation(3 * batch * SIZE * SIZE * dtype.itemsize)
+    images = [torch.randn(batch, 3, SIZE, SIZE, generator=generator).to(device, dtype) for _ in range(turns)]
     inputs = [(x.contiguous(memory_format=torch.channels_last),) for x in images]
 
     def call(x: torch.Tensor) -> torch.Tensor:

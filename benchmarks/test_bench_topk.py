@@ -29,6 +29,8 @@ def keys(device: str) -> torch.Tensor:
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("queries, k", [pytest.param(1, 1, marks=pytest.mark.quick), (1, 4), (4, 4)])
 def test_topk(measure: Any, device: str, keys: torch.Tensor, queries: int, k: int, impl: str) -> None:
+    if impl == "reference" and device == "cuda":
+        pytest.skip("the reference reads host memory for queries on the CPU")
     descriptor = describe(keys.data_ptr(), len(keys), device)
     generator = torch.Generator(device).manual_seed(2)
     query = torch.randn(ROTATE, queries, WIDTH, generator=generator, device=device)

@@ -5,16 +5,19 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
-from ragturbo.bench.context import NOISE_LIMIT
+from ragturbo.bench.context import NOISE_LIMIT, throttled
 
 Call = Callable[..., Any]
-# Below this a single launch and its synchronize cost as much as the work: such calls are timed many at a time.
-BULK_BELOW = 200e-6
+# GPU work is captured where one eager call takes less than this. The host's time tells no more than that: ten launches
+# may take it 0.2 ms and the device 0.05.
+CAPTURE_BELOW = 5e-3
+# One launch and its synchronize are then below a hundredth of a replay.
 BULK_TARGET = 2e-3
 
 
@@ -49,11 +52,13 @@ def noise(seconds: Sequence[float]) -> float:
     return abs(first - second) / max(min(first, second), 1e-12)
 
 
-def summary(seconds: Sequence[float]) -> dict[str, Any]:
-    """What a row that times itself stores: percentiles, noise, and the flag where the noise is too much."""
+def summary(seconds: Sequence[float], states: Sequence[dict[str, Any] | None] = ()) -> dict[str, Any]:
+    """What every row stores: percentiles, of how many rounds, noise, and flags: too much of it, a GPU held back."""
     found = noise(seconds)
     flags = [f"noise {found:.1%}"] if found > NOISE_LIMIT else []
-    return {"seconds": percentiles(seconds), "noise": found, "flags": flags}
+    if held := throttled(list(states)):
+        flags.append(f"throttled: {', '.join(held)}")
+    return {"seconds": percentiles(seconds), "rounds": len(seconds), "noise": found, "flags": flags}
 
 
 def rotating(call: Call, inputs: Sequence[tuple[Any, ...]]) -> Callable[[], Any]:
@@ -82,6 +87,8 @@ def synchronized(call: Callable[[], Any]) -> Callable[[], Any]:
 
 def captured(call: Call, inputs: Sequence[tuple[Any, ...]], calls: int) -> Callable[[], None]:
     """One CUDA graph of `calls` calls over the rotating inputs; running it replays and waits."""
+    # As many results are alive as inputs rotate: one that is freed is written again, out of the L2.
+    results: deque[Any] = deque(maxlen=len(inputs))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -93,7 +100,7 @@ def captured(call: Call, inputs: Sequence[tuple[Any, ...]], calls: int) -> Calla
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for arguments in itertools.islice(itertools.cycle(inputs), calls):
-            call(*arguments)
+            results.append(call(*arguments))
 
     def replay() -> None:
         graph.replay()
@@ -136,9 +143,18 @@ def sample_events(run: Callable[[], Any], *, seconds: float = 1.0, least: int = 
     return times
 
 
-def bulk_calls(seconds: float) -> int:
-    """How many calls of this length one replay should hold."""
-    return max(1, min(1000, round(BULK_TARGET / max(seconds, 1e-7))))
+def bulk_calls(seconds: float, inputs: int = 1) -> int:
+    """How many calls of this length one replay holds: whole turns of the inputs, and never less than one of them."""
+    turns = math.ceil(BULK_TARGET / max(seconds, 1e-7) / inputs)
+    return inputs * max(1, min(1000 // inputs, turns))
+
+
+def in_bulk(call: Call, inputs: Sequence[tuple[Any, ...]]) -> tuple[Callable[[], None], int]:
+    """`captured`, and how many calls it holds: by the device's time, which one turn of the inputs tells."""
+    turn = captured(call, inputs, len(inputs))
+    turn()
+    calls = bulk_calls(once(turn) / len(inputs), len(inputs))
+    return (turn if calls == len(inputs) else captured(call, inputs, calls)), calls
 
 
 def interleaved(runs: dict[str, Callable[[], Any]], *, rounds: int) -> dict[str, list[float]]:

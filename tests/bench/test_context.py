@@ -44,8 +44,8 @@ def test_a_command_is_as_typed_but_tells_no_folder_of_the_machine(monkeypatch, t
     here.mkdir()
     monkeypatch.chdir(here)
     monkeypatch.setattr(sys, "argv", [
-        "/opt/x/bin/ragturbo", "benchmarks/", f"--out={here}/results/a.json", "-o", "../b.json", f"{tmp_path}/My files/c d.json",
-        "--k=not 1/2 x", "a/../b", "/", "~/model",
+        "/opt/x/bin/ragturbo", "benchmarks/", f"--out={here}/results/a.json", "-o", "../b.json",
+        f"{tmp_path}/My files/c d.json", "--k=not 1/2 x", "a/../b", "/", "~/model",
     ])  # fmt: skip
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
     told = context.command()

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ragturbo.bench.timing import bulk_calls, interleaved, noise, percentiles, rotating
+from ragturbo.bench import timing
+from ragturbo.bench.timing import bulk_calls, in_bulk, interleaved, noise, percentiles, rotating, summary
 
 SECONDS = st.lists(st.floats(1e-9, 1e3), min_size=1, max_size=200)
 
@@ -44,6 +45,29 @@ def test_interleaved_runs_take_turns_at_going_first():
     assert rounds == [("a", "b"), ("b", "a")] * 2
 
 
-@given(st.floats(1e-9, 10.0))
-def test_a_replay_holds_enough_calls_and_never_too_many(seconds):
-    assert 1 <= bulk_calls(seconds) <= 1000
+@given(st.floats(1e-9, 10.0), st.integers(1, 2000))
+def test_a_replay_holds_whole_turns_of_the_inputs_and_never_too_many(seconds, inputs):
+    calls = bulk_calls(seconds, inputs)
+    # Less than a turn, or a part of one, would find inputs of the replay before in the cache.
+    assert calls >= inputs and calls % inputs == 0 and calls <= max(1000, inputs)
+    assert calls * seconds >= 2e-3 * (1 - 1e-9) or calls + inputs > 1000
+
+
+@pytest.mark.parametrize("inputs, device_seconds, calls", [(305, 5e-6, 610), (40, 50e-6, 40), (1, 50e-6, 40)])
+def test_what_is_captured_follows_the_devices_time_and_holds_every_input(monkeypatch, inputs, device_seconds, calls):
+    held: list[int] = []
+
+    def graph(call, inputs, calls):
+        held.append(calls)
+        return lambda: calls * device_seconds
+
+    monkeypatch.setattr(timing, "captured", graph)
+    monkeypatch.setattr(timing, "once", lambda run: run())
+    _, found = in_bulk(lambda x: x, [(i,) for i in range(inputs)])
+    assert found == calls == held[-1] and held[0] == inputs
+
+
+def test_a_row_says_of_how_many_rounds_it_is_and_what_held_the_card_back():
+    found = summary([1.0] * 10 + [1.1] * 10, [{"reasons": ["power cap"]}, None])
+    assert found["rounds"] == 20 and found["flags"] == ["noise 10.0%", "throttled: power cap"]
+    assert summary([1.0])["flags"] == [] and summary([1.0])["rounds"] == 1
