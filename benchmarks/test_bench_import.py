@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from ragturbo.bench.cold import empty_package_time, first_image, import_time
-from ragturbo.bench.timing import percentiles
+from ragturbo.bench.timing import percentiles, summary
 
 
 def record(benchmark: Any, seconds: list[float], **extra: Any) -> None:
-    benchmark.extra_info.update({"seconds": percentiles(seconds), "sizes": {}, "dtype": None, **extra})
+    benchmark.extra_info.update({**summary(seconds), "sizes": {}, "dtype": None, **extra})
 
 
 @pytest.mark.quick

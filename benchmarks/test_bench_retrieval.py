@@ -184,8 +184,7 @@ def test_made_once(benchmark: Any, keys: SearchSet, what: str) -> None:
     benchmark.group = "made once"
     benchmark.pedantic(keys.make, args=(what,), rounds=1)
     benchmark.extra_info.update(
-        op="retrieval", device="cpu", sizes=keys.sizes(what), note=keys.note,
-        seconds=percentiles([time.perf_counter() - began]),
+        op="retrieval", device="cpu", sizes=keys.sizes(what), note=keys.note, **summary([time.perf_counter() - began]),
     )  # fmt: skip
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
 
+from ragturbo.bench.context import gpu_state, throttled
 from ragturbo.bench.load import after_idling, closed_loop, open_loop
 from ragturbo.bench.prompts import prompts
-from ragturbo.bench.timing import percentiles, sample
+from ragturbo.bench.timing import percentiles, sample, summary
 
 WORDS = prompts(256)
 SHARES = (0.1, 0.5, 0.9)
@@ -38,7 +40,14 @@ def capacity(served, load_seconds) -> float:
 
 def record(benchmark: Any, run: Any, bundle: Any, mode: str, **extra: Any) -> None:
     """One load is one round; its distribution is in extra_info."""
+    states: list[Any] = []
+    # Seen while the load runs: a card at rest is held back by nothing.
+    look = threading.Timer(0.5, lambda: states.append(gpu_state()))
+    if bundle.device.type == "cuda":
+        look.start()
     result = benchmark.pedantic(run, rounds=1)
+    look.cancel()
+    result["flags"] = [*result.get("flags", []), *(f"throttled: {reason}" for reason in throttled(states))]
     benchmark.group = "serve"
     sizes = {"model": bundle.name, "batch": None, "pixels": bundle.default_size}
     benchmark.extra_info.update(
@@ -80,6 +89,6 @@ def test_first_request_after_idling(benchmark, bundle, served):
         turn = iter(range(10**6))
         busy = percentiles(sample(lambda: gen(**options(next(turn), mode)), seconds=0.5))
         rested = after_idling(lambda i: gen(**options(100 + i, mode)), pauses=5, idle=0.5)
-        return {"seconds": percentiles(rested), "busy_seconds": busy, "idle_s": 0.5}
+        return summary(rested) | {"busy_seconds": busy, "idle_s": 0.5}
 
     record(benchmark, run, bundle, mode, op="serve.after_idling")

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ragturbo.bench.timing import percentiles
+from ragturbo.bench import timing
 from ragturbo.errors import Overloaded
 
 Submit = Callable[[int], "Future[Any]"]
@@ -38,7 +38,9 @@ class LoadResult:
             "late_start_s": self.late_start,
         }
         if self.latencies:
-            out["seconds"] = percentiles(self.latencies)
+            out |= timing.summary(self.latencies)
+            if self.rejected:
+                out["flags"].append(f"{self.rejected} rejected")
         return out
 
 

@@ -31,7 +31,8 @@ def test_refused_requests_are_counted_and_have_no_latency():
 
     load = open_loop(submit, rate=1000.0, seconds=0.02)
     assert load.rejected == len(load.latencies) == 10
-    assert load.summary()["requests"] == 20
+    found = load.summary()
+    assert found["requests"] == 20 and found["rounds"] == 10 and "10 rejected" in found["flags"]
 
 
 def test_arrivals_are_poisson_at_the_rate_and_the_same_for_a_seed():
