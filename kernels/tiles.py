@@ -1,8 +1,11 @@
 """Which tile sizes, warps and stages a kernel uses for a shape: measured for this GPU, or a sound default.
 
-Measured choices live in configs/<gpu>.json, written by `python -m ragturbo.kernels.tune`:
-{"made_on": {…}, "tiles": {kernel: {shape: {name: int}}}, "microseconds": {kernel: {shape: {"tuned", "default"}}}}.
-"fastest", from `python -m ragturbo.bench.fastest`, is {op: {"impl", "microseconds": {impl: …}}}: what `auto` takes.
+All that was measured of a GPU lives in configs/<gpu>.json, to which three tools add their sections:
+* `python -m ragturbo.kernels.tune`: "tiles" {kernel: {shape: {name: int}}}, "microseconds" {kernel: {shape: {"tuned",
+  "default"}}};
+* `python -m ragturbo.bench.fastest`: "fastest" {op: {"impl", "microseconds": {impl: …}}}, what `impl="auto"` takes;
+* `python -m ragturbo.engine.attention`: "attention" {impl: seconds of an image's}, what `attention="auto"` takes.
+"made_on" says of each tool on what and at which commit it measured.
 Nothing asks the GPU's name before the first launch on it. In the interpreter and when compiling for a GPU that is not
 there, defaults hold.
 """
@@ -42,6 +45,30 @@ def file_name(gpu: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", gpu.lower()).strip("_") + ".json"
 
 
+def made_on(context: dict[str, Any]) -> dict[str, Any]:
+    """Of `ragturbo.bench.context`'s record, what a choice of tiles or implementations depends on."""
+    gpu, packages = context["gpu"], context.get("packages", {})
+    return {
+        "gpu": gpu["name"],
+        **{name: gpu.get(name) for name in ("capability", "driver", "power_limit_w")},
+        **{name: context.get(name) for name in ("commit", "dirty", "sources", "cuda")},
+        **{name: packages.get(name) for name in ("torch", "triton")},
+    }
+
+
+def known(path: Path) -> dict[str, Any]:
+    """A GPU's file, or one without an entry."""
+    return _load(path) if path.is_file() else {"made_on": {}, "tiles": {}}
+
+
+def note(path: Path, tool: str, machine: dict[str, Any], **sections: Any) -> None:
+    """Puts a tool's sections into a GPU's file, in place of its earlier ones; those of other tools stay."""
+    found = known(path)
+    found |= {"made_on": {**found.get("made_on", {}), tool: machine}, **sections}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+
+
 def _load(path: Path) -> dict[str, Any]:
     again = "make it anew by `python -m ragturbo.kernels.tune`"
     try:
@@ -69,7 +96,14 @@ def fastest(device: int) -> dict[str, str]:
     return {op: row["impl"] for op, row in _load(path).get("fastest", {}).items()} if path else {}
 
 
-def _file(device: int) -> Path | None:
+def attention_seconds(device: torch.device) -> dict[str, float]:
+    """implementation -> seconds of all attentions of an image, as measured on this GPU."""
+    path = _file(device)
+    found: dict[str, float] = _load(path).get("attention", {}) if path else {}
+    return found
+
+
+def _file(device: int | torch.device) -> Path | None:
     name = file_name(torch.cuda.get_device_name(device))
     paths = (Path(folder) / name for folder in (_OVERRIDE, INSTALLED) if folder)
     return next((path for path in paths if path.is_file()), None)

@@ -2,20 +2,18 @@
 
 A candidate that does not compile, does not fit or gives another result than the default is out; of the rest the
 fastest in a CUDA graph wins, if it beats the default by more than the noise. The file keeps both times and what made
-them: GPU, driver, torch and triton. Candidates are compiled beforehand by all cores; `--dry-run` only counts them, on
-any machine.
+them: GPU, driver, torch, triton and commit. Candidates are compiled beforehand by all cores; `--dry-run` only counts
+them, on any machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import logging
 import multiprocessing
 import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -145,32 +143,15 @@ def _same(found: Any, expected: Any, dtype: torch.dtype) -> bool:
     return bool((found.isfinite() == finite).all()) and bool(difference <= 4 * eps * scale)
 
 
-def write(path: Path, rows: Sequence[Tuned], made_on: dict[str, Any]) -> None:
+def write(path: Path, rows: Sequence[Tuned], machine: dict[str, Any]) -> None:
     """Adds the rows to the file of this GPU; earlier shapes that were not tuned again stay."""
-    known = json.loads(path.read_text()) if path.is_file() else {"tiles": {}, "microseconds": {}}
+    known = tiles.known(path)
+    chosen, times = known["tiles"], known.get("microseconds", {})
     for row in rows:
-        known["tiles"].setdefault(row.kernel, {})[row.shape] = row.tile
-        times = {"tuned": round(row.seconds * 1e6, 3), "default": round(row.default * 1e6, 3)}
-        known["microseconds"].setdefault(row.kernel, {})[row.shape] = times
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**known, "made_on": made_on}, indent=1) + "\n")
-
-
-def machine() -> dict[str, Any]:
-    """What the times were measured on."""
-    query = ["nvidia-smi", "--query-gpu=driver_version,power.limit", "--format=csv,noheader", "--id=0"]
-    try:
-        driver, power = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip().split(", ")
-    except (OSError, subprocess.CalledProcessError, ValueError):
-        driver = power = "unknown"
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "capability": list(torch.cuda.get_device_capability()),
-        "driver": driver,
-        "power_limit": power,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-    }
+        chosen.setdefault(row.kernel, {})[row.shape] = row.tile
+        both = {"tuned": round(row.seconds * 1e6, 3), "default": round(row.default * 1e6, 3)}
+        times.setdefault(row.kernel, {})[row.shape] = both
+    tiles.note(path, "tiles", machine, tiles=chosen, microseconds=times)
 
 
 def compile_candidates(case: Case, dtype: torch.dtype, capability: int, candidates: Sequence[tiles.Tile]) -> int:
@@ -224,11 +205,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.jobs:
         major, minor = torch.cuda.get_device_capability()
         compile_ahead(wanted, 10 * major + minor, options.jobs)
-    path = options.out / tiles.file_name(torch.cuda.get_device_name())
+    from ragturbo.bench.context import context
+
+    path, machine = options.out / tiles.file_name(torch.cuda.get_device_name()), tiles.made_on(context())
     for case, dtype in wanted:
         row = tune_case(case, dtype, "cuda", graph_seconds)
         # Written as found: an interrupted run keeps what it has.
-        write(path, [row], machine())
+        write(path, [row], machine)
         gain = row.default / row.seconds
         print(f"{case.op}, {case.label}, {dtype}: {row.seconds * 1e6:.2f} µs, {gain:.2f}× the default, {row.tile}")
     return 0

@@ -59,10 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = race(data.get("benchmarks", []))
     if not gpu or not found:
         raise InvalidRequest(f"{options.suite} holds no race on a GPU: it was made on {gpu or machine.get('cpu')}")
-    path = options.out / tiles.file_name(gpu)
-    known = json.loads(path.read_text("utf-8")) if path.is_file() else {"made_on": {"gpu": gpu}, "tiles": {}}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**known, "fastest": found}, indent=1) + "\n", "utf-8")
+    # The suite's machine and commit, not this process's: it may be read elsewhere and later.
+    tiles.note(options.out / tiles.file_name(gpu), "fastest", tiles.made_on(machine), fastest=found)
     for op, row in found.items():
         sys.stdout.write(f"{op}: {row['impl']} of {row['microseconds']} µs\n")
     return 0

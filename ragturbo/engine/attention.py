@@ -1,14 +1,15 @@
 """What runs the UNet's attention: by name, or the fastest this GPU has been measured to have.
 
 `python -m ragturbo.engine.attention` times every implementation at the sizes of SD 2.1's UNet, in a CUDA graph, and
-leaves the sums beside the kernels' tiles, in configs/<gpu>_attention.json, where "auto" finds them.
+leaves the sums beside the kernels' tiles, in configs/<gpu>.json, where "auto" finds them.
 """
 
 from __future__ import annotations
 
-import json
+import argparse
+import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ import torch
 
 from ragturbo.errors import InvalidRequest
 from ragturbo.ops import dispatch
+
+log = logging.getLogger("ragturbo")
 
 # Tokens, tokens attended to, heads of 64 channels, and how many of them an image of 512x512 takes.
 SIZES = (
@@ -45,46 +48,54 @@ def measured(device: torch.device) -> dict[str, float]:
     """Seconds of all attentions of an image by implementation, as far as this kind of GPU has been measured."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return {}
-    path = _file(torch.cuda.get_device_name(device))
-    if not path.is_file():
-        return {}
-    return json.loads(path.read_text("utf-8"))["seconds"]
+    from ragturbo.kernels import tiles
+
+    return tiles.attention_seconds(device)
 
 
 def race(device: str, time: Callable[[Callable[[], Any]], float]) -> dict[str, float]:
-    """time: seconds of a call. What cannot run here is left out."""
+    """time: seconds of a call. What cannot run here, or gives another result than torch's own, is left out."""
     from ragturbo.model.fused import attend
 
-    seconds: dict[str, float] = {}
-    for name in NAMES:
-        if dispatch.refusal("cross_attention", name, torch.device(device).type, torch.float16) is not None:
-            continue
-        total = 0.0
-        for tokens, others, heads, count in SIZES:
-            q = torch.randn(1, tokens, 64 * heads, device=device, dtype=torch.float16)
-            k, v = torch.randn(2, 1, others, 64 * heads, device=device, dtype=torch.float16)
-            total += count * time(lambda q=q, k=k, v=v, heads=heads, name=name: attend(q, k, v, heads, name))  # type: ignore[misc]
-        seconds[name] = total
+    able = [
+        n for n in NAMES if dispatch.refusal("cross_attention", n, torch.device(device).type, torch.float16) is None
+    ]
+    seconds = dict.fromkeys(able, 0.0)
+    for tokens, others, heads, count in SIZES:
+        q = torch.randn(1, tokens, 64 * heads, device=device, dtype=torch.float16)
+        k, v = torch.randn(2, 1, others, 64 * heads, device=device, dtype=torch.float16)
+        expected = attend(q, k, v, heads, "sdpa")
+        for name in list(seconds):
+            if name != "sdpa" and _differs(attend(q, k, v, heads, name), expected):
+                log.warning("attention %r gives another result at %d x %d tokens and is out", name, tokens, others)
+                del seconds[name]
+                continue
+            seconds[name] += count * time(lambda name=name: attend(q, k, v, heads, name))  # type: ignore[misc]  # noqa: B023
     return seconds
 
 
-def _file(gpu: str) -> Path:
+def _differs(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Beyond what another order of summation rounds to in fp16; a NaN differs."""
+    difference = (found.double() - expected.double()).norm()
+    return not bool(difference <= 1e-2 * expected.double().norm())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     from ragturbo.kernels import tiles
 
-    return tiles.INSTALLED / tiles.file_name(gpu).replace(".json", "_attention.json")
-
-
-def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m ragturbo.engine.attention", description=__doc__)
+    parser.add_argument("--out", type=Path, default=tiles.INSTALLED, help="the folder of <gpu>.json")
+    options = parser.parse_args(argv)
     if not torch.cuda.is_available():
         sys.stderr.write("attention is timed on a GPU, and torch sees none here\n")
         return 4
-    from ragturbo.kernels.tune import graph_seconds, machine
+    from ragturbo.bench.context import context
+    from ragturbo.kernels.tune import graph_seconds
 
     with torch.inference_mode():
         seconds = race("cuda", graph_seconds)
-    path = _file(torch.cuda.get_device_name())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"made_on": machine(), "seconds": seconds}, indent=1) + "\n", "utf-8")
+    path = options.out / tiles.file_name(torch.cuda.get_device_name())
+    tiles.note(path, "attention", tiles.made_on(context()), attention=seconds)
     for name, total in sorted(seconds.items(), key=lambda item: item[1]):
         print(f"{name}: {1e6 * total:.0f} us an image")
     return 0

@@ -22,7 +22,9 @@ def entry(op, microseconds, flags=(), **sizes):
 
 
 def suite(gpu, *entries):
-    return {"machine_info": {"ragturbo": {"gpu": gpu and {"name": gpu}, "cpu": "a CPU"}}, "benchmarks": list(entries)}
+    machine = {"gpu": gpu and {"name": gpu, "driver": "1"}, "cpu": "a CPU", "commit": "abc", "sources": "0123",
+               "packages": {"torch": "3", "triton": "4", "numpy": "5"}}  # fmt: skip
+    return {"machine_info": {"ragturbo": machine}, "benchmarks": list(entries)}
 
 
 RACED = [
@@ -56,6 +58,20 @@ def test_auto_takes_the_fastest_measured_on_this_gpu(tmp_path, monkeypatch, caps
     assert rows["cross_attention"].impl == "sdpa" and "measured" in rows["cross_attention"].reason
     assert rows["topk"].impl == rows["slerp"].impl == "triton"
     assert dispatch.choose("cross_attention", "auto", "cuda", torch.float16) == "sdpa"
+
+
+def test_the_winners_say_what_they_were_measured_on_and_leave_the_tuners_rows(tmp_path):
+    path, configs = tmp_path / "suite.json", tmp_path / "nvidia_imaginary_9000.json"
+    path.write_text(json.dumps(suite(GPU, *RACED)))
+    tuned = {"slerp": {"N8": {"BLOCK": 1024}}}
+    tiles.note(configs, "tiles", {"gpu": GPU, "commit": "earlier"}, tiles=tuned)
+    assert fastest.main([str(path), "--out", str(tmp_path)]) == 0
+    found = tiles.known(configs)
+    assert found["tiles"] == tuned and found["made_on"]["tiles"] == {"gpu": GPU, "commit": "earlier"}
+    assert found["made_on"]["fastest"] == {
+        "gpu": GPU, "capability": None, "driver": "1", "power_limit_w": None, "commit": "abc", "dirty": None,
+        "sources": "0123", "cuda": None, "torch": "3", "triton": "4",
+    }  # fmt: skip
 
 
 def test_a_suite_of_a_cpu_settles_nothing(tmp_path):

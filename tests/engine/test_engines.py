@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -17,6 +16,7 @@ from ragturbo.engine.eager import EagerEngine
 from ragturbo.engine.graph import GraphEngine
 from ragturbo.engine.lanes import Direct, culprit
 from ragturbo.errors import ModelError
+from ragturbo.kernels import tiles
 from ragturbo.model.bundle import Bundle
 from ragturbo.ops import dispatch
 
@@ -53,8 +53,8 @@ def test_attention_is_what_was_asked_for_or_the_fastest_that_was_measured(monkey
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H200")
     assert attention.choose("auto", gpu, torch.float16)[0] == "sdpa"
-    times = {"seconds": {"sdpa": 2e-3, "triton": 1e-3, "xformers": 1e-4}}
-    (tmp_path / "nvidia_h200_attention.json").write_text(json.dumps(times))
+    times = {"sdpa": 2e-3, "triton": 1e-3, "xformers": 1e-4}
+    tiles.note(tmp_path / "nvidia_h200.json", "attention", {"gpu": "NVIDIA H200"}, attention=times)
     name, why = attention.choose("auto", gpu, torch.float16)
     # What is not installed cannot win.
     assert name == "triton" and "triton 1000 us, sdpa 2000 us" in why
@@ -64,6 +64,29 @@ def test_attention_is_what_was_asked_for_or_the_fastest_that_was_measured(monkey
     monkeypatch.setattr(attention, "NAMES", ("sdpa",))
     raced = attention.race("meta", lambda call: float(call().numel()))
     assert raced == {"sdpa": sum(t * 64 * heads * count for t, _, heads, count in attention.SIZES)}
+
+
+def test_an_attention_that_gives_something_else_is_not_timed_and_the_rest_goes_where_auto_looks(monkeypatch, tmp_path):
+    def attend(q, k, v, heads, name):
+        return q + (name == "triton")
+
+    monkeypatch.setattr("ragturbo.model.fused.attend", attend)
+    monkeypatch.setattr(attention, "NAMES", ("sdpa", "triton", "xformers"))
+    monkeypatch.setattr(attention, "SIZES", ((64, 77, 2, 1),))
+    monkeypatch.setattr(dispatch, "refusal", lambda *asked: None)
+    raced = attention.race("cpu", lambda call: float(call().shape[1]))
+    assert raced == {"sdpa": 64.0, "xformers": 64.0}
+
+    card = {"gpu": {"name": "NVIDIA Imaginary 9000", "driver": "1"}, "packages": {"torch": "3"}, "commit": "abc"}
+    monkeypatch.setattr("ragturbo.bench.context.context", lambda: card)
+    monkeypatch.setattr(attention, "race", lambda device, time: {"sdpa": 2e-3, "triton": 1e-3})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA Imaginary 9000")
+    assert attention.main(["--out", str(tmp_path)]) == 0
+    monkeypatch.setattr(tiles, "INSTALLED", tmp_path)
+    assert attention.choose("auto", torch.device("cuda"), torch.float16)[0] == "triton"
+    made_on = tiles.known(tmp_path / "nvidia_imaginary_9000.json")["made_on"]["attention"]
+    assert (made_on["commit"], made_on["torch"], made_on["driver"]) == ("abc", "3", "1")
 
 
 def test_a_model_that_cannot_be_folded_runs_plain_or_is_refused_by_name(bundle, monkeypatch):
