@@ -45,6 +45,7 @@ def measure(name: str, args: argparse.Namespace) -> None:
     log.info("%s", name)
     still = (
         "optim.lr=0.0",
+        "loop.precision=bf16",
         "loss.beta=0.0",
         "loop.log_every=10",
         "loop.sample_every=0",

@@ -1,14 +1,13 @@
-"""What the embedded model can do, in numbers: `python examples/shapes/measure.py student --model build/shapes`.
+"""What the embedded model can do, in numbers: `python examples/shapes/measure.py student`.
 
-`--model` is any folder in the diffusers layout: the recipe's working folder or a bundle. Each measurement writes JSON
-with the seeds and the command; `--grid` also writes the first pictures.
+`--model` is any folder in the diffusers layout: a bundle, or the recipe's working folder, where alone `lcm` has its
+UNet. Each measurement writes JSON with the seeds and the command; `--grid` also writes the first pictures.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from ragturbo.evaluate.drawing import render_array
 from ragturbo.evaluate.faithfulness import faithfulness
 from ragturbo.evaluate.world import Scene, parse, sample_scenes
 from ragturbo.model import HSpaceUNet
+from ragturbo.model.source import resolve
 
 
 class Model:
@@ -128,9 +128,20 @@ def keys(model: Model, args: argparse.Namespace) -> dict:
     }
 
 
+def metric(model: Model, args: argparse.Namespace) -> dict:
+    """Both ends of the scale: the true pictures, and chance, which is every caption asked of the next one's picture."""
+    scenes = _scenes(args)
+    captions, pictures = [scene.caption for scene in scenes], np.stack([render_array(scene) for scene in scenes])
+    shifted = captions[1:] + captions[:1]
+    return {
+        "true": faithfulness(captions, pictures).as_dict(),
+        "chance": faithfulness(shifted, pictures).as_dict(),
+    }
+
+
 MEASURES = {
-    "autoencoder": autoencoder, "teacher": teacher, "redraw": redraw, "student": student, "lcm": lcm, "swap": swap,
-    "keys": keys,
+    "metric": metric, "autoencoder": autoencoder, "teacher": teacher, "redraw": redraw, "student": student, "lcm": lcm,
+    "swap": swap, "keys": keys,
 }  # fmt: skip
 
 
@@ -169,7 +180,7 @@ def _grid(args: argparse.Namespace, pictures: np.ndarray) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("measure", choices=MEASURES)
-    parser.add_argument("--model", type=Path, default=Path("build/shapes"))
+    parser.add_argument("--model", default="shapes", help="a folder, or the embedded model")
     parser.add_argument("--count", type=int, default=1000, help="unseen captions")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument(
@@ -184,9 +195,8 @@ def main() -> None:
     begun = time.monotonic()
     result = {
         "measure": args.measure, "captions": args.count, "seed": args.seed,
-        "result": MEASURES[args.measure](Model(args.model), args),
-        "seconds": round(time.monotonic() - begun, 1), "command": " ".join(["python", *sys.argv]),
-        "threads": args.threads, "context": context(),
+        "result": MEASURES[args.measure](Model(resolve(args.model)), args),
+        "seconds": round(time.monotonic() - begun, 1), "context": context(),
     }  # fmt: skip
     text = json.dumps(result, indent=1)
     print(text)
