@@ -16,6 +16,7 @@ from device import DEVICE
 from diffusers import AutoencoderKL
 from networks import tokenizer_in
 from settings import SIZES, Settings
+from stage_adapter import train_adapter
 from stage_adopt import adopt
 from stage_bundle import build_database, build_large_database, write_bundle
 from stage_lcm import distil_lcm
@@ -47,6 +48,7 @@ STAGES: dict[str, Callable[[Path, Settings, float | None], None]] = {
     "lcm": distil_lcm,
     "bundle": write_bundle,
     "database": build_database,
+    "adapter": train_adapter,
     "database-large": build_large_database,
 }
 

@@ -50,6 +50,9 @@ class Settings:
     lcm_steps: int = 2_000
     lcm_rate: float = 3e-4
 
+    adapter_steps: int = 600
+    adapter_rate: float = 2e-4
+
     database_pairs: int = 4_000
     large_database_pairs: int = 20_480
 
@@ -64,6 +67,6 @@ SIZES = {
     "gpu": Settings(
         scenes=200_000, vae_steps=6_000, vae_batch=128, decoder_steps=4_000, tiny_steps=4_000, text_steps=3_000,
         text_batch=512, teacher_steps=10_000, teacher_batch=512, pairs=60_000, real=20_000, student_steps=8_000,
-        student_batch=512, lcm_steps=4_000,
+        student_batch=512, lcm_steps=4_000, adapter_steps=6_000,
     ),
 }  # fmt: skip

@@ -28,7 +28,7 @@ from ragturbo.model.vae import VAE
 
 log = logging.getLogger("ragturbo.recipe")
 # What every training stage leaves behind; the last row of its log goes into the bundle's provenance.
-LOGS = ("text", "vae", "decoder", "tiny", START, "teacher", "student", "lcm")
+LOGS = ("text", "vae", "decoder", "tiny", START, "teacher", "student", "lcm", "adapter")
 
 
 def write_bundle(work: Path, s: Settings, minutes: float | None = None) -> None:

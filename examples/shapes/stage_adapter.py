@@ -1,0 +1,53 @@
+"""The last stage: an H-space adapter for the student, by `ragturbo train`, into the bundle.
+
+Without the decoder's LoRA, which is active in every mode: so mode "none" is the student as it was distilled.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import parallel
+import torch
+from device import DEVICE, attention
+from loop import head
+from settings import Settings
+from stage_bundle import provenance
+from stage_student import PAIRS, REAL, VGG
+
+from ragturbo.model import HSpaceAdapter
+from ragturbo.model.info import BundleInfo
+from ragturbo.train import LADDTrainer, load_config
+from ragturbo.train.neighbors import make_neighbors
+from ragturbo.train.report import STATS
+
+
+def train_adapter(work: Path, s: Settings, minutes: float | None = None) -> None:
+    """work/adapter: the run; work/bundle/adapter.safetensors: its average, in fp16."""
+    bundle = work / "bundle"
+    parallel.start()
+    for source in (PAIRS, REAL):
+        make_neighbors(work / source, bundle / "database", model=str(bundle), k=1, device=str(DEVICE))
+    parallel.meet()
+    sources = f"[{{path: {work / PAIRS}, weight: 3}}, {{path: {work / REAL}, weight: 1}}]"
+    changes = [
+        f"model={bundle}", f"database={bundle / 'database'}", f"seed={s.seed}", f"data.sources={sources}",
+        "student.lora.rank=0", f"loss.lpips_weights={work / VGG}", f"optim.lr={s.adapter_rate}",
+        f"loop.max_steps={s.adapter_steps}", f"loop.micro_batch={64 // parallel.WORLD}", "loop.precision=bf16",
+    ]  # fmt: skip
+    with attention():
+        folder = LADDTrainer(load_config("shapes", changes), work / "adapter", device=DEVICE, resume=True).train()
+    if parallel.RANK == 0:
+        last = json.loads((work / "adapter" / STATS).read_text("utf-8").splitlines()[-1])
+        (work / "adapter.jsonl").write_text(json.dumps({**last, "commit": head()}) + "\n")
+        add(folder, bundle, provenance(work, s))
+
+
+def add(folder: Path, bundle: Path, told: dict) -> None:
+    adapter = HSpaceAdapter.load(folder)
+    adapter.to(torch.float16).save(bundle)
+    info = BundleInfo.read(bundle)
+    assert info is not None
+    replace(info, adapter_kind=adapter.kind, num_neighbors=1, provenance=told).write(bundle)
