@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -65,6 +66,11 @@ def test_adapter(
 
     counted = roofline.transformer_adapter if kind == "transformer" else roofline.attention_adapter
     cost = counted(batch, TOKENS, neighbours, TOKENS, CHANNELS, dtype.itemsize)
+    if branch == "alone":
+        # K and V are made: neither their products nor their weights, but both are read where one row was.
+        keys, square = batch * neighbours * TOKENS, CHANNELS**2
+        moved = (keys * CHANNELS - 2 * square) * dtype.itemsize
+        cost = replace(cost, flops=cost.flops - 4 * square * keys, memory_bytes=cost.memory_bytes + moved)
     sizes = {"batch": batch, "neighbours": neighbours, "kind": kind, "branch": branch, "impl": impl}
     group = f"adapter {kind} b{batch} k{neighbours} {branch}"
     with torch.inference_mode():

@@ -22,6 +22,7 @@ import torch
 from ragturbo.bench.context import context, now
 from ragturbo.bench.peers import noise_of
 from ragturbo.bench.prompts import prompts
+from ragturbo.bench.timing import summary
 from ragturbo.engine.eager import cosine_of
 from ragturbo.model.inject import blend_weights, inject
 from ragturbo.model.onestep import make_schedule
@@ -120,8 +121,10 @@ def measure(model: str = "shapes", rounds: int = 200) -> dict[str, Any]:
             assert difference <= 1, f"mode {mode}: the images differ by {difference}: not the same work"
             found[mode] = pairs(library, hand, words, rounds)
     worst = max(result["wall"]["overhead"] for result in found.values())
+    flags = [f"{mode}: {flag}" for mode, result in found.items()
+             for flag in summary(result["seconds"]["wall"]["library"])["flags"]]  # fmt: skip
     return {"kind": "overhead", "datetime": now(), "context": context(), "model": model, "threads": 1,
-            "measured": {"library_overhead": worst}, "modes": found}  # fmt: skip
+            "measured": {"library_overhead": worst}, "flags": flags, "modes": found}  # fmt: skip
 
 
 def main() -> int:

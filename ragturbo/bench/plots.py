@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ragturbo.bench.chart import bars, digest
-from ragturbo.bench.results import Machine, Run, history
+from ragturbo.bench.history import by_mode
+from ragturbo.bench.results import Machine, Run
 
 
 def suite_name(machine: Machine, plot: str) -> str:
@@ -60,7 +61,8 @@ def _series(machine: Machine) -> dict[str, dict[str, Any]]:
     stages = _of_one_file(machine, lambda i: _op(i).startswith("stage") and i["sizes"].get("batch") == 1)
     throughput = _of_one_file(machine, lambda i: _op(i) == "generate")
     roofline = _of_one_file(machine, lambda i: "fraction_of_roofline" in i)
-    past = [(run.commit, b["extra_info"]["seconds"]["p50"] * 1e3) for run, b in history(machine)]
+    past = [(f"{row['mode']}, {commit}", row["seconds"]["p50"] * 1e3) for commit, _, row in by_mode(machine)]
+    commits = {commit for commit, _, _ in by_mode(machine)}
     return {
         "stages": {
             "title": "latency by stage, batch 1", "unit": "ms (p50)",
@@ -79,8 +81,8 @@ def _series(machine: Machine) -> dict[str, dict[str, Any]]:
         },
         "history": {
             "title": "one image by commit", "unit": "ms (p50)",
-            "labels": [commit for commit, _ in past],
-            "places": [value for _, value in past] if len(past) > 1 else [],
+            "labels": [label for label, _ in past],
+            "places": [value for _, value in past] if len(commits) > 1 else [],
         },
     }  # fmt: skip
 

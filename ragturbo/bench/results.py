@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ragturbo.bench.budgets import Figure
 from ragturbo.errors import InvalidRequest
 
 PAPER_ROWS = 630_000
+# Above this share of its roofline a row is flagged: ceilings are measured too, and err by a few percent.
+ROOFLINE_LIMIT = 1.05
 
 
 @dataclass
@@ -33,14 +37,20 @@ class Run:
 
     @property
     def commit(self) -> str:
-        commit = self.context.get("commit")
-        return f"{commit[:9]}{'+' if self.context.get('dirty') else ''}" if commit else "unknown"
+        return commit_of(self.context)
+
+
+def commit_of(context: dict[str, Any]) -> str:
+    """Nine digits, and a + where the sources had changes."""
+    commit = context.get("commit")
+    return f"{commit[:9]}{'+' if context.get('dirty') else ''}" if commit else "unknown"
 
 
 @dataclass
 class Machine:
     name: str
     runs: list[Run] = field(default_factory=list)
+    folder: Path = Path()
 
     def table(self, belongs: Callable[[dict[str, Any]], bool]) -> list[tuple[Run, list[dict[str, Any]]]]:
         """The benchmarks of one table, file by file: rows of two runs are not to be compared.
@@ -58,12 +68,12 @@ class Machine:
                 out.append((run, sorted(new, key=lambda b: (b.get("group") or "", b["fullname"]))))
         return out
 
-    def figures(self) -> dict[str, tuple[float, str]]:
-        """Budget key -> (value, file) from every run; the newest wins."""
-        out: dict[str, tuple[float, str]] = {}
-        for run in sorted(self.runs, key=lambda run: (run.when, run.path.name)):
-            for key, value in figures(run):
-                out[key] = (value, f"{self.name}/{run.path.name}")
+    def figures(self) -> dict[str, list[Figure]]:
+        """Budget key -> what the runs measured of it."""
+        out: dict[str, list[Figure]] = {}
+        for run in self.runs:
+            for key, figure in figures(run):
+                out.setdefault(key, []).append(figure)
         return out
 
 
@@ -84,10 +94,10 @@ def read(folder: Path) -> list[Machine]:
 
 def read_folder(place: Path) -> Machine:
     """One machine's files."""
-    return Machine(place.name, [_run(path) for path in sorted(place.glob("*.json"))])
+    return Machine(place.name, [read_run(path) for path in sorted(place.glob("*.json"))], place)
 
 
-def _run(path: Path) -> Run:
+def read_run(path: Path) -> Run:
     try:
         data = json.loads(path.read_text("utf-8"))
     except ValueError as error:
@@ -99,35 +109,53 @@ def _run(path: Path) -> Run:
     return Run(path, str(data["kind"]), data)
 
 
-def history(machine: Machine) -> list[tuple[Run, dict[str, Any]]]:
-    """One image, batch 1, from every suite in the order of their making: one mode, the fullest that was measured."""
-    found = [
-        (run, b)
-        for run in sorted((r for r in machine.runs if r.kind == "suite"), key=lambda r: (r.when, r.path.name))
-        for b in run.data["benchmarks"]
-        if b["extra_info"].get("op") == "generate"
-        and b["extra_info"]["sizes"].get("batch") == 1
-        and "seconds" in b["extra_info"]
-    ]
-    modes = {b["extra_info"].get("mode") for _, b in found}
-    # A model without an adapter has a history too.
-    mode = next((m for m in ("adapter", "slerp", "none") if m in modes), None)
-    return [(run, b) for run, b in found if b["extra_info"].get("mode") == mode]
+def rounds(benchmark: dict[str, Any]) -> int | None:
+    """How many measurements its percentiles are of; None where an older record does not tell."""
+    info = benchmark["extra_info"]
+    if "rounds" in info:
+        return int(info["rounds"])
+    # Records from before each row said so.
+    if "rounds" in info.get("sizes", {}):
+        return int(info["sizes"]["rounds"])
+    if "requests" in info:
+        return int(info["requests"] - info.get("rejected", 0))
+    return int(benchmark["stats"]["rounds"]) if "calls_a_round" in info else None
 
 
-def figures(run: Run) -> Iterator[tuple[str, float]]:
-    """The budgets a run has measured."""
+def flags(run: Run, benchmark: dict[str, Any]) -> list[str]:
+    """What the row was flagged with, and that it beat its own floor."""
+    info = benchmark["extra_info"]
+    found = list(info.get("flags") or [])
+    if info.get("fraction_of_roofline", 0) > ROOFLINE_LIMIT:
+        rate = run.data["ceilings"].get(info["device"], {}).get("bytes_per_s", math.inf)
+        by_bytes = math.isclose(info["floor_s"], info["bytes"] / rate, rel_tol=1e-6)
+        found.append("over the copy rate" if by_bytes else "over the matrix or link rate")
+    return found
+
+
+def figures(run: Run) -> Iterator[tuple[str, Figure]]:
+    """The budgets a run has measured, each with where and how."""
+    context = run.context
+    place = Figure(
+        0.0, f"{run.path.parent.name}/{run.path.name}", run.commit, run.when,
+        (context.get("gpu") or {}).get("name"), context.get("cores"),
+    )  # fmt: skip
     if run.kind != "suite":
-        yield from ((key, float(value)) for key, value in run.data.get("measured", {}).items())
+        modes = run.data["modes"].values() if run.kind == "overhead" else ()
+        made = replace(
+            place, rounds=min((m["rounds"] for m in modes), default=0), flags=tuple(run.data.get("flags", []))
+        )
+        yield from ((key, replace(made, value=float(value))) for key, value in run.data.get("measured", {}).items())
         return
     for entry in run.data["benchmarks"]:
         info, sizes = entry["extra_info"], entry["extra_info"].get("sizes", {})
+        made = replace(place, rounds=rounds(entry) or 0, flags=tuple(flags(run, entry)))
         # A benchmark names the budget it measures, or its row is known by its sizes.
-        yield from ((key, float(value)) for key, value in info.get("measured", {}).items())
+        yield from ((key, replace(made, value=float(value))) for key, value in info.get("measured", {}).items())
         if "seconds" not in info:
             continue
         p50 = info["seconds"]["p50"]
         if sizes.get("retriever") == "scann" and sizes.get("rows") == PAPER_ROWS and (info.get("recall") or 0) >= 0.95:
-            yield "scann_p50_s", p50
+            yield "scann_p50_s", replace(made, value=p50)
         if info.get("samples_per_s") and info.get("variant") == "ours" and info.get("device") == "cuda":
-            yield "ladd_samples_per_s", float(info["samples_per_s"])
+            yield "ladd_samples_per_s", replace(made, value=float(info["samples_per_s"]))

@@ -83,3 +83,20 @@ def report(
         typer.echo(f"{page} {verb} {', '.join(changed)}" + ("; run `ragturbo bench report`" if check else ""))
     if check and changed:
         raise typer.Exit(3)
+
+
+@app.command()
+def history(
+    files: Annotated[
+        list[Path], typer.Argument(help="Raw JSON of suites, such as older ones: `git show COMMIT:FILE`.")
+    ],
+    results: Annotated[Path, typer.Option(help="Folder of raw results, one folder a machine.")] = Path(
+        "benchmarks/results"
+    ),
+) -> None:
+    """Keep what one image took by these runs. `report` does it for those that lie in the folder."""
+    from ragturbo.bench.history import keep_file
+
+    for path in files:
+        kept = keep_file(path, results)
+        typer.echo(f"{path} -> {kept[0]}" if kept else f"{path}: what is kept is no worse")

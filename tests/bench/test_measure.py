@@ -51,6 +51,7 @@ def test_a_record_says_what_where_and_how_much(ran):
     assert info["op"] == "op" and info["dtype"] == "float32" and info["sizes"] == {"n": 512}
     assert set(info["seconds"]) >= {"p50", "p95", "p99"} and info["bytes"] == 4096 and info["flops"] == 512
     assert info["fraction_of_roofline"] == pytest.approx(info["floor_s"] / info["seconds"]["p50"])
+    assert info["rounds"] == data["benchmarks"][0]["stats"]["rounds"]
     assert (info["noise"] > 0.02) == any(flag.startswith("noise") for flag in info["flags"])
     assert data["machine_info"]["ragturbo"]["cpu"] and "node" not in data["machine_info"]
     assert data["ceilings"]["cpu"]["bytes_per_s"] > 0 and "data" not in data["benchmarks"][0]["stats"]
@@ -61,6 +62,21 @@ def test_a_gpu_row_is_skipped_with_the_reason(ran):
 
     if not torch.cuda.is_available():
         assert "needs a GPU: torch" in ran[0]
+
+
+def test_a_comparison_with_another_gpu_warns(ran, run_pytest, tmp_path):
+    _, data = ran
+    shutil.copy(ROOT / "benchmarks" / "conftest.py", tmp_path)
+    (tmp_path / "test_bench_op.py").write_text(OP)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: needs one\n")
+    run = ["-k", "test_right", "--benchmark-only", "--benchmark-max-time=0.02", "--benchmark-compare=other.json"]
+    (tmp_path / "other.json").write_text(json.dumps(data))
+    assert "cannot be compared" not in run_pytest(run, cwd=tmp_path)
+    data = json.loads(json.dumps(data))
+    data["machine_info"]["ragturbo"]["gpu"] = {"name": "NVIDIA GPU of another kind"}
+    (tmp_path / "other.json").write_text(json.dumps(data))
+    printed = " ".join(run_pytest(run, cwd=tmp_path).split())
+    assert "made on NVIDIA GPU of another kind, this one on" in printed and "cannot be compared" in printed
 
 
 def test_a_suite_run_as_users_run_it_leaves_a_whole_record(suite: Path):

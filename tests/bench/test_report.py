@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from ragturbo.bench import budgets
+from ragturbo.bench import budgets, history
+from ragturbo.bench.budgets import Figure
 from ragturbo.bench.report import SECTIONS, update
-from ragturbo.bench.results import read
+from ragturbo.bench.results import read, rounds
 from ragturbo.cli import app
 from ragturbo.errors import InvalidRequest
 
@@ -121,11 +122,118 @@ def test_a_rehearsal_is_no_result(place):
 
 
 def test_a_budget_nobody_measured_says_so_and_a_measured_one_is_judged():
-    lines = budgets.table({"unet_s": (3e-3, "x/y.json"), "rows_of_memcpy": (0.5, "x/z.json")})
+    on_gpu = Figure(3e-3, "x/y.json", "abc", gpu="NVIDIA H200", rounds=1000, flags=("noise 3.0%",))
+    lines = budgets.table({"unet_s": [on_gpu], "rows_of_memcpy": [Figure(0.5, "x/z.json", "abc", cores=2)]})
     told = {line.split("|")[1].strip(): line for line in lines}
-    assert "3.00 ms | met | x/y.json" in told["UNet alone, batch 1"]
+    assert "3.00 ms | met | x/y.json, abc, 1,000 rounds | noise 3.0% |" in told["UNet alone, batch 1"]
     assert "50 % | not met" in told["feature rows, page cache, 64 a request, share of memcpy"]
     assert sum("not measured" in line for line in lines) == len(budgets.BUDGETS) - 2
+
+
+@pytest.mark.parametrize("other", ["NVIDIA L40S", "NVIDIA GH200 480GB", "NVIDIA H200 MIG 1g.18gb"])
+def test_only_an_h200_is_judged_by_an_h200s_budget(other):
+    def row(*figures):
+        return next(line for line in budgets.table({"unet_s": figures}) if line.startswith("| UNet alone"))
+
+    newer = Figure(1e-3, "z/newer.json", "def", when="2999", gpu=other)
+    assert f"1.00 ms | not judged: {other}" in row(newer)
+    assert "3.00 ms | met | x/y.json" in row(Figure(3e-3, "x/y.json", "abc", when="2000", gpu="NVIDIA H200"), newer)
+    # A machine without a GPU measured something else.
+    assert "not measured" in row(Figure(1e-3, "x/y.json", "abc", cores=2))
+
+
+def test_of_two_figures_the_one_of_more_rounds_stands_and_of_equals_the_newer():
+    old, new = (Figure(share, f"x/{when}.json", "abc", when=when, cores=2, rounds=200) for share, when in
+                ((0.02, "2001"), (0.05, "2002")))  # fmt: skip
+    few = Figure(0.07, "x/few.json", "abc", when="2003", cores=2, rounds=10)
+    assert budgets.best([old, few, new]) == new and budgets.best([old, few]) == old
+
+
+def test_percentiles_of_a_handful_are_not_shown(place):
+    results, page = place
+    update(results, page, write=True)
+    path = results / "cpu-test" / "suite.json"
+    data = json.loads(path.read_text())
+    seen = []
+    for b in data["benchmarks"]:
+        cells = next(line for line in page.read_text().splitlines() if line.startswith(f"| {b['name']} |")).split("|")
+        seen.append((rounds(b), cells[5].strip() != ""))
+        assert cells[6].strip() == f"{rounds(b):,}"
+    assert all(shown == (count >= 20) for count, shown in seen)
+    for b in data["benchmarks"]:
+        b["extra_info"]["rounds"] = 19
+    path.write_text(json.dumps(data))
+    update(results, page, write=True)
+    row = next(line for line in page.read_text().splitlines() if line.startswith("| test_tokenize |")).split("|")
+    assert row[4].strip() and not row[5].strip()
+
+
+def test_a_row_faster_than_its_floor_is_flagged_with_what_it_beat(place):
+    results, page = place
+    path = results / "cpu-test" / "suite.json"
+    data = json.loads(path.read_text())
+    row = next(b for b in data["benchmarks"] if "floor_s" in b["extra_info"])
+    info, rate = row["extra_info"], data["ceilings"]["cpu"]["bytes_per_s"]
+    info |= {"fraction_of_roofline": 1.06, "floor_s": info["bytes"] / rate, "flags": ["noise 3.0%"]}
+    path.write_text(json.dumps(data))
+    update(results, page, write=True)
+    assert "106% | noise 3.0%; over the copy rate |" in page.read_text()
+    info |= {"floor_s": 2 * info["bytes"] / rate}
+    path.write_text(json.dumps(data))
+    update(results, page, write=True)
+    assert "106% | noise 3.0%; over the matrix or link rate |" in page.read_text()
+
+
+def generated(data, commit: str, when: str, p50: float, rows: int = 1):
+    """The suite's record as if it held a row of one image."""
+    data = copy.deepcopy(data)
+    data["datetime"], data["machine_info"]["ragturbo"]["commit"] = when, commit * 40
+    data["machine_info"]["ragturbo"] |= {"dirty": False, "machine": "cpu-test"}
+    image = copy.deepcopy(data["benchmarks"][0])
+    image["name"] = image["fullname"] = "test_generate[none]"
+    image["extra_info"] |= {"op": "generate", "mode": "none", "images_a_call": 1, "sizes": {"batch": 1, "model": "m"}}
+    image["extra_info"]["seconds"]["p50"] = p50
+    data["benchmarks"] = data["benchmarks"][:rows] + [image]
+    return data
+
+
+def test_what_an_image_took_stays_when_the_suites_file_is_overwritten(place, tmp_path):
+    results, page = place
+    path = results / "cpu-test" / "suite.json"
+    suite = json.loads(path.read_text())
+    path.write_text(json.dumps(generated(suite, "a", "2001-01-01", 0.011)))
+    assert "cpu-test/history/aaaaaaaaa.json" in update(results, page, write=False)
+    update(results, page, write=True)
+    path.write_text(json.dumps(generated(suite, "b", "2002-01-01", 0.012)))
+    update(results, page, write=True)
+    text = page.read_text().split("## By commit")[1]
+    assert text.index("aaaaaaaaa | m | 11.00") < text.index("bbbbbbbbb | m | 12.00")
+    assert (page.parent / "plots" / "cpu-test-history.png").is_file()
+    assert update(results, page, write=False) == []
+    # An older file from git is kept by the command; a run of fewer benchmarks does not take a fuller one's place.
+    older = tmp_path / "older.json"
+    for rows, p50 in ((1, 0.009), (0, 0.001)):
+        older.write_text(json.dumps(generated(suite, "c", "2000-01-01", p50, rows)))
+        run = CliRunner().invoke(app, ["bench", "history", str(older), "--results", str(results)])
+        assert run.exit_code == 0, run.output
+    assert [c[:1] for c in history.commits(read(results)[0])] == ["c", "a", "b"]
+    kept = json.loads((results / "cpu-test" / "history" / "ccccccccc.json").read_text())
+    assert kept["rows"][0]["seconds"]["p50"] == 0.009 and kept["context"]["machine"] == "cpu-test"
+
+
+def test_a_file_without_an_image_is_no_history(place):
+    results, _ = place
+    with pytest.raises(InvalidRequest, match="nothing to keep"):
+        history.keep_file(results / "cpu-test" / "suite.json", results)
+
+
+def test_the_command_stands_beside_the_file(place):
+    results, page = place
+    update(results, page, write=True)
+    made = json.loads((results / "cpu-test" / "suite.json").read_text())["machine_info"]["ragturbo"]
+    assert made["command"].startswith("python -m pytest -p no:cacheprovider -q benchmarks/test_bench_stages.py")
+    assert str(ROOT) not in made["command"] and "--benchmark-json=suite.json" in made["command"]
+    assert f"`OMP_NUM_THREADS=1 {made['command']}`" in page.read_text()
 
 
 def test_an_empty_folder_gives_a_page_without_numbers(tmp_path):
