@@ -316,7 +316,6 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
         record: dict[str, Any] = {"kind": "serve", "context": {**context(), "when": now()}, "model": "shapes"}
         record |= {"mode": args.mode or "the model's own", "server": flags(args, args.timeout)}
         record |= {"cold_start_s": server.cold_start}
-        record |= {"environment": {n: os.environ[n] for n in ("OMP_NUM_THREADS",) if n in os.environ}}
         if args.pairs:
             # A model in the process that makes the load would be in its way: this one ends with its model.
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as child:
@@ -354,7 +353,9 @@ def table(record: dict[str, Any], source: Path) -> str:
         return "–" if found is None else " / ".join(f"{1e3 * found[name]:.1f}" for name in ("p50", "p99", "max"))
 
     facts, lines = record["context"], []
-    threads = record["environment"].get("OMP_NUM_THREADS", "its own number of")
+    # Records from before a context held it have it beside.
+    asked = facts["environment"] if "environment" in facts else record["environment"]
+    threads = asked.get("OMP_NUM_THREADS", "its own number of")
     commit = facts["commit"][:9] + (" and changes" if facts["dirty"] else "")
     lines += [
         f"{facts['cpu']}, {facts['cores']} cores, shared with the generator of load; embedded model, mode "

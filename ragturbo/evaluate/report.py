@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ragturbo.bench.context import context
 from ragturbo.evaluate.run import write_text
 from ragturbo.evaluate.suites import Suite
 from ragturbo.evaluate.table import Estimate, Row, verdict
@@ -41,6 +42,7 @@ def write_report(
         "of": suite.total,
         "command": command,
         "machine": machine,
+        "context": context(),
         "metrics": about,
         "rows": [row.to_dict() for row in rows],
     }
