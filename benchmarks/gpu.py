@@ -16,20 +16,24 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+STARTED = time.monotonic()
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 PARTS = ("kernels", "engine", "breakdown", "train")
 NEEDED = ("diffusers", "transformers", "safetensors", "pyarrow", "PIL", "scann", "bm25s", "peft", "accelerate",
           "pytest_benchmark", "hypothesis", "pynvml", "matplotlib", "typer", "rich")  # fmt: skip
-# The whole of a part, and of the quick cut of all four; the machine is lent for little longer.
+# The whole of a part, and of the quick cut of all four, installation included: the machine is lent for little longer.
 PART_SECONDS = 470.0
 QUICK_SHARES = {"kernels": 110.0, "engine": 160.0, "breakdown": 110.0, "train": 90.0}
 # Their suites hold peers that torch.compile autotunes, for minutes where its cache is cold.
 COMPILED = ("cross_attention", "adapter")
+# The page stays one; all of them are in the files.
+MOST_FLAGS = 20
 # A rehearsal asks whether every line runs, on whatever slow and shared machine it runs on.
 REHEARSAL_PATIENCE = 4
 
@@ -53,6 +57,7 @@ def main() -> int:
     parser.add_argument("--cache", type=Path, help="where compiled kernels are kept from run to run")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes, no GPU: does every line run?")
     parser.add_argument("--only", nargs="+", metavar="STEP", help="of a part, the steps whose names begin so")
+    parser.add_argument("--spent", type=float, default=0.0, help="seconds of the time that are gone already")
     parser.add_argument("--step", help=argparse.SUPPRESS)
     parser.add_argument("--quick", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
@@ -70,12 +75,13 @@ def main() -> int:
     if missing:
         print(f"gpu: not installed, and what needs them is skipped: {', '.join(missing)}", flush=True)
     quick, failed = options.part == "all", list[str]()
+    left = max(0.0, PART_SECONDS - options.spent - (time.monotonic() - STARTED))
     for part in PARTS if quick else (options.part,):
         with tempfile.TemporaryDirectory(prefix="ragturbo-gpu-") as scratch:
             steps = plan(part, options, quick, Path(scratch))
             if options.only:
                 steps = [step for step in steps if step.name.startswith(tuple(options.only))]
-            seconds = QUICK_SHARES[part] if quick else PART_SECONDS
+            seconds = left * QUICK_SHARES[part] / sum(QUICK_SHARES.values()) if quick else left
             try:
                 run_part(part, steps, options.results, seconds, rehearsal=options.rehearse, missing=missing)
             except Exception as error:  # a step's odd result, a full disk: the other parts are still worth their time
@@ -155,8 +161,12 @@ def plan(part: str, options: argparse.Namespace, quick: bool, scratch: Path) -> 
         # Replays against calls bit for bit, and 10,000 requests over which memory must stay flat.
         tests = ["env", "RAGTURBO_LONG=1", sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
                  "--maxfail=8", str(ROOT / "tests" / "engine" / "test_gpu.py")]  # fmt: skip
+        # Into the file that the tiles go to, kernels/configs/<gpu>.json once it is looked at.
+        attention = [sys.executable, "-m", "ragturbo.engine.attention"]
+        attention += ["--out", str(options.results.resolve() / "configs")]
         return [
             own("parts", 60, "diffusers"),
+            *([] if rehearse else [Step("attention", attention, 20 if quick else 45, None, ("triton",))]),
             own("image", 90, "diffusers"),
             *([] if quick else [Step("engine tests", tests, 110, None, ("pytest", "diffusers"))]),
             own("tail", 90, "diffusers"),
@@ -197,6 +207,9 @@ def run_part(
         print(f"gpu: {part}: {step.name} …", flush=True)
         found = run_boxed(step, min(step.box * patience, until - time.monotonic()))
         result = found.pop("result", None)
+        # What this step gave in an earlier run is no longer so.
+        for key in record["steps"].get(step.name, {}).get("figures", []):
+            record["measured"].pop(key, None)
         if result and "benchmarks" in result:
             # All that --results may receive is eight files, the tiles among them.
             merge_suite(results / ("kernels-suite.json" if part == "kernels" else "suite.json"), result)
@@ -204,9 +217,15 @@ def run_part(
             # The part is this one record; what became of its other steps is beside it.
             record = {**result, "rehearsal": rehearsal, "missing": missing, "steps": record["steps"]}
         elif result:
-            record["measured"] |= result.pop("measured", {})
-            found |= result
+            figures = result.pop("measured", {})
+            record["measured"] |= figures
+            found |= {**result, "figures": list(figures)}
+            if "withheld" in result:
+                found["outcome"] = f"no time: {result['withheld']}"
         record["steps"][step.name] = found
+        if record["kind"] != "breakdown":
+            steps = record["steps"].items()
+            record["flags"] = [f"{name}: {flag}" for name, entry in steps for flag in entry.get("flags", [])]
         path.write_text(json.dumps(record, indent=1, default=str) + "\n", "utf-8")
         print(f"gpu: {part}: {step.name}: {found['outcome']}, {found.get('wall_s', 0):.0f} s", flush=True)
     return record
@@ -259,14 +278,18 @@ def run_boxed(step: Step, box: float) -> dict[str, Any]:
     else:
         found |= {"outcome": "out of time" if code is None else f"failed with {code}", "tail": tail}
     if step.result is not None and step.result.is_file():
-        found["result"] = json.loads(step.result.read_text("utf-8"))
+        try:
+            found["result"] = json.loads(step.result.read_text("utf-8"))
+        except ValueError:
+            # Ended while it wrote.
+            found["outcome"] += ", its result half written"
     return found
 
 
 def run_step(options: argparse.Namespace) -> int:
     """In the step's own process."""
     from ragturbo.bench.breakdown import Settings, breakdown
-    from ragturbo.bench.gpu_steps import STEPS, Scale
+    from ragturbo.bench.gpu_steps import Scale, measure
 
     scale = Scale(options.rehearse, options.quick)
     if options.step == "breakdown":
@@ -276,7 +299,7 @@ def run_step(options: argparse.Namespace) -> int:
             Settings(scale.config, scale.device, **(small if scale.rehearse else less if scale.quick else {}))
         )
     else:
-        result = STEPS[options.step](scale)
+        result = measure(options.step, scale)
     options.out.write_text(json.dumps(result, default=str), "utf-8")
     return 0
 
@@ -297,14 +320,35 @@ def summary(results: Path) -> str:
         keys = ", ".join(sorted(machine.figures()))
         lines += [f"A rehearsal at tiny sizes: nothing here was measured. A real run would fill: {keys}."]
     else:
-        lines += budgets.table(machine.figures())
+        lines += budgets.table(
+            {key: [own_flags(machine, key, f) for f in all_] for key, all_ in machine.figures().items()}
+        )
     for run in machine.runs:
         for step, found in run.data.get("steps", {}).items():
             if found["outcome"] != "done":
                 lines += ["", f"{run.path.stem}: {step}: {found['outcome']}"]
-    flags = [flag for run in machine.runs for flag in run.data.get("flags", [])]
-    lines += ["", f"Flags: {'; '.join(flags) or 'none'}.", ""]
+    every = [line for run in machine.runs for line in all_flags(run)]
+    shown = "; ".join(every[:MOST_FLAGS]) + (f"; and {len(every) - MOST_FLAGS} more" if len(every) > MOST_FLAGS else "")
+    lines += ["", f"Flags: {shown or 'none'}.", ""]
     return "\n".join(lines)
+
+
+def own_flags(machine: Any, key: str, figure: Any) -> Any:
+    """A part's record has the flags of all its steps, by name: of them those of the step that gave this figure."""
+    run = next(run for run in machine.runs if figure.source.endswith(f"/{run.path.name}"))
+    steps = run.data.get("steps", {})
+    if run.kind == "suite" or not steps:
+        return figure
+    kept = [flag for name, found in steps.items() if key in found.get("figures", []) for flag in found.get("flags", [])]
+    return replace(figure, flags=tuple(kept))
+
+
+def all_flags(run: Any) -> Iterator[str]:
+    from ragturbo.bench.results import flags
+
+    yield from run.data.get("flags", [])
+    for entry in run.data.get("benchmarks", []):
+        yield from (f"{entry['name']}: {flag}" for flag in flags(run, entry))
 
 
 if __name__ == "__main__":

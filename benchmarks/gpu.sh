@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, on a machine that has python3, torch and triton. What is missing is skipped and named.
 #   PART=kernels|engine|breakdown|train   one part, at most 8 minutes; without it a quick cut of all, at most 8 minutes
-#   RESULTS=dir   receives at most 8 files       CACHE=dir   keeps compiled kernels from run to run
+#   RESULTS=dir   receives at most 8 files; its configs/*.json, copied to kernels/configs/, are what `auto` then takes
+#   CACHE=dir     keeps compiled kernels from run to run
 #   STEPS="tune sanitizer"   of a part, only the steps whose names begin so: what it had no time for, in a further call
 #   WHEELS=dir    packages to install from, where the machine reaches no registry
 #   RAGTURBO_COMMIT=…   the commit to write into the records of a copy that has no .git
@@ -22,4 +23,4 @@ if ! "$python" -m pip install --quiet --no-build-isolation --no-deps -e .; then
     # An installation maps kernels/ into the package; here a link does.
     [ -e ragturbo/kernels ] || { ln -s ../kernels ragturbo/kernels && trap 'rm -f ragturbo/kernels' EXIT; }
 fi
-"$python" benchmarks/gpu.py --part "${PART:-all}" --results "${RESULTS:-gpu-results}" ${CACHE:+--cache "$CACHE"} ${STEPS:+--only $STEPS} "$@"
+"$python" benchmarks/gpu.py --part "${PART:-all}" --results "${RESULTS:-gpu-results}" ${CACHE:+--cache "$CACHE"} ${STEPS:+--only $STEPS} --spent "$SECONDS" "$@"

@@ -1,7 +1,8 @@
-"""What the GPU script measures, one function a step. Each gives figures by budget name, and details.
+"""What the GPU script measures, one function a step. Each gives figures by budget name, their noise, and details.
 
-Every step runs in a process of its own. With `rehearse` the same lines run at tiny sizes on any machine, so that the
-script is known to work before a GPU is lent to it; a rehearsal's figures are never written among results.
+A step first holds what it times against a reference: what is wrong has no time, and the step says why. Every step runs
+in a process of its own. With `rehearse` the same lines run at tiny sizes on any machine, so that the script is known to
+work before a GPU is lent to it; a rehearsal's figures are never written among results.
 """
 
 from __future__ import annotations
@@ -14,9 +15,16 @@ from typing import Any
 
 import torch
 
+from ragturbo.bench.context import NOISE_LIMIT, gpu_state, throttled
+from ragturbo.bench.peers import CONTROLS_BY, WITHIN, Diffusers, agreement, equal, latent_agreement, relative_error
 from ragturbo.bench.prompts import prompts
-from ragturbo.bench.timing import captured, interleaved, noise, once, percentiles, sample, synchronized
+from ragturbo.bench.timing import captured, interleaved, noise, once, percentiles, sample
 from ragturbo.engine import profile as profiling
+
+# Asks for the card's state: beside a measurement, never within one.
+Look = Callable[[], None]
+# What the UNet gives, and the adapter, lies this much farther apart by rounding than the latents made of it.
+PARTS_BY = 5
 
 
 @dataclass(frozen=True)
@@ -51,10 +59,6 @@ def _bundle(scale: Scale) -> Any:
     return make_bundle(scale.config, scale.device, scale.dtype)
 
 
-def _wait(scale: Scale, run: Callable[[], Any]) -> Callable[[], Any]:
-    return run if scale.rehearse else synchronized(run)
-
-
 def _generator(scale: Scale, bundle: Any, database: Any, **options: Any) -> Any:
     from ragturbo.config import GeneratorConfig
     from ragturbo.generate import Generator
@@ -72,17 +76,52 @@ def _requests(gen: Any, mode: str, start: int = 0) -> Callable[[], Any]:
     return run
 
 
-def image(scale: Scale) -> dict[str, Any]:
+def measure(name: str, scale: Scale) -> dict[str, Any]:
+    """A step, the card's states while it ran, and what makes its figures doubtful."""
+    states: list[Any] = []
+
+    def look() -> None:
+        if not scale.rehearse:
+            states.append(gpu_state())
+
+    look()
+    found = STEPS[name](scale, look)
+    look()
+    flags = [*found.get("flags", []), *(f"throttled: {reason}" for reason in throttled(states))]
+    flags += [f"noise {share:.1%} ({row})" for row, share in found.get("noise", {}).items() if share > NOISE_LIMIT]
+    return {**found, "gpu_states": states, "flags": flags}
+
+
+def _withheld(why: str, agreement: dict[str, Any]) -> dict[str, Any]:
+    return {"measured": {}, "withheld": why, "agreement": agreement}
+
+
+def _differs(found: dict[str, dict[str, float]], scale: Scale) -> str | None:
+    """Of comparisons by name, the first that fails, or whose controls do not."""
+    reasons = ((name, equal(entry, scale.dtype)) for name, entry in found.items())
+    return next((f"{name}: {why}" for name, why in reasons if why is not None), None)
+
+
+def _modes(bundle: Any, gen: Any) -> dict[str, dict[str, float]]:
+    return {mode: latent_agreement(bundle, gen, mode, prompts(2)) for mode in ("none", "adapter")}
+
+
+def _draw(gen: Any) -> Any:
+    return lambda words, seeds, output: gen(words, seed=seeds, mode="none", output_type=output).images
+
+
+def image(scale: Scale, look: Look) -> dict[str, Any]:
     """One image, ours with the adapter, against diffusers eager: interleaved, and only after latents agree."""
     from ragturbo.bench.models import make_database
-    from ragturbo.bench.peers import Diffusers
 
     bundle = _bundle(scale)
     with tempfile.TemporaryDirectory() as folder:
         database = make_database(bundle, Path(folder) / "db", scale.count(4096, 1024))
         with _generator(scale, bundle, database, retriever="exact", batch_sizes=(1,)) as gen:
-            agreement = latent_agreement(bundle, gen)
             peer, words = Diffusers(bundle), prompts(200)
+            found = {"diffusers": agreement(_draw(gen), peer, words[:1], words[1:2]), **_modes(bundle, gen)}
+            if why := _differs(found, scale):
+                return _withheld(why, found)
             turn = iter(range(10**9))
 
             def theirs() -> Any:
@@ -94,20 +133,28 @@ def image(scale: Scale) -> dict[str, Any]:
                 "ours, no retrieval": _requests(gen, "none"),
                 "diffusers": theirs,
             }
+            look()
             times = interleaved(runs, rounds=scale.count(60, 15))
+            look()
             alone = sample(_requests(gen, "adapter", 5000), seconds=0.1 if scale.rehearse else 5, least=3)
+            look()
             info, stages = gen.info, dict(gen(words[0], seed=1, mode="adapter", output_type="uint8").timings)
             trace = Path(folder) / "trace.json"
             with profiling.traced(gen, trace):
                 profiling.run(gen, words, 3, mode="adapter")
             streams = profiling.summary(trace)
     p50 = {name: percentiles(values) for name, values in times.items()}
-    measured = {"image_p50_s": percentiles(alone)["p50"]}
-    if agreement["agrees"]:
-        measured["faster_than_diffusers"] = p50["diffusers"]["p50"] / p50["ours"]["p50"]
-    return {"measured": measured, "agreement": agreement, "interleaved": p50, "alone": percentiles(alone),
-            "noise": noise(alone), "stages": stages, "stages_over_total": _stages_over_total(stages),
-            "trace of 3 images": streams, "info": info}  # fmt: skip
+    measured = {
+        "image_p50_s": percentiles(alone)["p50"],
+        "faster_than_diffusers": p50["diffusers"]["p50"] / p50["ours"]["p50"],
+    }
+    return {"measured": measured, "agreement": found, "interleaved": p50, "alone": percentiles(alone),
+            "noise": {"alone": noise(alone), **_noises(times)}, "stages": stages,
+            "stages_over_total": _stages_over_total(stages), "trace of 3 images": streams, "info": info}  # fmt: skip
+
+
+def _noises(times: dict[str, list[float]]) -> dict[str, float]:
+    return {name: noise(values) for name, values in times.items()}
 
 
 def _stages_over_total(stages: dict[str, float]) -> float:
@@ -116,27 +163,9 @@ def _stages_over_total(stages: dict[str, float]) -> float:
     return sum(stages.get(name, 0.0) for name in names) / stages["total"]
 
 
-def latent_agreement(bundle: Any, gen: Any) -> dict[str, Any]:
-    """With random weights images say little: latents against diffusers' own, and the controls, which must fail."""
-    from ragturbo.bench.peers import Diffusers, relative_error
-
-    peer, words = Diffusers(bundle), prompts(2)
-    reference = peer(words[:1], [0], "latent")
-
-    def error(word: str, seed: int) -> float:
-        return relative_error(gen(word, seed=seed, mode="none", output_type="latent").images, reference)
-
-    # diffusers gives latents before the division by the VAE's factor, as we do.
-    out: dict[str, Any] = {"error": error(words[0], 0)}
-    out |= {"error_other_prompt": error(words[1], 0), "error_other_noise": error(words[0], 1)}
-    out["agrees"] = bool(out["error"] < 1e-2 and out["error_other_noise"] > 10 * out["error"])
-    return out
-
-
-def compiled_peer(scale: Scale) -> dict[str, Any]:
+def compiled_peer(scale: Scale, look: Look) -> dict[str, Any]:
     """diffusers + torch.compile(max-autotune, channels_last): minutes to compile when its cache is cold."""
     from ragturbo.bench.models import make_database
-    from ragturbo.bench.peers import Diffusers, relative_error
 
     bundle = _bundle(scale)
     with tempfile.TemporaryDirectory() as folder:
@@ -150,17 +179,21 @@ def compiled_peer(scale: Scale) -> dict[str, Any]:
             return peer([words[i % 200]], [i])
 
         took = once(theirs)
-        error = relative_error(peer(words[:1], [0], "latent"), eager(words[:1], [0], "latent"))
         with _generator(scale, bundle, database, retriever="exact", batch_sizes=(1,)) as gen:
+            found = {"compiled": agreement(peer, eager, words[:1], words[1:2]), **_modes(bundle, gen)}
+            if why := _differs(found, scale):
+                return {**_withheld(why, found), "first_call_s": took}
+            look()
             times = interleaved({"ours": _requests(gen, "adapter"), "compiled": theirs}, rounds=scale.count(60, 20))
+            look()
     p50 = {name: percentiles(values) for name, values in times.items()}
-    measured = {"faster_than_compiled": p50["compiled"]["p50"] / p50["ours"]["p50"]} if error < 2e-2 else {}
-    return {"measured": measured, "interleaved": p50, "first_call_s": took, "latent_error": error}
+    return {"measured": {"faster_than_compiled": p50["compiled"]["p50"] / p50["ours"]["p50"]}, "agreement": found,
+            "interleaved": p50, "noise": _noises(times), "first_call_s": took}  # fmt: skip
 
 
 @torch.inference_mode()
-def parts(scale: Scale) -> dict[str, Any]:
-    """The UNet and the adapter by themselves, as replays of graphs."""
+def parts(scale: Scale, look: Look) -> dict[str, Any]:
+    """The UNet and the adapter by themselves, as replays of graphs, once they give what plain torch gives."""
     from ragturbo.engine.fast import FastModel
 
     bundle = _bundle(scale)
@@ -180,7 +213,24 @@ def parts(scale: Scale) -> dict[str, Any]:
     def adapter(h_retr: torch.Tensor) -> torch.Tensor:
         return bundle.adapter(tokens, h_retr, lam)
 
-    out, details = {}, {}
+    found = {
+        "unet_s": _part(
+            lambda i: unet(latents[i], texts[i]),
+            lambda i: bundle.unet.unet(latents[i], model.unet.timesteps[0], texts[i]).sample,
+        ),
+        # At λ = 1, where a neighbour's part is largest.
+        "adapter_s": _part(
+            lambda i: bundle.adapter(tokens, features[i], 2 * lam),
+            lambda i: bundle.adapter(tokens, features[i], 2 * lam, impl="reference"),
+        ),
+    }
+    bar = PARTS_BY * WITHIN[dtype]
+    wrong = {
+        key: f"{key}: error {part['error']:.1e}, of another input {part['error_other_input']:.1e}"
+        for key, part in found.items()
+        if not part["error"] <= bar or not part["error_other_input"] > max(bar, CONTROLS_BY * part["error"])
+    }
+    out, details, noises = {}, {}, {}
     jobs: dict[str, tuple[Callable[..., Any], list[tuple[Any, ...]], int]] = {
         "unet_s": (unet, list(zip(latents, texts, strict=True)), 4),
         # What cuDNN's own choice of convolutions, by timing them, would gain: the engine takes its heuristics, which
@@ -189,18 +239,24 @@ def parts(scale: Scale) -> dict[str, Any]:
         "adapter_s": (adapter, [(h,) for h in features], 64),
     }
     for key, (call, inputs, calls) in jobs.items():
+        if key.replace("_tuned", "") in wrong:
+            continue
         torch.backends.cudnn.benchmark = key.endswith("tuned_s")
         run = _eagerly(call, inputs, calls) if scale.rehearse else captured(call, inputs, calls)
         times = [t / calls for t in sample(run, seconds=0.05 if scale.rehearse else 2.0, least=3)]
-        out[key], details[key] = percentiles(times)["p50"], {**percentiles(times), "noise": noise(times)}
+        look()
+        out[key], details[key] = percentiles(times)["p50"], percentiles(times)
+        noises[key] = noise(times)
     torch.backends.cudnn.benchmark = False
-    out.pop("unet_tuned_s")
-    if not scale.rehearse:
-        from ragturbo.engine.attention import race
-        from ragturbo.kernels.tune import graph_seconds
+    out.pop("unet_tuned_s", None)
+    result = {"measured": out, "agreement": found, "details": details, "noise": noises}
+    return {**result, "withheld": "; ".join(wrong.values())} if wrong else result
 
-        details["attention_s"] = race("cuda", graph_seconds)
-    return {"measured": out, "details": details}
+
+def _part(ours: Callable[[int], torch.Tensor], reference: Callable[[int], torch.Tensor]) -> dict[str, float]:
+    """Input 0 by both, and the control: input 1 by ours."""
+    expected = reference(0)
+    return {"error": relative_error(ours(0), expected), "error_other_input": relative_error(ours(1), expected)}
 
 
 def _eagerly(call: Callable[..., Any], inputs: list[tuple[Any, ...]], calls: int) -> Callable[[], None]:
@@ -211,7 +267,7 @@ def _eagerly(call: Callable[..., Any], inputs: list[tuple[Any, ...]], calls: int
     return run
 
 
-def added(scale: Scale) -> dict[str, Any]:
+def added(scale: Scale, look: Look) -> dict[str, Any]:
     """Adapter against none, interleaved, of one engine over as many distinct page-locked rows as the machine holds."""
     from ragturbo.bench import rows
 
@@ -227,22 +283,28 @@ def added(scale: Scale) -> dict[str, Any]:
         options = {"host_cache": int(count * 1.06 + 100) * (database.geometry.record_bytes + 128)}
         with _generator(scale, bundle, database, retriever="exact", batch_sizes=(1,), **options) as gen:
             first_s = once(_requests(gen, "adapter"))
+            found = _modes(bundle, gen)
+            if why := _differs(found, scale):
+                return _withheld(why, found)
             runs = {"adapter": _requests(gen, "adapter"), "none": _requests(gen, "none")}
+            look()
             times = interleaved(runs, rounds=scale.count(500, 100))
+            look()
             info = gen.info
     p = {name: percentiles(values) for name, values in times.items()}
     difference = p["adapter"]["p50"] - p["none"]["p50"]
     return {
         "measured": {"retrieval_added_s": difference},
+        "agreement": found,
         "share": difference / p["none"]["p50"],
         "interleaved": p,
-        "noise": {name: noise(values) for name, values in times.items()},
+        "noise": _noises(times),
         "keys": count, "rows_bytes": count * database.geometry.record_bytes,
         "write_s": build_s, "first_request_s": first_s, "info": info,
     }  # fmt: skip
 
 
-def tail(scale: Scale) -> dict[str, Any]:
+def tail(scale: Scale, look: Look) -> dict[str, Any]:
     """1,000 requests, every prompt new: p99 over p50; peak device memory with buckets 1 to 8 recorded."""
     from ragturbo.bench.models import make_database
 
@@ -250,20 +312,27 @@ def tail(scale: Scale) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         database = make_database(bundle, Path(folder) / "db", scale.count(1024, 1024) if not scale.rehearse else 64)
         with _generator(scale, bundle, database, retriever="exact") as gen:
+            found = _modes(bundle, gen)
+            if why := _differs(found, scale):
+                return _withheld(why, found)
             words = prompts(1152)
             for batch in (1, 2, 4, 8):
                 gen(words[:batch], seed=list(range(batch)), mode="adapter", output_type="uint8")
                 gen(words[:batch], seed=list(range(batch)), mode="none", output_type="uint8")
             run = _requests(gen, "adapter")
             before = _memory(scale)
+            look()
             times = [once(run) for _ in range(scale.count(1000, 200))]
+            look()
             growth = {name: size - before[name] for name, size in _memory(scale).items()}
             info = gen.info
         keys = database.geometry.key_dim * 2 * len(database)
     p = percentiles(times)
     measured = {"p99_over_p50": p["p99"] / p["p50"]}
-    details: dict[str, Any] = {"seconds": p, "noise": noise(times), "requests": len(times), "info": info,
-                               "memory_growth_bytes": growth}  # fmt: skip
+    grown = [f"{name} memory grew by {n} bytes over {len(times)} requests" for name, n in growth.items() if n > 0]
+    details: dict[str, Any] = {"agreement": found, "seconds": p, "noise": {"requests": noise(times)},
+                               "requests": len(times), "info": info, "memory_growth_bytes": growth,
+                               "flags": grown}  # fmt: skip
     if not scale.rehearse:
         details["reserved_bytes"] = torch.cuda.max_memory_reserved()
         measured["peak_memory_bytes"] = details["reserved_bytes"] - keys
@@ -276,7 +345,7 @@ def _memory(scale: Scale) -> dict[str, int]:
     return {"allocated": torch.cuda.memory_allocated(), "reserved": torch.cuda.memory_reserved()}
 
 
-def cold(scale: Scale) -> dict[str, Any]:
+def cold(scale: Scale, look: Look) -> dict[str, Any]:
     """A fresh process to its first image; the files were written just now, so the disk's cache is warm."""
     from ragturbo.bench.cold import first_image
 
@@ -286,12 +355,15 @@ def cold(scale: Scale) -> dict[str, Any]:
         del bundle
         if not scale.rehearse:
             torch.cuda.empty_cache()
-        runs = [first_image(model, scale.device) for _ in range(1 if scale.rehearse else 3)]
+        runs = []
+        for _ in range(1 if scale.rehearse else 3):
+            runs.append(first_image(model, scale.device))
+            look()
     middle = sorted(runs, key=lambda r: r["total_s"])[len(runs) // 2]
     return {"measured": {"cold_start_s": middle["total_s"]}, "runs": runs}
 
 
-def build(scale: Scale) -> dict[str, Any]:
+def build(scale: Scale, look: Look) -> dict[str, Any]:
     """A database built from images at the model's size: decoding, VAE, text encoder, UNet's encoder, writing."""
     import time
 
@@ -313,11 +385,12 @@ def build(scale: Scale) -> dict[str, Any]:
         start = time.perf_counter()
         database = Database.build(images, Path(folder) / "db", model=bundle, index=False)
         seconds = time.perf_counter() - start
+        look()
         assert len(database) == count
     return {"measured": {"build_images_per_s": count / seconds}, "images": count, "seconds": seconds}
 
 
-STEPS: dict[str, Callable[[Scale], dict[str, Any]]] = {
+STEPS: dict[str, Callable[[Scale, Look], dict[str, Any]]] = {
     "image": image,
     "parts": parts,
     "tail": tail,
