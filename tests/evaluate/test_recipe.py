@@ -12,6 +12,7 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
+from ragturbo import Generator
 from ragturbo.model import Bundle
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -188,12 +189,12 @@ def test_a_teacher_goes_on_from_the_adopted_one_and_a_consistency_model_from_it(
         assert json.loads((tmp_path / f"{stage}.jsonl").read_text())["step"] == 1
 
 
-def test_the_student_is_distilled_by_the_librarys_trainer_from_the_librarys_data(recipe, tmp_path):
-    """Pairs, true pictures, latent LPIPS and two steps of `ragturbo.train`, resumed, then a bundle."""
+def test_student_and_adapter_are_trained_by_the_librarys_trainer_from_the_librarys_data(recipe, tmp_path):
+    """Pairs, true pictures, latent LPIPS and two steps of `ragturbo.train`, resumed, then a bundle with an adapter."""
     torch.manual_seed(2)
     s = replace(
         recipe["settings"].Settings(), scenes=6, pairs=3, pair_steps=1, real=2, lpips_steps=1, student_steps=1,
-        student_batch=4,
+        student_batch=4, database_pairs=4, adapter_steps=1,
     )  # fmt: skip
     recipe["stage_adopt"].adopt(tmp_path, s)
     recipe["data"].draw(tmp_path, recipe["networks"].tokenizer_in(tmp_path / "tokenizer", s), s)
@@ -209,6 +210,14 @@ def test_the_student_is_distilled_by_the_librarys_trainer_from_the_librarys_data
     assert bundle.info.distilled and bundle.info.provenance["stages"]["student"]["step"] == 2
     before = teacher.half().float().state_dict()
     assert sum(not torch.equal(before[name], value) for name, value in bundle.unet.unet.state_dict().items()) > 100
+    recipe["stage_bundle"].build_database(tmp_path, s)
+    recipe["stage_adapter"].train_adapter(tmp_path, s)
+    with Generator.from_pretrained(tmp_path / "bundle", device="cpu") as generator:
+        assert generator.info["adapter"] == "transformer" and not generator.info["decoder_lora"]
+        assert generator("a red circle", seed=1).lam[0] > 0
+    assert (
+        json.loads((tmp_path / "bundle" / "ragturbo.json").read_text())["provenance"]["stages"]["adapter"]["step"] == 1
+    )
 
 
 def test_the_embedded_parts_can_be_adopted_where_only_the_unets_are_to_be_trained_again(recipe, tmp_path):
