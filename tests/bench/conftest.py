@@ -48,7 +48,8 @@ def run_pytest(arguments: list[str], *, cwd: Path = ROOT, code: int = 0) -> str:
         cwd=cwd, env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == code, done.stdout[-3000:] + done.stderr[-2000:]
-    return done.stdout
+    # pytest-benchmark warns on stderr.
+    return done.stdout + done.stderr
 
 
 @pytest.fixture(name="run_pytest", scope="session")
