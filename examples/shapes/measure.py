@@ -111,16 +111,18 @@ def autoencoder(model: Model, args: argparse.Namespace) -> dict:
 
 
 def keys(model: Model, args: argparse.Namespace) -> dict:
-    """How often one of a caption's four nearest database captions names the same kinds of things."""
+    """How often a caption's nearest database caption, or one of the four nearest, names the same kinds of things."""
     scenes = _scenes(args)
     database = Database.open(model.folder / "database")
     named = [parse(record.caption).kinds for record in database.records(database.ids, thumbnails=False)]
     query, stored = _keys(model, [scene.caption for scene in scenes]), database.keys(database.ids).to(DEVICE)
     scores, top = (query @ stored.T).topk(4, dim=-1)
-    hits = [any(named[j] == scene.meaning.kinds for j in row) for scene, row in zip(scenes, top.tolist(), strict=True)]
+    same = [[named[j] == scene.meaning.kinds for j in row] for scene, row in zip(scenes, top.tolist(), strict=True)]
+    hits = [any(row) for row in same]
     rare = [hit for hit, scene in zip(hits, scenes, strict=True) if scene.meaning.rare]
     return {
         "pairs": len(database),
+        "top1": float(np.mean([row[0] for row in same])),
         "top4": float(np.mean(hits)),
         "top4_rare": float(np.mean(rare)),
         "cosine_of_nearest": np.quantile(scores[:, 0].cpu().numpy(), (0.05, 0.5, 0.95)).round(4).tolist(),
