@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,17 +23,34 @@ class Neighbor:
     source: str | None = None
     used: bool = True
     """False where it stayed under min_score."""
-    thumbnail: bytes | None = field(default=None, repr=False)
-    """WebP bytes."""
     metadata: dict[str, Any] = field(default_factory=dict)
+    read_thumbnail: Callable[[], bytes | None] | None = field(default=None, repr=False, compare=False)
+    """From the generation it was found in. Few look at it, and reading takes as long as a stage of the image."""
+
+    @property
+    def thumbnail(self) -> bytes | None:
+        """WebP bytes, read at every call; None where the database keeps none."""
+        return None if self.read_thumbnail is None else self.read_thumbnail()
 
     def image(self) -> Image | None:
         """The stored thumbnail, or None where the database keeps none."""
-        if self.thumbnail is None:
+        if (thumbnail := self.thumbnail) is None:
             return None
         from PIL import Image
 
-        return Image.open(io.BytesIO(self.thumbnail)).convert("RGB")
+        return Image.open(io.BytesIO(thumbnail)).convert("RGB")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Another process has no database open.
+        return {**self.__dict__, "read_thumbnail": _Kept(self.thumbnail)}
+
+
+@dataclass(frozen=True)
+class _Kept:
+    thumbnail: bytes | None
+
+    def __call__(self) -> bytes | None:
+        return self.thumbnail
 
 
 @dataclass

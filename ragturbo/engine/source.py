@@ -106,15 +106,16 @@ class DatabaseSource:
 
     def neighbors(self, ids: Sequence[int]) -> list[Neighbor | None]:
         """The records, None for a missing neighbour; scores and λ are filled in by who knows them."""
-        there = [i for i in ids if i >= 0]
-        records = {record.id: record for record in self.database.records(there)} if there else {}
-        nan = float("nan")
-        return [
-            None
-            if i < 0
-            else Neighbor(i, nan, nan, (r := records[i]).caption, r.source, True, r.thumbnail, dict(r.extra))
-            for i in ids
-        ]
+        return [None if i < 0 else self._neighbor(i) for i in ids]
+
+    def _neighbor(self, id: int) -> Neighbor:
+        database, nan = self.database, float("nan")
+        (record,) = database.records([id], thumbnails=False)
+
+        def thumbnail() -> bytes | None:
+            return database.records([id])[0].thumbnail
+
+        return Neighbor(id, nan, nan, record.caption, record.source, True, dict(record.extra), thumbnail)
 
     @property
     def info(self) -> dict[str, Any]:

@@ -1,0 +1,41 @@
+"""A neighbour's thumbnail costs a request nothing: it is read when somebody looks, from the generation it was of."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+
+import ragturbo
+from ragturbo.model.source import resolve
+from ragturbo.retrieval.pairs import PairsFile
+
+
+@pytest.fixture
+def database(tmp_path):
+    return shutil.copytree(resolve("shapes") / "database", tmp_path / "db")
+
+
+def test_a_thumbnail_is_read_when_it_is_looked_at(database, monkeypatch):
+    asked = []
+    read = PairsFile.thumbnail
+    monkeypatch.setattr(PairsFile, "thumbnail", lambda self, row: asked.append(row) or read(self, row))
+    with ragturbo.Generator.from_pretrained("shapes", device="cpu", database=database) as gen:
+        found = gen("a red circle", seed=1, num_neighbors=2).neighbors[0]
+        assert found[0].caption and not asked
+        assert found[0].image().size == (64, 64) and len(asked) == 1
+
+
+def test_it_outlives_the_generator_a_compaction_and_a_pickle(database):
+    db = ragturbo.Database.open(database)
+    with ragturbo.Generator.from_pretrained("shapes", device="cpu", database=database) as gen:
+        (found,) = gen("a red circle", seed=1).neighbors[0]
+    expected = db.records([found.id])[0].thumbnail
+    db.remove([found.id])
+    db.compact()
+    assert found.thumbnail == expected
+    again = pickle.loads(pickle.dumps(found))
+    assert again == found and again.thumbnail == expected
+    assert np.asarray(again.image()).shape == (64, 64, 3)
