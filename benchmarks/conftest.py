@@ -5,22 +5,28 @@ A benchmark takes the fixture `measure`:
     def test_slerp(measure, device):
         measure(slerp, inputs=[(h, r, w), ...], verify=lambda: assert_close(...), cost=..., dtype="float16")
 
-`device` is "cpu" or "cuda"; a row marked `gpu` is skipped, with the reason, where there is none.
+`device` is "cpu" or "cuda"; a row marked `gpu` is skipped, with the reason, where there is none. Rows of torch.compile
+are marked `compiled`: compiling may take minutes, and `-m "not compiled"` runs all that is quick first.
+
+With --benchmark-json=F every row that passes is also, as soon as it is measured, a line of the file Fl (or of the one
+RAGTURBO_ROWS names): see `ragturbo.bench.suite_rows`.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from ragturbo.bench.ceilings import ceilings
-from ragturbo.bench.context import context, gpu_state, no_gpu_reason
+from ragturbo.bench.context import context, gpu_state, no_gpu_reason, now
 from ragturbo.bench.roofline import Work
+from ragturbo.bench.suite_rows import append
 from ragturbo.bench.timing import CAPTURE_BELOW, in_bulk, once, rotating, summary, synchronized
 
 MAX_ROUNDS = 1000
@@ -33,14 +39,44 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "quick: one row of each kind; `-m quick` takes under a minute")
+    config.addinivalue_line("markers", "compiled: a row of torch.compile, which may take minutes to be compiled")
 
 
-def pytest_sessionstart() -> None:
+def pytest_sessionstart(session: pytest.Session) -> None:
     # RAGTURBO_BENCH_THREADS fixes the number of CPU threads.
     if count := os.environ.get("RAGTURBO_BENCH_THREADS"):
         torch.set_num_threads(int(count))
     # Kept from here on: commit and threads are those the run began with.
     context()
+    if (path := rows_path(session.config)) is not None:
+        if "RAGTURBO_ROWS" not in os.environ:
+            # As the JSON beside it, the file is this run's alone.
+            path.unlink(missing_ok=True)
+        append(path, machine_info={"ragturbo": context()}, datetime=now())
+
+
+def rows_path(config: pytest.Config) -> Path | None:
+    """Where rows are kept as they finish; None where nobody asked for a file."""
+    if named := os.environ.get("RAGTURBO_ROWS"):
+        return Path(named)
+    # A path, or in older versions of pytest-benchmark the file itself.
+    out = config.getoption("benchmark_json")
+    return Path(f"{getattr(out, 'name', out) if hasattr(out, 'write') else out}l") if out else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    benchmark = getattr(item, "funcargs", {}).get("benchmark")
+    path = rows_path(item.config)
+    if path is not None and call.when == "call" and report.passed and getattr(benchmark, "stats", None) is not None:
+        entry = benchmark.stats.as_dict(include_data=False)
+        told = entry["extra_info"]
+        known = {told["device"]: ceilings(told["device"])} if "floor_s" in told else {}
+        append(path, benchmark=entry, ceilings=known, wall_s=round(time.monotonic() - _STARTED, 1))
+    return report
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -126,6 +162,9 @@ class Measure:
         cuda = (device or self._device) == "cuda"
         run = rotating(call, inputs)
         run = synchronized(run) if cuda else run
+        if cuda:
+            # The first call loads code and makes handles, which is no measure of the calls after it.
+            run()
         each = once(run)
         slow = each > 0.5
         if not slow:
@@ -227,11 +266,11 @@ def bundle(device: str) -> Any:
 
 
 @pytest.fixture(scope="session")
-def sd21(device: str) -> Any:
-    """SD 2.1's configuration with random weights: fp16 on a GPU, fp32 on a CPU."""
+def sd21(device: str, request: pytest.FixtureRequest) -> Any:
+    """SD 2.1's configuration with random weights: fp16 on a GPU, where it is `bundle` itself, fp32 on a CPU."""
     from ragturbo.bench.models import make_bundle
 
-    return make_bundle("sd21", device, torch.float16 if device == "cuda" else torch.float32)
+    return request.getfixturevalue("bundle") if device == "cuda" else make_bundle("sd21", device, torch.float32)
 
 
 @pytest.fixture(scope="session")

@@ -6,11 +6,12 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ragturbo.bench import timing
-from ragturbo.bench.timing import bulk_calls, in_bulk, interleaved, noise, percentiles, rotating, summary
+from ragturbo.bench.timing import bulk_calls, in_bulk, interleaved, noise, normal, percentiles, rotating, summary
 
 SECONDS = st.lists(st.floats(1e-9, 1e3), min_size=1, max_size=200)
 
@@ -71,3 +72,11 @@ def test_a_row_says_of_how_many_rounds_it_is_and_what_held_the_card_back():
     found = summary([1.0] * 10 + [1.1] * 10, [{"reasons": ["power cap"]}, None])
     assert found["rounds"] == 20 and found["flags"] == ["noise 10.0%", "throttled: power cap"]
     assert summary([1.0])["flags"] == [] and summary([1.0])["rounds"] == 1
+
+
+def test_random_inputs_are_parts_of_one_buffer_and_none_is_anothers():
+    a, b = normal(2, 1, 8, 4, 6, dtype=torch.float32, device="cpu", channels_last=True)
+    assert a.shape == (1, 8, 4, 6) and a.is_contiguous(memory_format=torch.channels_last)
+    assert a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() and not torch.equal(a, b)
+    (again, _), (other, _) = (normal(2, 5, dtype=torch.float16, device="cpu", seed=seed) for seed in (1, 2))
+    assert again.dtype == torch.float16 and again.is_contiguous() and not torch.equal(again, other)
