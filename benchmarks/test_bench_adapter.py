@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from ragturbo.bench import roofline
-from ragturbo.bench.timing import rotation
+from ragturbo.bench.timing import normal, rotation
 from ragturbo.model import HSpaceAdapter
 
 TOKENS, CHANNELS, HEADS = 64, 1280, 20
 GPU = pytest.mark.gpu
-IMPLS = ["sdpa", pytest.param("triton", marks=GPU), pytest.param("compile", marks=GPU)]
+IMPLS = ["sdpa", pytest.param("triton", marks=GPU), pytest.param("compile", marks=[GPU, pytest.mark.compiled])]
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +42,14 @@ def test_adapter(
     dtype = torch.float16 if device == "cuda" else torch.float32
     adapter = adapters[kind].to(dtype)
     attention = "sdpa" if impl == "compile" else impl
-    generator = torch.Generator().manual_seed(1)
     lam = torch.full((batch,), 0.7, device=device)
     valid = torch.ones(batch, neighbours, dtype=torch.bool, device=device)
-    inputs: list[tuple[Any, ...]] = []
-    for _ in range(rotation((1 + neighbours) * batch * TOKENS * CHANNELS * dtype.itemsize)):
-        h_tgt = torch.randn(batch, TOKENS, CHANNELS, generator=generator).to(device, dtype)
-        h_retr = torch.randn(batch, neighbours, TOKENS, CHANNELS, generator=generator).to(device, dtype)
-        inputs.append((h_tgt, h_retr if branch == "with K and V" else adapter.context(h_retr, attention)))
+    turns = rotation((1 + neighbours) * batch * TOKENS * CHANNELS * dtype.itemsize)
+    targets = normal(turns, batch, TOKENS, CHANNELS, dtype=dtype, device=device)
+    retrieved: Any = normal(turns, batch, neighbours, TOKENS, CHANNELS, dtype=dtype, device=device, seed=2)
+    if branch == "alone":
+        retrieved = [adapter.context(h_retr, attention) for h_retr in retrieved]
+    inputs = list(zip(targets, retrieved, strict=True))
 
     def call(h_tgt: torch.Tensor, h_retr: Any) -> torch.Tensor:
         return adapter(h_tgt, h_retr, lam, valid, attention)

@@ -8,12 +8,17 @@ import pytest
 import torch
 
 from ragturbo.bench import roofline
-from ragturbo.bench.timing import rotation
+from ragturbo.bench.timing import normal, rotation
 from ragturbo.ops import bias_residual
 
-IMPLS = ["torch", pytest.param("triton", marks=pytest.mark.gpu), pytest.param("compile", marks=pytest.mark.gpu)]
-# (channels, side): the UNet's first blocks, and the VAE's largest on a GPU.
-SHAPES = [pytest.param(320, 64, marks=pytest.mark.quick), (1280, 8), pytest.param(128, 512, marks=pytest.mark.gpu)]
+GPU = pytest.mark.gpu
+IMPLS = ["torch", pytest.param("triton", marks=GPU), pytest.param("compile", marks=[GPU, pytest.mark.compiled])]
+# (channels, side): the VAE's largest on a GPU, and the UNet's first blocks.
+SHAPES = [
+    pytest.param(128, 512, marks=[GPU, pytest.mark.quick]),
+    pytest.param(320, 64, marks=pytest.mark.quick),
+    (1280, 8),
+]
 
 
 def composed(x: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
@@ -24,14 +29,10 @@ def composed(x: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor) -> tor
 @pytest.mark.parametrize("channels, side", SHAPES)
 def test_bias_residual(measure: Any, device: str, channels: int, side: int, impl: str) -> None:
     dtype = torch.float16 if device == "cuda" else torch.float32
-    generator = torch.Generator().manual_seed(1)
-
-    def image() -> torch.Tensor:
-        found = torch.randn(1, channels, side, side, generator=generator).to(device, dtype)
-        return found.contiguous(memory_format=torch.channels_last)
-
-    bias = torch.randn(channels, generator=generator).to(device, dtype)
-    inputs = [(image(), bias, image()) for _ in range(rotation(2 * channels * side * side * dtype.itemsize))]
+    (bias,) = normal(1, channels, dtype=dtype, device=device)
+    turns = rotation(2 * channels * side * side * dtype.itemsize)
+    images = normal(2 * turns, 1, channels, side, side, dtype=dtype, device=device, seed=2, channels_last=True)
+    inputs = [(x, bias, residual) for x, residual in zip(images[:turns], images[turns:], strict=True)]
     calls = {"torch": composed, "triton": lambda *args: bias_residual(*args, impl="triton")}
     call = calls[impl] if impl in calls else torch.compile(composed, fullgraph=True, dynamic=False)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ragturbo.bench import roofline
-from ragturbo.bench.timing import rotation
+from ragturbo.bench.timing import normal, rotation
 from ragturbo.ops import cross_attention
 from ragturbo.ops.cross_attention import reference
 from ragturbo.ops.dispatch import HAS_XFORMERS
@@ -21,7 +21,7 @@ IMPLS = [
     "sdpa",
     pytest.param("triton", marks=GPU),
     pytest.param("xformers", marks=[GPU, XFORMERS]),
-    pytest.param("compile", marks=GPU),
+    pytest.param("compile", marks=[GPU, pytest.mark.compiled]),
 ]
 
 
@@ -30,14 +30,11 @@ IMPLS = [
 @pytest.mark.parametrize("batch, neighbours", [pytest.param(1, 1, marks=pytest.mark.quick), (1, 16), (8, 4)])
 def test_cross_attention(measure: Any, device: str, batch: int, neighbours: int, heads: int, impl: str) -> None:
     dtype = torch.float16 if device == "cuda" else torch.float32
-    generator = torch.Generator().manual_seed(1)
-
-    def tokens(*shape: int) -> torch.Tensor:
-        return torch.randn(batch, *shape, CHANNELS, generator=generator).to(device, dtype)
-
     valid = torch.ones(batch, neighbours, dtype=torch.bool, device=device)
     turns = rotation((1 + 2 * neighbours) * batch * TOKENS * CHANNELS * dtype.itemsize)
-    inputs = [(tokens(TOKENS), tokens(neighbours, TOKENS), tokens(neighbours, TOKENS), valid) for _ in range(turns)]
+    q = normal(turns, batch, TOKENS, CHANNELS, dtype=dtype, device=device)
+    k, v = (normal(turns, batch, neighbours, TOKENS, CHANNELS, dtype=dtype, device=device, seed=s) for s in (2, 3))
+    inputs = [(*qkv, valid) for qkv in zip(q, k, v, strict=True)]
 
     def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
         return cross_attention(q, k, v, valid, heads=heads, impl=impl)

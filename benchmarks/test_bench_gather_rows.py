@@ -1,7 +1,6 @@
 """Feature rows by random ids: the Triton kernel and its CUDA twin, from page-locked host memory and from the device.
 
-The host table is larger than any cache between; index_select of the device table and a copy of the same bytes from
-page-locked memory are the yardsticks.
+The host table is larger than any cache between; a copy of as many rows that lie one after another is the yardstick.
 """
 
 from __future__ import annotations
@@ -22,37 +21,35 @@ IMPLS = ["reference", *(pytest.param(name, marks=GPU) for name in ("triton", "cu
 
 
 @pytest.fixture(scope="module")
-def tables(device: str) -> Any:
-    """Tables by (where, stored), made when asked for and kept: (count, bytes a record) uint8."""
-    made: dict[tuple[str, str], torch.Tensor] = {}
+def buffers(device: str) -> dict[str, torch.Tensor]:
+    """The same random bytes on the device and, page-locked, in host memory."""
+    # Small enough that any of them as fp16 or as an fp32 scale is finite; drawn on the device in no time.
+    drawn = torch.randint(0, 60, (TABLE_BYTES[device],), dtype=torch.uint8, device=device)
+    if device == "cpu":
+        return {"host": drawn}
+    return {"device": drawn, "host": torch.empty(len(drawn), dtype=torch.uint8, pin_memory=True).copy_(drawn)}
 
-    def table(where: str, stored: str) -> torch.Tensor:
-        if (where, stored) not in made:
-            made.clear()
-            values = TOKENS * CHANNELS
-            record = 2 * values if stored == "float16" else values + 4 * TOKENS
-            count = TABLE_BYTES[device] // record
-            made[where, stored] = torch.randint(
-                0, 60, (count, record), dtype=torch.uint8, device=device if where == "device" else "cpu",
-                pin_memory=device == "cuda" and where == "host",
-            )  # fmt: skip
-        return made[where, stored]
 
-    return table
+def as_table(buffer: torch.Tensor, stored: str) -> torch.Tensor:
+    """(count, bytes a record) of the buffer's bytes."""
+    values = TOKENS * CHANNELS
+    record = 2 * values if stored == "float16" else values + 4 * TOKENS
+    count = len(buffer) // record
+    return buffer[: count * record].view(count, record)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("stored", ["float16", "int8"])
 @pytest.mark.parametrize("where", ["host", pytest.param("device", marks=GPU)])
 @pytest.mark.parametrize("rows", [1, pytest.param(16, marks=pytest.mark.quick), 64])
-def test_gather_rows(measure: Any, device: str, tables: Any, rows: int, where: str, stored: str, impl: str) -> None:
+def test_gather_rows(measure: Any, device: str, buffers: Any, rows: int, where: str, stored: str, impl: str) -> None:
     if impl == "reference" and device == "cuda":
         pytest.skip("the reference reads host memory for ids on the CPU")
-    table = tables(where, stored)
+    table = as_table(buffers[where], stored)
     source = Rows(describe(table.data_ptr(), len(table), device), table.shape[1], TOKENS, CHANNELS, stored)
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(device).manual_seed(1)
     turns = rotation(rows * table.shape[1], least=16)
-    ids = [torch.randint(0, len(table), (rows,), generator=generator).to(device) for _ in range(turns)]
+    ids = torch.randint(0, len(table), (turns, rows), generator=generator, device=device).unbind()
     parts = table[: turns * rows].split(rows)
     out = torch.empty(rows, table.shape[1], dtype=torch.uint8, device=device)
 

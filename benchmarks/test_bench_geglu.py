@@ -9,10 +9,11 @@ import torch
 from torch.nn import functional as F
 
 from ragturbo.bench import roofline
-from ragturbo.bench.timing import rotation
+from ragturbo.bench.timing import normal, rotation
 from ragturbo.ops import geglu
 
-IMPLS = ["torch", pytest.param("triton", marks=pytest.mark.gpu), pytest.param("compile", marks=pytest.mark.gpu)]
+GPU = pytest.mark.gpu
+IMPLS = ["torch", pytest.param("triton", marks=GPU), pytest.param("compile", marks=[GPU, pytest.mark.compiled])]
 
 
 def composed(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -24,10 +25,9 @@ def composed(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("rows, width", [(4096, 1280), pytest.param(1024, 2560, marks=pytest.mark.quick), (256, 5120)])
 def test_geglu(measure: Any, device: str, rows: int, width: int, impl: str) -> None:
     dtype = torch.float16 if device == "cuda" else torch.float32
-    generator = torch.Generator().manual_seed(1)
-    bias = torch.randn(2 * width, generator=generator).to(device, dtype)
+    (bias,) = normal(1, 2 * width, dtype=dtype, device=device)
     turns = rotation(2 * rows * width * dtype.itemsize)
-    inputs = [(torch.randn(rows, 2 * width, generator=generator).to(device, dtype), bias) for _ in range(turns)]
+    inputs = [(x, bias) for x in normal(turns, rows, 2 * width, dtype=dtype, device=device, seed=2)]
     calls = {"torch": composed, "triton": lambda x, bias: geglu(x, bias, impl="triton")}
     call = calls[impl] if impl in calls else torch.compile(composed, fullgraph=True, dynamic=False)
 

@@ -9,20 +9,20 @@ import torch
 from torch.nn import functional as F
 
 from ragturbo.bench import roofline
-from ragturbo.bench.timing import rotation
+from ragturbo.bench.timing import normal, rotation
 from ragturbo.ops import layer_norm
 
-IMPLS = ["torch", pytest.param("triton", marks=pytest.mark.gpu), pytest.param("compile", marks=pytest.mark.gpu)]
+GPU = pytest.mark.gpu
+IMPLS = ["torch", pytest.param("triton", marks=GPU), pytest.param("compile", marks=[GPU, pytest.mark.compiled])]
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("rows, channels", [pytest.param(4096, 320, marks=pytest.mark.quick), (1024, 640), (256, 1280)])
 def test_layer_norm(measure: Any, device: str, rows: int, channels: int, impl: str) -> None:
     dtype = torch.float16 if device == "cuda" else torch.float32
-    generator = torch.Generator().manual_seed(1)
-    weight, bias = (torch.randn(channels, generator=generator).to(device, dtype) for _ in range(2))
+    weight, bias = normal(2, channels, dtype=dtype, device=device)
     turns = rotation(rows * channels * dtype.itemsize)
-    inputs = [(torch.randn(rows, channels, generator=generator).to(device, dtype),) for _ in range(turns)]
+    inputs = [(x,) for x in normal(turns, rows, channels, dtype=dtype, device=device, seed=2)]
 
     def eager(x: torch.Tensor) -> torch.Tensor:
         return F.layer_norm(x, (channels,), weight, bias)

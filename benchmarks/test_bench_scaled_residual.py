@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ragturbo.bench import roofline
-from ragturbo.bench.timing import rotation
+from ragturbo.bench.timing import normal, rotation
 from ragturbo.ops import scaled_residual
 from ragturbo.ops.scaled_residual import reference
 
@@ -19,7 +19,7 @@ IMPLS = [
     "addition",
     pytest.param("triton", marks=GPU),
     pytest.param("triton in place", marks=GPU),
-    pytest.param("compile", marks=GPU),
+    pytest.param("compile", marks=[GPU, pytest.mark.compiled]),
 ]
 
 
@@ -36,15 +36,11 @@ def residual(impl: str) -> Any:
 @pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.quick), 8])
 def test_scaled_residual(measure: Any, device: str, batch: int, impl: str) -> None:
     dtype = torch.float16 if device == "cuda" else torch.float32
-    generator = torch.Generator().manual_seed(1)
-
-    def feature() -> torch.Tensor:
-        return torch.randn(batch, TOKENS, CHANNELS, generator=generator).to(device, dtype)
-
     # In place each call adds on: a small λ keeps the sum finite.
     lam = torch.full((batch,), 1e-4, device=device)
     turns = rotation(2 * batch * TOKENS * CHANNELS * dtype.itemsize)
-    inputs = [(feature(), feature(), lam) for _ in range(turns)]
+    features = normal(2 * turns, batch, TOKENS, CHANNELS, dtype=dtype, device=device)
+    inputs = [(h, delta, lam) for h, delta in zip(features[:turns], features[turns:], strict=True)]
     call = residual(impl)
 
     def verify() -> None:

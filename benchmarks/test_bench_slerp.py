@@ -8,13 +8,18 @@ import pytest
 import torch
 
 from ragturbo.bench import roofline
-from ragturbo.bench.timing import rotation
+from ragturbo.bench.timing import normal, rotation
 from ragturbo.ops import slerp
 from ragturbo.ops.slerp import reference
 
 TOKENS, CHANNELS = 64, 1280
 GPU = pytest.mark.gpu
-IMPLS = ["reference", "addition", pytest.param("triton", marks=GPU), pytest.param("compile", marks=GPU)]
+IMPLS = [
+    "reference",
+    "addition",
+    pytest.param("triton", marks=GPU),
+    pytest.param("compile", marks=[GPU, pytest.mark.compiled]),
+]
 
 
 def blend(impl: str, per: str) -> Any:
@@ -30,14 +35,10 @@ def blend(impl: str, per: str) -> Any:
 @pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.quick), 8])
 def test_slerp(measure: Any, device: str, batch: int, per: str, impl: str) -> None:
     dtype = torch.float16 if device == "cuda" else torch.float32
-    generator = torch.Generator().manual_seed(1)
-
-    def feature() -> torch.Tensor:
-        return torch.randn(batch, TOKENS, CHANNELS, generator=generator).to(device, dtype)
-
     w = torch.full((batch,), 0.8, device=device)
     turns = rotation(2 * batch * TOKENS * CHANNELS * dtype.itemsize)
-    inputs = [(feature(), feature(), w) for _ in range(turns)]
+    features = normal(2 * turns, batch, TOKENS, CHANNELS, dtype=dtype, device=device)
+    inputs = [(t, r, w) for t, r in zip(features[:turns], features[turns:], strict=True)]
     call = blend(impl, per)
 
     def verify() -> None:

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from ragturbo.bench import roofline
-from ragturbo.bench.timing import rotation
+from ragturbo.bench.timing import normal, rotation
 from ragturbo.ops import to_uint8
 from ragturbo.ops.to_uint8 import reference
 
-IMPLS = ["reference", pytest.param("triton", marks=pytest.mark.gpu), pytest.param("compile", marks=pytest.mark.gpu)]
+GPU = pytest.mark.gpu
+IMPLS = ["reference", pytest.param("triton", marks=GPU), pytest.param("compile", marks=[GPU, pytest.mark.compiled])]
 SIZE = 512
 
 
@@ -20,10 +21,8 @@ SIZE = 512
 @pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.quick), 8])
 def test_to_uint8(measure: Any, device: str, batch: int, impl: str) -> None:
     dtype = torch.float16 if device == "cuda" else torch.float32
-    generator = torch.Generator().manual_seed(1)
     turns = rotation(3 * batch * SIZE * SIZE * dtype.itemsize)
-    images = [torch.randn(batch, 3, SIZE, SIZE, generator=generator).to(device, dtype) for _ in range(turns)]
-    inputs = [(x.contiguous(memory_format=torch.channels_last),) for x in images]
+    inputs = [(x,) for x in normal(turns, batch, 3, SIZE, SIZE, dtype=dtype, device=device, channels_last=True)]
 
     def call(x: torch.Tensor) -> torch.Tensor:
         return to_uint8(x, impl="reference" if impl == "compile" else impl)
