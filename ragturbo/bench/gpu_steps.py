@@ -1,30 +1,45 @@
-"""What the GPU script measures, one function a step. Each gives figures by budget name, their noise, and details.
+"""What the GPU script measures, one function a step. Each leaves figures by budget name, their noise, and details.
 
-A step first holds what it times against a reference: what is wrong has no time, and the step says why. Every step runs
-in a process of its own. With `rehearse` the same lines run at tiny sizes on any machine, so that the script is known to
-work before a GPU is lent to it; a rehearsal's figures are never written among results.
+A step first compares what it times with a reference. What disagrees is timed all the same, and its figures are kept as
+unverified, outside the budgets (see `StepRecord`). Every step runs in a process of its own and writes what it has found
+after each phase. With `rehearse` the same lines run at tiny sizes on any machine, so that the script is known to work
+before a GPU is lent to it; a rehearsal's figures are never written among results.
 """
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ragturbo.bench.context import NOISE_LIMIT, gpu_state, throttled
-from ragturbo.bench.peers import CONTROLS_BY, WITHIN, Diffusers, agreement, equal, latent_agreement, relative_error
+from ragturbo.bench.peers import (
+    CONTROLS_BY,
+    WITHIN,
+    Diffusers,
+    agreement,
+    equal,
+    latent_agreement,
+    refused,
+    relative_error,
+)
 from ragturbo.bench.prompts import prompts
+from ragturbo.bench.step_record import StepRecord
 from ragturbo.bench.timing import captured, interleaved, noise, once, percentiles, sample
 from ragturbo.engine import profile as profiling
 
-# Asks for the card's state: beside a measurement, never within one.
-Look = Callable[[], None]
 # What the UNet gives, and the adapter, lies this much farther apart by rounding than the latents made of it.
 PARTS_BY = 5
+# Requests of `tail` take no longer than this, whatever an image takes.
+TAIL_SECONDS = 40.0
+# Pairs of the databases whose size does not matter to what is measured.
+PAIRS = 1024
 
 
 @dataclass(frozen=True)
@@ -53,10 +68,33 @@ class Scale:
         return 3 if self.rehearse else quick if self.quick else full
 
 
+def measure(name: str, scale: Scale, out: Path | None = None) -> dict[str, Any]:
+    """Runs a step and returns its record. out: where the record is written after every phase, and at the end."""
+    record = StepRecord(out, has_gpu=not scale.rehearse)
+    record.look()
+    STEPS[name](scale, record)
+    record.look()
+    record.save()
+    return record.to_dict()
+
+
 def _bundle(scale: Scale) -> Any:
     from ragturbo.bench.models import make_bundle
 
     return make_bundle(scale.config, scale.device, scale.dtype)
+
+
+def _folder(needed: int = 4 << 30) -> tempfile.TemporaryDirectory[str]:
+    """A temporary folder, in memory where that has room for `needed` bytes: a lent machine's disk may be slow."""
+    memory = Path("/dev/shm")
+    roomy = memory.is_dir() and shutil.disk_usage(memory).free > 2 * needed
+    return tempfile.TemporaryDirectory(dir=memory if roomy else None)
+
+
+def _database(scale: Scale, bundle: Any, folder: str, count: int = PAIRS) -> Any:
+    from ragturbo.bench.models import make_database
+
+    return make_database(bundle, Path(folder) / "db", 64 if scale.rehearse else count)
 
 
 def _generator(scale: Scale, bundle: Any, database: Any, **options: Any) -> Any:
@@ -76,24 +114,18 @@ def _requests(gen: Any, mode: str, start: int = 0) -> Callable[[], Any]:
     return run
 
 
-def measure(name: str, scale: Scale) -> dict[str, Any]:
-    """A step, the card's states while it ran, and what makes its figures doubtful."""
-    states: list[Any] = []
+def _peer(peer: Diffusers) -> Callable[[], Any]:
+    words, turn = prompts(200), iter(range(10**9))
 
-    def look() -> None:
-        if not scale.rehearse:
-            states.append(gpu_state())
+    def run() -> Any:
+        i = next(turn)
+        return peer([words[i % 200]], [i])
 
-    look()
-    found = STEPS[name](scale, look)
-    look()
-    flags = [*found.get("flags", []), *(f"throttled: {reason}" for reason in throttled(states))]
-    flags += [f"noise {share:.1%} ({row})" for row, share in found.get("noise", {}).items() if share > NOISE_LIMIT]
-    return {**found, "gpu_states": states, "flags": flags}
+    return run
 
 
-def _withheld(why: str, agreement: dict[str, Any]) -> dict[str, Any]:
-    return {"measured": {}, "withheld": why, "agreement": agreement}
+def _refused(scale: Scale, gen: Any) -> str | None:
+    return refused(gen.info, scale.engine, scale.dtype)
 
 
 def _differs(found: dict[str, dict[str, float]], scale: Scale) -> str | None:
@@ -102,55 +134,73 @@ def _differs(found: dict[str, dict[str, float]], scale: Scale) -> str | None:
     return next((f"{name}: {why}" for name, why in reasons if why is not None), None)
 
 
-def _modes(bundle: Any, gen: Any) -> dict[str, dict[str, float]]:
-    return {mode: latent_agreement(bundle, gen, mode, prompts(2)) for mode in ("none", "adapter")}
+def _compare(
+    record: StepRecord, scale: Scale, bundle: Any, gen: Any, more: Callable[[], dict[str, Any]] = dict
+) -> None:
+    """Both modes against plain torch, and what `more` compares. Where a comparison raises, nothing is verified."""
+    found: dict[str, Any] = {}
+    with record.phase("comparison"):
+        for mode in ("none", "adapter"):
+            found[mode] = latent_agreement(bundle, gen, mode, prompts(2))
+            record.save(agreement=found)
+        found |= more()
+        record.save(agreement=found)
+        record.verify(_differs(found, scale))
+
+
+def image(scale: Scale, record: StepRecord) -> None:
+    """One image, ours with the adapter, by itself and interleaved with diffusers eager."""
+    bundle = _bundle(scale)
+    with _folder() as folder:
+        database = _database(scale, bundle, folder)
+        with _generator(scale, bundle, database, retriever="exact", batch_sizes=(1,)) as gen:
+            peers: list[Diffusers] = []
+
+            def against_diffusers() -> dict[str, Any]:
+                peers.append(Diffusers(bundle))
+                words = prompts(2)
+                return {"diffusers": agreement(_draw(gen), peers[0], words[:1], words[1:])}
+
+            _compare(record, scale, bundle, gen, against_diffusers)
+            with record.phase("alone"):
+                alone = sample(_requests(gen, "adapter", 200), seconds=0.1 if scale.rehearse else 5, least=3)
+                record.look()
+                record.refuse(_refused(scale, gen))
+                p50 = percentiles(alone)
+                record.save(
+                    figures={"image_p50_s": p50["p50"]}, alone=p50, noise={"alone": noise(alone)}, pairs=len(database)
+                )
+            with record.phase("interleaved"):
+                peer = peers[0] if peers else Diffusers(bundle)
+                runs = {
+                    "ours": _requests(gen, "adapter"),
+                    "ours, no retrieval": _requests(gen, "none"),
+                    "diffusers": _peer(peer),
+                }
+                times = interleaved(runs, rounds=scale.count(60, 15))
+                record.look()
+                spread = _spread(times)
+                ratio = spread["diffusers"]["p50"] / spread["ours"]["p50"]
+                record.save(figures={"faster_than_diffusers": ratio}, interleaved=spread, noise=_noises(times))
+            with record.phase("stages"):
+                out = gen(prompts(1)[0], seed=1, mode="adapter", output_type="uint8")
+                stages = dict(out.timings)
+                record.refuse(_refused(scale, gen))
+                record.save(stages=stages, stages_over_total=_stages_over_total(stages), info=gen.info)
+            # Last: a profiler may fail or take long, and what it slows down is no longer timed.
+            with record.phase("trace"):
+                trace = Path(folder) / "trace.json"
+                with profiling.traced(gen, trace):
+                    profiling.run(gen, prompts(3), 3, mode="adapter")
+                record.save(trace_of_3_images=profiling.summary(trace))
 
 
 def _draw(gen: Any) -> Any:
     return lambda words, seeds, output: gen(words, seed=seeds, mode="none", output_type=output).images
 
 
-def image(scale: Scale, look: Look) -> dict[str, Any]:
-    """One image, ours with the adapter, against diffusers eager: interleaved, and only after latents agree."""
-    from ragturbo.bench.models import make_database
-
-    bundle = _bundle(scale)
-    with tempfile.TemporaryDirectory() as folder:
-        database = make_database(bundle, Path(folder) / "db", scale.count(4096, 1024))
-        with _generator(scale, bundle, database, retriever="exact", batch_sizes=(1,)) as gen:
-            peer, words = Diffusers(bundle), prompts(200)
-            found = {"diffusers": agreement(_draw(gen), peer, words[:1], words[1:2]), **_modes(bundle, gen)}
-            if why := _differs(found, scale):
-                return _withheld(why, found)
-            turn = iter(range(10**9))
-
-            def theirs() -> Any:
-                i = next(turn)
-                return peer([words[i % 200]], [i])
-
-            runs = {
-                "ours": _requests(gen, "adapter"),
-                "ours, no retrieval": _requests(gen, "none"),
-                "diffusers": theirs,
-            }
-            look()
-            times = interleaved(runs, rounds=scale.count(60, 15))
-            look()
-            alone = sample(_requests(gen, "adapter", 5000), seconds=0.1 if scale.rehearse else 5, least=3)
-            look()
-            info, stages = gen.info, dict(gen(words[0], seed=1, mode="adapter", output_type="uint8").timings)
-            trace = Path(folder) / "trace.json"
-            with profiling.traced(gen, trace):
-                profiling.run(gen, words, 3, mode="adapter")
-            streams = profiling.summary(trace)
-    p50 = {name: percentiles(values) for name, values in times.items()}
-    measured = {
-        "image_p50_s": percentiles(alone)["p50"],
-        "faster_than_diffusers": p50["diffusers"]["p50"] / p50["ours"]["p50"],
-    }
-    return {"measured": measured, "agreement": found, "interleaved": p50, "alone": percentiles(alone),
-            "noise": {"alone": noise(alone), **_noises(times)}, "stages": stages,
-            "stages_over_total": _stages_over_total(stages), "trace of 3 images": streams, "info": info}  # fmt: skip
+def _spread(times: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    return {name: percentiles(values) for name, values in times.items()}
 
 
 def _noises(times: dict[str, list[float]]) -> dict[str, float]:
@@ -163,37 +213,35 @@ def _stages_over_total(stages: dict[str, float]) -> float:
     return sum(stages.get(name, 0.0) for name in names) / stages["total"]
 
 
-def compiled_peer(scale: Scale, look: Look) -> dict[str, Any]:
-    """diffusers + torch.compile(max-autotune, channels_last): minutes to compile when its cache is cold."""
-    from ragturbo.bench.models import make_database
-
+def compiled_peer(scale: Scale, record: StepRecord) -> None:
+    """diffusers + torch.compile(reduce-overhead, channels_last), whose cache may be cold."""
     bundle = _bundle(scale)
-    with tempfile.TemporaryDirectory() as folder:
-        database = make_database(bundle, Path(folder) / "db", 256)
-        # On a CPU max-autotune needs a compiler and minutes: the rehearsal compiles nothing and runs the same lines.
-        peer, eager = Diffusers(bundle, compile=not scale.rehearse), Diffusers(bundle)
-        words, turn = prompts(200), iter(range(10**9))
-
-        def theirs() -> Any:
-            i = next(turn)
-            return peer([words[i % 200]], [i])
-
-        took = once(theirs)
+    with _folder() as folder:
+        database = _database(scale, bundle, folder, 256)
+        # On a CPU compiling needs a compiler and minutes: the rehearsal compiles nothing and runs the same lines.
+        peer = Diffusers(bundle, compile=not scale.rehearse)
+        theirs = _peer(peer)
+        # The second call records its graphs, which clears cuBLAS's workspaces: before ours are recorded, not between.
+        record.save(peer=peer.name, first_calls_s=[once(theirs) for _ in range(3)])
         with _generator(scale, bundle, database, retriever="exact", batch_sizes=(1,)) as gen:
-            found = {"compiled": agreement(peer, eager, words[:1], words[1:2]), **_modes(bundle, gen)}
-            if why := _differs(found, scale):
-                return {**_withheld(why, found), "first_call_s": took}
-            look()
-            times = interleaved({"ours": _requests(gen, "adapter"), "compiled": theirs}, rounds=scale.count(60, 20))
-            look()
-    p50 = {name: percentiles(values) for name, values in times.items()}
-    return {"measured": {"faster_than_compiled": p50["compiled"]["p50"] / p50["ours"]["p50"]}, "agreement": found,
-            "interleaved": p50, "noise": _noises(times), "first_call_s": took}  # fmt: skip
+
+            def against_eager() -> dict[str, Any]:
+                words = prompts(2)
+                return {"compiled": agreement(peer, Diffusers(bundle), words[:1], words[1:])}
+
+            _compare(record, scale, bundle, gen, against_eager)
+            with record.phase("interleaved"):
+                times = interleaved({"ours": _requests(gen, "adapter"), "compiled": theirs}, rounds=scale.count(60, 20))
+                record.look()
+                record.refuse(_refused(scale, gen))
+                spread = _spread(times)
+                ratio = spread["compiled"]["p50"] / spread["ours"]["p50"]
+                record.save(figures={"faster_than_compiled": ratio}, interleaved=spread, noise=_noises(times))
 
 
 @torch.inference_mode()
-def parts(scale: Scale, look: Look) -> dict[str, Any]:
-    """The UNet and the adapter by themselves, as replays of graphs, once they give what plain torch gives."""
+def parts(scale: Scale, record: StepRecord) -> None:
+    """The UNet and the adapter by themselves, as replays of graphs, compared with plain torch."""
     from ragturbo.engine.fast import FastModel
 
     bundle = _bundle(scale)
@@ -213,50 +261,42 @@ def parts(scale: Scale, look: Look) -> dict[str, Any]:
     def adapter(h_retr: torch.Tensor) -> torch.Tensor:
         return bundle.adapter(tokens, h_retr, lam)
 
-    found = {
-        "unet_s": _part(
-            lambda i: unet(latents[i], texts[i]),
-            lambda i: bundle.unet.unet(latents[i], model.unet.timesteps[0], texts[i]).sample,
-        ),
+    def same(key: str, ours: Callable[[int], torch.Tensor], reference: Callable[[int], torch.Tensor]) -> None:
+        """Input 0 by both, and the control: input 1 by ours."""
+        expected, bar = reference(0), PARTS_BY * WITHIN[dtype]
+        error, other = relative_error(ours(0), expected), relative_error(ours(1), expected)
+        right = error <= bar and other > max(bar, CONTROLS_BY * error)
+        why = None if right else f"{key}: error {error:.1e}, of another input {other:.1e}"
+        found[key] = {"error": error, "error_other_input": other}
+        record.verify(why, [key])
+        record.save(agreement=found)
+
+    found: dict[str, Any] = {}
+    with record.phase("comparison of the UNet"):
+        same("unet_s", lambda i: unet(latents[i], texts[i]),
+             lambda i: bundle.unet.unet(latents[i], model.unet.timesteps[0], texts[i]).sample)  # fmt: skip
+    with record.phase("comparison of the adapter"):
         # At λ = 1, where a neighbour's part is largest.
-        "adapter_s": _part(
-            lambda i: bundle.adapter(tokens, features[i], 2 * lam),
-            lambda i: bundle.adapter(tokens, features[i], 2 * lam, impl="reference"),
-        ),
-    }
-    bar = PARTS_BY * WITHIN[dtype]
-    wrong = {
-        key: f"{key}: error {part['error']:.1e}, of another input {part['error_other_input']:.1e}"
-        for key, part in found.items()
-        if not part["error"] <= bar or not part["error_other_input"] > max(bar, CONTROLS_BY * part["error"])
-    }
-    out, details, noises = {}, {}, {}
+        same("adapter_s", lambda i: bundle.adapter(tokens, features[i], 2 * lam),
+             lambda i: bundle.adapter(tokens, features[i], 2 * lam, impl="reference"))  # fmt: skip
+    details: dict[str, Any] = {}
     jobs: dict[str, tuple[Callable[..., Any], list[tuple[Any, ...]], int]] = {
         "unet_s": (unet, list(zip(latents, texts, strict=True)), 4),
+        "adapter_s": (adapter, [(h,) for h in features], 64),
         # What cuDNN's own choice of convolutions, by timing them, would gain: the engine takes its heuristics, which
         # choose alike in every process.
         "unet_tuned_s": (unet, list(zip(latents, texts, strict=True)), 4),
-        "adapter_s": (adapter, [(h,) for h in features], 64),
     }
     for key, (call, inputs, calls) in jobs.items():
-        if key.replace("_tuned", "") in wrong:
-            continue
-        torch.backends.cudnn.benchmark = key.endswith("tuned_s")
-        run = _eagerly(call, inputs, calls) if scale.rehearse else captured(call, inputs, calls)
-        times = [t / calls for t in sample(run, seconds=0.05 if scale.rehearse else 2.0, least=3)]
-        look()
-        out[key], details[key] = percentiles(times)["p50"], percentiles(times)
-        noises[key] = noise(times)
+        with record.phase(key):
+            torch.backends.cudnn.benchmark = key == "unet_tuned_s"
+            run = _eagerly(call, inputs, calls) if scale.rehearse else captured(call, inputs, calls)
+            times = [t / calls for t in sample(run, seconds=0.05 if scale.rehearse else 2.0, least=3)]
+            record.look()
+            details[key] = percentiles(times)
+            figures = {} if key == "unet_tuned_s" else {key: details[key]["p50"]}
+            record.save(figures=figures, details=details, noise={key: noise(times)})
     torch.backends.cudnn.benchmark = False
-    out.pop("unet_tuned_s", None)
-    result = {"measured": out, "agreement": found, "details": details, "noise": noises}
-    return {**result, "withheld": "; ".join(wrong.values())} if wrong else result
-
-
-def _part(ours: Callable[[int], torch.Tensor], reference: Callable[[int], torch.Tensor]) -> dict[str, float]:
-    """Input 0 by both, and the control: input 1 by ours."""
-    expected = reference(0)
-    return {"error": relative_error(ours(0), expected), "error_other_input": relative_error(ours(1), expected)}
 
 
 def _eagerly(call: Callable[..., Any], inputs: list[tuple[Any, ...]], calls: int) -> Callable[[], None]:
@@ -267,76 +307,95 @@ def _eagerly(call: Callable[..., Any], inputs: list[tuple[Any, ...]], calls: int
     return run
 
 
-def added(scale: Scale, look: Look) -> dict[str, Any]:
-    """Adapter against none, interleaved, of one engine over as many distinct page-locked rows as the machine holds."""
+def added(scale: Scale, record: StepRecord) -> None:
+    """Adapter against none, interleaved, of one engine: 630,000 keys searched, 65,000 distinct page-locked rows.
+
+    Every prompt is new and finds a row of its own, at a random place; the keys beyond the rows are searched, never
+    found (`rows.pad_keys`).
+    """
     from ragturbo.bench import rows
 
     bundle = _bundle(scale)
-    wanted = 600 if scale.rehearse else 100_000 if scale.quick else rows.WANTED
+    wanted = 600 if scale.rehearse else rows.ROWS
     place, count = rows.where_and_how_many(bundle, wanted)
+    keys = count if scale.rehearse else rows.KEYS
+    record.save(
+        rows=count, keys=keys, flags=[] if count == wanted else [f"{count:,} rows: there is no memory for more"]
+    )
     with tempfile.TemporaryDirectory(dir=place) as folder:
-        took: list[Any] = []
-        build_s = once(
-            lambda: took.append(rows.write(bundle, Path(folder) / "db", count, workers=2 if scale.rehearse else 16))
-        )
-        database = took[0]
-        options = {"host_cache": int(count * 1.06 + 100) * (database.geometry.record_bytes + 128)}
+        start = time.perf_counter()
+        own = rows.prompt_keys(bundle, prompts(min(1152, count)))
+        encode_s, start = time.perf_counter() - start, time.perf_counter()
+        database = rows.write(bundle, Path(folder) / "db", count, workers=2 if scale.rehearse else 16, own=own)
+        record.save(encode_prompts_s=encode_s, write_s=time.perf_counter() - start,
+                    rows_bytes=count * database.geometry.record_bytes)  # fmt: skip
+        options = {"host_cache": count * database.geometry.stride}
+        start = time.perf_counter()
         with _generator(scale, bundle, database, retriever="exact", batch_sizes=(1,), **options) as gen:
-            first_s = once(_requests(gen, "adapter"))
-            found = _modes(bundle, gen)
-            if why := _differs(found, scale):
-                return _withheld(why, found)
-            runs = {"adapter": _requests(gen, "adapter"), "none": _requests(gen, "none")}
-            look()
-            times = interleaved(runs, rounds=scale.count(500, 100))
-            look()
-            info = gen.info
-    p = {name: percentiles(values) for name, values in times.items()}
-    difference = p["adapter"]["p50"] - p["none"]["p50"]
-    return {
-        "measured": {"retrieval_added_s": difference},
-        "agreement": found,
-        "share": difference / p["none"]["p50"],
-        "interleaved": p,
-        "noise": _noises(times),
-        "keys": count, "rows_bytes": count * database.geometry.record_bytes,
-        "write_s": build_s, "first_request_s": first_s, "info": info,
-    }  # fmt: skip
+            record.save(page_lock_s=time.perf_counter() - start, first_request_s=once(_requests(gen, "adapter", 1100)))
+            if not scale.rehearse:
+                gen.call(lambda: rows.pad_keys(gen._engine._tables.keys, keys))
+            _compare(record, scale, bundle, gen)
+            with record.phase("rows found"):
+                words = prompts(min(1152, count))[-20:]
+                found = [gen(word, seed=0, mode="adapter").neighbors[0][0].id for word in words]
+                record.save(distinct_rows=f"{len(set(found))} of {len(words)}")
+                if len(set(found)) < len(words):
+                    record.verify("prompts share rows: they are not random", ["retrieval_added_s"])
+            with record.phase("interleaved"):
+                runs = {"adapter": _requests(gen, "adapter"), "none": _requests(gen, "none")}
+                times = interleaved(runs, rounds=scale.count(500, 100))
+                record.look()
+                record.refuse(_refused(scale, gen))
+                spread = _spread(times)
+                difference = spread["adapter"]["p50"] - spread["none"]["p50"]
+                pairs = [a - b for a, b in zip(times["adapter"], times["none"], strict=True)]
+                record.save(
+                    figures={"retrieval_added_s": difference}, share=difference / spread["none"]["p50"],
+                    interleaved=spread, paired_p50_s=percentiles(pairs)["p50"], noise=_noises(times), info=gen.info,
+                )  # fmt: skip
 
 
-def tail(scale: Scale, look: Look) -> dict[str, Any]:
+def tail(scale: Scale, record: StepRecord) -> None:
     """1,000 requests, every prompt new: p99 over p50; peak device memory with buckets 1 to 8 recorded."""
-    from ragturbo.bench.models import make_database
-
     bundle = _bundle(scale)
-    with tempfile.TemporaryDirectory() as folder:
-        database = make_database(bundle, Path(folder) / "db", scale.count(1024, 1024) if not scale.rehearse else 64)
+    with _folder() as folder:
+        database = _database(scale, bundle, folder)
         with _generator(scale, bundle, database, retriever="exact") as gen:
-            found = _modes(bundle, gen)
-            if why := _differs(found, scale):
-                return _withheld(why, found)
-            words = prompts(1152)
-            for batch in (1, 2, 4, 8):
-                gen(words[:batch], seed=list(range(batch)), mode="adapter", output_type="uint8")
-                gen(words[:batch], seed=list(range(batch)), mode="none", output_type="uint8")
-            run = _requests(gen, "adapter")
-            before = _memory(scale)
-            look()
-            times = [once(run) for _ in range(scale.count(1000, 200))]
-            look()
-            growth = {name: size - before[name] for name, size in _memory(scale).items()}
-            info = gen.info
-        keys = database.geometry.key_dim * 2 * len(database)
-    p = percentiles(times)
-    measured = {"p99_over_p50": p["p99"] / p["p50"]}
-    grown = [f"{name} memory grew by {n} bytes over {len(times)} requests" for name, n in growth.items() if n > 0]
-    details: dict[str, Any] = {"agreement": found, "seconds": p, "noise": {"requests": noise(times)},
-                               "requests": len(times), "info": info, "memory_growth_bytes": growth,
-                               "flags": grown}  # fmt: skip
-    if not scale.rehearse:
-        details["reserved_bytes"] = torch.cuda.max_memory_reserved()
-        measured["peak_memory_bytes"] = details["reserved_bytes"] - keys
-    return {"measured": measured, **details}
+            _compare(record, scale, bundle, gen)
+            run, count = _requests(gen, "adapter", 100), scale.count(1000, 200)
+            with record.phase("requests"):
+                for _ in range(3):
+                    run()
+                before, times = _memory(scale), list[float]()
+                until = time.perf_counter() + TAIL_SECONDS
+                record.look()
+                while len(times) < count and time.perf_counter() < until:
+                    times.append(once(run))
+                record.look()
+                record.refuse(_refused(scale, gen))
+                if len(times) < count:
+                    why = f"{len(times)} requests in {TAIL_SECONDS:.0f} s, {count:,} are needed"
+                    record.verify(why, ["p99_over_p50"])
+                growth = {name: size - before[name] for name, size in _memory(scale).items()}
+                grown = [f"{name} memory grew by {n} bytes over {len(times)} requests" for name, n in growth.items()
+                         if n > 0]  # fmt: skip
+                p = percentiles(times)
+                record.save(
+                    figures={"p99_over_p50": p["p99"] / p["p50"]}, seconds=p, noise={"requests": noise(times)},
+                    requests=len(times), memory_growth_bytes=growth, flags=grown, info=gen.info,
+                )  # fmt: skip
+            with record.phase("buckets"):
+                words = prompts(8)
+                # The largest first, as `warmup` does: the smaller ones' graphs find room in its memory.
+                for batch in (8, 4, 2, 1):
+                    for mode in ("adapter", "none"):
+                        gen(words[:batch], seed=list(range(batch)), mode=mode, output_type="uint8")
+                record.save(info=gen.info)
+                if not scale.rehearse:
+                    reserved = torch.cuda.max_memory_reserved()
+                    keys = database.geometry.key_dim * 2 * len(database)
+                    record.save(figures={"peak_memory_bytes": reserved - keys}, reserved_bytes=reserved)
 
 
 def _memory(scale: Scale) -> dict[str, int]:
@@ -345,52 +404,56 @@ def _memory(scale: Scale) -> dict[str, int]:
     return {"allocated": torch.cuda.memory_allocated(), "reserved": torch.cuda.memory_reserved()}
 
 
-def cold(scale: Scale, look: Look) -> dict[str, Any]:
+def cold(scale: Scale, record: StepRecord) -> None:
     """A fresh process to its first image; the files were written just now, so the disk's cache is warm."""
     from ragturbo.bench.cold import first_image
 
+    # Times of whole processes: there is nothing to compare.
+    record.verify(None)
     bundle = _bundle(scale)
-    with tempfile.TemporaryDirectory() as folder:
+    with _folder() as folder:
         model = str(bundle.save(Path(folder) / "model"))
         del bundle
         if not scale.rehearse:
             torch.cuda.empty_cache()
-        runs = []
+        runs: list[dict[str, Any]] = []
         for _ in range(1 if scale.rehearse else 3):
             runs.append(first_image(model, scale.device))
-            look()
-    middle = sorted(runs, key=lambda r: r["total_s"])[len(runs) // 2]
-    return {"measured": {"cold_start_s": middle["total_s"]}, "runs": runs}
+            record.look()
+            middle = sorted(runs, key=lambda r: r["total_s"])[len(runs) // 2]
+            record.save(figures={"cold_start_s": middle["total_s"]}, runs=runs)
 
 
-def build(scale: Scale, look: Look) -> dict[str, Any]:
+def build(scale: Scale, record: StepRecord) -> None:
     """A database built from images at the model's size: decoding, VAE, text encoder, UNet's encoder, writing."""
-    import time
-
     import numpy as np
     from PIL import Image
 
     from ragturbo.retrieval import Database
 
     bundle, count = _bundle(scale), scale.count(1024, 256)
-    rng, side = np.random.default_rng(0), bundle.default_size
+    side, words = bundle.default_size, prompts(1024)
     # JPEG files on disk, as a folder of pairs has them.
-    with tempfile.TemporaryDirectory() as folder:
-        images, words = Path(folder) / "images", prompts(1024)
+    with _folder() as folder:
+        images = Path(folder) / "images"
         images.mkdir()
-        for i in range(count):
-            small = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+
+        def draw(i: int) -> None:
+            small = Image.fromarray(np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8))
             small.resize((side, side)).save(images / f"{i:05d}.jpg", quality=90)
             (images / f"{i:05d}.txt").write_text(words[i % 1024])
+
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(draw, range(count)))
         start = time.perf_counter()
         database = Database.build(images, Path(folder) / "db", model=bundle, index=False)
         seconds = time.perf_counter() - start
-        look()
-        assert len(database) == count
-    return {"measured": {"build_images_per_s": count / seconds}, "images": count, "seconds": seconds}
+        record.look()
+        record.verify(None if len(database) == count else f"{len(database)} pairs of {count} images")
+        record.save(figures={"build_images_per_s": count / seconds}, images=count, seconds=seconds)
 
 
-STEPS: dict[str, Callable[[Scale, Look], dict[str, Any]]] = {
+STEPS: dict[str, Callable[[Scale, StepRecord], None]] = {
     "image": image,
     "parts": parts,
     "tail": tail,

@@ -54,8 +54,10 @@ class Diffusers:
 
     name = "diffusers"
 
-    def __init__(self, bundle: Bundle, *, compile: bool = False, mode: str = "max-autotune") -> None:
-        self.bundle = bundle
+    def __init__(self, bundle: Bundle, *, compile: bool = False, mode: str = "reduce-overhead") -> None:
+        """compile: UNet, VAE decoder and text encoder by torch.compile, channels_last. mode: torch.compile's; the
+        default records CUDA graphs, and compiles without the minutes of autotuning that "max-autotune" needs."""
+        self.bundle, self.compiled = bundle, compile
         self.pipe = pipe = diffusers_pipeline(bundle)
         # Copies, in the layout diffusers loads: our engine lays the bundle's own out anew, which a peer must not gain
         # from; and what a peer's compiler does to its modules must not reach ours.
@@ -64,13 +66,17 @@ class Diffusers:
             module = copy.deepcopy(getattr(pipe, name))
             setattr(pipe, name, torch.nn.Module.to(module, memory_format=layout))
         if compile:
-            self.name = f"diffusers + torch.compile({mode})"
+            self.name = f"diffusers + torch.compile({mode}, channels_last)"
             pipe.unet = torch.compile(pipe.unet, mode=mode, fullgraph=True)
             pipe.vae.decode = torch.compile(pipe.vae.decode, mode=mode, fullgraph=True)
             pipe.text_encoder = torch.compile(pipe.text_encoder, mode=mode)
 
     def __call__(self, prompts: list[str], seeds: list[int], output_type: str = "np") -> Any:
         noise = noise_of(self.bundle, seeds).to(self.bundle.dtype)
+        if self.compiled:
+            # One image is one step of the recorded graphs: without the mark, each compiled module begins a new step and
+            # may overwrite what the one before it gave.
+            torch.compiler.cudagraph_mark_step_begin()
         return self.pipe(
             prompts, latents=noise.to(self.bundle.device), num_inference_steps=1, guidance_scale=0.0,
             output_type=output_type,
@@ -145,6 +151,22 @@ def agreement(ours: Draw, theirs: Draw, words: list[str], others: list[str]) -> 
         "psnr": psnr(ours(words, seeds, "np"), image),
         "psnr_other_noise": psnr(ours(words, noises, "np"), image),
     }
+
+
+def refused(info: dict[str, Any], engine: str, dtype: torch.dtype) -> str | None:
+    """Why a Generator with this `info` did not run as asked: a time of it would be another engine's. None where it did.
+
+    engine: the name `info["engine"]` must have; "auto" stands for whichever was chosen.
+    """
+    ways = info["ways"]
+    if engine not in ("auto", info["engine"]):
+        return f"asked for engine {engine!r}, and {info['engine']!r} ran"
+    if plain := ways.get("plain batches"):
+        return "; ".join(f"{count} batches ran in plain torch: {why}" for why, count in plain.items())
+    wanted = str(dtype).removeprefix("torch.")
+    if (vae := ways.get("vae dtype", wanted)) != wanted:
+        return f"the VAE ran in {vae} in place of {wanted}: its decoder overflowed"
+    return None
 
 
 def equal(found: dict[str, float], dtype: torch.dtype) -> str | None:

@@ -1,4 +1,4 @@
-"""A database as large as a machine holds: hundreds of thousands of distinct int8 records, many segments at once.
+"""What "added" is measured on: tens of thousands of distinct int8 records, and as many keys as the paper searches.
 
 Records are random bytes, as the store sees them; search, gather and blending cost the same for any.
 """
@@ -11,26 +11,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 if TYPE_CHECKING:
+    from ragturbo.engine.tables import DeviceKeys
     from ragturbo.model.bundle import Bundle
     from ragturbo.retrieval import Database
 
-WANTED = 630_000
-SEGMENT = 16_384
+# Rows: 5 GB, a hundred times what a GPU's L2 holds and written and page-locked within seconds. All 630,000 are 52 GB.
+ROWS = 65_000
+KEYS = 630_000
+# As many segments as threads write them.
+SEGMENT = 4096
 
 
 def where_and_how_many(
     bundle: Bundle, wanted: int, folders: tuple[str, ...] = ("/dev/shm", "/tmp")
 ) -> tuple[Path, int]:
-    """The folder with the most room, and how many records fit there and once more into page-locked memory."""
+    """The first folder with room for all, or the one with the most, and how many records fit there and once more into
+    page-locked memory. Memory comes first: a lent machine's disk may be slow."""
     geometry = _geometry(bundle)
     places = [Path(f) for f in folders if Path(f).is_dir()]
-    place = max(places, key=lambda p: shutil.disk_usage(p).free)
-    free, memory = shutil.disk_usage(place).free, available_memory()
+    room = {p: int(0.9 * shutil.disk_usage(p).free / geometry.stride) for p in places}
+    place = max(places, key=lambda p: min(room[p], wanted))
+    memory = available_memory()
     # Files of a memory file system are memory too.
     each = geometry.record_bytes + (geometry.stride if str(place).startswith("/dev/shm") else 0)
-    return place, max(1, min(wanted, int(0.9 * free / geometry.stride), int(0.85 * memory / each)))
+    return place, max(1, min(wanted, room[place], int(0.85 * memory / each)))
 
 
 def available_memory() -> int:
@@ -41,14 +48,49 @@ def available_memory() -> int:
     return 0
 
 
-def write(bundle: Bundle, folder: Path, count: int, *, workers: int = 8, seed: int = 0) -> Database:
-    """`count` records under `folder`, opened without checksums on reads and with as many reading threads."""
+def prompt_keys(bundle: Bundle, words: list[str]) -> np.ndarray:
+    """(N, K) fp32 keys of prompts. With random weights they lie close together: without rows of their own all prompts
+    would find the same few rows."""
+    parts = []
+    with torch.inference_mode():
+        for start in range(0, len(words), 64):
+            ids = bundle.text.tokenize(words[start : start + 64]).input_ids.to(bundle.device)
+            parts.append(bundle.text.encode(ids).key.float().cpu().numpy())
+    return np.concatenate(parts)
+
+
+@torch.inference_mode()
+def pad_keys(keys: DeviceKeys, count: int) -> None:
+    """Lengthens the keys on the device to `count`: all are read and scored as any other, and none is found, because
+    they are a sixteenth as long as a key of a row."""
+    old = keys.searched
+    generator = torch.Generator(old.device).manual_seed(0)
+    short = torch.randn((count - keys.count, old.shape[1]), generator=generator, device=old.device, dtype=old.dtype)
+    short /= 16 * old.shape[1] ** 0.5
+    same = keys.stored is old
+    keys.searched = torch.cat([old, short])
+    keys.stored = keys.searched if same else torch.cat([keys.stored, short])
+    keys.count = count
+    if old.is_cuda:
+        # The replays that read them run on other streams.
+        torch.cuda.synchronize(old.device)
+
+
+def write(
+    bundle: Bundle, folder: Path, count: int, *, workers: int = 8, seed: int = 0, own: np.ndarray | None = None
+) -> Database:
+    """`count` records under `folder`, opened without checksums on reads and with as many reading threads.
+
+    own: (N, K) keys that replace those of N random rows.
+    """
     from ragturbo.bench.models import clustered_keys
     from ragturbo.retrieval import Database, durable, writer
 
     geometry = _geometry(bundle)
     rng = np.random.default_rng(seed)
     keys = clustered_keys(count, geometry.key_dim, rng).astype(np.float16)
+    if own is not None:
+        keys[rng.permutation(count)[: len(own)]] = own
     base = writer.empty_manifest(geometry, bundle.text.key_kind, bundle.fingerprint(), min(SEGMENT, count))
     writer.prepare(folder)
     pool = rng.integers(0, 256, geometry.record_bytes + 1_000_003, dtype=np.uint8)
