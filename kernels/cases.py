@@ -96,10 +96,10 @@ def _project(batch: int, n: int, normed: bool, device: str, dtype: torch.dtype) 
     return partial(cross_attention.project, x, weight, *norm, 1e-5, k, v, valid, HEADS)
 
 
-def _group_norm(shape: tuple[int, ...], add: bool, device: str, dtype: torch.dtype) -> Call:
+def _group_norm(shape: tuple[int, ...], add: bool, silu: bool, device: str, dtype: torch.dtype) -> Call:
     x = random(shape, device, dtype).contiguous(memory_format=torch.channels_last)
     w, b = (random((shape[1],), device, dtype) for _ in range(2))
-    return partial(group_norm.forward, x, 32, w, b, 1e-5, True, torch.ones_like(x) if add else None, None, add)
+    return partial(group_norm.forward, x, 32, w, b, 1e-5, silu, torch.ones_like(x) if add else None, None, add)
 
 
 def _layer_norm(rows: int, c: int, device: str, dtype: torch.dtype) -> Call:
@@ -178,11 +178,14 @@ def _cases() -> list[Case]:
         args = 8, NEIGHBOURS, CHANNELS // width, width, True
         add("cross_attention backward", f"b8 d{width}", _attention, *args, tiled="cross_attention_backward")
     for channels, size in ((320, 64), (640, 32), (1280, 16), (1280, 8), (2560, 8)):
-        add("group_norm", f"UNet {channels}×{size}²", _group_norm, (1, channels, size, size), False)
+        add("group_norm", f"UNet {channels}×{size}²", _group_norm, (1, channels, size, size), False, True)
     for channels, size in ((128, 512), (256, 512), (256, 256), (512, 128), (512, 64)):
-        add("group_norm", f"VAE {channels}×{size}²", _group_norm, (1, channels, size, size), False)
-    add("group_norm", "UNet 1280×8² + add", _group_norm, (1, 1280, 8, 8), True)
-    add("group_norm", "VAE 128×512² + add", _group_norm, (1, 128, 512, 512), True)
+        add("group_norm", f"VAE {channels}×{size}²", _group_norm, (1, channels, size, size), False, True)
+    add("group_norm", "UNet 1280×8² + add", _group_norm, (1, 1280, 8, 8), True, True)
+    add("group_norm", "VAE 128×512² + add", _group_norm, (1, 128, 512, 512), True, True)
+    # In front of a transformer's proj_in.
+    for channels, size in ((320, 64), (1280, 8)):
+        add("group_norm", f"UNet {channels}×{size}², no SiLU", _group_norm, (1, channels, size, size), False, False)
     for channels, size in ((320, 64), (640, 32), (1280, 16)):
         add("layer_norm", f"{size}² tokens, {channels}", _layer_norm, size * size, channels)
         add("geglu", f"{size}² tokens, {4 * channels}", _geglu, size * size, 4 * channels)

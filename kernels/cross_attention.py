@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ragturbo.kernels import moments, tiles
 from ragturbo.kernels.launch import launch
-from ragturbo.kernels.portable import cast, dot
+from ragturbo.kernels.portable import cast, divide, dot
 
 LOG2E = 1.4426950408889634
 
@@ -54,7 +54,7 @@ def _attend(
 @triton.jit
 def _inverse(total):
     """1 / Σ p, and 0 where nothing was valid: the output there is zeros, and so are its gradients."""
-    return tl.where(total == 0, 0.0, 1 / tl.where(total == 0, 1.0, total))
+    return tl.where(total == 0, 0.0, divide(1.0, tl.where(total == 0, 1.0, total)))
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ragturbo.kernels import tiles
 from ragturbo.kernels.launch import launch
-from ragturbo.kernels.portable import cast
+from ragturbo.kernels.portable import cast, divide, inverse_sqrt
 
 
 @triton.jit
@@ -19,12 +19,12 @@ def layer_norm(x_ptr, weight_ptr, bias_ptr, out_ptr, M, N, stride, eps, BM: tl.c
     m_n = i_n < N
     m = (i_m < M)[:, None] & m_n[None, :]
     x = tl.load(x_ptr + i_m[:, None] * stride + i_n[None, :], mask=m, other=0.0).to(tl.float32)
-    mean = tl.sum(x, axis=1) / N
+    mean = divide(tl.sum(x, axis=1), N)
     d = tl.where(m_n[None, :], x - mean[:, None], 0.0)
     # The sum of a row far from zero is rounded at its own size, and the row's every output is off by that: what the
     # differences still average to is taken from them.
-    d = tl.where(m_n[None, :], d - (tl.sum(d, axis=1) / N)[:, None], 0.0)
-    rstd = 1 / tl.sqrt(tl.sum(d * d, axis=1) / N + eps)
+    d = tl.where(m_n[None, :], d - divide(tl.sum(d, axis=1), N)[:, None], 0.0)
+    rstd = inverse_sqrt(divide(tl.sum(d * d, axis=1), N) + eps)
     w = tl.load(weight_ptr + i_n, mask=m_n, other=0.0).to(tl.float32)
     b = tl.load(bias_ptr + i_n, mask=m_n, other=0.0).to(tl.float32)
     y = d * rstd[:, None] * w[None, :] + b[None, :]

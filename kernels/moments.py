@@ -5,12 +5,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ragturbo.kernels.portable import divide, inverse_sqrt
+
 
 @triton.jit
 def merge(n_a, mean_a, m2_a, n_b, mean_b, m2_b):
     """Count, mean and summed squared deviation of two sets together. An empty second set changes nothing."""
     n = n_a + n_b
-    share = n_b / tl.maximum(n, 1.0)
+    share = divide(n_b, tl.maximum(n, 1.0))
     d = mean_b - mean_a
     return n, mean_a + d * share, m2_a + m2_b + d * d * n_a * share
 
@@ -26,10 +28,10 @@ def of_rows(x_ptr, rows, row_mask, stride, K, eps, BM: tl.constexpr, BK: tl.cons
         m = row_mask[:, None] & (k[None, :] < K)
         x = tl.load(x_ptr + rows[:, None] * stride + k[None, :], mask=m, other=0.0).to(tl.float32)
         count = tl.minimum(K - k0, BK).to(tl.float32)
-        b_mean = tl.sum(x, axis=1) / count
+        b_mean = divide(tl.sum(x, axis=1), count)
         d = tl.where(k[None, :] < K, x - b_mean[:, None], 0.0)
         n, mean, m2 = merge(n, mean, m2, count, b_mean, tl.sum(d * d, axis=1))
-    return mean, 1 / tl.sqrt(m2 / K + eps)
+    return mean, inverse_sqrt(divide(m2, K) + eps)
 
 
 @triton.jit
@@ -43,7 +45,7 @@ def of_group(x_ptr, first, L, stride, columns, column_mask, WIDTH, eps, BM: tl.c
         m = (i[:, None] < L) & column_mask[None, :]
         x = tl.load(x_ptr + (first + i)[:, None] * stride + columns[None, :], mask=m, other=0.0).to(tl.float32)
         count = (tl.minimum(L - l0, BM) * WIDTH).to(tl.float32)
-        b_mean = tl.sum(x) / count
+        b_mean = divide(tl.sum(x), count)
         d = tl.where(m, x - b_mean, 0.0)
         n, mean, m2 = merge(n, mean, m2, count, b_mean, tl.sum(d * d))
-    return mean, 1 / tl.sqrt(m2 / n + eps)
+    return mean, inverse_sqrt(divide(m2, n) + eps)

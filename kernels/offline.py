@@ -78,6 +78,8 @@ class Compiled:
     # The widest load from global memory, in bytes; the matrix instruction, if any.
     load_bytes: int
     matrix: str
+    # Division and square root that PTX does not round correctly.
+    inexact: tuple[str, ...]
 
     @property
     def spills(self) -> bool:
@@ -154,6 +156,9 @@ def _read(compiled: Any, labels: list[str], dtype: torch.dtype, capability: int)
         local=used.get("LOCAL", 0),
         load_bytes=_widest_load(compiled.asm["ptx"]),
         matrix=next((name for name in ("wgmma", "mma.sync") if name in compiled.asm["ptx"]), ""),
+        inexact=tuple(
+            sorted(set(re.findall(r"\b(?:div\.(?:full|approx)|r?sqrt\.approx|rcp\.approx)", compiled.asm["ptx"])))
+        ),
     )
 
 

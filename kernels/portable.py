@@ -1,4 +1,4 @@
-"""tl.dot and casts that mean the same on a GPU and in Triton's interpreter, for every storage type."""
+"""tl.dot, casts, division and square root that mean the same on a GPU and in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -29,3 +29,15 @@ def cast(x, dtype: tl.constexpr):
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
         x = tl.where(x == x, nearest, x)
     return x.to(dtype)
+
+
+@triton.jit
+def divide(a, b):
+    """a / b in fp32, correctly rounded: `/` compiles to div.full.f32, which errs by up to 2 ulp, x / x included."""
+    return tl.div_rn(tl.cast(a, tl.float32), tl.cast(b, tl.float32))
+
+
+@triton.jit
+def inverse_sqrt(x):
+    """1/√x in fp32, both steps correctly rounded: tl.sqrt and tl.rsqrt compile to approximations."""
+    return divide(1.0, tl.sqrt_rn(x))

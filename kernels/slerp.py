@@ -13,10 +13,13 @@ from torch import Tensor
 
 from ragturbo.kernels import tiles
 from ragturbo.kernels.launch import launch
-from ragturbo.kernels.portable import cast
+from ragturbo.kernels.portable import cast, divide
 
 # A row of this many elements, of two or three tensors, stays in one program's registers without spilling.
 ONE_PASS = 8192
+
+# The smallest normal fp32.
+_TINY = tl.constexpr(1.1754943508222875e-38)
 
 
 @triton.jit
@@ -25,7 +28,7 @@ def _arccos(x):
     size = tl.abs(x)
     steep = size > 0.5
     z = tl.where(steep, (1 - size) * 0.5, x * x)
-    y = tl.where(steep, tl.sqrt(z), size)
+    y = tl.where(steep, tl.sqrt_rn(z), size)
     # (arcsin y / y - 1) / y² on y² in [0, 1/4], fitted to 1e-8.
     p = 0.038206472992897034
     p = p * z + 0.026494264602661133
@@ -66,9 +69,10 @@ def _cos(x):
 @triton.jit
 def _angle(tt, rr, tr, PARALLEL: tl.constexpr, ANTIPODAL: tl.constexpr):
     """cos Ω, Ω (π/2 where it is of no use), |t||r| and whether the blend is linear."""
-    zero = (tt == 0) | (rr == 0)
-    norms = tl.where(zero, 1.0, tl.sqrt(tt) * tl.sqrt(rr))
-    cos = tr / norms
+    # A squared norm below the normal numbers has lost its digits, and a GPU may take it for 0.
+    zero = (tt < _TINY) | (rr < _TINY)
+    norms = tl.where(zero, 1.0, tl.sqrt_rn(tt) * tl.sqrt_rn(rr))
+    cos = divide(tr, norms)
     linear = zero | (cos > 1 - PARALLEL) | (cos < ANTIPODAL - 1)
     cos = tl.where(linear, 0.0, cos)
     return cos, _arccos(cos), norms, linear
@@ -78,8 +82,8 @@ def _angle(tt, rr, tr, PARALLEL: tl.constexpr, ANTIPODAL: tl.constexpr):
 def _blend(t, r, w, tt, rr, tr, PARALLEL: tl.constexpr, ANTIPODAL: tl.constexpr):
     cos, omega, norms, linear = _angle(tt, rr, tr, PARALLEL, ANTIPODAL)
     sin = _sin(omega)
-    a = tl.where(linear, 1 - w, _sin((1 - w) * omega) / sin)
-    b = tl.where(linear, w, _sin(w * omega) / sin)
+    a = tl.where(linear, 1 - w, divide(_sin((1 - w) * omega), sin))
+    b = tl.where(linear, w, divide(_sin(w * omega), sin))
     return a * r + b * t
 
 
@@ -90,16 +94,16 @@ def _gradients(t, r, g, w, tt, rr, tr, gt, gr, PARALLEL: tl.constexpr, ANTIPODAL
     sin = _sin(omega)
     sin_a, cos_a = _sin((1 - w) * omega), _cos((1 - w) * omega)
     sin_b, cos_b = _sin(w * omega), _cos(w * omega)
-    a = tl.where(linear, 1 - w, sin_a / sin)
-    b = tl.where(linear, w, sin_b / sin)
-    da = ((1 - w) * cos_a - sin_a * cos / sin) / sin
-    db = (w * cos_b - sin_b * cos / sin) / sin
+    a = tl.where(linear, 1 - w, divide(sin_a, sin))
+    b = tl.where(linear, w, divide(sin_b, sin))
+    da = divide((1 - w) * cos_a - divide(sin_a * cos, sin), sin)
+    db = divide(w * cos_b - divide(sin_b * cos, sin), sin)
     # dL/dcos Ω; where the blend is linear it does not depend on Ω.
-    d_cos = tl.where(linear, 0.0, -(gr * da + gt * db) / sin)
-    cross = d_cos / norms
-    d_t = b * g + cross * r - tl.where(linear, 0.0, d_cos * cos / tt) * t
-    d_r = a * g + cross * t - tl.where(linear, 0.0, d_cos * cos / rr) * r
-    d_w = tl.where(linear, gt - gr, (gt * cos_b - gr * cos_a) * omega / sin)
+    d_cos = tl.where(linear, 0.0, -divide(gr * da + gt * db, sin))
+    cross = divide(d_cos, norms)
+    d_t = b * g + cross * r - tl.where(linear, 0.0, divide(d_cos * cos, tt)) * t
+    d_r = a * g + cross * t - tl.where(linear, 0.0, divide(d_cos * cos, rr)) * r
+    d_w = tl.where(linear, gt - gr, divide((gt * cos_b - gr * cos_a) * omega, sin))
     return d_t, d_r, d_w
 
 

@@ -68,7 +68,9 @@ def reference(h_tgt: Tensor, h_retr: Tensor, w: Tensor, per: str = "sample") -> 
 
 def coefficients(tt: Tensor, rr: Tensor, tr: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     """The weights (of h_retr, of h_tgt) of Eq. 3 from the inner products ⟨t,t⟩, ⟨r,r⟩, ⟨t,r⟩."""
-    zero = (tt == 0) | (rr == 0)
+    # A squared norm below the normal numbers has lost its digits, and a GPU may take it for 0.
+    tiny = torch.finfo(tt.dtype).tiny
+    zero = (tt < tiny) | (rr < tiny)
     one = torch.ones_like(tt)
     # √tt·√rr rather than √(tt·rr): the product of two squared norms leaves fp32 where the norms do not. And √1 in place
     # of √0, whose gradient is infinite.

@@ -82,6 +82,20 @@ def test_where_the_angle_is_useless_the_blend_is_linear(impl, per, randn):
 
 
 @pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("per", ["sample", "token"])
+def test_a_squared_norm_below_the_normal_numbers_counts_as_zero(impl, per, device):
+    # 1e-21 squared is 1e-42: an fp32 with ten bits left, and 0 where subnormal numbers are flushed.
+    t, r = (torch.eye(2, device=device)[:, None, :] * 1e-21).split(1)
+    for target, retrieved in ((t, r), (t, r * 1e21), (t * 1e21, r)):
+        target, retrieved = target.clone().requires_grad_(), retrieved.clone().requires_grad_()
+        out = slerp(target, retrieved, 0.3, per=per, impl=impl)
+        torch.testing.assert_close(out, 0.3 * target + 0.7 * retrieved, rtol=1e-6, atol=0)
+        d_t, d_r = torch.autograd.grad(out.sum(), (target, retrieved))
+        torch.testing.assert_close(d_t, torch.full_like(t, 0.3))
+        torch.testing.assert_close(d_r, torch.full_like(r, 0.7))
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
 def test_a_nan_reaches_its_own_sample_and_no_other(impl, randn):
     t, r = randn(3, 4, 20), randn(3, 4, 20)
     r[1, 2, 3] = torch.nan
