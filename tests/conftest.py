@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -55,11 +56,47 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 _counted: dict[str, dict[str, object]] = {}
+# With RAGTURBO_INSTANT=1 a failure is printed as it happens: pytest prints them at the end, which a run that is killed
+# does not reach. One of a parallel run's workers has no terminal; the controller prints what they report.
+INSTANT = os.environ.get("RAGTURBO_INSTANT") == "1" and "PYTEST_XDIST_WORKER" not in os.environ
+INSTANT_LINES = 60
 
 
+def print_failure(report: pytest.TestReport | pytest.CollectReport) -> None:
+    lines = [f"FAILED {report.nodeid} ({report.when})", *report.longreprtext.splitlines()[-INSTANT_LINES:]]
+    print("\n" + "\n".join(lines), flush=True)
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    if INSTANT and report.failed:
+        print_failure(report)
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.failed:
+        if INSTANT:
+            print_failure(report)
+        leave_a_broken_gpu(report.nodeid)
     if report.when == "call" and (counts := [value for name, value in report.user_properties if name == "counted"]):
         _counted[report.nodeid] = {"counts": counts, "outcome": report.outcome, "seconds": round(report.duration, 1)}
+
+
+def leave_a_broken_gpu(nodeid: str) -> None:
+    """Ends a process whose CUDA context is lost: every test after an illegal access would fail in it as well.
+
+    pytest-xdist starts another worker in its place; without it, the run ends.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            # The report of the failure is on its way by now. No clean-up: it would fail in CUDA too.
+            os._exit(3)
+        pytest.exit(f"the CUDA context was lost in {nodeid}: {error}", returncode=3)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

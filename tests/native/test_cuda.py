@@ -32,8 +32,9 @@ def resources() -> dict[tuple[str, str], dict[str, int]]:
 
 
 def test_every_kernel_is_there_for_every_target_and_none_spills() -> None:
-    found = resources()
-    assert set(found) == {(arch, kernel) for arch in ("sm_80", "sm_89", "sm_90") for kernel in KERNELS}
+    found, targets = resources(), build["archs"].split()
+    # An installation for one GPU alone has that GPU's target and no other.
+    assert targets and set(found) == {(arch, kernel) for arch in targets for kernel in KERNELS}
     for (arch, kernel), use in sorted(found.items()):
         print(f"{arch} {kernel:16} {use['REG']:3} registers, {use['SHARED']:5} B shared, {use['LOCAL']} B spilled")
         assert use["LOCAL"] == use["STACK"] == 0
@@ -87,6 +88,7 @@ def test_without_a_gpu_a_launch_is_an_error_in_cudas_words() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="runs on a GPU")
 @pytest.mark.parametrize("stored", ["float16", "int8"])
 @pytest.mark.parametrize("shape", [(64, 1280), (3, 16), (7, 48), (256, 320)], ids=str)
 def test_gather_on_a_gpu_is_the_reference(stored: str, shape: tuple[int, int]) -> None:
@@ -111,6 +113,7 @@ def test_gather_on_a_gpu_is_the_reference(stored: str, shape: tuple[int, int]) -
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="runs on a GPU")
 @pytest.mark.parametrize("queries", [1, 2, 3, 4])
 @pytest.mark.parametrize(("count", "dim", "k"), [(5000, 1024, 10), (1, 8, 4), (0, 64, 3), (777, 72, 32), (31, 2048, 1)])
 def test_topk_on_a_gpu_is_the_reference(queries: int, count: int, dim: int, k: int) -> None:
