@@ -27,7 +27,7 @@ from torch import Tensor
 from ragturbo.config import GeneratorConfig
 from ragturbo.engine.eager import EagerEngine
 from ragturbo.engine.fast import FastModel
-from ragturbo.engine.lanes import CudaGraphs, Lanes, Program
+from ragturbo.engine.lanes import RECORDING, CudaGraphs, Lanes, Program
 from ragturbo.engine.prompts import PromptCache
 from ragturbo.engine.source import DatabaseSource
 from ragturbo.engine.step import StepBatch, StepResult
@@ -156,7 +156,8 @@ class GraphEngine:
             self._recorded.popitem(last=False)
         if self.device.type == "cuda":
             # A capture begins so: what the cache held would be taken off what the graph holds.
-            torch.cuda.empty_cache()
+            with RECORDING:
+                torch.cuda.empty_cache()
         before, start = _reserved(self.device), time.perf_counter()
         locked, remembered = self.device.type == "cuda", self.prompts.capacity > 0
         recorded = Recorded(Step(self.model, spec, self.lanes, page_locked=locked, remembered=remembered))

@@ -7,6 +7,8 @@ eager engine, which a replay must equal bit for bit.
 from __future__ import annotations
 
 import gc
+import logging
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
@@ -16,7 +18,20 @@ import torch
 from ragturbo.engine.timings import StageClock
 from ragturbo.errors import GenerationError
 
+log = logging.getLogger("ragturbo")
 WARMUPS = 3
+# One recording at a time in a process, with no replay and no device-wide call of ours beside it. While any stream of a
+# device is capturing:
+# * torch.cuda.synchronize, with which torch.cuda.graph begins, fails on every other thread and breaks the capture, in
+#   every capture_error_mode; empty_cache may synchronise as well;
+# * replays on other threads fail in releases of torch whose default generator has one "capturing" flag for all graphs;
+# * the switch of the garbage collector and the table of cuBLAS workspaces belong to the whole process.
+# Warm-ups, uploads and allocations of other threads are allowed. So this lock is held from the beginning of a capture
+# to its end and while a replay is launched, and not for warm-ups.
+RECORDING = threading.Lock()
+# Graphs whose capture failed. Torch's allocator of page-locked memory may go on asking them which stream is theirs
+# (torch 2.10 to 2.13 have no way to end that), so they are never destroyed.
+_ABANDONED: list[torch.cuda.CUDAGraph] = []
 _MODELS = (
     "ragturbo.model", "ragturbo.ops", "ragturbo.kernels", "ragturbo.engine.steps", "ragturbo.engine.fast", "diffusers.",
     "transformers.",
@@ -146,15 +161,15 @@ class CudaGraphs:
         self._device = device
         self._main = torch.cuda.Stream(device)
         self._beside = torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
         self._marks: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] | None = None
         self._asked = torch.cuda.Event()
         self._done = torch.cuda.Event()
         self._retrieved = torch.cuda.Event()
-        # A pool ends with its last graph, and its handle then opens no other: this graph of nothing keeps it.
+        self._keeper: torch.cuda.CUDAGraph | None = None
         with torch.cuda.stream(self._main):
-            nothing = torch.zeros(1, device=device)
-        self._keeper = self._captured(self._main, nothing.zero_)
+            self._nothing = torch.zeros(1, device=device)
+        with RECORDING:
+            self._open_pool()
 
     def record(self, label: str, step: Callable[[], None], *, beside: bool = False) -> Program:
         stream = self._beside if beside else self._main
@@ -167,33 +182,90 @@ class CudaGraphs:
         marks: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         self._marks = marks
         try:
-            graph = self._captured(stream, step)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            # A device that is lost answers this with an error of its own, which is then the one to report.
-            torch.cuda.synchronize(self._device)
-            where, first = culprit(error)
-            raise GenerationError(f"{label}: {where} cannot be captured in a CUDA graph: {first}") from error
+            with RECORDING:
+                graph = self._recorded(label, stream, step)
         finally:
             self._marks = None
         return _Graph(label, graph, stream, marks)
 
-    def _captured(self, stream: torch.cuda.Stream, step: Callable[[], Any]) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
+    def _recorded(self, label: str, stream: torch.cuda.Stream, step: Callable[[], Any]) -> torch.cuda.CUDAGraph:
+        """Tried twice: a capture also fails because of what another thread does, such as torch.cuda.synchronize."""
+        last = False
+        while True:
+            if self._keeper is None:
+                self._open_pool()
+            graph = torch.cuda.CUDAGraph()
+            try:
+                self._capture(graph, stream, step)
+                return graph
+            except BaseException as error:
+                # If the device is lost, this raises an error of its own, which is the one to report.
+                self._recover(graph)
+                for cause in _chain(error):
+                    if isinstance(cause, torch.OutOfMemoryError) or not isinstance(cause, Exception):
+                        raise cause from None
+                where, first = culprit(error)
+                if last:
+                    raise GenerationError(f"{label}: {where} cannot be captured in a CUDA graph: {first}") from error
+                log.warning("%s: capturing failed in %s and is tried again: %s", label, where, first)
+            last = True
+            if self._marks is not None:
+                self._marks.clear()
+
+    def _capture(self, graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, step: Callable[[], Any]) -> None:
+        """With RECORDING held."""
         collecting = gc.isenabled()
         # A collection could end events and page-locked buffers of others, which a stream being captured must not see.
         gc.disable()
+        # Torch keeps one cuBLAS workspace for each handle and stream, made at its first use and freed when anything
+        # clears the table (Inductor does, before each of its own recordings). Made by a warm-up, it would be freed
+        # under this graph. Made during the capture, it lies in the graph's pool; cleared afterwards, nothing outside
+        # this pool's graphs uses it.
+        torch._C._cuda_clearCublasWorkspaces()
         try:
-            # Thread-local: other threads go on allocating and copying while this one records. The outer context is for
-            # releases of torch that leave the stream of a capture that failed current.
+            # Thread-local: other threads may allocate and copy meanwhile, but not synchronise the device (RECORDING).
+            # The outer context restores the current stream, which torch.cuda.graph leaves changed if its end fails.
             with torch.cuda.stream(stream):
                 with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
                     step()
         finally:
+            torch._C._cuda_clearCublasWorkspaces()
             if collecting:
                 gc.enable()
-        return graph
+
+    def _open_pool(self) -> None:
+        """A new memory pool. It would end with its last graph, and its handle then opens no other: the keeper, which is
+        never replayed, prevents that. After a failed capture, the keeper's own capture also ends the capturing state of
+        the default generator (one flag in older releases of torch), in which random numbers and all replays raise."""
+        self._pool = torch.cuda.graph_pool_handle()
+        keeper = torch.cuda.CUDAGraph()
+        try:
+            # Allocates nothing: the device may be full.
+            self._capture(keeper, self._main, self._nothing.zero_)
+        except BaseException:
+            self._abandon(keeper)
+            raise
+        self._keeper = keeper
+
+    def _recover(self, graph: torch.cuda.CUDAGraph) -> None:
+        """After a failed capture: recordings go on in a new pool. The earlier ones hold the old pool themselves."""
+        torch.cuda.synchronize(self._device)
+        self._abandon(graph)
+        self._open_pool()
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Ends what the failed capture left open in torch's allocator; a pool left open refuses the next capture."""
+        self._keeper = None
+        _ABANDONED.append(graph)
+        graph.reset()
+        index = self._main.device_index
+        try:
+            torch._C._cuda_endAllocateToPool(index, self._pool)
+        except RuntimeError:
+            # Not open: torch 2.12 and later end it themselves, and 2.14 also releases it. Once too often would take the
+            # pool from the recordings that are in it.
+            return
+        torch._C._cuda_releasePool(index, self._pool)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -247,7 +319,7 @@ class _Graph:
 
     def replay(self) -> None:
         # The range is the host's: a replay has no ranges of its own, only kernels (docs/profiling.md maps them).
-        with torch.cuda.nvtx.range(self._label), torch.cuda.stream(self._stream):
+        with torch.cuda.nvtx.range(self._label), torch.cuda.stream(self._stream), RECORDING:
             self._graph.replay()
 
     def seconds(self) -> dict[str, float]:
@@ -262,9 +334,7 @@ def culprit(error: BaseException) -> tuple[str, BaseException]:
 
     Leaving a broken capture raises once more: the error that broke it is then the context of the one that is seen.
     """
-    chain = [error]
-    while (earlier := chain[-1].__context__) is not None:
-        chain.append(earlier)
+    chain = _chain(error)
     for candidate in reversed(chain):
         where, trace = None, candidate.__traceback__
         while trace is not None:
@@ -274,4 +344,12 @@ def culprit(error: BaseException) -> tuple[str, BaseException]:
             trace = trace.tb_next
         if where is not None:
             return where, candidate
-    return "an operation", error
+    return "an operation", chain[-1]
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """The error and those it was raised while handling, latest first."""
+    chain = [error]
+    while (earlier := chain[-1].__context__) is not None:
+        chain.append(earlier)
+    return chain
