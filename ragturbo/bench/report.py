@@ -77,10 +77,14 @@ def _command(context: dict[str, Any]) -> str:
 
 def budgets_section(machines: list[Machine]) -> str:
     found: dict[str, list[budgets.Figure]] = {}
+    doubtful: dict[str, list[budgets.Figure]] = {}
     for machine in machines:
         for key, figures in machine.figures().items():
             found.setdefault(key, []).extend(figures)
-    return _block(budgets.table(found))
+        for key, figures in machine.unverified().items():
+            doubtful.setdefault(key, []).extend(figures)
+    apart = budgets.unverified(doubtful)
+    return _block(budgets.table(found)) + (f"\n{_block(apart)}" if apart else "")
 
 
 def ops_section(machines: list[Machine]) -> str:

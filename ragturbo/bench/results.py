@@ -76,6 +76,14 @@ class Machine:
                 out.setdefault(key, []).append(figure)
         return out
 
+    def unverified(self) -> dict[str, list[Figure]]:
+        """Budget key -> figures of what was timed without being found right; the reason is their only flag."""
+        out: dict[str, list[Figure]] = {}
+        for run in self.runs:
+            for key, figure in unverified(run):
+                out.setdefault(key, []).append(figure)
+        return out
+
 
 def _identity(benchmark: dict[str, Any]) -> tuple[str, Any]:
     """One benchmark at two scales is two measurements."""
@@ -135,11 +143,7 @@ def flags(run: Run, benchmark: dict[str, Any]) -> list[str]:
 
 def figures(run: Run) -> Iterator[tuple[str, Figure]]:
     """The budgets a run has measured, each with where and how."""
-    context = run.context
-    place = Figure(
-        0.0, f"{run.path.parent.name}/{run.path.name}", run.commit, run.when,
-        (context.get("gpu") or {}).get("name"), context.get("cores"),
-    )  # fmt: skip
+    place = _place(run)
     if run.kind != "suite":
         modes = run.data["modes"].values() if run.kind == "overhead" else ()
         made = replace(
@@ -159,3 +163,21 @@ def figures(run: Run) -> Iterator[tuple[str, Figure]]:
             yield "scann_p50_s", replace(made, value=p50)
         if info.get("samples_per_s") and info.get("variant") == "ours" and info.get("device") == "cuda":
             yield "ladd_samples_per_s", replace(made, value=float(info["samples_per_s"]))
+
+
+def unverified(run: Run) -> Iterator[tuple[str, Figure]]:
+    """What the steps of a part have timed and not verified."""
+    for step in run.data.get("steps", {}).values():
+        because = step.get("unverified_because", {})
+        for key, value in step.get("unverified", {}).items():
+            why = str(because.get(key, "not compared"))
+            yield key, replace(_place(run), value=float(value), flags=(why,))
+
+
+def _place(run: Run) -> Figure:
+    """A figure of this run, without its value."""
+    context = run.context
+    return Figure(
+        0.0, f"{run.path.parent.name}/{run.path.name}", run.commit, run.when,
+        (context.get("gpu") or {}).get("name"), context.get("cores"),
+    )  # fmt: skip

@@ -1,0 +1,100 @@
+"""A run of the GPU script on one screen: each budget, met or not, and what did not finish, with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ragturbo.bench import budgets
+from ragturbo.bench.budgets import BUDGETS, Figure, best
+from ragturbo.bench.results import Machine, Run, flags, read_folder
+
+# The page fits a screen whatever went wrong; all of it is in the files.
+MOST_LINES, MOST_STEPS, MOST_UNVERIFIED, MOST_FLAGS = 60, 14, 7, 7
+LINE = 160
+
+
+def summary(results: Path) -> str:
+    """results: the folder of one run, with the JSON of its parts. At most `MOST_LINES` lines of Markdown."""
+    machine = read_folder(results)
+    if not machine.runs:
+        return "No part left a record.\n"
+    context = machine.runs[0].context
+    cards = list(dict.fromkeys((run.context.get("gpu") or {}).get("name") for run in machine.runs))
+    name = ", ".join(card for card in cards if card) or context["cpu"]
+    lines = [f"# {name}, torch {context['packages'].get('torch')}, commit {machine.runs[0].commit}", ""]
+    if any(run.data.get("rehearsal") for run in machine.runs):
+        keys = ", ".join(sorted({**machine.figures(), **machine.unverified()}))
+        lines += [f"A rehearsal at tiny sizes: nothing here was measured. A real run would fill: {keys}.", ""]
+    else:
+        for card in cards:
+            lines += [*_budgets(machine, card), ""]
+        lines += _limited("Unverified, not judged:", list(_unverified(machine)), MOST_UNVERIFIED)
+    lines += _limited("Did not finish:", list(_unfinished(machine)), MOST_STEPS)
+    lines += _limited("Flags:", [line for run in machine.runs for line in _flags(run)], MOST_FLAGS)
+    return "\n".join(lines[:MOST_LINES]) + "\n"
+
+
+def _budgets(machine: Machine, gpu: str | None) -> list[str]:
+    """What one card measured, by the limits of that card."""
+    place = budgets.card(gpu)
+    lines = [f"| {gpu or 'no GPU'} | limit{f' of an {place}' if place else ''} | measured | | flags |",
+             "|---|---|--:|---|---|"]  # fmt: skip
+    measured = machine.figures()
+    for budget in (b for b in BUDGETS if b.where == "gpu"):
+        limit = budget.limits(place) if place else ""
+        found = [f for f in measured.get(budget.key, ()) if f.gpu == gpu and gpu is not None]
+        if not found:
+            lines.append(f"| {budget.what} | {limit} | | not measured | |")
+            continue
+        figure = _own_flags(machine, budget.key, best(found))
+        verdict = budget.met(figure.value, place) if place else f"not judged: {gpu}"
+        shown = "; ".join(figure.flags)[:LINE]
+        lines.append(f"| {budget.what} | {limit} | {budget.show(figure.value)} | {verdict} | {shown} |")
+    return lines
+
+
+def _unverified(machine: Machine) -> Iterator[str]:
+    found = machine.unverified()
+    for budget in BUDGETS:
+        for figure in found.get(budget.key, ()):
+            yield f"{budget.what}: {budget.show(figure.value)} ({'; '.join(figure.flags)})"
+
+
+def _unfinished(machine: Machine) -> Iterator[str]:
+    """Steps that failed, ran out of time, were skipped or measured something else, and phases that failed in others."""
+    for run in machine.runs:
+        for step, found in run.data.get("steps", {}).items():
+            outcome = str(found.get("outcome", "done"))
+            if "withheld" in found and str(found["withheld"]) not in outcome:
+                outcome += f", no figures: {found['withheld']}"
+            if outcome != "done":
+                yield f"{run.path.stem}: {step}: {outcome}"
+            for phase, error in found.get("errors", {}).items():
+                yield f"{run.path.stem}: {step}: {phase}: {error}"
+
+
+def _limited(title: str, entries: list[str], most: int) -> list[str]:
+    """A titled list of single lines, cut with the number of those left out."""
+    if not entries:
+        return []
+    shown = [f"* {' '.join(entry.split())[:LINE]}" for entry in entries[:most]]
+    return [title, "", *shown, *([f"* and {len(entries) - most} more"] if len(entries) > most else []), ""]
+
+
+def _own_flags(machine: Machine, key: str, figure: Figure) -> Figure:
+    """A part's record has the flags of all its steps, by name: of them those of the step that gave this figure."""
+    run = next(run for run in machine.runs if figure.source.endswith(f"/{run.path.name}"))
+    steps: dict[str, Any] = run.data.get("steps", {})
+    if run.kind == "suite" or not steps:
+        return figure
+    kept = [flag for found in steps.values() if key in found.get("figures", []) for flag in found.get("flags", [])]
+    return replace(figure, flags=tuple(kept))
+
+
+def _flags(run: Run) -> Iterator[str]:
+    yield from run.data.get("flags", [])
+    for entry in run.data.get("benchmarks", []):
+        yield from (f"{entry['name']}: {flag}" for flag in flags(run, entry))
