@@ -101,7 +101,16 @@ def search_into(descriptor: Tensor, query: Tensor, rows: Tensor, scores: Tensor)
     """descriptor: int64 [address, count] of fp16 keys (count, D); query: (B, D) fp32; fills rows, scores (B, k)."""
     batch, d = query.shape
     k = rows.shape[1]
-    default = {"BN": 16, "BD": min(1024, tiles.power_of_2(d)), "PER_PROCESSOR": 2, "num_warps": 8, "num_stages": 2}
+    # 72 registers a thread let seven programs share a multiprocessor: one's loads hide another's search. The merge of
+    # more than 8192 entries would spill.
+    per_processor = min(7, max(2, 8192 // (k * _processors(query.device))))
+    default = {
+        "BN": 8,
+        "BD": min(1024, tiles.power_of_2(d)),
+        "PER_PROCESSOR": per_processor,
+        "num_warps": 4,
+        "num_stages": 2,
+    }
     tile = dict(tiles.choose("topk", f"B{batch} D{d} K{k}", query.device, default))
     shares = tile.pop("PER_PROCESSOR") * _processors(query.device)
     found_scores = torch.empty(batch, shares, k, dtype=torch.float32, device=query.device)
