@@ -25,6 +25,7 @@ from ragturbo.train.ladd import LADDTrainer
 from ragturbo.train.shards import NEIGHBORS, Plan, Shards, write_shard
 
 SAMPLES = 256
+GPU = pytest.mark.gpu
 
 
 class Setup:
@@ -109,11 +110,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     "variant",
     [
-        pytest.param(name, marks=[*([pytest.mark.quick] if name == "ours" else []),
-                                  *([pytest.mark.gpu] if name == "compile" else [])])
+        pytest.param(name, marks={"ours": [pytest.mark.quick], "compile": [GPU, pytest.mark.compiled]}.get(name, []))
         for name in VARIANTS
     ],
-)  # fmt: skip
+)
 def test_step(measure: Any, setup: Setup, variant: str) -> None:
     trainer = setup.trainer(**VARIANTS[variant])
     reader = Prefetcher(trainer._load, trainer._numbers(10**9), 4)
