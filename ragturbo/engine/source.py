@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,10 +43,20 @@ class DatabaseSource:
         if host_bytes is not None or device_bytes is not None:
             self._cache = self.cache
         self.named = retriever
-        self._retriever = self.database.retriever() if retriever == "auto" else self.database.retriever(retriever)
-        self.retriever_name: str = getattr(self._retriever, "name", type(self._retriever).__name__)
-        # A lexical retriever is asked with the prompts; everything else with their keys.
-        self.by_text: bool = getattr(self._retriever, "query_kind", "key") == "text"
+        self.chosen: Any = database._chosen if _is_auto(retriever) else retriever
+        """What was asked for: here, or else where the database was opened. "auto" if neither named a retriever."""
+        if not (_is_auto(self.chosen) and torch.device(device).type == "cuda"):
+            # What cannot be made is refused now. On a GPU "auto" may search there, and then no index is loaded.
+            self._retriever  # noqa: B018
+
+    @cached_property
+    def _retriever(self) -> Any:
+        return self.database.retriever() if _is_auto(self.named) else self.database.retriever(self.named)
+
+    @property
+    def by_text(self) -> bool:
+        """A lexical retriever is asked with the prompts; everything else with their keys."""
+        return getattr(self._retriever, "query_kind", "key") == "text"
 
     @classmethod
     def open(cls, database: Database, bundle: Bundle, config: GeneratorConfig) -> DatabaseSource:
@@ -127,3 +138,7 @@ class DatabaseSource:
 
     def counters(self) -> dict[str, int]:
         return {} if self._cache is None else self._cache.stats.to_dict()
+
+
+def _is_auto(retriever: Any) -> bool:
+    return isinstance(retriever, str) and retriever == "auto"

@@ -65,13 +65,19 @@ class Tables:
 
 
 def _on_device(source: DatabaseSource, device: torch.device) -> bool:
-    """Search by brute force on the device where that was asked for, or where nothing was and the keys have room."""
-    if source.named == "exact" or (source.named == "auto" and source.retriever_name == "exact"):
-        return True
-    if source.named != "auto" or device.type != "cuda":
+    """A retriever that was asked for is used: "exact" searches on the device, every other one on the host. Where none
+    was, the device searches if the keys have room there, or if there is no index."""
+    chosen, snapshot = source.chosen, source.database.snapshot
+    if not isinstance(chosen, str) or chosen not in ("auto", "exact"):
         return False
-    free, _ = torch.cuda.mem_get_info(device)
-    return source.database.snapshot.keys.nbytes < free // 4
+    if chosen == "exact":
+        return True
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        # Centred keys lie beside the stored ones.
+        if snapshot.keys.nbytes * (2 if snapshot.manifest.centred else 1) < free // 4:
+            return True
+    return source.database.choice()[0] == "exact"
 
 
 def _upload(keys: np.ndarray, dead: np.ndarray, device: torch.device) -> Tensor:

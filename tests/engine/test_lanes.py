@@ -176,6 +176,29 @@ def test_two_engines_record_and_replay_at_once(cuda):
     alone.record("label", cuda.multiply).replay()
 
 
+def test_a_replay_waits_for_the_recording_of_another_thread(cuda, lanes):
+    earlier = CudaGraphs(torch.device("cpu")).record("earlier", cuda.multiply)
+    failed: list[BaseException] = []
+
+    def replay() -> None:
+        try:
+            earlier.replay()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=replay)
+
+    def step() -> None:
+        if cuda.mine is not None:
+            thread.start()
+            thread.join(0.05)
+            assert not cuda.log
+
+    lanes.record("label", step)
+    thread.join(30)
+    assert not failed and cuda.log == ["replay"]
+
+
 def test_warm_ups_are_not_under_the_lock(cuda, lanes):
     """Another engine records while this one compiles and loads what its first calls need."""
     entered, go_on = threading.Event(), threading.Event()
