@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ragturbo.bench.overhead import by_hand, pairs
-from ragturbo.bench.peers import Diffusers, agreement, equal, latent_agreement
+from ragturbo.bench.peers import Diffusers, agreement, equal, latent_agreement, refused
 from ragturbo.bench.prompts import prompts
 
 WORDS = prompts(128)
@@ -45,19 +45,35 @@ def verify(gen: Any, bundle: Any, mode: str) -> None:
     assert why is None, f"{why}: {found}"
 
 
+def check_engine(gen: Any, bundle: Any) -> None:
+    """Raises where batches fell back to plain torch, or the VAE to fp32: their time is not the engine's."""
+    captured = bundle.device.type == "cuda" and gen.config.engine != "eager"
+    why = refused(gen.info, "graph" if captured else "auto", bundle.dtype)
+    assert why is None, why
+
+
 def needs(bundle: Any, mode: str) -> None:
     if mode == "adapter" and bundle.adapter is None:
         pytest.skip(f"{bundle.name} has no adapter")
 
 
 def record(measure: Any, bundle: Any, gen: Any, mode: str, batch: int, **options: Any) -> None:
+    call = calls(gen, batch, mode=mode)
+
+    def right() -> None:
+        verify(gen, bundle, mode)
+        # As it is timed: searched, and with the VAE.
+        call()
+        check_engine(gen, bundle)
+
     measure(
-        calls(gen, batch, mode=mode), verify=lambda: verify(gen, bundle, mode), dtype=bundle.dtype, capture=False,
+        call, verify=right, dtype=bundle.dtype, capture=False,
         group=f"generate, batch {batch}",
         sizes={"model": bundle.name, "batch": batch, "pixels": bundle.default_size, "pairs": len(gen.database)},
         extra={"op": "generate", "mode": mode, "engine": gen.info["engine"], "images_a_call": batch,
                "threads": gen.info["threads"], **options},
     )  # fmt: skip
+    check_engine(gen, bundle)
 
 
 @pytest.mark.quick
@@ -100,6 +116,7 @@ def test_peer_diffusers(measure, bundle):
 
 
 @pytest.mark.gpu
+@pytest.mark.compiled
 def test_peer_diffusers_compiled(measure, sd21):
     peer = Diffusers(sd21, compile=True)
     reference = Diffusers(sd21)
@@ -117,7 +134,7 @@ def test_peer_diffusers_compiled(measure, sd21):
     measure(
         call, verify=same, dtype=sd21.dtype, capture=False, group="generate, batch 1",
         sizes={"model": sd21.name, "batch": 1, "pixels": sd21.default_size},
-        extra={"op": "peer.diffusers_compiled", "images_a_call": 1},
+        extra={"op": "peer.diffusers_compiled", "images_a_call": 1, "peer": peer.name},
     )  # fmt: skip
 
 

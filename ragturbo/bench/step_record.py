@@ -16,6 +16,13 @@ from ragturbo.bench.context import NOISE_LIMIT, gpu_state, throttled
 NOT_COMPARED = "not compared with a reference"
 
 
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """Whoever reads finds the old record or the new one, never half of one."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(record, default=str), "utf-8")
+    os.replace(part, path)
+
+
 class StepRecord:
     """Figures by budget key, and whether they may be judged.
 
@@ -56,15 +63,13 @@ class StepRecord:
 
     def save(self, *, figures: dict[str, float] | None = None, noise: dict[str, float] | None = None,
              flags: Sequence[str] = (), **details: Any) -> None:  # fmt: skip
-        """Adds to the record and writes it: the file holds the old record or the new one, never half of one."""
+        """Adds to the record and writes it."""
         self._figures |= figures or {}
         self._noise |= noise or {}
         self._flags += flags
         self._details |= details
         if self._out is not None:
-            part = self._out.with_name(f"{self._out.name}.part")
-            part.write_text(json.dumps(self.to_dict(), default=str), "utf-8")
-            os.replace(part, self._out)
+            write_json(self._out, self.to_dict())
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

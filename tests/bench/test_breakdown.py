@@ -41,6 +41,30 @@ def test_an_engine_that_makes_something_else_has_no_time(monkeypatch):
     small = Settings("rehearsal", "cpu", prompts=2, pairs=20, keys=20, profiles=("turbo",), quick=True)
     found = breakdown(small)
     assert all("from the reference's" in row["skipped"] for row in rows(found))
+    assert found["profiles"]["turbo"]["ours"]["unverified"]["seconds"]["p50"] > 0
+
+
+def test_an_engine_that_fell_back_to_plain_torch_has_no_time_at_all(monkeypatch):
+    why = "4 batches ran in plain torch: rows are not page-locked"
+    monkeypatch.setattr("ragturbo.bench.breakdown.refused", lambda info, engine, dtype: why)
+    small = Settings("rehearsal", "cpu", prompts=2, pairs=20, keys=20, profiles=("turbo",), quick=True)
+    turbo = breakdown(small)["profiles"]["turbo"]
+    assert turbo["turbo"] == turbo["ours"] == {"skipped": why}
+
+
+def test_a_breakdown_that_is_stopped_leaves_the_rows_that_were_done(tmp_path):
+    out = tmp_path / "out.json"
+
+    def stop_at_lcm(profile, kind):
+        if kind == "lcm":
+            raise KeyboardInterrupt
+
+    small = Settings("rehearsal", "cpu", prompts=2, teacher_prompts=1, teacher_steps=2, pairs=20, keys=20, quick=True)
+    with pytest.raises(KeyboardInterrupt):
+        breakdown(small, stop_at_lcm, out)
+    part = json.loads(out.read_text())
+    # No record of all bars: by its kind nothing draws it as one.
+    assert part["kind"] == "breakdown-part" and part["profiles"]["paper"]["teacher"]["seconds"]["p50"] > 0
 
 
 @pytest.mark.slow
