@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 # Two workers on two cores: each one's maths stays on its own core.
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
-.PHONY: help install demo test test-long lint bench bench-check gpu clean
+.PHONY: help install demo test test-long lint bench bench-check gpu gpu-more clean
 
 help:
 	@echo "make demo        install, then draw demo.png with the embedded model"
@@ -13,7 +13,8 @@ help:
 	@echo "make test-long   the same with full counts and the slow tests; its record is benchmarks/results/test-long.json"
 	@echo "make lint        ruff and mypy"
 	@echo "make bench       the benchmarks; make bench-check: counts that depend on no machine, and docs against data"
-	@echo "make gpu         what needs a GPU; PART=kernels|engine|breakdown|train, RESULTS=folder"
+	@echo "make gpu         on a GPU: are kernels and graphs right, and how long takes an image (500 s); RESULTS=folder"
+	@echo "make gpu-more    what else a GPU's budgets ask for (270 s); STEPS=\"tune breakdown …\" chooses steps by name"
 	@echo "make install     the installation alone, into .venv; PYTHON=python3.12 chooses the interpreter"
 	@echo "make clean       remove .venv and what was built"
 
@@ -56,10 +57,12 @@ bench-check: install
 	$(BIN)/ragturbo bench report --check
 
 # An interpreter that has torch already is taken as it is: GPU images come with one that fits their driver.
-gpu:
+gpu: STEPS ?= first
+gpu-more: STEPS ?= more
+gpu gpu-more:
 	@if $(PYTHON) -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)' 2>/dev/null; \
-	then PYTHON=$(PYTHON) bash benchmarks/gpu.sh; \
-	else make install && PYTHON=$(BIN)/python bash benchmarks/gpu.sh; fi
+	then PYTHON=$(PYTHON) bash benchmarks/gpu.sh $(STEPS); \
+	else make install && PYTHON=$(BIN)/python bash benchmarks/gpu.sh $(STEPS); fi
 
 clean:
 	rm -rf .venv build dist *.egg-info ragturbo/_native*.so ragturbo/_native_off.txt

@@ -1,0 +1,104 @@
+"""What each case of `ragturbo.kernels.cases` must give: the op's plain-torch reference in fp64 on the same inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ragturbo.kernels import cross_attention as attention_kernels
+from ragturbo.ops.bias_residual import reference as bias_residual
+from ragturbo.ops.cross_attention import reference as cross_attention
+from ragturbo.ops.geglu import reference as geglu
+from ragturbo.ops.group_norm import reference as group_norm
+from ragturbo.ops.layer_norm import reference as layer_norm
+from ragturbo.ops.linear import Norm
+from ragturbo.ops.linear import reference as linear
+from ragturbo.ops.project_attention import reference as project_attention
+from ragturbo.ops.scaled_residual import reference as scaled_residual
+from ragturbo.ops.slerp import reference as slerp
+from ragturbo.ops.to_uint8 import reference as to_uint8
+
+# Relative error in the 2-norm. It leaves room for three roundings to the storage type and for fp32 sums of 5,120 terms.
+WITHIN = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 1e-5}
+Tensors = tuple[Tensor, ...]
+
+
+def _linear(
+    x: Any, weights: Any, bias: Any, norm: str, nw: Any, nb: Any, eps: Any, groups: Any, *after: Any
+) -> Tensors:
+    return (linear(x, weights, bias, Norm(nw, nb, eps, groups) if norm else None, *after),)
+
+
+def _project(x: Any, to_q: Any, nw: Any, nb: Any, eps: Any, k: Any, v: Any, valid: Any, heads: Any) -> Tensors:
+    return (project_attention(x, to_q, k, v, valid, heads, Norm(nw, nb, eps) if nw is not None else None),)
+
+
+def _group_norm(*arguments: Any) -> Tensors:
+    *inputs, keep_sum = arguments
+    out = group_norm(*inputs)
+    return out if keep_sum else out[:1]
+
+
+# op -> fp64 arguments of the case's launcher -> the results that are compared.
+FORWARD: dict[str, Callable[..., Tensors]] = {
+    "slerp": lambda t, r, w, token, *guards: (slerp(t, r, w, "token" if token else "sample"),),
+    "scaled_residual": lambda *a: (scaled_residual(*a),),
+    "linear": _linear,
+    "cross_attention": lambda *a: (cross_attention(*a),),
+    "project_attention": _project,
+    "group_norm": _group_norm,
+    "layer_norm": lambda *a: (layer_norm(*a),),
+    "geglu": lambda *a: (geglu(*a),),
+    "bias_residual": lambda *a: (bias_residual(*a),),
+}
+
+
+def compare(op: str, call: Any) -> dict[str, float]:
+    """Runs a case's call once. error: the greatest relative error of its results against fp64.
+
+    control: the same error of the results shifted by one element, which a comparison that proves something must refuse.
+    """
+    if op == "to_uint8":
+        # Bytes are promised, not closeness.
+        found, exact = (call(),), (to_uint8(*call.args),)
+    elif op.endswith(" backward"):
+        found, exact = _backward(op, call)
+    else:
+        out = call()
+        exact = FORWARD[op](*map(_double, call.args))
+        found = (out if isinstance(out, tuple) else (out,))[: len(exact)]
+    pairs = [(a.double(), b.double()) for a, b in zip(found, exact, strict=True)]
+    errors = [float((a - b).norm() / b.norm()) for a, b in pairs]
+    controls = [float((a.flatten().roll(1) - b.flatten()).norm() / b.norm()) for a, b in pairs]
+    # A NaN must win: `max` would keep whatever came before it.
+    return {"error": next((e for e in errors if e != e), max(errors)), "control": min(controls)}
+
+
+@torch.enable_grad()
+def _backward(op: str, call: Any) -> tuple[Tensors, Tensors]:
+    if op == "cross_attention backward":
+        g, q, k, v, valid, _, _, heads = call.args
+        # The case's own `out` and `softmax` are placeholders: a gradient needs those of the forward pass.
+        found = call.func(g, q, k, v, valid, *attention_kernels.forward(q, k, v, valid, heads), heads)
+        leaves = [x.double().requires_grad_() for x in (q, k, v)]
+        result = cross_attention(*leaves, valid, heads)
+    elif op == "scaled_residual backward":
+        g, delta, lam = call.args
+        found = call()
+        leaves = [x.double().requires_grad_() for x in (delta, lam)]
+        result = scaled_residual(torch.zeros_like(g, dtype=torch.float64), *leaves)
+    else:
+        g, t, r, w, token, *_ = call.args
+        found = call()
+        leaves = [x.double().requires_grad_() for x in (t, r, w)]
+        result = slerp(*leaves, "token" if token else "sample")
+    return found, torch.autograd.grad(result, leaves, g.double())
+
+
+def _double(argument: Any) -> Any:
+    if isinstance(argument, (list, tuple)):
+        return [_double(x) for x in argument]
+    return argument.double() if isinstance(argument, Tensor) and argument.is_floating_point() else argument
