@@ -139,7 +139,7 @@ class Runner:
                 self._write(check.name, {"ok": False, "skipped": "the time was used up"})
                 continue
             try:
-                # What a kernel forgets to write is NaN. Not where times are taken: the filling takes launches of its own.
+                # What a kernel forgets to write is NaN. Not where times are taken: filling takes launches of its own.
                 torch.use_deterministic_algorithms(check.poisoned, warn_only=True)
                 with torch.no_grad():
                     found = check.run(self._bench)
@@ -401,7 +401,7 @@ def form(name: str, bench: Bench) -> dict[str, Any]:
     say = f"{1e3 * times['p50']:.2f} ms, bits equal: {same}, latents {agreement['error']:.1e} from plain torch"
     return {"ok": bool(same and not plain and why is None), "replay_equals_call": bool(same), "plain": plain,
             "agreement": agreement, "why_not": why, "p50_s": times, "eager_p50_s": eager_s, "recorded_s": recorded,
-            "stages": stages, "ways": ways, "say": say + (f"; {why}" if why else "") + (f"; {plain}" if plain else "")}  # fmt: skip
+            "stages": stages, "ways": ways, "say": "; ".join(map(str, filter(None, (say, why, plain))))}  # fmt: skip
 
 
 def profile(bench: Bench) -> dict[str, Any]:

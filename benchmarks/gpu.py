@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 STARTED = time.monotonic()
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,8 +90,11 @@ def plan(results: Path, scratch: Path, *, rehearse: bool) -> dict[str, Step]:
     """Every step by name."""
     python, tests = sys.executable, ROOT / "tests"
     # What an earlier step measured of this GPU is taken by the later ones.
-    environment = {"RAGTURBO_KERNEL_CONFIGS": str(results / "configs"), "RAGTURBO_CEILINGS": str(scratch / "ceilings.json"),
-                   "RAGTURBO_INSTANT": "1"}  # fmt: skip
+    environment = {
+        "RAGTURBO_KERNEL_CONFIGS": str(results / "configs"),
+        "RAGTURBO_CEILINGS": str(scratch / "ceilings.json"),
+        "RAGTURBO_INSTANT": "1",
+    }
     found: dict[str, Step] = {}
 
     def add(name: str, command: list[str], box: float, *needs: str, result: Path | None = None, **more: str) -> None:

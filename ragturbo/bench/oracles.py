@@ -61,6 +61,8 @@ def compare(op: str, call: Any) -> dict[str, float]:
 
     control: the same error of the results shifted by one element, which a comparison that proves something must refuse.
     """
+    found: Tensors
+    exact: Tensors
     if op == "to_uint8":
         # Bytes are promised, not closeness.
         found, exact = (call(),), (to_uint8(*call.args),)
@@ -84,7 +86,7 @@ def _backward(op: str, call: Any) -> tuple[Tensors, Tensors]:
         # The case's own `out` and `softmax` are placeholders: a gradient needs those of the forward pass.
         found = call.func(g, q, k, v, valid, *attention_kernels.forward(q, k, v, valid, heads), heads)
         leaves = [x.double().requires_grad_() for x in (q, k, v)]
-        result = cross_attention(*leaves, valid, heads)
+        result = cross_attention(leaves[0], leaves[1], leaves[2], valid, heads)
     elif op == "scaled_residual backward":
         g, delta, lam = call.args
         found = call()
@@ -94,7 +96,7 @@ def _backward(op: str, call: Any) -> tuple[Tensors, Tensors]:
         g, t, r, w, token, *_ = call.args
         found = call()
         leaves = [x.double().requires_grad_() for x in (t, r, w)]
-        result = slerp(*leaves, "token" if token else "sample")
+        result = slerp(leaves[0], leaves[1], leaves[2], "token" if token else "sample")
     return found, torch.autograd.grad(result, leaves, g.double())
 
 
