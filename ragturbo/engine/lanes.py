@@ -220,13 +220,14 @@ class CudaGraphs:
         # Torch keeps one cuBLAS workspace for each handle and stream, made at its first use and freed when anything
         # clears the table (Inductor does, before each of its own recordings). Made by a warm-up, it would be freed
         # under this graph. Made during the capture, it lies in the graph's pool; cleared afterwards, nothing outside
-        # this pool's graphs uses it.
-        torch._C._cuda_clearCublasWorkspaces()
+        # this pool's graphs uses it. Not cleared before the capture begins: that empties the allocator's cache, and a
+        # product of another thread may be about to be launched with the workspace that was cleared.
         try:
             # Thread-local: other threads may allocate and copy meanwhile, but not synchronise the device (RECORDING).
             # The outer context restores the current stream, which torch.cuda.graph leaves changed if its end fails.
             with torch.cuda.stream(stream):
                 with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+                    torch._C._cuda_clearCublasWorkspaces()
                     step()
         finally:
             torch._C._cuda_clearCublasWorkspaces()
