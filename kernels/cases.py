@@ -139,10 +139,12 @@ def _topk(batch: int, k: int, device: str, dtype: torch.dtype) -> Call:
     address = 0 if device == "meta" else keys.data_ptr()
     descriptor = torch.tensor([address, keys.shape[0]], dtype=torch.int64, device=device)
     query = random((batch, KEY_WIDTH), device, torch.float32)
-    rows = torch.empty(batch, k, dtype=torch.int64, device=device)
 
-    def call(keys: Tensor = keys) -> None:
-        topk.search_into(descriptor, query, rows, torch.empty(batch, k, device=device))
+    def call(keys: Tensor = keys) -> tuple[Tensor, Tensor]:
+        rows = torch.empty(batch, k, dtype=torch.int64, device=device)
+        scores = torch.empty(batch, k, device=device)
+        topk.search_into(descriptor, query, rows, scores)
+        return rows, scores
 
     return call
 

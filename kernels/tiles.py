@@ -66,7 +66,10 @@ def note(path: Path, tool: str, machine: dict[str, Any], **sections: Any) -> Non
     found = known(path)
     found |= {"made_on": {**found.get("made_on", {}), tool: machine}, **sections}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+    # Readers and a kill find the old file or the new one, never a part.
+    part = path.with_name(f"{path.name}.{os.getpid()}")
+    part.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+    part.replace(path)
 
 
 def _load(path: Path) -> dict[str, Any]:

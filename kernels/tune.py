@@ -1,9 +1,10 @@
 """Finding this GPU's tiles: `python -m ragturbo.kernels.tune` times candidates and writes configs/<gpu>.json.
 
 A candidate that does not compile, does not fit or gives another result than the default is out; of the rest the
-fastest in a CUDA graph wins, if it beats the default by more than the noise. The file keeps both times and what made
-them: GPU, driver, torch, triton and commit. Candidates are compiled beforehand by all cores; `--dry-run` only counts
-them, on any machine.
+fastest in a CUDA graph wins, if it beats the default by more than the noise. What an image reads from cold memory is
+cold here too. The file keeps both times and what made them: GPU, driver, torch, triton and commit. The most valuable
+cases come first and each is written when done, so that `--seconds` or a kill loses no more than the last. All cores
+compile candidates while earlier cases are timed; `--dry-run` only counts them, on any machine.
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ from __future__ import annotations
 import argparse
 import itertools
 import logging
+import math
 import multiprocessing
 import os
 import statistics
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +37,22 @@ log = logging.getLogger("ragturbo")
 # A win smaller than this is noise.
 WORTHWHILE = 0.03
 
-Measure = Callable[[Call], float]
+# The cases that weigh most in one image, (op, beginning of the label), in order; the others follow as CASES has them.
+FIRST = (
+    ("linear", "b1"),
+    ("project_attention", "b1 LayerNorm"),
+    ("cross_attention", "b1 d64"),
+    ("group_norm", "VAE"),
+    ("topk", "1 queries"),
+    ("group_norm", "UNet"),
+    ("gather_rows", "16 rows fp16"),
+)
+# In an image their weights or rows come from memory: 2 GB of other weights went through L2 since they were last read.
+COLD = ("linear", "project_attention", "gather_rows")
+MOST_COPIES = 64
+
+# Calls of one case, on inputs of their own, -> seconds of one.
+Measure = Callable[[Sequence[Call]], float]
 
 
 def _product(**choices: Sequence[int]) -> list[tiles.Tile]:
@@ -55,37 +74,65 @@ CANDIDATES: dict[str, list[tiles.Tile]] = {
         BT=(16, 32, 64), BS=(32, 64), BK=(32, 64, 128), num_warps=(4, 8), num_stages=(2, 3, 4)
     ),
     "cross_attention_backward": _product(BT=(16, 32, 64), BS=(16, 32, 64), num_warps=(2, 4, 8), num_stages=(1, 2)),
-    "group_norm": _product(BR=(8, 16, 32, 64), SPLITS=(128, 512, 1024), ONE_LAUNCH=(64, 512, 2048), num_warps=(4, 8)),
+    # Three launches, then one.
+    "group_norm": _product(BR=(8, 16, 32, 64), SPLITS=(128, 512, 1024), ONE_LAUNCH=(64,), num_warps=(4, 8))
+    + _product(BR=(8, 16, 32, 64), ONE_LAUNCH=(2048,), num_warps=(4, 8)),
     "layer_norm": _product(BM=(1, 2, 4, 8), num_warps=(1, 2, 4, 8)),
     "geglu": _product(BLOCK=(256, 512, 1024, 2048), num_warps=(2, 4, 8)),
     "bias_residual": _product(BLOCK=(512, 1024, 2048, 4096), num_warps=(4, 8)),
     "to_uint8": _product(BLOCK=(512, 1024, 2048, 4096), num_warps=(4, 8)),
     "gather_rows": _product(BLOCK=(1024, 2048, 4096, 8192), num_warps=(2, 4, 8)),
-    "topk": _product(BN=(8, 16, 32), BD=(256, 512, 1024), PER_PROCESSOR=(1, 2, 4), num_warps=(4, 8), num_stages=(1, 2)),
+    # At seven programs a multiprocessor the loads of one hide the search of another: no stages are needed.
+    "topk": _product(BN=(4, 8, 16), BD=(512, 1024), PER_PROCESSOR=(2, 4, 7, 8), num_warps=(4, 8), num_stages=(2,)),
 }  # fmt: skip
 
 
-def graph_seconds(call: Call, calls: int = 20, replays: int = 15) -> float:
-    """Seconds of one call inside a CUDA graph of `calls`: the median of the replays, between two events."""
+def graph_seconds(calls: Call | Sequence[Call], launches: int = 20, replays: int = 15) -> float:
+    """Seconds of one call inside a CUDA graph that holds each of `calls` equally often: the median of the replays."""
+    calls = [calls] if callable(calls) else calls
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     with torch.cuda.stream(stream):
-        for _ in range(3):
+        for call in calls:
             call()
+        begin.record()
+        for _ in range(3):
+            calls[0]()
+        end.record()
     torch.cuda.current_stream().wait_stream(stream)
+    end.synchronize()
+    # A replay of 5 ms is long enough, whatever one call takes.
+    launches = max(1, min(launches, int(5 / max(begin.elapsed_time(end) / 3, 1e-3))))
+    rounds = math.ceil(launches / len(calls))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(calls):
-            call()
-    times = []
-    for _ in range(replays):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
+        for _ in range(rounds):
+            for call in calls:
+                call()
+    graph.replay()
+    marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(replays)]
+    # All are queued before the first is waited for: a busy host's late launches would count as the GPU's time.
+    for first, last in marks:
+        first.record()
         graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3 / calls)
-    return statistics.median(times)
+        last.record()
+    torch.cuda.synchronize()
+    return statistics.median(first.elapsed_time(last) for first, last in marks) / 1e3 / (rounds * len(calls))
+
+
+def cold_calls(case: Case, dtype: torch.dtype, device: str) -> list[Call]:
+    """The case as often as it takes for its inputs to exceed L2 twice, each time with inputs of its own."""
+    gpu = torch.device(device).type == "cuda"
+    before = torch.cuda.memory_allocated() if gpu else 0
+    calls = [case.make(device, dtype)]
+    if gpu and case.op in COLD:
+        # Of its table a gather reads as many bytes as it writes.
+        own = calls[0]().nbytes if case.op == "gather_rows" else torch.cuda.memory_allocated() - before
+        l2 = torch.cuda.get_device_properties(device).L2_cache_size
+        copies = min(MOST_COPIES, 2 * l2 // max(own, 1) + 1)
+        calls += [case.make(device, dtype) for _ in range(copies - 1)]
+    return calls
 
 
 @dataclass(frozen=True)
@@ -100,29 +147,37 @@ class Tuned:
 
 
 def tune_case(
-    case: Case, dtype: torch.dtype, device: str, measure: Measure, candidates: Iterable[tiles.Tile] | None = None
+    case: Case,
+    dtype: torch.dtype,
+    device: str,
+    measure: Measure,
+    candidates: Iterable[tiles.Tile] | None = None,
+    until: float = math.inf,
 ) -> Tuned:
-    """Times every candidate of one case; the first entry of the race is the built-in tile."""
-    call = case.make(device, dtype)
+    """Times the candidates of one case, after the built-in tile; at time.monotonic() = until, the best so far wins."""
+    calls = cold_calls(case, dtype, device)
     with tiles.recorded() as asked, tiles.forced(case.tiled, {}):
-        expected = call()
+        expected = calls[0]()
     shapes = [shape for kernel, shape in asked if kernel == case.tiled]
     if not shapes:
         raise ValueError(f"{case.op} ({case.label}) asked for no tile of {case.tiled!r}, only {sorted(set(asked))}")
     with tiles.forced(case.tiled, {}):
-        default = measure(call)
+        default = measure(calls)
     best, seconds = {}, default
     for tile in CANDIDATES[case.tiled] if candidates is None else candidates:
+        if time.monotonic() >= until:
+            break
         with tiles.forced(case.tiled, tile):
+            # Triton's errors have no common base: PTXASError is no CompilationError, and a tile may fail an assertion.
             try:
-                found = call()
-            except (triton.CompilationError, triton.OutOfResources, RuntimeError) as error:
+                found = calls[0]()
+                if not _same(found, expected, dtype):
+                    log.warning("%s %s: tile %s gives another result and is out", case.op, shapes[0], tile)
+                    continue
+                took = measure(calls)
+            except Exception as error:
                 log.debug("%s %s %s: %s", case.op, shapes[0], tile, error)
                 continue
-            if not _same(found, expected, dtype):
-                log.warning("%s %s: tile %s gives another result and is out", case.op, shapes[0], tile)
-                continue
-            took = measure(call)
         if took < seconds:
             best, seconds = tile, took
     if seconds > default * (1 - WORTHWHILE):
@@ -154,47 +209,60 @@ def write(path: Path, rows: Sequence[Tuned], machine: dict[str, Any]) -> None:
     tiles.note(path, "tiles", machine, tiles=chosen, microseconds=times)
 
 
-def compile_candidates(case: Case, dtype: torch.dtype, capability: int, candidates: Sequence[tiles.Tile]) -> int:
-    """In a process of its own: leaves in Triton's cache what `tune_case` will ask for. How many did compile."""
+def compile_candidate(case: Case, dtype: torch.dtype, capability: int, tile: tiles.Tile) -> bool:
+    """In a process of its own: leaves in Triton's cache what `tune_case` will ask for. Whether it compiled."""
     triton.runtime.driver.set_active(offline.AbsentGPU(capability))
-    compiled = 0
-    with replaced(lambda kernel, grid, args, options: kernel.warmup(*args, grid=grid, **options)):
-        for tile in candidates:
-            try:
-                with tiles.forced(case.tiled, tile):
-                    case.make("meta", dtype)()
-                compiled += 1
-            except Exception as error:
-                # tune_case meets it again and says so.
-                log.debug("%s %s: %s", case.op, tile, error)
-    return compiled
+    compile_only = replaced(lambda kernel, grid, args, options: kernel.warmup(*args, grid=grid, **options))
+    try:
+        with compile_only, tiles.forced(case.tiled, tile):
+            case.make("meta", dtype)()
+    except Exception as error:
+        # tune_case meets it again and says so.
+        log.debug("%s %s: %s", case.op, tile, error)
+        return False
+    return True
 
 
-def compile_ahead(wanted: Sequence[tuple[Case, torch.dtype]], capability: int, jobs: int) -> int:
-    tasks = [(case, dtype, CANDIDATES[case.tiled][i::jobs]) for case, dtype in wanted for i in range(jobs)]
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        done = [pool.submit(compile_candidates, case, dtype, capability, part) for case, dtype, part in tasks if part]
-        return sum(future.result() for future in done)
+def compile_ahead(
+    pool: ProcessPoolExecutor, wanted: Sequence[tuple[Case, torch.dtype]], capability: int
+) -> list[list[Future[bool]]]:
+    """Queues the built-in tile and the candidates of each case; their futures, by case."""
+    return [
+        [pool.submit(compile_candidate, case, dtype, capability, tile) for tile in ({}, *CANDIDATES[case.tiled])]
+        for case, dtype in wanted
+    ]
+
+
+def in_order(wanted: Iterable[tuple[Case, torch.dtype]]) -> list[tuple[Case, torch.dtype]]:
+    """The cases of FIRST first."""
+
+    def rank(entry: tuple[Case, torch.dtype]) -> int:
+        case = entry[0]
+        places = (i for i, (op, begin) in enumerate(FIRST) if case.op == op and case.label.startswith(begin))
+        return next(places, len(FIRST))
+
+    return sorted(wanted, key=rank)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ragturbo.kernels.tune", description=__doc__)
     parser.add_argument("--op", nargs="+", default=[], help="only these ops")
-    parser.add_argument("--label", default="", help="only cases whose label begins so: b1")
+    parser.add_argument("--label", nargs="+", default=[""], help="only cases whose label begins so: b1 VAE")
     parser.add_argument("--dtype", nargs="+", default=["float16"], choices=["float16", "bfloat16", "float32"])
     parser.add_argument("--out", type=Path, default=tiles.INSTALLED, help="the folder of <gpu>.json")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="stop cleanly after so long")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile ahead; 0: none")
     parser.add_argument("--dry-run", action="store_true", help="say what would be tuned; needs no GPU")
     options = parser.parse_args(argv)
     unknown = set(options.op) - {case.op for case in CASES}
     if unknown:
         parser.error(f"no such op: {', '.join(sorted(unknown))}; known: {', '.join(sorted({c.op for c in CASES}))}")
-    wanted = [
+    wanted = in_order(
         (case, getattr(torch, name))
         for case in CASES
-        if (not options.op or case.op in options.op) and case.label.startswith(options.label)
+        if (not options.op or case.op in options.op) and case.label.startswith(tuple(options.label))
         for name in (["float16"] if case.op in FIXED_DTYPE else options.dtype)
-    ]
+    )
     if options.dry_run:
         for case, dtype in wanted:
             print(f"{case.op}, {case.label}, {dtype}: {len(CANDIDATES[case.tiled])} candidates")
@@ -202,18 +270,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         sys.stderr.write("tuning times kernels on a GPU, and torch sees none here\n")
         return 4
-    if options.jobs:
-        major, minor = torch.cuda.get_device_capability()
-        compile_ahead(wanted, 10 * major + minor, options.jobs)
     from ragturbo.bench.context import context
 
     path, machine = options.out / tiles.file_name(torch.cuda.get_device_name()), tiles.made_on(context())
-    for case, dtype in wanted:
-        row = tune_case(case, dtype, "cuda", graph_seconds)
-        # Written as found: an interrupted run keeps what it has.
-        write(path, [row], machine)
-        gain = row.default / row.seconds
-        print(f"{case.op}, {case.label}, {dtype}: {row.seconds * 1e6:.2f} µs, {gain:.2f}× the default, {row.tile}")
+    until = time.monotonic() + options.seconds
+    major, minor = torch.cuda.get_device_capability()
+    pool = ProcessPoolExecutor(max(1, options.jobs), mp_context=multiprocessing.get_context("spawn"))
+    try:
+        ahead = compile_ahead(pool, wanted, 10 * major + minor) if options.jobs else [[] for _ in wanted]
+        for (case, dtype), compiling in zip(wanted, ahead, strict=True):
+            wait(compiling, timeout=max(0.0, min(until - time.monotonic(), threading.TIMEOUT_MAX)))
+            if time.monotonic() >= until:
+                print(f"{options.seconds:.0f} s are over: {case.op}, {case.label} and what follows are not tuned")
+                break
+            row = tune_case(case, dtype, "cuda", graph_seconds, until=until)
+            write(path, [row], machine)
+            gain = row.default / row.seconds
+            took = f"{row.seconds * 1e6:.2f} µs, {gain:.2f}× the default, {row.tile}"
+            print(f"{case.op}, {case.label}, {dtype}: {took}", flush=True)
+    finally:
+        # What is being compiled ends in seconds; nothing more is begun.
+        pool.shutdown(cancel_futures=True)
     return 0
 
 
