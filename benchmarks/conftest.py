@@ -8,8 +8,8 @@ A benchmark takes the fixture `measure`:
 `device` is "cpu" or "cuda"; a row marked `gpu` is skipped, with the reason, where there is none. Rows of torch.compile
 are marked `compiled`: compiling may take minutes, and `-m "not compiled"` runs all that is quick first.
 
-With --benchmark-json=F every row that passes is also, as soon as it is measured, a line of the file Fl (or of the one
-RAGTURBO_ROWS names): see `ragturbo.bench.suite_rows`.
+With --benchmark-json=F every row that passes, and why one fails, is also a line of the file Fl (or of the one
+RAGTURBO_ROWS names) as soon as it is known: see `ragturbo.bench.suite_rows`. RAGTURBO_INSTANT=1 prints failures then.
 """
 
 from __future__ import annotations
@@ -69,8 +69,20 @@ def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
-    benchmark = getattr(item, "funcargs", {}).get("benchmark")
     path = rows_path(item.config)
+    if report.failed:
+        text = "\n".join(report.longreprtext.splitlines()[-60:])
+        if path is not None:
+            append(path, failed={report.nodeid: text})
+        if os.environ.get("RAGTURBO_INSTANT") == "1":
+            print(f"\nFAILED {report.nodeid} ({report.when})\n{text}", flush=True)
+        if torch.cuda.is_initialized():
+            try:
+                torch.cuda.synchronize()
+            except RuntimeError as error:
+                # After an illegal access every row fails: the rest of the suite's time is worth more elsewhere.
+                item.session.shouldstop = f"the CUDA context was lost in {report.nodeid}: {error}"
+    benchmark = getattr(item, "funcargs", {}).get("benchmark")
     if path is not None and call.when == "call" and report.passed and getattr(benchmark, "stats", None) is not None:
         entry = benchmark.stats.as_dict(include_data=False)
         told = entry["extra_info"]

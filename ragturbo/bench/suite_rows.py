@@ -1,7 +1,8 @@
 """A suite's rows as they finish, one JSON line each.
 
 pytest-benchmark writes its JSON at the end of the run, which a suite that is killed does not reach. The benchmarks'
-conftest.py appends a line for every row that passed; `rows_to_json` makes of them what pytest-benchmark would write.
+conftest.py appends a line for every row that passed, and the end of the traceback of one that failed; `rows_to_json`
+makes of them what pytest-benchmark would write.
 """
 
 from __future__ import annotations
@@ -21,16 +22,19 @@ def append(path: Path, **facts: Any) -> None:
 def rows_to_json(path: Path) -> dict[str, Any] | None:
     """The structure of pytest-benchmark's JSON: machine_info with our context, ceilings, benchmarks, wall_s.
 
+    Rows that failed are in "failed", {name: the end of the traceback}, if there are any.
+
     Args:
         path: lines of one suite, or of several that ran one after another; a row that ran twice counts as it ran last.
 
     Returns:
-        None where no row finished or no file is there.
+        None where no row finished, or there is no file.
     """
     if not path.is_file():
         return None
     out: dict[str, Any] = {"ceilings": {}, "benchmarks": []}
     rows: dict[str, Any] = {}
+    failed: dict[str, str] = {}
     for line in path.read_text("utf-8", errors="replace").splitlines():
         try:
             facts = json.loads(line)
@@ -40,6 +44,9 @@ def rows_to_json(path: Path) -> dict[str, Any] | None:
         if (row := facts.pop("benchmark", None)) is not None:
             rows[row["fullname"]] = row
         out["ceilings"] |= facts.pop("ceilings", {})
+        failed |= facts.pop("failed", {})
         out |= facts
     out["benchmarks"] = list(rows.values())
-    return out if rows else None
+    if failed:
+        out["failed"] = failed
+    return out if rows or failed else None

@@ -28,6 +28,21 @@ def test_measured_and_then_found_wrong(benchmark):
 def test_killed(benchmark):
     os.kill(os.getpid(), 9)
 """
+LOST = """
+import torch
+
+def test_before(benchmark):
+    benchmark.pedantic(lambda: None)
+
+def test_lost(benchmark):
+    def lost():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    torch.cuda.is_initialized, torch.cuda.synchronize = (lambda: True), lost
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+def test_after(benchmark):
+    benchmark.pedantic(lambda: None)
+"""
 
 
 @pytest.fixture
@@ -49,6 +64,8 @@ def test_rows_of_a_killed_suite_are_those_that_had_passed(folder, run_pytest):
     assert found is not None and [row["name"] for row in found["benchmarks"]] == ["test_right[64]", "test_right[512]"]
     assert found["machine_info"]["ragturbo"]["cpu"] and found["datetime"] and found["wall_s"] > 0
     assert found["ceilings"]["cpu"]["bytes_per_s"] > 0
+    (name, text), *others = found["failed"].items()
+    assert name.endswith("::test_measured_and_then_found_wrong") and "SPARE" in text and not others
 
 
 def test_they_are_what_the_whole_suite_writes(folder, run_pytest, monkeypatch):
@@ -62,6 +79,16 @@ def test_they_are_what_the_whole_suite_writes(folder, run_pytest, monkeypatch):
     assert found["benchmarks"] == whole["benchmarks"] and len(found["benchmarks"]) == 3
     assert found["ceilings"] == whole["ceilings"]
     assert found["machine_info"]["ragturbo"] == whole["machine_info"]["ragturbo"]
+
+
+def test_a_suite_ends_with_its_gpu_and_prints_why(folder, run_pytest, monkeypatch):
+    monkeypatch.setenv("RAGTURBO_INSTANT", "1")
+    (folder / "test_bench_op.py").write_text(LOST)
+    printed = run_pytest(["--benchmark-json=out.json"], cwd=folder, code=2)
+    found = rows_to_json(folder / "out.jsonl")
+    assert found is not None and [row["name"] for row in found["benchmarks"]] == ["test_before"]
+    assert len(found["failed"]) == 1 and "the CUDA context was lost in test_bench_op.py::test_lost" in printed
+    assert printed.index("FAILED test_bench_op.py::test_lost (call)") < printed.index("= FAILURES =")
 
 
 def test_several_suites_in_one_file_and_half_a_line(tmp_path):
