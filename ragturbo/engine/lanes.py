@@ -250,7 +250,6 @@ class CudaGraphs:
 
     def _recover(self, graph: torch.cuda.CUDAGraph) -> None:
         """After a failed capture: recordings go on in a new pool. The earlier ones hold the old pool themselves."""
-        torch.cuda.synchronize(self._device)
         self._abandon(graph)
         self._open_pool()
 
