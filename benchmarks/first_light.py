@@ -52,7 +52,7 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "adapter, ids to the host": ("adapter", {"retriever": "exact", "host_cache": 4 * 2 * TOKENS * CHANNELS}),
     "adapter, three graphs": ("adapter", {"retriever": "bm25"}),
 }
-HANGS_AFTER = 30.0
+HANGS_AFTER = 60.0
 
 
 @dataclass(frozen=True)

@@ -95,6 +95,8 @@ def plan(results: Path, scratch: Path, *, rehearse: bool) -> dict[str, Step]:
         "RAGTURBO_CEILINGS": str(scratch / "ceilings.json"),
         "RAGTURBO_INSTANT": "1",
     }
+    # Processes beside one another: each one's maths stays on its own core.
+    one_thread = {"OMP_NUM_THREADS": "1"}
     found: dict[str, Step] = {}
 
     def add(name: str, command: list[str], box: float, *needs: str, result: Path | None = None, **more: str) -> None:
@@ -123,11 +125,12 @@ def plan(results: Path, scratch: Path, *, rehearse: bool) -> dict[str, Step]:
     own("parts", 60)
     own("tail", 60)
     # Replays against calls bit for bit, and 10,000 requests over which memory must stay flat.
-    add("engine-tests", pytest(engine, workers=6), 90, "pytest", "diffusers", RAGTURBO_LONG="1")
+    lanes = tests / "engine" / "test_gpu_lanes.py"
+    add("engine-tests", pytest(engine, lanes, workers=6), 90, "pytest", "diffusers", RAGTURBO_LONG="1", **one_thread)
     ops = [tests / "ops" / "test_dispatch.py"] if rehearse else [tests / "ops", tests / "native" / "test_cuda.py"]
     skipped = f"--ignore={tests / 'ops' / 'test_compile_only.py'}"
     collected = ["--continue-on-collection-errors", "-m", "not slow", skipped]
-    add("kernel-tests", pytest(*ops, *collected, workers=12), 120, "pytest")
+    add("kernel-tests", pytest(*ops, *collected, workers=12), 120, "pytest", **one_thread)
 
     configs = ["--out", str(results / "configs")]
     if not rehearse:
@@ -224,7 +227,10 @@ class Records:
         earlier = json.loads(path.read_text("utf-8")) if path.is_file() else {**new, "benchmarks": []}
         seen = {b["fullname"] for b in new["benchmarks"]}
         kept = [b for b in earlier["benchmarks"] if b["fullname"] not in seen]
-        replace_json(path, {**earlier, "datetime": new.get("datetime"), "benchmarks": kept + new["benchmarks"]})
+        merged = {**earlier, "datetime": new.get("datetime"), "benchmarks": kept + new["benchmarks"]}
+        for name in ("ceilings", "failed"):
+            merged[name] = {**earlier.get(name, {}), **new.get(name, {})}
+        replace_json(path, merged)
 
     def _write(self) -> None:
         from ragturbo.bench.context import context, now
