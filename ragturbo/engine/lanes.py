@@ -166,7 +166,8 @@ class CudaGraphs:
         self._done = torch.cuda.Event()
         self._retrieved = torch.cuda.Event()
         self._keeper: torch.cuda.CUDAGraph | None = None
-        with torch.cuda.stream(self._main):
+        # A tensor of inference mode could not be written outside it.
+        with torch.inference_mode(False), torch.cuda.stream(self._main):
             self._nothing = torch.zeros(1, device=device)
         with RECORDING:
             self._open_pool()

@@ -53,6 +53,12 @@ def test_after_a_capture_that_failed_the_next_is_recorded_and_earlier_recordings
     assert cuda.log == ["replay"] * 3 and not cuda.open
 
 
+def test_lanes_made_in_inference_mode_recover_outside_it(cuda):
+    with torch.inference_mode():
+        lanes = CudaGraphs(torch.device("cpu"))
+    lanes.record("label", fails_in_capture(cuda, 1, cuda.item)).replay()
+
+
 def test_no_pool_is_released_too_often_or_kept(cuda, lanes):
     earlier = lanes.record("earlier", cuda.multiply)
     first = lanes._pool
