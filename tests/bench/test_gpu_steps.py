@@ -15,7 +15,11 @@ from ragturbo.bench.gpu_steps import STEPS, Scale, measure
 from ragturbo.bench.models import make_bundle
 from ragturbo.bench.peers import refused
 from ragturbo.bench.step_record import StepRecord
+from ragturbo.config import GeneratorConfig
+from ragturbo.engine.graph import GraphEngine
+from ragturbo.engine.lanes import Direct
 from ragturbo.engine.tables import DeviceKeys
+from ragturbo.generate import Generator
 
 # A process of its own that imports everything: too long for every run of the tests.
 OWN_PROCESS = {"cold"}
@@ -142,3 +146,26 @@ def test_padded_keys_are_searched_and_never_found(tmp_path):
     assert len(set(best.tolist())) == len(words) and int(best.max()) < 100
     assert float(scores[:, 100:].abs().max()) < 0.1 < 0.9 < float(scores.max(1).values.min())
     assert bool((scores[:, 100:] != 0).all())
+
+
+def test_an_engine_over_padded_keys_makes_the_same_images(tmp_path, monkeypatch):
+    torch.set_num_threads(1)
+    # The engine of a GPU, called step by step.
+    monkeypatch.setattr(
+        "ragturbo.engine.build.make_engine", lambda bundle, config: GraphEngine(bundle, config, Direct(bundle.device))
+    )
+    bundle, words = make_bundle("rehearsal", "cpu", torch.float32), ["a boat", "a cat", "two horses"]
+    database = rows.write(bundle, tmp_path / "db", 100, workers=2, own=rows.prompt_keys(bundle, words))
+    config = GeneratorConfig(retriever="exact", batch_sizes=(1,), host_cache=100 * database.geometry.stride)
+    with Generator(bundle, database=database, config=config) as gen:
+
+        def made():
+            outs = [gen(word, seed=0, mode="adapter", output_type="latent") for word in words]
+            return [out.neighbors[0][0].id for out in outs], torch.cat([out.images for out in outs])
+
+        ids, latents = made()
+        gen.call(lambda: rows.pad_keys(gen._engine._tables.keys, 3000))
+        ids_padded, latents_padded = made()
+        assert len(set(ids)) == 3 and ids == ids_padded and torch.equal(latents, latents_padded)
+        assert gen.info["ways"]["keys on the device, bytes"] == 3000 * 2 * database.geometry.key_dim
+        assert gen.info["ways"]["retrieval"] == "one graph"

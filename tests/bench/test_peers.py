@@ -33,6 +33,23 @@ def test_the_peers_weights_keep_diffusers_layout_whatever_the_engine_makes_of_th
     assert relative_error(latents, peer(["a boat"], [3], "latent")) < 1e-4
 
 
+def test_the_compiled_peer_records_graphs_without_autotuning_and_marks_each_image_as_a_step(bundle, monkeypatch):
+    compiled, marked = [], []
+
+    def compile(module, **options):
+        compiled.append(options["mode"])
+        return module
+
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marked.append(1))
+    peer = Diffusers(bundle, compile=True)
+    # UNet, VAE decoder, text encoder.
+    assert compiled == ["reduce-overhead"] * 3 and "reduce-overhead" in peer.name and not marked
+    assert any(not p.is_contiguous() for p in peer.pipe.unet.parameters())
+    peer(["a boat"], [0]), peer(["a cat"], [1])
+    assert len(marked) == 2
+
+
 def test_another_result_or_one_that_a_control_gives_too_is_not_the_same_work(bundle):
     peer, words, others = Diffusers(bundle), ["a boat", "a cat"], ["two horses", "a stone bridge"]
     found = agreement(peer, peer, words, others)
