@@ -1,11 +1,14 @@
 """GroupNorm, SiLU and the additions around them on channels_last memory, for the UNet's and the VAE's ResNet blocks.
 
-In channels_last memory a group is a few bytes of every row, so a program takes whole groups side by side, about 128
-channels of them, and lets its threads run along the channels. Small maps: one program a set of groups, one launch.
-Large ones: partial statistics, their merge, and the application, in three.
+In channels_last memory a group is a few bytes of every row, so a program takes whole groups side by side and lets its
+threads run along the channels. Small maps: one program a set of groups, one launch; about 32 channels each, so that
+there are programs for more multiprocessors. Large ones: partial statistics, their merge, and the application, in three;
+about 128 channels each.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import triton
@@ -55,7 +58,7 @@ def _channel_moments(
         o = first + r[:, None].to(tl.int64) * C + c[None, :]
         x = _tile(x_ptr, add_ptr, add_bias_ptr, sum_ptr, o, m, c, m_c, ADD, ADD_BIAS, KEEP_SUM)
         count = tl.minimum(last_row - r0, BR).to(tl.float32)
-        b_mean = divide(tl.sum(tl.where(m, x, 0.0), axis=0), count)
+        b_mean = tl.sum(tl.where(m, x, 0.0), axis=0) * divide(1.0, count)
         d = tl.where(m, x - b_mean[None, :], 0.0)
         n, mean, m2 = merge(n, mean, m2, count, b_mean, tl.sum(d * d, axis=0))
     return n, mean, m2
@@ -67,7 +70,7 @@ def _group_moments(n, mean, m2, PER_BLOCK: tl.constexpr, WIDTH: tl.constexpr, BC
     if BC % WIDTH == 0:
         COUNT: tl.constexpr = BC // WIDTH
         split = tl.reshape(mean, [COUNT, WIDTH])
-        of_group = divide(tl.sum(split, axis=1), WIDTH)
+        of_group = tl.sum(split, axis=1) * (1.0 / WIDTH)
         d = split - of_group[:, None]
         m2_of_group = tl.sum(tl.reshape(m2, [COUNT, WIDTH]) + n * d * d, axis=1)
         g_mean = tl.reshape(tl.broadcast_to(of_group[:, None], [COUNT, WIDTH]), [BC])
@@ -79,7 +82,7 @@ def _group_moments(n, mean, m2, PER_BLOCK: tl.constexpr, WIDTH: tl.constexpr, BC
         for g in tl.static_range(PER_BLOCK // WIDTH):
             own = (lane >= g * WIDTH) & (lane < (g + 1) * WIDTH)
             g_sum = tl.where(own, tl.sum(tl.where(own, mean, 0.0)), g_sum)
-        g_mean = divide(g_sum, WIDTH)
+        g_mean = g_sum * (1.0 / WIDTH)
         d = mean - g_mean
         m2 += n * d * d
         g_m2 = tl.zeros([BC], dtype=tl.float32)
@@ -175,14 +178,17 @@ def group_norm_apply(
     ADD: tl.constexpr, ADD_BIAS: tl.constexpr, KEEP_SUM: tl.constexpr, SILU: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
+    # In the reverse of the statistics' order: what they read last is what L2 still holds.
+    i_r = tl.num_programs(0) - 1 - tl.program_id(0)
+    i_c = tl.num_programs(1) - 1 - tl.program_id(1)
+    i_b = (tl.num_programs(2) - 1 - tl.program_id(2)).to(tl.int64)
     lane = tl.arange(0, BC)
-    c = tl.program_id(1) * PER_BLOCK + lane
+    c = i_c * PER_BLOCK + lane
     m_c = (lane < PER_BLOCK) & (c < C)
-    i_b = tl.program_id(2).to(tl.int64)
     p_stats = stats_ptr + (i_b * (C // WIDTH) + c // WIDTH) * 2
     mean = tl.load(p_stats, mask=m_c, other=0.0)
     rstd = tl.load(p_stats + 1, mask=m_c, other=0.0)
-    r = tl.program_id(0) * BR + tl.arange(0, BR)
+    r = i_r * BR + tl.arange(0, BR)
     m = (r < R)[:, None] & m_c[None, :]
     o = i_b * R * C + r[:, None].to(tl.int64) * C + c[None, :]
     if KEEP_SUM:
@@ -192,6 +198,13 @@ def group_norm_apply(
         x = _tile(x_ptr, add_ptr, add_bias_ptr, sum_ptr, o, m, c, m_c, ADD, ADD_BIAS, False)
     y = _activate(x, mean, rstd, weight_ptr, bias_ptr, c, m_c, SILU)
     tl.store(out_ptr + o, cast(y, out_ptr.dtype.element_ty), mask=m)
+
+
+def _per_block(width: int, lanes: int) -> int:
+    """Channels of one program: whole groups, about `lanes`, and where it can be a multiple of 8 for wide loads."""
+    unit = math.lcm(width, 8)
+    unit = unit if unit <= 128 else width
+    return max(1, lanes // unit) * unit
 
 
 def _channels_last(x: Tensor) -> Tensor:
@@ -216,11 +229,12 @@ def forward(
     add = None if add is None else _channels_last(add)
     out = torch.empty_like(x, memory_format=torch.channels_last)
     total = torch.empty_like(out) if keep_sum else out
-    per_block = max(1, 128 // width) * width
-    bc = tiles.power_of_2(min(per_block, tiles.power_of_2(c)))
-    default = {"BR": max(1, 4096 // bc), "SPLITS": 512, "ONE_LAUNCH": ONE_LAUNCH, "num_warps": 8 if bc > 256 else 4}
+    default = {"LANES": 32 if r <= ONE_LAUNCH else 128, "SPLITS": 512, "ONE_LAUNCH": ONE_LAUNCH}
     tile = dict(tiles.choose("group_norm", f"R{r} C{c} G{groups} {x.dtype}", x.device, default))
     splits, one_launch = tile.pop("SPLITS"), tile.pop("ONE_LAUNCH")
+    per_block = _per_block(width, tile.pop("LANES"))
+    bc = tiles.power_of_2(min(per_block, tiles.power_of_2(c)))
+    tile = {"BR": max(1, 4096 // bc), "num_warps": 8 if bc > 256 else 4, **tile}
     optional = [x if t is None else t.contiguous() for t in (add_bias, weight, bias)]
     inputs = x, x if add is None else add, optional[0]
     channels = {"WIDTH": width, "PER_BLOCK": per_block}

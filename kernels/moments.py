@@ -28,7 +28,7 @@ def of_rows(x_ptr, rows, row_mask, stride, K, eps, BM: tl.constexpr, BK: tl.cons
         m = row_mask[:, None] & (k[None, :] < K)
         x = tl.load(x_ptr + rows[:, None] * stride + k[None, :], mask=m, other=0.0).to(tl.float32)
         count = tl.minimum(K - k0, BK).to(tl.float32)
-        b_mean = divide(tl.sum(x, axis=1), count)
+        b_mean = tl.sum(x, axis=1) * divide(1.0, count)
         d = tl.where(k[None, :] < K, x - b_mean[:, None], 0.0)
         n, mean, m2 = merge(n, mean, m2, count, b_mean, tl.sum(d * d, axis=1))
     return mean, inverse_sqrt(divide(m2, K) + eps)

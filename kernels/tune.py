@@ -76,7 +76,7 @@ CANDIDATES: dict[str, list[tiles.Tile]] = {
     "cross_attention_backward": _product(BT=(16, 32, 64), BS=(16, 32, 64), num_warps=(2, 4, 8), num_stages=(1, 2)),
     # Three launches, then one.
     "group_norm": _product(BR=(8, 16, 32, 64), SPLITS=(128, 512, 1024), ONE_LAUNCH=(64,), num_warps=(4, 8))
-    + _product(BR=(8, 16, 32, 64), ONE_LAUNCH=(2048,), num_warps=(4, 8)),
+    + _product(BR=(16, 32, 64), LANES=(32, 64, 128), ONE_LAUNCH=(2048,), num_warps=(4, 8)),
     "layer_norm": _product(BM=(1, 2, 4, 8), num_warps=(1, 2, 4, 8)),
     "geglu": _product(BLOCK=(256, 512, 1024, 2048), num_warps=(2, 4, 8)),
     "bias_residual": _product(BLOCK=(512, 1024, 2048, 4096), num_warps=(4, 8)),
