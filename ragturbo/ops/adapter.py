@@ -1,4 +1,4 @@
-"""The H-space adapter of Eqs. 4–5 as fused launches: 3 for kind "attention", 10 for kind "transformer".
+"""The H-space adapter of Eqs. 4–5 as fused launches: 3 for kind "attention", 11 for kind "transformer".
 
 K and V depend on h_retr alone: `retrieved_kv` is the launch that runs beside the UNet's encoder. Forward only; training
 goes through the module's own torch code.
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ragturbo.errors import InvalidRequest
 from ragturbo.ops.cross_attention import cross_attention
+from ragturbo.ops.group_norm import group_norm
 from ragturbo.ops.linear import Norm, linear
 from ragturbo.ops.project_attention import project_attention
 
@@ -64,7 +65,7 @@ def transformer_adapter(
 ) -> Tensor:
     """Eqs. 4–5, kind "transformer": h_tgt + λ·g(h_tgt, h_retr). Shapes as `attention_adapter`.
 
-    Nine launches. weights: a diffusers Transformer2DModel's of one block with linear projections, under its names.
+    Ten launches. weights: a diffusers Transformer2DModel's of one block with linear projections, under its names.
     """
 
     def get(name: str) -> Tensor:
@@ -73,9 +74,11 @@ def transformer_adapter(
     def layer_norm(i: int) -> Norm:
         return Norm(get(f"norm{i}.weight"), get(f"norm{i}.bias"), LAYER_NORM_EPS)
 
-    group_norm = Norm(_get(weights, "norm.weight"), _get(weights, "norm.bias"), GROUP_NORM_EPS, groups)
-    proj_in, proj_in_bias = _get(weights, "proj_in.weight"), _get(weights, "proj_in.bias")
-    x = linear(h_tgt, [proj_in], proj_in_bias, norm=group_norm, impl=impl)
+    # A launch of its own: `linear` would take the statistics of all groups anew for each of its tiles of columns.
+    norm, norm_bias = _get(weights, "norm.weight"), _get(weights, "norm.bias")
+    image = h_tgt.transpose(1, 2).unsqueeze(-1)
+    x = group_norm(image, groups, norm, norm_bias, GROUP_NORM_EPS, impl=impl).squeeze(-1).transpose(1, 2)
+    x = linear(x, [_get(weights, "proj_in.weight")], _get(weights, "proj_in.bias"), impl=impl)
 
     qkv = [get(f"attn1.to_{name}.weight") for name in "qkv"]
     q, own_k, own_v = linear(x, qkv, norm=layer_norm(1), impl=impl).chunk(3, dim=-1)
