@@ -64,6 +64,9 @@ def main() -> int:
                 print(f"{name:24}{step.box:5.0f} s")
             return 0
         chosen = [name for given in options.steps for name in SETS.get(given, (given,))]
+        if options.rehearse:
+            # Some steps are nothing but work for a GPU.
+            chosen = [name for name in chosen if name in steps or name not in SETS["more"]]
         if unknown := [name for name in chosen if name not in steps]:
             parser.error(f"no step {unknown[0]!r}; there are: {', '.join([*SETS, *steps])}")
         if not options.rehearse and (why := no_gpu()):
