@@ -207,13 +207,15 @@ class Records:
         except Exception as error:  # a result that is half written, or not what it should be
             entry["outcome"] += f"; its result cannot be read: {type(error).__name__}: {error}"
         if "withheld" in entry:
-            entry["outcome"] += f"; unverified: {entry['withheld']}"
+            entry["outcome"] += f"; refused: {entry['withheld']}"
+        for key, why in entry.get("unverified_because", {}).items():
+            entry["outcome"] += f"; {key} unverified: {why}"
         self._steps[step.name] = entry
         self._write()
         return str(entry["outcome"])
 
     def _take(self, name: str, result: dict[str, Any]) -> dict[str, Any]:
-        if result.get("kind") == "breakdown":
+        if str(result.get("kind")).startswith("breakdown"):
             replace_json(self._results / "breakdown.json", {**result, "rehearsal": self._rehearsal})
             return {}
         self._own[name] = result
@@ -271,7 +273,8 @@ def measure(name: str, rehearse: bool, out: Path) -> int:
     scale = gpu_steps.Scale(rehearse)
     if name == "breakdown":
         small = {"prompts": 3, "teacher_prompts": 1, "teacher_steps": 3, "pairs": 64, "keys": 200, "quick": True}
-        replace_json(out, breakdown(Settings(scale.config, scale.device, **(small if rehearse else {}))))
+        settings = Settings(scale.config, scale.device, **(small if rehearse else {}))
+        replace_json(out, breakdown(settings, out=out))
     else:
         gpu_steps.measure(name.replace("-", " "), scale, out)
     return 0

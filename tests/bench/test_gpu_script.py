@@ -47,7 +47,7 @@ def stand_in(step: Any, fault: str | None = None) -> Any:
     key = {"image": "image_p50_s", "parts": "unet_s", "added": "retrieval_added_s"}.get(step.name, "cold_start_s")
     result: dict[str, Any] = {"measured": {key: 0.004}, "flags": []}
     if fault == "is wrong":
-        result = {"measured": {}, "unverified": {key: 0.004}, "withheld": "latents 5.0e-01 from the reference's"}
+        result = {"measured": {}, "unverified": {key: 0.004}, "unverified_because": {key: "latents 5.0e-01 off"}}
     text = "true"
     if step.result is not None and step.result.suffix == ".json":
         # A step that is ended leaves the phases it had finished.
