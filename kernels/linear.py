@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ragturbo.kernels import moments, tiles
 from ragturbo.kernels.launch import launch
-from ragturbo.kernels.portable import cast, dot
+from ragturbo.kernels.portable import cast, divide, dot, inverse_sqrt
 
 
 @triton.jit
@@ -53,12 +53,13 @@ def linear(
     if NORM == "group":
         groups = tl.arange(0, GROUPS)
         means = tl.zeros([GROUPS], dtype=tl.float32)
-        rstds = tl.zeros([GROUPS], dtype=tl.float32)
+        m2s = tl.zeros([GROUPS], dtype=tl.float32)
         for i_g in range(0, tl.cdiv(K, width)):
             c = tl.arange(0, BG)
-            g_mean, g_rstd = moments.of_group(x_ptr, first, L, stride_x, i_g * width + c, c < width, width, eps, BM)
+            g_mean, g_m2 = moments.of_group(x_ptr, first, L, stride_x, i_g * width + c, c < width, width, BM)
             means = tl.where(groups == i_g, g_mean, means)
-            rstds = tl.where(groups == i_g, g_rstd, rstds)
+            m2s = tl.where(groups == i_g, g_m2, m2s)
+        rstds = inverse_sqrt(divide(m2s, L * width) + eps)
 
     acc = tl.zeros([BM, BN], dtype=tl.float32)
     gate = tl.zeros([BM, BN], dtype=tl.float32)
@@ -112,7 +113,8 @@ def linear(
         if before < SPLITS - 1:
             return
         acc = tl.zeros([BM, BN], dtype=tl.float32)
-        for i in range(SPLITS):
+        # Unrolled, so that a share's load need not wait for the sum of those before it.
+        for i in tl.static_range(SPLITS):
             # Past the L1 cache, which knows nothing of what other multiprocessors wrote.
             acc += tl.load(p_part + i * one, mask=m, other=0.0, cache_modifier=".cg")
 
