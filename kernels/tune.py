@@ -39,7 +39,11 @@ WORTHWHILE = 0.03
 
 # The cases that weigh most in one image, (op, beginning of the label), in order; the others follow as CASES has them.
 FIRST = (
-    ("linear", "b1"),
+    # proj_out has the shape, and so the tile, of "out"; proj_in's GroupNorm is a launch of its own.
+    ("linear", "b1 LayerNorm"),
+    ("linear", "b1 FF out"),
+    ("linear", "b1 K and V"),
+    ("linear", "b1 out"),
     ("project_attention", "b1 LayerNorm"),
     ("cross_attention", "b1 d64"),
     ("group_norm", "VAE"),
