@@ -18,7 +18,8 @@ arch=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capabili
 # package; until there is one, a package of links does.
 mkdir "$scratch/ragturbo" && ln -s "$PWD"/ragturbo/* "$scratch/ragturbo/" && ln -sfn "$PWD/kernels" "$scratch/ragturbo/kernels"
 if [ -n "$arch" ]; then
-    PYTHONPATH=$scratch "$python" -m ragturbo.kernels.offline --sm "$arch" >"$scratch/compiled.txt" 2>&1 &
+    # From another folder: Python looks for packages in the present one first.
+    (cd "$scratch" && exec "$python" -m ragturbo.kernels.offline --sm "$arch" >compiled.txt 2>&1) &
     compiling=$!
 fi
 
@@ -35,7 +36,7 @@ if ! "$python" -m pip install --quiet --no-index --no-build-isolation --no-deps 
 fi
 echo "gpu: installed after $SECONDS s"
 if [ -n "$arch" ]; then
-    wait $compiling || tail -5 "$scratch/compiled.txt"
+    wait $compiling || grep -e SPILLS -e Error "$scratch/compiled.txt"
     echo "gpu: kernels compiled after $SECONDS s"
 fi
 "$python" benchmarks/gpu.py --results "${RESULTS:-gpu-results}" --spent "$SECONDS" "$@"

@@ -96,8 +96,9 @@ def machine() -> str:
 def checkout() -> dict[str, Any]:
     """commit, dirty, and a digest of the sources, which also names a copy that has no .git."""
     commit, dirty = os.environ.get("RAGTURBO_COMMIT"), None
-    if (ROOT / ".git").exists():
-        commit = _git("rev-parse", "HEAD") or commit
+    # Whoever copies a tree to another machine knows its commit; a .git that came along may be older.
+    if commit is None and (ROOT / ".git").exists():
+        commit = _git("rev-parse", "HEAD")
         # Results and notes are written while measuring: only what is measured counts.
         status = _git("status", "--porcelain", "--", *SOURCES, ":!benchmarks/results")
         dirty = None if status is None else bool(status)

@@ -141,6 +141,11 @@ def bias_residual(batch: int, channels: int, pixels: int, itemsize: int = 2) -> 
     return Work(2 * n, (3 * n + channels) * itemsize)
 
 
+def upsample(batch: int, channels: int, pixels: int, itemsize: int = 2) -> Work:
+    """Nearest, by two: every pixel in once, out four times."""
+    return Work(0, 5 * batch * channels * pixels * itemsize)
+
+
 def to_uint8(batch: int, pixels: int, itemsize: int = 2) -> Work:
     return Work(4 * batch * 3 * pixels, batch * 3 * pixels * (itemsize + 1))
 
@@ -178,6 +183,7 @@ def main_shapes() -> dict[str, Work]:
         "layer_norm, 4096×320": layer_norm(4096, 320),
         "geglu, 4096×1280": geglu(4096, 1280),
         "bias_residual, VAE 128×512²": bias_residual(1, 128, 512 * 512),
+        "upsample, VAE 256×256²": upsample(1, 256, 256 * 256),
         "to_uint8, 512²": to_uint8(1, 512 * 512),
         "gather_rows, 1 of fp16, host": gather_rows(1, 64, 1280),
         "gather_rows, 16 of fp16, host": gather_rows(16, 64, 1280),

@@ -32,7 +32,7 @@ def test_checks_of_every_kind_run_and_pass_at_small_sizes(tmp_path):
     assert all(line["ok"] for line in found.values()), found
     assert all(any(name.startswith(kind) for name in found) for kind in kinds)
     case = next(line for name, line in found.items() if name.startswith("case slerp"))
-    assert case["error"] <= case["within"] < case["control"] / 10
+    assert case["relative_error"] <= case["within"] < case["control"] / 10
 
 
 @pytest.mark.slow

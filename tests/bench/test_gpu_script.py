@@ -9,6 +9,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -124,6 +125,26 @@ gpu.run(steps, Path({str(results)!r}), time.monotonic() + 60, rehearsal=False)
     found = json.loads(record.read_text())
     assert found["measured"] == {"unet_s": 0.01, "image_p50_s": 0.01}
     assert found["steps"]["parts"]["outcome"] == "done" and found["steps"]["image"]["outcome"] == "running"
+
+
+def test_steps_that_share_a_process_have_entries_and_figures_of_their_own(tmp_path, plan):
+    folder = plan["together"].result
+    left = {"image": {"image_p50_s": 0.01}, "parts": {"unet_s": 0.004}}
+    text = f"mkdir {folder}; " + "; ".join(
+        f"echo {shlex.quote(json.dumps({'measured': measured}))} >{folder}/{name}.json"
+        for name, measured in left.items()
+    )
+    found = run([replace(plan["together"], command=shell(text + "; exit 1"), needs=())], tmp_path / "results")
+    assert found["measured"] == {"image_p50_s": 0.01, "unet_s": 0.004}
+    assert {name: step["outcome"] for name, step in found["steps"].items()} == dict.fromkeys(
+        ("image", "parts", "together"), "failed with 1"
+    )
+
+
+def test_a_record_does_not_say_where_things_lay(tmp_path):
+    text = f"in {ROOT}/benchmarks/gpu.py and {tempfile.gettempdir()}/ragturbo-x1/db"
+    gpu.replace_json(tmp_path / "a.json", {"tail": text})
+    assert json.loads((tmp_path / "a.json").read_text())["tail"] == "in benchmarks/gpu.py and db"
 
 
 def test_a_step_that_needs_what_is_not_there_is_skipped_and_named(tmp_path, plan):

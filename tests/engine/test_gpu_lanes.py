@@ -21,12 +21,15 @@ Make = Callable[..., tuple[Callable[[], None], torch.Tensor, torch.Tensor]]
 @pytest.fixture
 def make_step() -> Make:
     """A step, what it writes and what is expected there: products on both lanes. `fault` is called inside it."""
+    # A graph does not keep what its caller made: freed, it would be written by whatever comes next.
+    kept: list[torch.Tensor] = []
 
     def make(
         lanes: CudaGraphs, fault: Callable[[torch.Tensor], object] = lambda x: None, side: int = 512
     ) -> tuple[Callable[[], None], torch.Tensor, torch.Tensor]:
         a, b = (torch.randn(side, side, device="cuda", dtype=torch.float16) for _ in range(2))
         out = torch.zeros_like(a)
+        kept.extend((a, b, out))
 
         def step() -> None:
             with lanes.stage("first"):
