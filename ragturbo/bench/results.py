@@ -146,10 +146,11 @@ def figures(run: Run) -> Iterator[tuple[str, Figure]]:
     place = _place(run)
     if run.kind != "suite":
         modes = run.data["modes"].values() if run.kind == "overhead" else ()
-        made = replace(
-            place, rounds=min((m["rounds"] for m in modes), default=0), flags=tuple(run.data.get("flags", []))
+        made = replace(place, rounds=min((m["rounds"] for m in modes), default=0))
+        yield from (
+            (key, replace(made, value=float(value), flags=_flags_of(run, key)))
+            for key, value in run.data.get("measured", {}).items()
         )
-        yield from ((key, replace(made, value=float(value))) for key, value in run.data.get("measured", {}).items())
         return
     for entry in run.data["benchmarks"]:
         info, sizes = entry["extra_info"], entry["extra_info"].get("sizes", {})
@@ -163,6 +164,14 @@ def figures(run: Run) -> Iterator[tuple[str, Figure]]:
             yield "scann_p50_s", replace(made, value=p50)
         if info.get("samples_per_s") and info.get("variant") == "ours" and info.get("device") == "cuda":
             yield "ladd_samples_per_s", replace(made, value=float(info["samples_per_s"]))
+
+
+def _flags_of(run: Run, key: str) -> tuple[str, ...]:
+    """Those of the step that gave the figure; of a record without steps all."""
+    steps = run.data.get("steps")
+    if not steps:
+        return tuple(run.data.get("flags", []))
+    return tuple(flag for found in steps.values() if key in found.get("figures", []) for flag in found.get("flags", []))
 
 
 def unverified(run: Run) -> Iterator[tuple[str, Figure]]:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from ragturbo.bench import budgets
-from ragturbo.bench.budgets import BUDGETS, Figure, best
+from ragturbo.bench.budgets import BUDGETS, best
 from ragturbo.bench.results import Machine, Run, flags, read_folder
 
 # The page fits a screen whatever went wrong; all of it is in the files.
@@ -49,7 +47,7 @@ def _budgets(machine: Machine, gpu: str | None) -> list[str]:
         if not found:
             lines.append(f"| {budget.what} | {limit} | | not measured | |")
             continue
-        figure = _own_flags(machine, budget.key, best(found))
+        figure = best(found)
         verdict = budget.met(figure.value, place) if place else f"not judged: {gpu}"
         shown = "; ".join(figure.flags)[:LINE]
         lines.append(f"| {budget.what} | {limit} | {budget.show(figure.value)} | {verdict} | {shown} |")
@@ -82,16 +80,6 @@ def _limited(title: str, entries: list[str], most: int) -> list[str]:
         return []
     shown = [f"* {' '.join(entry.split())[:LINE]}" for entry in entries[:most]]
     return [title, "", *shown, *([f"* and {len(entries) - most} more"] if len(entries) > most else []), ""]
-
-
-def _own_flags(machine: Machine, key: str, figure: Figure) -> Figure:
-    """A part's record has the flags of all its steps, by name: of them those of the step that gave this figure."""
-    run = next(run for run in machine.runs if figure.source.endswith(f"/{run.path.name}"))
-    steps: dict[str, Any] = run.data.get("steps", {})
-    if run.kind == "suite" or not steps:
-        return figure
-    kept = [flag for found in steps.values() if key in found.get("figures", []) for flag in found.get("flags", [])]
-    return replace(figure, flags=tuple(kept))
 
 
 def _flags(run: Run) -> Iterator[str]:
