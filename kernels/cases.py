@@ -26,6 +26,7 @@ from ragturbo.kernels import (
     slerp,
     to_uint8,
     topk,
+    upsample,
 )
 
 TOKENS, CHANNELS, HEADS, NEIGHBOURS = 64, 1280, 20, 4
@@ -116,6 +117,11 @@ def _bias_residual(channels: int, size: int, device: str, dtype: torch.dtype) ->
     return partial(bias_residual.forward, x, random((channels,), device, dtype), torch.ones_like(x))
 
 
+def _upsample(channels: int, size: int, device: str, dtype: torch.dtype) -> Call:
+    x = random((1, channels, size, size), device, dtype).contiguous(memory_format=torch.channels_last)
+    return partial(upsample.forward, x)
+
+
 def _to_uint8(size: int, device: str, dtype: torch.dtype) -> Call:
     images = random((1, 3, size, size), device, dtype).contiguous(memory_format=torch.channels_last)
     return partial(to_uint8.forward, images, True)
@@ -193,6 +199,8 @@ def _cases() -> list[Case]:
         add("geglu", f"{size}² tokens, {4 * channels}", _geglu, size * size, 4 * channels)
     for channels, size in ((320, 64), (1280, 8), (128, 512)):
         add("bias_residual", f"{channels}×{size}²", _bias_residual, channels, size)
+    for channels, size in ((1280, 8), (640, 32), (256, 256)):
+        add("upsample", f"{channels}×{size}²", _upsample, channels, size)
     add("to_uint8", "512²", _to_uint8, 512)
     for n in (1, 16, 64):
         add("gather_rows", f"{n} rows fp16", _gather, n, False)

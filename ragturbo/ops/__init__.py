@@ -16,6 +16,7 @@ from ragturbo.ops.scaled_residual import scaled_residual
 from ragturbo.ops.slerp import slerp
 from ragturbo.ops.to_uint8 import to_uint8
 from ragturbo.ops.topk import topk, topk_into
+from ragturbo.ops.upsample import upsample
 
 __all__ = [
     "Norm",
@@ -39,4 +40,5 @@ __all__ = [
     "topk",
     "topk_into",
     "transformer_adapter",
+    "upsample",
 ]

@@ -35,6 +35,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "layer_norm": ("reference", "triton"),
     "geglu": ("reference", "triton"),
     "bias_residual": ("reference", "triton"),
+    "upsample": ("reference", "triton"),
     "to_uint8": ("reference", "triton"),
     "gather_rows": ("reference", "triton", "cuda"),
     "topk": ("reference", "triton", "cuda"),
