@@ -24,6 +24,7 @@ from ragturbo.kernels import (
     linear,
     scaled_residual,
     slerp,
+    softmax,
     to_uint8,
     topk,
     upsample,
@@ -122,6 +123,10 @@ def _upsample(channels: int, size: int, device: str, dtype: torch.dtype) -> Call
     return partial(upsample.forward, x)
 
 
+def _softmax(length: int, device: str, dtype: torch.dtype) -> Call:
+    return partial(softmax.forward, random((1, length, length), device, torch.float32), 512**-0.5, dtype)
+
+
 def _to_uint8(size: int, device: str, dtype: torch.dtype) -> Call:
     images = random((1, 3, size, size), device, dtype).contiguous(memory_format=torch.channels_last)
     return partial(to_uint8.forward, images, True)
@@ -201,6 +206,7 @@ def _cases() -> list[Case]:
         add("bias_residual", f"{channels}×{size}²", _bias_residual, channels, size)
     for channels, size in ((1280, 8), (640, 32), (256, 256)):
         add("upsample", f"{channels}×{size}²", _upsample, channels, size)
+    add("softmax", "VAE 64² tokens", _softmax, 4096)
     add("to_uint8", "512²", _to_uint8, 512)
     for n in (1, 16, 64):
         add("gather_rows", f"{n} rows fp16", _gather, n, False)

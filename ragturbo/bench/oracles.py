@@ -19,6 +19,7 @@ from ragturbo.ops.linear import reference as linear
 from ragturbo.ops.project_attention import reference as project_attention
 from ragturbo.ops.scaled_residual import reference as scaled_residual
 from ragturbo.ops.slerp import reference as slerp
+from ragturbo.ops.softmax import reference as softmax
 from ragturbo.ops.to_uint8 import reference as to_uint8
 from ragturbo.ops.upsample import reference as upsample
 
@@ -55,6 +56,7 @@ FORWARD: dict[str, Callable[..., Tensors]] = {
     "geglu": lambda *a: (geglu(*a),),
     "bias_residual": lambda *a: (bias_residual(*a),),
     "upsample": lambda *a: (upsample(*a),),
+    "softmax": lambda scores, scale, dtype: (softmax(scores, scale, torch.float64),),
 }
 
 

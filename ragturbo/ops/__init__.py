@@ -14,6 +14,7 @@ from ragturbo.ops.linear import Norm, linear
 from ragturbo.ops.project_attention import project_attention
 from ragturbo.ops.scaled_residual import scaled_residual
 from ragturbo.ops.slerp import slerp
+from ragturbo.ops.softmax import softmax
 from ragturbo.ops.to_uint8 import to_uint8
 from ragturbo.ops.topk import topk, topk_into
 from ragturbo.ops.upsample import upsample
@@ -36,6 +37,7 @@ __all__ = [
     "retrieved_kv",
     "scaled_residual",
     "slerp",
+    "softmax",
     "to_uint8",
     "topk",
     "topk_into",
