@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,11 +25,18 @@ class Arena:
             offsets[name] = size
             size += -(-math.prod(shape) * dtype.itemsize // _ALIGN) * _ALIGN
         self.bytes = size
+        self._places = {name: (offsets[name], *spec) for name, spec in layout.items()}
         # Zeros: what pads an unused place is read by kernels, and must be a number.
         self._host = torch.zeros(size, dtype=torch.uint8, pin_memory=page_locked)
         self._device = torch.zeros(size, dtype=torch.uint8, device=device)
-        self.host = {n: _view(self._host, offsets[n], *spec) for n, spec in layout.items()}
-        self.device = {n: _view(self._device, offsets[n], *spec) for n, spec in layout.items()}
+        self.host = {name: _view(self._host, *place) for name, place in self._places.items()}
+        self.device = {name: _view(self._device, *place) for name, place in self._places.items()}
+
+    def copy_of_host(self) -> tuple[Callable[[], Any], dict[str, Tensor]]:
+        """Views of new memory, and what copies the host's values there. Called while the device works, the memory is
+        allocated, and its pages touched, before anything waits for the copy."""
+        own = torch.zeros(self.bytes, dtype=torch.uint8)
+        return lambda: own.copy_(self._host), {name: _view(own, *place) for name, place in self._places.items()}
 
     def upload(self) -> None:
         if self.bytes:

@@ -5,7 +5,8 @@ buffers, which is what a replay is compared with. Graphs are recorded on the fir
 kept. Three forms of retrieval, by where the search runs and where the rows are; `describe` names the one in use:
 
 * "one graph": exact search over keys on the device, every row in page-locked memory. Search and gather are a branch
-  beside the UNet's encoder, and nothing waits for the host from the first copy to the last.
+  beside the UNet's encoder, and nothing waits for the host from the first copy to the last. The text encoder is
+  recorded apart, so that the rest, several hundred nodes with a branch, is launched while it runs.
 * "three graphs": the search runs on the host (ScaNN, BM25 or the caller's own) while the encoder runs on the device.
   One wait, for the key.
 * "ids to the host": exact search on the device over more rows than memory holds. The host waits for the ids, reads
@@ -19,8 +20,11 @@ import os
 import threading
 import time
 from collections import Counter, OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -72,9 +76,10 @@ class GraphEngine:
             self.plain_batches[why_not] += 1
             return self.oracle.run(batch)
         with self._lock:
-            # What is remembered is read and written in the order of the main lane, behind and before its replays.
-            with self.lanes.main():
-                batch = self.prompts.known(batch) or batch
+            if self.prompts.capacity:
+                # What is remembered is read and written in the order of the main lane, behind and before its replays.
+                with self.lanes.main():
+                    batch = self.prompts.known(batch) or batch
             result = self._run(batch)
             if self._overflowed(result):
                 self.model.use_fp32_vae()
@@ -161,6 +166,7 @@ class GraphEngine:
         before, start = _reserved(self.device), time.perf_counter()
         locked, remembered = self.device.type == "cuda", self.prompts.capacity > 0
         recorded = Recorded(Step(self.model, spec, self.lanes, page_locked=locked, remembered=remembered))
+        recorded.fill_words(batch)
         recorded.fill(batch, tables)
         recorded.record()
         recorded.bytes, recorded.took = _reserved(self.device) - before, time.perf_counter() - start
@@ -188,13 +194,18 @@ class Recorded:
     def __init__(self, step: Step) -> None:
         self.step, self.spec, self.lanes = step, step.spec, step.lanes
         self.bytes, self.took = 0, 0.0
+        # Where steps are called on a CPU, not launched, the stages are the host's own time.
+        self._launches = step.model.device.type == "cuda"
         self._programs: dict[str, Program] = {}
         self._lease: Any = None
 
     def record(self) -> None:
         step, record, label = self.step, self.lanes.record, self.spec.label
         if not self.spec.split:
-            self._programs = {"whole": record(label, step.whole)}
+            ask = record(f"{label}: text", step.ask)
+            # What follows is warmed up over its numbers, not over what lay in its memory before.
+            ask.replay()
+            self._programs = {"ask": ask, "rest": record(f"{label}: image", step.rest)}
             step.forget()
             return
         # In the order they will run: each reads what the one before it left.
@@ -202,10 +213,19 @@ class Recorded:
         self._programs["fetch"] = record(f"{label}: rows", step.fetch, beside=True)
         self._programs["finish"] = record(f"{label}: decoder", step.finish)
 
+    def fill_words(self, batch: StepBatch) -> None:
+        """What the text encoder reads, into page-locked memory."""
+        for name, place in self.step.words.host.items():
+            place.copy_(getattr(batch, name))
+        if self.spec.known:
+            assert self.step.known is not None and batch.context is not None
+            with self.lanes.main():
+                self.step.known.copy_(batch.context)
+
     def fill(self, batch: StepBatch, tables: Tables | None) -> None:
-        """The request's numbers, into page-locked memory."""
+        """The request's other numbers."""
         host = self.step.given.host
-        for name in ("latents", "text", "input_ids", "query_ids", "query_key", "lam", "w", "min_score"):
+        for name in ("latents", "lam", "w", "min_score"):
             if name in host:
                 host[name].copy_(getattr(batch, name))
         if "tables" in host:
@@ -214,46 +234,64 @@ class Recorded:
         if "mean" in host:
             assert tables is not None and tables.keys is not None and tables.keys.mean is not None
             host["mean"].copy_(tables.keys.mean)
-        if self.spec.known:
-            assert self.step.known is not None and batch.context is not None
-            with self.lanes.main():
-                self.step.known.copy_(batch.context)
         if self.spec.retrieval == "given":
             assert batch.retrieved is not None
             for name in ("ids", "scores", "keys", "h_retr"):
                 host[name].copy_(getattr(batch.retrieved, name))
 
     def run(self, batch: StepBatch, tables: Tables | None) -> StepResult:
-        self.fill(batch, tables)
-        extra: dict[str, float] = {}
+        took: dict[str, float] = {}
+        host = {"fill": 0.0, "launch": 0.0}
         ids = None
-        if not self.spec.split:
-            self._programs["whole"].replay()
-        else:
-            assert tables is not None
-            try:
-                ids = self._split(batch, tables, extra)
-            finally:
-                # Also after an error: what is on its way still reads the rows, and the buffers of the next request.
+        try:
+            if self.spec.split:
+                assert tables is not None
+                ids = self._split(batch, tables, took, host)
+            else:
+                self._together(batch, tables, host)
+            launched = time.perf_counter()
+            copy, out = self.step.out.copy_of_host()
+        finally:
+            # Also after an error: what is on its way still reads the rows, and the buffers of the next request.
+            if self.spec.split:
                 self.lanes.join_replayed()
-                self.lanes.await_main()
-                if self._lease is not None:
-                    self._lease.release()
-                    self._lease = None
-        self.lanes.await_main()
-        result = self._result(batch, tables, ids)
+            self.lanes.await_main()
+            if self._lease is not None:
+                self._lease.release()
+                self._lease = None
+        done = time.perf_counter()
+        copy()
+        result = self._result(out, batch, tables, ids)
         for program in self._programs.values():
             for stage, seconds in program.seconds().items():
-                extra[stage] = extra.get(stage, 0.0) + seconds
-        result.timings = extra
+                took[stage] = took.get(stage, 0.0) + seconds
+        if self._launches:
+            took |= host | {"wait": done - launched, "result": time.perf_counter() - done}
+        result.timings = took
         return result
 
-    def _split(self, batch: StepBatch, tables: Tables, took: dict[str, float]) -> Tensor:
+    def _together(self, batch: StepBatch, tables: Tables | None, host: dict[str, float]) -> None:
+        """The text encoder is on its way before the other numbers are written and several hundred nodes launched."""
+        with _added(host, "fill"):
+            self.fill_words(batch)
+        self._replay("ask", host)
+        with _added(host, "fill"):
+            self.fill(batch, tables)
+        self._replay("rest", host)
+
+    def _replay(self, name: str, host: dict[str, float]) -> None:
+        with _added(host, "launch"):
+            self._programs[name].replay()
+
+    def _split(self, batch: StepBatch, tables: Tables, took: dict[str, float], host: dict[str, float]) -> Tensor:
         """The encoder is on its way before the host waits for the key or the ids, and runs while the host searches."""
-        programs, asked = self._programs, self.step.asked.host
-        programs["ask"].replay()
+        asked = self.step.asked.host
+        with _added(host, "fill"):
+            self.fill_words(batch)
+            self.fill(batch, tables)
+        self._replay("ask", host)
         self.lanes.mark_asked()
-        programs["encode"].replay()
+        self._replay("encode", host)
         self.lanes.await_asked()
         device = self.step.model.device
         with host_stage("search", took, device):
@@ -273,14 +311,14 @@ class Recorded:
             found["scores"].copy_(scores)
             found["keys"].copy_(tables.source.database.keys(ids))
             found["tables"].copy_(tables.descriptors())
-        programs["fetch"].replay()
+        self._replay("fetch", host)
         self.lanes.join_replayed()
-        programs["finish"].replay()
+        self._replay("finish", host)
         return ids.clone()
 
-    def _result(self, batch: StepBatch, tables: Tables | None, ids: Tensor | None) -> StepResult:
-        """Copies: the next replay writes over these buffers."""
-        out = {name: value.clone() for name, value in self.step.out.host.items()}
+    def _result(
+        self, out: dict[str, Tensor], batch: StepBatch, tables: Tables | None, ids: Tensor | None
+    ) -> StepResult:
         n = self.spec.rows
         if ids is None:
             ids = torch.empty((n, 0), dtype=torch.int64)
@@ -303,10 +341,17 @@ class Recorded:
         )
 
 
+@contextmanager
+def _added(seconds: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[name] += time.perf_counter() - start
+
+
 def _ids_of(rows: Tensor, tables: Tables) -> Tensor:
-    """Row numbers of a generation -> ids; -1 stays."""
-    ids = torch.from_numpy(tables.snapshot.ids)
-    return torch.where(rows >= 0, ids[rows.clamp(min=0)], -1)
+    """Row numbers of a generation, on the host -> ids; -1 stays."""
+    found = rows.numpy()
+    return torch.from_numpy(np.where(found >= 0, tables.snapshot.ids[found], -1))
 
 
 def _reserved(device: torch.device) -> int:

@@ -116,6 +116,7 @@ class Step:
         """remembered: the prompts' keys and values are read after a run, by the prompt cache."""
         self.model, self.spec, self.lanes, self._remembered = model, spec, lanes, remembered
         device = model.device
+        self.words = Arena(self._words_layout(), device, page_locked=page_locked)
         self.given = Arena(self._given_layout(), device, page_locked=page_locked)
         self.found = Arena(self._found_layout(), device, page_locked=page_locked)
         self.asked = Arena(self._asked_layout(), device, page_locked=page_locked)
@@ -136,21 +137,27 @@ class Step:
 
     # Layouts
 
+    def _words_layout(self) -> dict[str, Any]:
+        """What the text encoder reads of a request, or has in its place."""
+        spec, text = self.spec, self.model.bundle.text
+        n, layout = spec.rows, dict[str, Any]()
+        if spec.text_given and not spec.known:
+            layout["text"] = ((n, spec.length, text.width), self.model.dtype)
+        elif not spec.text_given:
+            layout["input_ids"] = ((n, spec.length), torch.int64)
+        if spec.query == "ids":
+            layout["query_ids"] = ((n, text.max_length), torch.int64)
+        elif spec.query == "key":
+            layout["query_key"] = ((n, text.key_dim), torch.float32)
+        return layout
+
     def _given_layout(self) -> dict[str, Any]:
-        """What a request brings."""
+        """What else a request brings."""
         spec, model = self.spec, self.model
         n, k, width = spec.rows, spec.k, model.bundle.text.key_dim
         layout: dict[str, Any] = {"latents": ((n, *spec.latents), torch.float32)}
-        if spec.text_given and not spec.known:
-            layout["text"] = ((n, spec.length, model.bundle.text.width), model.dtype)
-        elif not spec.text_given:
-            layout["input_ids"] = ((n, spec.length), torch.int64)
         if spec.mode != "none":
             layout |= {name: ((n,), torch.float32) for name in ("lam", "w", "min_score")}
-        if spec.query == "ids":
-            layout["query_ids"] = ((n, model.bundle.text.max_length), torch.int64)
-        elif spec.query == "key":
-            layout["query_key"] = ((n, width), torch.float32)
         if spec.searches:
             layout["tables"] = ((4, 2), torch.int64)
         if spec.centred:
@@ -196,8 +203,8 @@ class Step:
         return layout
 
     def forget(self) -> None:
-        """After one graph was recorded: what lies between its stages is nobody else's, and its memory free for the
-        next graph, but for what the prompt cache reads."""
+        """After all was recorded: no other graph runs between these, so what lies between their stages is memory for
+        the next graphs, but for what the prompt cache reads."""
         self.state = self.features = None
         self.kept = []
         if not self._remembered:
@@ -206,8 +213,14 @@ class Step:
     # Segments
 
     def whole(self) -> None:
-        """Everything in one graph: retrieval runs beside the encoder and is joined before the adapter."""
         self.ask()
+        self.rest()
+
+    def rest(self) -> None:
+        """All that follows the text encoder where nothing waits for the host: retrieval runs beside the UNet's encoder
+        and is joined before the adapter."""
+        with self.lanes.stage("copy"):
+            self.given.upload()
         if self.spec.mode != "none":
             with self.lanes.fork():
                 self._search()
@@ -218,9 +231,11 @@ class Step:
         self.finish()
 
     def ask(self) -> None:
-        """Text to hidden states and key. Split: the first graph."""
+        """Text to hidden states and key: the first graph."""
         with self.lanes.stage("copy"):
-            self.given.upload()
+            self.words.upload()
+            if self.spec.split:
+                self.given.upload()
         with self.lanes.stage("text"):
             self._text()
         if self.spec.split:
@@ -297,16 +312,16 @@ class Step:
     # Their parts
 
     def _text(self) -> None:
-        spec, given, model = self.spec, self.given.device, self.model
-        hidden, key = given.get("text"), None
+        spec, words, model = self.spec, self.words.device, self.model
+        hidden, key = words.get("text"), None
         if not spec.text_given:
-            ids = given["input_ids"]
+            ids = words["input_ids"]
             # The prompt and the text to search by go through the encoder together.
-            states = model.text(torch.cat([ids, given["query_ids"]]) if spec.query == "ids" else ids)
+            states = model.text(torch.cat([ids, words["query_ids"]]) if spec.query == "ids" else ids)
             hidden, key = states.hidden_states[: spec.rows], states.key[-spec.rows :]
         elif spec.query == "ids":
-            key = model.text(given["query_ids"]).key
-        self.key = given.get("query_key", key)
+            key = model.text(words["query_ids"]).key
+        self.key = words.get("query_key", key)
         self.context = self.known if hidden is None else model.unet.context(hidden)
 
     def _search(self) -> None:

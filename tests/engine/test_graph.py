@@ -132,6 +132,18 @@ def test_results_do_not_change_while_the_buffers_are_used_again(source, graph_en
     assert all(torch.equal(getattr(held, n), value) for n, value in before.items())
 
 
+def test_where_steps_are_launched_the_hosts_own_parts_are_told(graph_engine, make_batch):
+    engine, batch = graph_engine(), make_batch(*PROMPTS)
+    parts = {"fill", "launch", "wait", "result"}
+    assert not parts & set(engine.run(batch).timings)
+    (recorded,) = engine._recorded.values()
+    recorded._launches = True
+    timings = engine.run(batch).timings
+    assert all(timings[name] > 0 for name in parts)
+    # All steps are called within it.
+    assert timings["launch"] > timings["decode"]
+
+
 def test_a_new_adapter_takes_effect_in_the_memory_that_was_recorded(
     model_folder, tmp_path, new_adapter, source, graph_engine, make_batch
 ):

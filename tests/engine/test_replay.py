@@ -108,8 +108,35 @@ def test_remembered_prompts_give_the_same_bytes_under_one_recording_each(
     assert ways["prompts"] == {"held": 4, "hits": 8, "misses": 2} and len(ways["graphs"]) == 3
 
 
+@pytest.mark.parametrize("mode", ["none", "adapter"])
+def test_the_text_encoder_runs_while_the_other_numbers_are_written(database, replayed_engine, make_batch, mode):
+    engine, seen = replayed_engine(), []
+    source = DatabaseSource(database, **FORMS["one graph"]) if mode == "adapter" else None
+    first, second = (make_batch(*PROMPTS, seed=s, mode=mode, k=int(mode != "none"), source=source) for s in (1, 2))
+    engine.run(first)
+    (recorded,) = engine._recorded.values()
+
+    def before(label: str) -> None:
+        seen.append((label.split(": ")[-1], torch.equal(recorded.step.given.host["latents"], second.latents)))
+
+    engine.lanes.before = before
+    engine.run(second)
+    assert seen == [("text", False), ("image", True)]
+
+
+def test_a_request_that_fails_half_way_is_waited_for(replayed_engine, make_batch, monkeypatch):
+    """The text encoder still reads the buffers, into which the next request writes."""
+    engine, waits = replayed_engine(), []
+    batch = make_batch(*PROMPTS)
+    engine.run(batch)
+    monkeypatch.setattr(engine.lanes, "await_main", lambda: waits.append("main"))
+    with pytest.raises(RuntimeError):
+        engine.run(replace(batch, w=None, latents=batch.latents.to("meta")))
+    assert waits == ["main"]
+
+
 SPLIT = ("text", "encoder", "rows", "decoder")
-STEPS = {"one graph": ("",), "ids to the host": SPLIT, "three graphs": SPLIT}
+STEPS = {"one graph": ("text", "image"), "ids to the host": SPLIT, "three graphs": SPLIT}
 
 
 @pytest.fixture(params=[(form, step) for form, steps in STEPS.items() for step in steps], ids=" ".join)
