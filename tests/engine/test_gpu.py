@@ -190,5 +190,6 @@ def test_stages_inside_a_graph_are_timed_and_search_and_gather_lie_beside_the_en
     engine = engines(on_gpu)[0]
     batch = make_batch(*PROMPTS, mode="adapter", k=1, source=source, want="uint8")
     timings = [engine.run(batch).timings for _ in range(20)][-1]
-    assert set(timings) == {"copy", "text", "search", "gather", "encode", "adapter", "decode", "vae"}
+    stages = {"copy", "text", "search", "gather", "encode", "adapter", "decode", "vae"}
+    assert set(timings) == stages | {"fill", "launch", "wait", "result"}
     assert all(seconds > 0 for seconds in timings.values())
