@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +15,17 @@ from ragturbo.engine import attention as attention_of
 from ragturbo.model.adapter import HSpaceAdapter
 from ragturbo.model.bundle import Bundle
 from ragturbo.model.fold import FoldedUNet, StepConstants
-from ragturbo.model.fused import NormAct, Resnet
 from ragturbo.model.fused_text import FusedText
+from ragturbo.model.fused_vae import fused_decoder
 from ragturbo.model.onestep import EulerSchedule, make_schedule
 from ragturbo.model.text import TextStates
-from ragturbo.model.ties import Replaced, Ties, sharing_copy
-from ragturbo.model.vae import VAE
+from ragturbo.model.ties import Replaced, sharing_copy
 
 log = logging.getLogger("ragturbo")
 MAX_STEPS = 4
 _COMPILATIONS = 256
+# Pixels that the VAE decodes at once. Two images of 512² fill a GPU; eight would take four times the memory.
+_DECODED_AT_ONCE = 2 * 512 * 512
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,13 @@ class FastModel:
     def decode(self, latents: Tensor) -> Tensor:
         """(B, c, h, w) fp32 -> (B, 3, H, W) around [-1, 1], not clamped: an overflow is still to be seen."""
         vae = self.bundle.vae
-        return self.vae.decode((latents / vae.scale + vae.shift).to(self.vae_dtype)).sample
+        z = latents / vae.scale
+        if vae.shift:
+            z = z + vae.shift
+        pixels = latents.shape[2] * latents.shape[3] * vae.factor**2
+        parts = z.to(self.vae_dtype).split(max(1, _DECODED_AT_ONCE // pixels))
+        images = [self.vae.decode(part).sample for part in parts]
+        return images[0] if len(images) == 1 else torch.cat(images)
 
 
 def _compiled(path: str, block: nn.Module) -> Replaced:
@@ -133,24 +139,6 @@ def _compiled(path: str, block: nn.Module) -> Replaced:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _COMPILATIONS)
     block.compile(dynamic=False, fullgraph=True, options={"triton.cudagraphs": False})
     return Replaced(path, type(block).__name__, "torch.compile")
-
-
-def fused_decoder(module: Any, dtype: torch.dtype) -> tuple[Any, list[Replaced]]:
-    """A view of the autoencoder whose decoder is made of fused layers; a copy where its type differs."""
-    ties, table = Ties(module), []
-    was = next(module.parameters()).dtype
-    if dtype != was:
-        return VAE(module).decoder_in(dtype).module, [Replaced("vae.decoder", str(was), str(dtype))]
-    view = sharing_copy(module, ("ResnetBlock2D", "Encoder"))
-    for path, part in list(module.decoder.named_modules()):
-        if type(part).__name__ == "ResnetBlock2D" and part.time_emb_proj is None:
-            view.set_submodule(f"decoder.{path}", Resnet(ties, f"decoder.{path}", part, None))
-            table.append(Replaced(f"vae.decoder.{path}", "ResnetBlock2D", "Resnet"))
-    if isinstance(getattr(view.decoder, "conv_act", None), nn.SiLU):
-        view.decoder.conv_norm_out = NormAct(module.decoder.conv_norm_out)
-        view.decoder.conv_act = nn.Identity()
-        table.append(Replaced("vae.decoder.conv_norm_out", "GroupNorm + SiLU", "NormAct"))
-    return view, table
 
 
 def _own_copy(adapter: HSpaceAdapter) -> HSpaceAdapter:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from ragturbo.errors import InvalidRequest, ModelError
 from ragturbo.model.fused import ContextLayout, NormAct, Resnet, Transformer
+from ragturbo.model.fused_vae import Upsample, can_upsample
 from ragturbo.model.onestep import EulerSchedule
 from ragturbo.model.ties import Replaced, Ties, sharing_copy
 from ragturbo.model.unet import HSpaceUNet, UNetState
@@ -50,6 +51,8 @@ class FoldedUNet(HSpaceUNet):
                 self._replace(path, module, Resnet(self.ties, path, module, embeddings))
             elif kind == "Transformer2DModel":
                 self._replace(path, module, Transformer(self.ties, path, module, self._layout, attention))
+            elif can_upsample(module):
+                self._replace(path, module, Upsample(self.ties, path))
             elif kind == "ResnetBlockCondNorm2D":
                 raise ModelError(f"{path} cannot be folded: it normalises by the time embedding")
         if isinstance(self.unet.conv_act, torch.nn.SiLU) and self.unet.conv_norm_out is not None:

@@ -47,9 +47,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, impl: str) -> Tensor:
 
 
 class Resnet(nn.Module):
-    """ResnetBlock2D with one bias of conv1 for every folded timestep; a VAE's have no timestep and one bias."""
+    """ResnetBlock2D with one bias of conv1 for every folded timestep; a VAE's have no timestep and one bias.
 
-    def __init__(self, ties: Ties, path: str, block: Any, embeddings: list[Tensor] | None) -> None:
+    before: the path of the convolution that makes this block's input, if it leaves its bias to this block.
+    """
+
+    def __init__(
+        self, ties: Ties, path: str, block: Any, embeddings: list[Tensor] | None, before: str | None = None
+    ) -> None:
         super().__init__()
         shifted = embeddings is None or block.time_embedding_norm == "default"
         if block.upsample is not None or block.downsample is not None or not shifted:
@@ -61,17 +66,18 @@ class Resnet(nn.Module):
         # A convolution adds its bias in a launch of its own on a GPU: conv1's goes into the norm behind it, conv2's and
         # the shortcut's into the block's sum.
         self.bias1 = ties.own(lambda: _folded_biases(ties, path, block.skip_time_act, embeddings))
-        self.shortcut: Tensor | None = None
-        if block.conv_shortcut is None:
+        self.bias0 = None if before is None else ties.bias(before)
+        shortcut = None if block.conv_shortcut is None else f"{path}.conv_shortcut"
+        self.shortcut = None if shortcut is None else ties.weight(shortcut)
+        if shortcut is None and self.bias0 is None:
             self.bias2 = ties.bias(f"{path}.conv2")
         else:
-            self.shortcut = ties.weight(f"{path}.conv_shortcut")
-            self.bias2 = ties.own(lambda: _sum(ties.bias(f"{path}.conv2"), ties.bias(f"{path}.conv_shortcut")))
+            self.bias2 = ties.own(lambda: _bias_of_sum(ties, f"{path}.conv2", shortcut, before))
         self.scale = block.output_scale_factor
 
     def forward(self, x: Tensor, temb: Any = None) -> Tensor:
         """temb: which of the folded timesteps, an int; None where there is no time."""
-        h = F.conv2d(group_norm_silu(x, self.norm1), self.conv1, padding=1)
+        h = F.conv2d(group_norm_silu(x, self.norm1, self.bias0), self.conv1, padding=1)
         h = group_norm_silu(h, self.norm2, self.bias1[temb or 0])
         h = F.conv2d(h, self.conv2, padding=1)
         if self.shortcut is not None:
@@ -80,9 +86,20 @@ class Resnet(nn.Module):
         return out if self.scale == 1 else out / self.scale
 
 
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor:
-    assert a is not None
-    return a if b is None else (a.float() + b.float()).to(a.dtype)
+def _bias_of_sum(ties: Ties, conv2: str, shortcut: str | None, before: str | None) -> Tensor:
+    """(C,): all that a block's sum adds to every pixel: conv2's bias, the shortcut's, and the input's own bias as the
+    shortcut passes it on; in fp32 and rounded once."""
+    bias = ties.bias(conv2)
+    assert bias is not None
+    total, missing = bias.float(), None if before is None else ties.bias(before)
+    if shortcut is None:
+        return total.to(bias.dtype) if missing is None else (total + missing.float()).to(bias.dtype)
+    weight, shift = ties.now(shortcut)
+    if shift is not None:
+        total = total + shift.float()
+    if missing is not None:
+        total = total + (weight.flatten(1).float() * missing.float()).sum(1)
+    return total.to(bias.dtype)
 
 
 def _folded_biases(ties: Ties, path: str, activated: bool, embeddings: list[Tensor] | None) -> Tensor:
