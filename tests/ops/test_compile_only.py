@@ -16,7 +16,10 @@ TARGETS = [(80, "bfloat16"), (89, "float32"), (90, "float16")]
 # SiLU's division, one an element; the same kernels without SiLU are among the cases.
 SILU = ("group_norm", "group_norm_apply")
 # Those that live by their loads.
-WIDE = ("bias_residual", "gather_rows", "scan_keys", "scaled_residual", "slerp_row", "linear", "cross_attention")
+WIDE = (
+    "bias_residual", "cross_attention", "gather_rows", "group_norm", "group_norm_apply", "group_norm_partial", "linear",
+    "scaled_residual", "scan_keys", "slerp_row",
+)  # fmt: skip
 REST = [
     (sm, dtype) for sm in (80, 89, 90) for dtype in ("bfloat16", "float16", "float32") if (sm, dtype) not in TARGETS
 ]

@@ -28,7 +28,9 @@ def double(options):
 
 @pytest.mark.parametrize("tile, launches", [({}, 1), (SPLIT, 3)])
 @pytest.mark.parametrize("extra", ["", "silu", "add", "bias", "all"])
-@pytest.mark.parametrize("shape, groups", [((2, 60, 5, 7), 6), ((1, 64, 6, 9), 32), ((1, 160, 3, 4), 2)])
+@pytest.mark.parametrize(
+    "shape, groups", [((2, 60, 5, 7), 6), ((1, 64, 6, 9), 32), ((1, 64, 8, 16), 16), ((1, 160, 3, 4), 2)]
+)
 def test_both_forms_err_no_more_than_torch(shape, groups, extra, tile, launches, randn, no_worse):
     # The three types take turns: the arithmetic is fp32 in all of them.
     dtype = (torch.float32, torch.float16, torch.bfloat16)[(shape[1] // 4 + len(extra) + launches) % 3]
@@ -79,6 +81,18 @@ def test_a_mean_a_thousand_times_the_deviation_does_not_cancel(tile, randn, no_w
     # The mean itself is known to half its last place, in torch too: by luck more, but never worse than its size says.
     # E[x²] - E[x]² would be off by a tenth of the deviation here, a thousand times that.
     no_worse(out, exact, composed(x, 4, weight, bias)[0], terms=1000 * exact.norm())
+
+
+@pytest.mark.parametrize("tile", [{}, SPLIT])
+@pytest.mark.parametrize("outlier", [100.0, 10_000.0])
+def test_first_rows_unlike_the_others_cost_no_accuracy(outlier, tile, randn, no_worse):
+    """What the deviations are taken from is the mean of the first rows."""
+    x, weight, bias = randn(1, 32, 16, 16), randn(32), randn(32)
+    x[:, :, 0, :2] += outlier
+    with tiles.forced("group_norm", tile):
+        out = group_norm(x, 4, weight, bias, impl="triton")
+    exact, _ = composed(x.double(), 4, weight.double(), bias.double())
+    no_worse(out, exact, composed(x, 4, weight, bias)[0])
 
 
 def test_every_memory_order_gives_the_same_bits(randn):
