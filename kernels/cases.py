@@ -20,6 +20,7 @@ from ragturbo.kernels import (
     gather_rows,
     geglu,
     group_norm,
+    interleave,
     layer_norm,
     linear,
     scaled_residual,
@@ -123,6 +124,11 @@ def _upsample(channels: int, size: int, device: str, dtype: torch.dtype) -> Call
     return partial(upsample.forward, x)
 
 
+def _interleave(channels: int, size: int, device: str, dtype: torch.dtype) -> Call:
+    phases = random((1, 4 * channels, size + 1, size + 1), device, dtype).contiguous(memory_format=torch.channels_last)
+    return partial(interleave.forward, phases)
+
+
 def _softmax(length: int, device: str, dtype: torch.dtype) -> Call:
     return partial(softmax.forward, random((1, length, length), device, torch.float32), 512**-0.5, dtype)
 
@@ -206,6 +212,8 @@ def _cases() -> list[Case]:
         add("bias_residual", f"{channels}×{size}²", _bias_residual, channels, size)
     for channels, size in ((1280, 8), (640, 32), (256, 256)):
         add("upsample", f"{channels}×{size}²", _upsample, channels, size)
+    for channels, size in ((512, 64), (256, 256)):
+        add("interleave", f"VAE {channels}×{size}²", _interleave, channels, size)
     add("softmax", "VAE 64² tokens", _softmax, 4096)
     add("to_uint8", "512²", _to_uint8, 512)
     for n in (1, 16, 64):

@@ -85,6 +85,7 @@ CANDIDATES: dict[str, list[tiles.Tile]] = {
     "geglu": _product(BLOCK=(256, 512, 1024, 2048), num_warps=(2, 4, 8)),
     "bias_residual": _product(BLOCK=(512, 1024, 2048, 4096), num_warps=(4, 8)),
     "upsample": _product(BLOCK=(1024, 2048, 4096), num_warps=(4, 8)),
+    "interleave": _product(BLOCK=(2048, 4096, 8192), num_warps=(4, 8)),
     "softmax": _product(num_warps=(4, 8, 16)),
     "to_uint8": _product(BLOCK=(512, 1024, 2048, 4096), num_warps=(4, 8)),
     "gather_rows": _product(BLOCK=(1024, 2048, 4096, 8192), num_warps=(2, 4, 8)),

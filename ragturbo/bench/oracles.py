@@ -13,6 +13,7 @@ from ragturbo.ops.bias_residual import reference as bias_residual
 from ragturbo.ops.cross_attention import reference as cross_attention
 from ragturbo.ops.geglu import reference as geglu
 from ragturbo.ops.group_norm import reference as group_norm
+from ragturbo.ops.interleave import reference as interleave
 from ragturbo.ops.layer_norm import reference as layer_norm
 from ragturbo.ops.linear import Norm
 from ragturbo.ops.linear import reference as linear
@@ -56,6 +57,7 @@ FORWARD: dict[str, Callable[..., Tensors]] = {
     "geglu": lambda *a: (geglu(*a),),
     "bias_residual": lambda *a: (bias_residual(*a),),
     "upsample": lambda *a: (upsample(*a),),
+    "interleave": lambda *a: (interleave(*a),),
     "softmax": lambda scores, scale, dtype: (softmax(scores, scale, torch.float64),),
 }
 

@@ -146,6 +146,11 @@ def upsample(batch: int, channels: int, pixels: int, itemsize: int = 2) -> Work:
     return Work(0, 5 * batch * channels * pixels * itemsize)
 
 
+def interleave(batch: int, channels: int, pixels: int, itemsize: int = 2) -> Work:
+    """pixels: of the result. In and out."""
+    return Work(0, 2 * batch * channels * pixels * itemsize)
+
+
 def softmax(rows: int, length: int, itemsize: int = 2) -> Work:
     """fp32 scores in, probabilities out."""
     return Work(5 * rows * length, rows * length * (4 + itemsize))
@@ -189,6 +194,7 @@ def main_shapes() -> dict[str, Work]:
         "geglu, 4096×1280": geglu(4096, 1280),
         "bias_residual, VAE 128×512²": bias_residual(1, 128, 512 * 512),
         "upsample, VAE 256×256²": upsample(1, 256, 256 * 256),
+        "interleave, VAE 256×512²": interleave(1, 256, 512 * 512),
         "softmax, VAE 4096×4096": softmax(4096, 4096),
         "to_uint8, 512²": to_uint8(1, 512 * 512),
         "gather_rows, 1 of fp16, host": gather_rows(1, 64, 1280),

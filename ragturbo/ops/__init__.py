@@ -9,6 +9,7 @@ from ragturbo.ops.dispatch import explain
 from ragturbo.ops.gather_rows import Rows, describe, gather_rows
 from ragturbo.ops.geglu import geglu
 from ragturbo.ops.group_norm import group_norm, group_norm_and_sum
+from ragturbo.ops.interleave import interleave
 from ragturbo.ops.layer_norm import layer_norm
 from ragturbo.ops.linear import Norm, linear
 from ragturbo.ops.project_attention import project_attention
@@ -31,6 +32,7 @@ __all__ = [
     "geglu",
     "group_norm",
     "group_norm_and_sum",
+    "interleave",
     "layer_norm",
     "linear",
     "project_attention",

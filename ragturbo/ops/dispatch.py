@@ -36,6 +36,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "geglu": ("reference", "triton"),
     "bias_residual": ("reference", "triton"),
     "upsample": ("reference", "triton"),
+    "interleave": ("reference", "triton"),
     "softmax": ("reference", "triton"),
     "to_uint8": ("reference", "triton"),
     "gather_rows": ("reference", "triton", "cuda"),
