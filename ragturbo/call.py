@@ -66,7 +66,7 @@ class Call:
     """Per prompt, the neighbours the caller chose."""
     notes: list[str]
     started: float
-    tokenize: float
+    took: dict[str, float]
     deadline: float | None
 
     @classmethod
@@ -97,8 +97,9 @@ class Call:
             for note in notes:
                 log.warning("%s", note)
         deadline = None if request.timeout is None else time.monotonic() + request.timeout
+        took["check"] = time.perf_counter() - started - took["tokenize"]
         futures = executor.submit(_split(batch, executor.max_rows), request.timeout, place)
-        return cls(request, plan, source, futures, given, notes, started, took["tokenize"], deadline)
+        return cls(request, plan, source, futures, given, notes, started, took, deadline)
 
     def wait(self) -> Output:
         """In the caller's thread."""
@@ -162,36 +163,33 @@ class Call:
         for result in results:
             lam += result.lam.tolist()
             neighbors += self._neighbors(result, start=len(neighbors))
-        timings = {"tokenize": self.tokenize}
+        timings = dict(self.took)
         for result in results:
             for stage, seconds in result.timings.items():
                 timings[stage] = timings.get(stage, 0.0) + seconds
         # A call's later pieces wait for its earlier ones: the call's own wait is the first piece's.
         timings["queue"] = min(result.timings["queue"] for result in results)
-        timings["total"] = time.perf_counter() - self.started
+        now = time.perf_counter()
+        timings["answer"] = now - max(result.ended for result in results)
+        timings["total"] = now - self.started
         bucket = max(r.bucket for r in results)
         return Output(images, neighbors, lam, plan.seeds, plan.mode, bucket, timings, self.notes)
 
     def _neighbors(self, result: StepResult, start: int) -> list[list[Neighbor]]:
-        rows: list[list[Neighbor]] = []
-        ids, scores = result.ids.tolist(), result.scores.tolist()
-        cosine, valid = result.cosine.tolist(), result.valid.tolist()
-        for i, row in enumerate(ids):
-            base: Sequence[Neighbor | None]
-            if self.given is not None:
-                base = self.given[(start + i) // self.plan.per_prompt]
-            elif self.source is not None:
-                base = self.source.neighbors(row)
-            else:
-                base = []
-            rows.append(
-                [
-                    replace(n, score=scores[i][j], lam=cosine[i][j], used=valid[i][j])
-                    for j, n in enumerate(base)
-                    if n is not None
-                ]
-            )
-        return rows
+        if self.given is None and self.source is None:
+            return [[] for _ in range(len(result.ids))]
+        # One list an image, of one tuple a neighbour.
+        tables = (value.tolist() for value in (result.ids, result.scores, result.cosine, result.valid))
+        rows = [list(zip(*row, strict=True)) for row in zip(*tables, strict=True)]
+        if self.given is None:
+            assert self.source is not None
+            make = self.source.neighbor
+            return [[make(id, score, lam, used) for id, score, lam, used in row if id >= 0] for row in rows]
+        given = [self.given[(start + i) // self.plan.per_prompt] for i in range(len(rows))]
+        return [
+            [replace(n, score=score, lam=lam, used=used) for n, (_, score, lam, used) in zip(own, row, strict=True)]
+            for own, row in zip(given, rows, strict=True)
+        ]
 
 
 class _OutputFuture(Future[Output]):
@@ -317,8 +315,8 @@ def _given(
             raise InvalidRequest(f"neighbors names id {missing[0]}, which the database does not have")
         ids = torch.tensor([number for _, number in known])
         found = source.gather(ids[None], torch.zeros(1, len(known)))
-        for j, ((i, _), neighbor) in enumerate(zip(known, source.neighbors(ids.tolist()), strict=True)):
-            keys[i], rows[i], chosen[i] = found.keys[0, j], found.h_retr[0, j], neighbor
+        for j, (i, number) in enumerate(known):
+            keys[i], rows[i], chosen[i] = found.keys[0, j], found.h_retr[0, j], source.neighbor(number)
     if pairs:
         captions = [caption for _, (caption, _) in pairs]
         images = torch.stack([_pixels(image, bundle.default_size) for _, (_, image) in pairs])

@@ -4,28 +4,56 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
 
+    from ragturbo.retrieval.pairs import Record
+
+
+def _nothing() -> None:
+    return None
+
 
 @dataclass(frozen=True)
 class Neighbor:
-    """A text-image pair that was blended in. `score` is the retriever's own, `lam` the cosine of the two text keys."""
+    """A text-image pair that was blended in. `score` is the retriever's own, `lam` the cosine of the two text keys.
+
+    One from a database reads `caption`, `source` and `metadata` when one of them is first looked at.
+    """
 
     id: int
     score: float
     lam: float
-    caption: str | None = None
-    source: str | None = None
+    # Factories leave no attribute on the class, which would be found before `__getattr__` is asked.
+    caption: str | None = field(default_factory=_nothing)
+    source: str | None = field(default_factory=_nothing)
     used: bool = True
     """False where it stayed under min_score."""
     metadata: dict[str, Any] = field(default_factory=dict)
     read_thumbnail: Callable[[], bytes | None] | None = field(default=None, repr=False, compare=False)
     """From the generation it was found in. Few look at it, and reading takes as long as a stage of the image."""
+
+    @classmethod
+    def stored(cls, id: int, score: float, lam: float, used: bool, read: Callable[[bool], Record]) -> Neighbor:
+        """read(thumbnail) gives the record: not now, for that takes a tenth of a millisecond of every request."""
+        neighbor = cls.__new__(cls)
+        neighbor.__dict__.update(
+            id=id, score=score, lam=lam, used=used, _read=read, read_thumbnail=lambda: read(True).thumbnail
+        )
+        return neighbor
+
+    def __getattr__(self, name: str) -> Any:
+        read = self.__dict__.get("_read")
+        if read is None or name not in ("caption", "source", "metadata"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        record = read(False)
+        for field_, value in (("caption", record.caption), ("source", record.source), ("metadata", dict(record.extra))):
+            self.__dict__.setdefault(field_, value)
+        return self.__dict__[name]
 
     @property
     def thumbnail(self) -> bytes | None:
@@ -42,7 +70,8 @@ class Neighbor:
 
     def __getstate__(self) -> dict[str, Any]:
         # Another process has no database open.
-        return {**self.__dict__, "read_thumbnail": _Kept(self.thumbnail)}
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        return own | {"read_thumbnail": _Kept(self.thumbnail)}
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -74,8 +74,8 @@ class Request:
 
     @classmethod
     def of(cls, prompt: Any, options: dict[str, Any]) -> Request:
-        known = {f.name for f in fields(cls)}
-        if unknown := sorted(set(options) - known):
+        known = cls.__dataclass_fields__.keys()
+        if unknown := sorted(options.keys() - known):
             raise InvalidRequest(f"unknown option {unknown[0]!r}; there are: {', '.join(sorted(known - {'prompt'}))}")
         return cls(prompt=prompt, **options)
 
@@ -322,7 +322,7 @@ def _noise(
         return [None] * count, _drawn(request.generator, count, shape)
     seeds = _seeds(request.seed, n_prompts, per_prompt)
     rows = [torch.randn((1, *shape), generator=torch.Generator("cpu").manual_seed(s)) for s in seeds]
-    return list(seeds), torch.cat(rows)
+    return list(seeds), rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 def _drawn(generator: Any, count: int, shape: tuple[int, ...]) -> Tensor:

@@ -182,6 +182,9 @@ class Executor:
         deadline = None if timeout is None else time.monotonic() + timeout
         jobs = [Job(b, deadline) for b in batches]
         rows = sum(map(len, batches))
+        for job in jobs:
+            # Not bound to the job: that would be a cycle, and what a request holds would outlive it until a collection.
+            job.future.add_done_callback(self._leave)
         with self._wake:
             kept = place is not None and self._take(place) and place.rows >= rows and place.jobs >= len(jobs)
             if kept:
@@ -191,9 +194,6 @@ class Executor:
             self._queue.extend(jobs)
             self.counts["accepted"] += len(jobs)
             self._wake.notify()
-        for job in jobs:
-            # Not bound to the job: that would be a cycle, and what a request holds would outlive it until a collection.
-            job.future.add_done_callback(self._leave)
         return [job.future for job in jobs]
 
     def _check_room(self, rows: int, jobs: int, timeout: float | None) -> None:
@@ -348,6 +348,7 @@ class Executor:
         with self._wake:
             self._pace.started(bucket, jobs[0].queued_at)
         result, error = self._attempt(jobs, bucket)
+        ended = time.perf_counter()
         with self._wake:
             self._pace.ended(counts=error is None)
             self._retry_after = self._expected_wait(0)
@@ -360,7 +361,7 @@ class Executor:
         for job in jobs:
             own = result.rows(start, start + len(job.batch))
             start += len(job.batch)
-            own.bucket = bucket
+            own.bucket, own.ended = bucket, ended
             own.timings["queue"] = started - job.queued_at
             self._finish(job, own)
 

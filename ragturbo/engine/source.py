@@ -115,18 +115,10 @@ class DatabaseSource:
         row = int(snapshot.rows_of(np.array([id]))[0])
         return row >= 0 and bool(snapshot.alive[row])
 
-    def neighbors(self, ids: Sequence[int]) -> list[Neighbor | None]:
-        """The records, None for a missing neighbour; scores and λ are filled in by who knows them."""
-        return [None if i < 0 else self._neighbor(i) for i in ids]
-
-    def _neighbor(self, id: int) -> Neighbor:
-        database, nan = self.database, float("nan")
-        (record,) = database.records([id], thumbnails=False)
-
-        def thumbnail() -> bytes | None:
-            return database.records([id])[0].thumbnail
-
-        return Neighbor(id, nan, nan, record.caption, record.source, True, dict(record.extra), thumbnail)
+    def neighbor(self, id: int, score: float = float("nan"), lam: float = float("nan"), used: bool = True) -> Neighbor:
+        """The pair of an id that is in this generation, whose record is read when it is looked at."""
+        database = self.database
+        return Neighbor.stored(id, score, lam, used, lambda thumbnail: database.records([id], thumbnails=thumbnail)[0])
 
     @property
     def info(self) -> dict[str, Any]:

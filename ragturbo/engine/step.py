@@ -156,16 +156,18 @@ class StepResult:
     latents: Tensor | None = None
     timings: dict[str, float] = field(default_factory=dict)
     bucket: int = 0
+    ended: float = 0.0
+    """time.perf_counter() when the engine was done."""
 
     def rows(self, start: int, stop: int) -> StepResult:
         """Copies, so that one request's rows do not keep a whole batch alive; all rows are the batch itself."""
         if (start, stop) == (0, len(self.ok)):
-            return replace(self, timings=dict(self.timings))
+            return self
         cut = {
             name: value[start:stop].clone() if isinstance(value := getattr(self, name), Tensor) else value
             for name in ("ok", "lam", "ids", "scores", "cosine", "valid", "uint8", "image", "latents")
         }
-        return StepResult(**cut, timings=dict(self.timings), bucket=self.bucket)
+        return StepResult(**cut, timings=dict(self.timings), bucket=self.bucket, ended=self.ended)
 
 
 class Engine(Protocol):

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch.profiler import record_function
 
-STAGES = ("queue", "tokenize", "text", "search", "gather", "encode", "adapter", "decode", "vae", "copy", "total")
-
 
 class StageClock:
     """Adds up seconds by stage: the host's clock on a CPU, events on a GPU, read once when the work has finished."""

@@ -72,7 +72,9 @@ class TextEncoder:
         """Prompts padded or cut to the encoder's context, with what was cut and what was not understood."""
         if isinstance(prompts, str):
             raise InvalidRequest("tokenize takes a list of prompts")
-        encodings = self._backend.encode_batch(list(prompts))
+        # A single one here: a batch is handed to the tokenizer's own threads, and waited for.
+        encode, one = self._backend.encode, len(prompts) == 1
+        encodings = [encode(prompts[0])] if one else self._backend.encode_batch(list(prompts))
         input_ids = torch.tensor([encoding.ids for encoding in encodings], dtype=torch.int64)
         return Tokens(
             input_ids.reshape(len(encodings), self.max_length),

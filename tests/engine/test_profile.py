@@ -22,7 +22,7 @@ def test_a_profile_has_every_stage_in_its_table_and_its_trace(model_folder, data
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout[result.stdout.index("{") :])
     medians = report["median_seconds"]
-    assert STAGES | {"tokenize", "search", "gather", "queue", "total"} == set(medians)
+    assert STAGES | {"check", "tokenize", "search", "gather", "queue", "answer", "total"} == set(medians)
     # Stages follow each other on a CPU: together they are no more than the whole.
     assert sum(seconds for stage, seconds in medians.items() if stage != "total") <= medians["total"]
     names = [event["name"] for event in json.loads(trace.read_text())["traceEvents"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 import shutil
 
@@ -39,3 +40,20 @@ def test_it_outlives_the_generator_a_compaction_and_a_pickle(database):
     again = pickle.loads(pickle.dumps(found))
     assert again == found and again.thumbnail == expected
     assert np.asarray(again.image()).shape == (64, 64, 3)
+
+
+def test_a_record_is_read_when_it_is_looked_at_and_once(database, monkeypatch):
+    asked = []
+    read = PairsFile.record
+    monkeypatch.setattr(PairsFile, "record", lambda self, *args: asked.append(args) or read(self, *args))
+    with ragturbo.Generator.from_pretrained("shapes", device="cpu", database=database) as gen:
+        (found,) = gen("a red circle", seed=1).neighbors[0]
+        (record,) = gen.database.records([found.id])
+    asked.clear()
+    assert found.id == record.id and found.used and 0 < found.lam <= 1 and not asked
+    assert (found.caption, found.source, found.metadata) == (record.caption, record.source, record.extra)
+    assert found.metadata is found.metadata and len(asked) == 1
+    assert dataclasses.replace(found, score=1.0).caption == record.caption
+    assert repr(record.caption) in repr(found) and len(asked) == 1
+    with pytest.raises(AttributeError, match="captions"):
+        found.captions  # noqa: B018
