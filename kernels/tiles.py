@@ -1,10 +1,11 @@
 """Which tile sizes, warps and stages a kernel uses for a shape: measured for this GPU, or a sound default.
 
-All that was measured of a GPU lives in configs/<gpu>.json, to which three tools add their sections:
+All that was measured of a GPU lives in configs/<gpu>.json, to which four tools add their sections:
 * `python -m ragturbo.kernels.tune`: "tiles" {kernel: {shape: {name: int}}}, "microseconds" {kernel: {shape: {"tuned",
   "default"}}};
 * `python -m ragturbo.bench.fastest`: "fastest" {op: {"impl", "microseconds": {impl: …}}}, what `impl="auto"` takes;
-* `python -m ragturbo.engine.attention`: "attention" {impl: seconds of an image's}, what `attention="auto"` takes.
+* `python -m ragturbo.engine.attention`: "attention" {impl: seconds of an image's}, what `attention="auto"` takes;
+* `python -m ragturbo.engine.upsampling`: "upsampling" {name: seconds of an image's}, what the VAE's decoder takes.
 "made_on" says of each tool on what and at which commit it measured.
 Nothing asks the GPU's name before the first launch on it. In the interpreter and when compiling for a GPU that is not
 there, defaults hold.
@@ -103,6 +104,13 @@ def attention_seconds(device: torch.device) -> dict[str, float]:
     """implementation -> seconds of all attentions of an image, as measured on this GPU."""
     path = _file(device)
     found: dict[str, float] = _load(path).get("attention", {}) if path else {}
+    return found
+
+
+def upsampling_seconds(device: torch.device) -> dict[str, float]:
+    """Name ("nearest", "phases") -> seconds of the VAE's upsamplers of an image, as measured on this GPU."""
+    path = _file(device)
+    found: dict[str, float] = _load(path).get("upsampling", {}) if path else {}
     return found
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ragturbo.engine import attention as attention_of
+from ragturbo.engine import upsampling
 from ragturbo.model.adapter import HSpaceAdapter
 from ragturbo.model.bundle import Bundle
 from ragturbo.model.fold import FoldedUNet, StepConstants
@@ -91,7 +92,8 @@ class FastModel:
             self.unet.replaced += [_compiled(path, block) for path, block in blocks.items()]
 
     def _make_vae(self) -> None:
-        self.vae, self._vae_replaced = fused_decoder(self.bundle.vae.module, self.vae_dtype)
+        name = upsampling.choose(self.device)
+        self.vae, self._vae_replaced = fused_decoder(self.bundle.vae.module, self.vae_dtype, name)
         if self.compiled:
             self._vae_replaced.append(_compiled("vae.decoder", self.vae.decoder))
 

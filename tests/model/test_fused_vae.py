@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from torch.nn import functional as F
 
 from ragturbo.model import fused_vae
-from ragturbo.model.fused_vae import Upsample, attend_by_products, can_upsample, fused_decoder
+from ragturbo.model.fused_vae import PhaseUpsample, Upsample, attend_by_products, can_upsample, fused_decoder
 from ragturbo.model.ties import Ties
 
 
@@ -28,17 +28,18 @@ def scrambled(module: Any) -> Any:
     return module
 
 
+@pytest.mark.parametrize("upsampling", ["nearest", "phases"])
 @pytest.mark.parametrize("side", [(4, 4), (5, 3)])
 @torch.inference_mode()
-def test_a_fused_decoder_is_the_model(tiny: ModuleType, side: tuple[int, int]) -> None:
+def test_a_fused_decoder_is_the_model(tiny: ModuleType, side: tuple[int, int], upsampling: str) -> None:
     module = scrambled(tiny.vae())
-    view, table = fused_decoder(module, torch.float32)
+    view, table = fused_decoder(module, torch.float32, upsampling)
     z = torch.randn(2, 4, *side)
     assert relative(view.decode(z).sample, module.decode(z).sample) < 1e-5
     replaced = {(row.was, row.now) for row in table}
     assert replaced == {
-        ("ResnetBlock2D", "Resnet"), ("Upsample2D", "Upsample"), ("Attention", "Attention"), ("Conv2d", "Conv"),
-        ("GroupNorm + SiLU", "NormAct"),
+        ("ResnetBlock2D", "Resnet"), ("Upsample2D", fused_vae.UPSAMPLINGS[upsampling].__name__),
+        ("Attention", "Attention"), ("Conv2d", "Conv"), ("GroupNorm + SiLU", "NormAct"),
     }  # fmt: skip
     # The convolutions whose biases moved: only the first of the decoder and the last keep one.
     assert [up.upsamplers[0].bias for up in view.decoder.up_blocks[:-1]] == [None] * 3
@@ -83,6 +84,39 @@ def test_an_upsampler_meets_any_size(tiny: ModuleType) -> None:
         assert relative(up(x, size), module(x, size)) < 1e-6
     module.conv.padding = (0, 0)
     assert not can_upsample(module)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@torch.inference_mode()
+def test_four_convolutions_of_the_small_image_are_one_of_the_large(tiny: ModuleType, biased: bool) -> None:
+    vae = scrambled(tiny.vae()).double()
+    path = "decoder.up_blocks.1.upsamplers.0"
+    ties = Ties(vae)
+    whole, phases = Upsample(ties, path, biased), PhaseUpsample(ties, path, biased)
+    for size in ((1, 1), (1, 5), (4, 3)):
+        x = torch.randn(2, 16, *size, dtype=torch.float64)
+        # The sums of the weights are fp32's.
+        assert relative(phases(x), whole(x)) < 1e-6
+    # In 16 bits: one more rounding of the weights, which errs no more than twice what the convolution itself does.
+    exact = vae.get_submodule(path)(x) if biased else whole(x)
+    half = Ties(vae.half())
+    whole, phases = Upsample(half, path, biased), PhaseUpsample(half, path, biased)
+    error = [relative(up(x.half()).double(), exact) for up in (phases, whole)]
+    assert error[0] < 2 * error[1] < 4e-3
+
+
+def test_new_weights_go_into_the_same_memory(tiny: ModuleType) -> None:
+    vae = tiny.vae()
+    path = "decoder.up_blocks.0.upsamplers.0"
+    ties = Ties(vae)
+    up = PhaseUpsample(ties, path)
+    place, before = up.weight.data_ptr(), up.weight.clone()
+    with torch.no_grad():
+        vae.get_submodule(path).conv.weight.add_(1)
+    assert ties.refresh() and up.weight.data_ptr() == place and not torch.equal(up.weight, before)
+    x = torch.randn(1, 16, 3, 3)
+    with torch.no_grad():
+        assert relative(up(x), vae.get_submodule(path)(x)) < 1e-5
 
 
 def test_two_products_and_a_softmax_are_attention(monkeypatch: pytest.MonkeyPatch) -> None:
