@@ -351,9 +351,9 @@ class Executor:
         ended = time.perf_counter()
         with self._wake:
             self._pace.ended(counts=error is None)
-            self._retry_after = self._expected_wait(0)
         if result is None:
             assert error is not None
+            self._note_pace()
             self._failed(jobs, error)
             return
         self.batch_sizes[bucket] += 1
@@ -364,6 +364,12 @@ class Executor:
             own.bucket, own.ended = bucket, ended
             own.timings["queue"] = started - job.queued_at
             self._finish(job, own)
+        self._note_pace()
+
+    def _note_pace(self) -> None:
+        """Behind the answers: nobody waits for it."""
+        with self._wake:
+            self._retry_after = self._expected_wait(0)
 
     def _attempt(self, jobs: list[Job], bucket: int) -> tuple[StepResult | None, BaseException | None]:
         try:
@@ -378,9 +384,8 @@ class Executor:
         if job.expired:
             self.counts["expired"] += 1
             job.future.set_exception(DeadlineExceeded("the deadline passed while the image was being made"))
-        elif not bool(result.ok.all()):
+        elif bad := [i for i, ok in enumerate(result.ok.tolist()) if not ok]:
             self.counts["non_finite"] += 1
-            bad = [i for i, ok in enumerate(result.ok.tolist()) if not ok]
             job.future.set_exception(
                 NonFiniteOutput(
                     f"the model produced NaN or infinity for image {bad}; check the weights, or use dtype float32"

@@ -24,7 +24,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,7 +48,7 @@ MAX_SPECS = 32
 class GraphEngine:
     def __init__(self, bundle: Bundle, config: GeneratorConfig, lanes: Lanes | None = None) -> None:
         """lanes: how steps run; None captures CUDA graphs on the bundle's device."""
-        self.bundle, self._config = bundle, config
+        self.bundle, self.device, self._config = bundle, bundle.device, config
         self.name = "graph" if lanes is None else "eager"
         self.oracle = EagerEngine(bundle)
         self.lanes = lanes or CudaGraphs(bundle.device)
@@ -60,10 +59,6 @@ class GraphEngine:
         # The buffers are one batch's at a time, also for callers without an executor.
         self._lock = threading.Lock()
         self.plain_batches: Counter[str] = Counter()
-
-    @property
-    def device(self) -> torch.device:
-        return self.bundle.device
 
     @torch.inference_mode()
     def run(self, batch: StepBatch) -> StepResult:
@@ -183,9 +178,10 @@ class GraphEngine:
 
     def _overflowed(self, result: StepResult) -> bool:
         """fp16 has no room above 65,504: finite latents whose image is not finite."""
+        if self.model.vae_dtype != torch.float16 or all(result.ok.tolist()):
+            return False
         step = next(reversed(self._recorded.values())).step
-        half = self.model.vae_dtype == torch.float16
-        return half and bool((step.out.host["latents_ok"] & ~step.out.host["ok"]).any())
+        return bool((step.out.host["latents_ok"] & ~step.out.host["ok"]).any())
 
 
 class Recorded:
@@ -250,7 +246,9 @@ class Recorded:
             else:
                 self._together(batch, tables, host)
             launched = time.perf_counter()
+            # All that needs no value from the device is done while it works.
             copy, out = self.step.out.copy_of_host()
+            result = self._result(out, batch, ids)
         finally:
             # Also after an error: what is on its way still reads the rows, and the buffers of the next request.
             if self.spec.split:
@@ -261,7 +259,9 @@ class Recorded:
                 self._lease = None
         done = time.perf_counter()
         copy()
-        result = self._result(out, batch, tables, ids)
+        if ids is None and "rows" in out:
+            assert tables is not None
+            result.ids = _ids_of(out["rows"], tables)
         for program in self._programs.values():
             for stage, seconds in program.seconds().items():
                 took[stage] = took.get(stage, 0.0) + seconds
@@ -316,25 +316,19 @@ class Recorded:
         self._replay("finish", host)
         return ids.clone()
 
-    def _result(
-        self, out: dict[str, Tensor], batch: StepBatch, tables: Tables | None, ids: Tensor | None
-    ) -> StepResult:
+    def _result(self, out: dict[str, Tensor], batch: StepBatch, ids: Tensor | None) -> StepResult:
         n = self.spec.rows
         if ids is None:
-            ids = torch.empty((n, 0), dtype=torch.int64)
-            if batch.retrieved is not None and self.spec.mode != "none":
-                ids = batch.retrieved.ids.clone()
-            elif "rows" in out:
-                assert tables is not None
-                ids = _ids_of(out["rows"], tables)
+            given = batch.retrieved if self.spec.mode != "none" else None
+            ids = torch.empty((n, 0), dtype=torch.int64) if given is None else given.ids.clone()
         nothing = torch.empty((n, 0))
         return StepResult(
             ok=out["ok"],
-            lam=out.get("lam", torch.zeros(n)),
+            lam=out["lam"] if "lam" in out else torch.zeros(n),
             ids=ids,
             scores=out.get("scores", nothing),
             cosine=out.get("cosine", nothing),
-            valid=out.get("valid", nothing.bool()),
+            valid=out["valid"] if "valid" in out else nothing.bool(),
             uint8=out.get("uint8"),
             image=out.get("image"),
             latents=out.get("latents"),
@@ -350,8 +344,7 @@ def _added(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 def _ids_of(rows: Tensor, tables: Tables) -> Tensor:
     """Row numbers of a generation, on the host -> ids; -1 stays."""
-    found = rows.numpy()
-    return torch.from_numpy(np.where(found >= 0, tables.snapshot.ids[found], -1))
+    return torch.from_numpy(tables.ids[rows.numpy()])
 
 
 def _reserved(device: torch.device) -> int:

@@ -6,7 +6,7 @@ crosses the border but by an arena's own copy.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -75,7 +75,7 @@ def spec_of(batch: StepBatch, tables: Tables | None, length: int) -> Spec:
         query = "key"
     elif batch.query_ids is not None:
         query = "ids"
-    spec = Spec(
+    return Spec(
         rows=len(batch),
         latents=tuple(batch.latents.shape[1:]),
         length=length if given is None else given.shape[1],
@@ -83,28 +83,30 @@ def spec_of(batch: StepBatch, tables: Tables | None, length: int) -> Spec:
         known=batch.context is not None,
         query=query if batch.mode != "none" else "none",
         mode=batch.mode,
-        k=batch.k,
         per=batch.per,
         steps=batch.num_inference_steps,
         want=batch.want,
-        retrieval="none",
+        **_retrieval_of(batch, tables),
     )
+
+
+def _retrieval_of(batch: StepBatch, tables: Tables | None) -> dict[str, Any]:
     if batch.mode == "none":
-        return spec
+        return {"k": batch.k, "retrieval": "none"}
     if batch.retrieved is not None:
         shape = batch.retrieved.h_retr.shape
-        return replace(spec, retrieval="given", k=shape[1], stored=("given", 0, shape[2], shape[3]))
+        return {"k": shape[1], "retrieval": "given", "stored": ("given", 0, shape[2], shape[3])}
     assert tables is not None
     geometry = tables.source.database.geometry
     form = "host" if tables.keys is None else "resident" if tables.rows.resident else "fetched"
-    return replace(
-        spec,
-        retrieval=form,
-        stored=(geometry.dtype, tables.rows.stride, geometry.tokens, geometry.channels),
-        grid=(geometry.height, geometry.width),
-        centred=tables.keys is not None and tables.keys.centred,
-        hot=form != "resident" and tables.rows.device_rows is not None,
-    )
+    return {
+        "k": batch.k,
+        "retrieval": form,
+        "stored": (geometry.dtype, tables.rows.stride, geometry.tokens, geometry.channels),
+        "grid": (geometry.height, geometry.width),
+        "centred": tables.keys is not None and tables.keys.centred,
+        "hot": form != "resident" and tables.rows.device_rows is not None,
+    }
 
 
 class Step:

@@ -46,6 +46,8 @@ class Tables:
         self.rows = source.cache
         self.address = self.rows.device_host_ptr or self.rows.host_ptr
         self.keys = DeviceKeys(self.snapshot, device) if _on_device(source, device) else None
+        self.ids = np.append(self.snapshot.ids, -1)
+        """By row. Row -1, a missing neighbour, is the last entry: id -1."""
 
     @property
     def form(self) -> str:
