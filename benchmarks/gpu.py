@@ -36,7 +36,7 @@ NEEDED = ("diffusers", "transformers", "safetensors", "pyarrow", "PIL", "scann",
 # What a lent machine is asked for, in the order of what would be missed most.
 SETS = {
     "first": ("first-light", "smoke", "image", "parts", "tail", "engine-tests", "kernel-tests"),
-    "more": ("attention", "added", "cold", "compiled-peer", "train"),
+    "more": ("attention", "upsampling", "added", "cold", "compiled-peer", "train"),
 }
 # Seconds of a set, installation included.
 SECONDS = {"first": 500.0, "more": 270.0}
@@ -145,6 +145,7 @@ def plan(results: Path, scratch: Path, *, rehearse: bool) -> dict[str, Step]:
     configs = ["--out", str(results / "configs")]
     if not rehearse:
         add("attention", [python, "-m", "ragturbo.engine.attention", *configs], 45, "triton")
+        add("upsampling", [python, "-m", "ragturbo.engine.upsampling", *configs], 40, "triton")
     own("added", 70)
     own("cold", 50)
     own("compiled-peer", 130)

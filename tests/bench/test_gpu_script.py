@@ -201,7 +201,7 @@ def test_a_set_leaves_no_more_files_than_come_back(tmp_path, plan, name):
 def test_what_one_step_measures_of_the_gpu_the_later_ones_take(tmp_path, plan):
     folder = str(tmp_path / "results" / "configs")
     assert all(step.environment["RAGTURBO_KERNEL_CONFIGS"] == folder for step in plan.values())
-    writers = [plan[name] for name in ("attention", "tune", "fastest")]
+    writers = [plan[name] for name in ("attention", "upsampling", "tune", "fastest")]
     assert all(folder in step.command for step in writers)
 
 
