@@ -142,13 +142,16 @@ def calls(make):
         "layer_norm": (lambda x, s, b: ops.layer_norm(x, s, b, impl="triton"), (x, c, c)),
         "geglu": (lambda x, b: ops.geglu(x, b, impl="triton"), (x, c)),
         "bias_residual": (lambda x, b: ops.bias_residual(x, b, x.flip(0), impl="triton"), (image, c)),
+        "upsample": (lambda x: ops.upsample(x, impl="triton"), (image,)),
+        "interleave": (lambda x: ops.interleave(x, impl="triton"), (image,)),
+        "softmax": (lambda x: ops.softmax(x, 0.5, torch.float16, impl="triton"), (x,)),
         "to_uint8": (lambda x: ops.to_uint8(x, impl="triton"), (image,)),
     }  # fmt: skip
 
 
 NAMES = (
     "slerp", "scaled_residual", "cross_attention", "linear", "project_attention", "group_norm", "group_norm_and_sum",
-    "layer_norm", "geglu", "bias_residual", "to_uint8",
+    "layer_norm", "geglu", "bias_residual", "upsample", "interleave", "softmax", "to_uint8",
 )  # fmt: skip
 
 
@@ -202,6 +205,9 @@ def test_opcheck_of_every_custom_op(randn, device):
         "layer_norm": (x, c, c, 1e-5),
         "geglu": (x, c),
         "bias_residual": (image, c, image.flip(0)),
+        "upsample": (image,),
+        "interleave": (image,),
+        "softmax": (x, 0.5, torch.float16),
         "to_uint8": (image, True),
         "gather_rows": (described, ids, 80, 5, 8, False),
         "topk": (described, randn(2, 40), rows, scores),
