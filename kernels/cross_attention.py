@@ -131,18 +131,31 @@ def same_layout(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return (k, v) if k.stride() == v.stride() else (k.contiguous(), v.contiguous())
 
 
-def _tile(t: int, s: int, d: int, x: Tensor) -> tiles.Tile:
+# An H100 has 132 multiprocessors, an H200 as many.
+PROGRAMS = 132
+
+
+def _rows(largest: int, least: int, t: int, heads: int) -> int:
+    """Queries a program, of t: fewer than `largest` where the heads of all samples are few, for more programs."""
+    rows = min(largest, tiles.power_of_2(t, 16))
+    while rows > least and heads * triton.cdiv(t, rows) < PROGRAMS:
+        rows //= 2
+    return rows
+
+
+def _tile(t: int, n: int, s: int, d: int, heads: int, x: Tensor) -> tiles.Tile:
     # The largest tiles that spill on none of sm_80, sm_89 and sm_90.
     if x.dtype == torch.float32:
-        largest = {"BT": 32 if d <= 32 else 16, "BS": 32 if d <= 64 else 16, "num_warps": 4, "num_stages": 1}
+        largest = {"BT": 32 if d <= 32 else 16, "BS": 32 if d <= 64 else 16, "num_stages": 1}
+        largest["num_warps"] = 4 if d <= 64 else 8
     else:
         largest = {"BT": 64, "BS": 64 if d <= 64 else 32, "num_warps": 4, "num_stages": 3 if d <= 32 else 2}
     default = {
         **largest,
-        "BT": min(largest["BT"], tiles.power_of_2(t, 16)),
+        "BT": _rows(largest["BT"], 16 if d <= 64 else 32, t, heads),
         "BS": min(largest["BS"], tiles.power_of_2(s, 16)),
     }
-    return tiles.choose("cross_attention", f"T{t} S{s} D{d} {x.dtype}", x.device, default)
+    return tiles.choose("cross_attention", f"T{t} n{n} S{s} D{d} {x.dtype}", x.device, default)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, heads: int) -> tuple[Tensor, Tensor]:
@@ -153,7 +166,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, heads: int) -
     k, v = same_layout(k, v)
     out = torch.empty(batch, t, c, dtype=q.dtype, device=q.device)
     softmax = torch.empty(batch, heads, 2, t, dtype=torch.float32, device=q.device)
-    tile = _tile(t, s, d, q)
+    tile = _tile(t, n, s, d, batch * heads, q)
     mask = softmax if valid is None else valid.contiguous().view(torch.uint8)
     launch(
         cross_attention, (triton.cdiv(t, tile["BT"]), heads, batch), q, k, v, mask, out, softmax,
@@ -182,15 +195,19 @@ def project(
     k, v = same_layout(k, v)
     out = torch.empty(batch, t, c, dtype=x.dtype, device=x.device)
     half = x.dtype != torch.float32
+    normed = norm_weight is not None and norm_bias is not None
     default = {
-        "BT": min(32 if half else 16, tiles.power_of_2(t, 16)),
+        "BT": _rows(32 if half else 16, 32 if normed or d > 64 else 16, t, batch * heads),
         "BS": min(32 if not half or d > 128 else 64, tiles.power_of_2(s, 16)),
         "BK": 128 if half else 32,
         "num_warps": 4,
         "num_stages": 3 if half else 1,
     }
+    if half and not normed:
+        # As many bytes in flight as 96 KB of shared memory hold.
+        stage = (default["BT"] + tiles.power_of_2(d, 16)) * default["BK"] * x.element_size()
+        default["num_stages"] = min(5, 96 * 1024 // stage + 1)
     tile = tiles.choose("project_cross_attention", f"T{t} S{s} D{d} K{width} {x.dtype}", x.device, default)
-    normed = norm_weight is not None and norm_bias is not None
     launch(
         project_cross_attention, (triton.cdiv(t, tile["BT"]), heads, batch), x, weight,
         norm_weight.contiguous() if norm_weight is not None else x,

@@ -137,17 +137,23 @@ def linear(
     tl.store(out_ptr + offset, out, mask=m)
 
 
-def _default(rows: int, k: int, geglu: bool, dtype: torch.dtype) -> tiles.Tile:
-    # At few rows every program streams its own columns of the weights once: narrow tiles put more of the GPU's
-    # multiprocessors, and so more of its memory bandwidth, to work.
+def _default(rows: int, columns: int, k: int, geglu: bool, dtype: torch.dtype) -> tiles.Tile:
     if rows > 512:
         return {"BM": 128, "BN": 64, "BK": 32 if dtype == torch.float32 else 64, "num_warps": 8, "num_stages": 3}
     tile = {"BM": min(64, tiles.power_of_2(rows, 16)), "BN": 32, "BK": 64, "num_warps": 4, "num_stages": 4}
-    if rows <= 64 and k >= 4096 and not geglu:
-        # 80 steps in a row by 40 programs would wait for memory 80 times: docs/performance.md counts it.
-        tile.update(BN=64, SPLITS=8)
     if dtype == torch.float32:
         tile.update(BM=min(32, tile["BM"]), BK=32, num_stages=2)
+    if rows > 64:
+        return tile
+    # At few rows each program streams its own columns of the weights once, and waits for memory: programs for more of
+    # the GPU's multiprocessors, and as many bytes in flight in each as 96 KB of shared memory hold.
+    if k >= 4096 and not geglu:
+        # By fewer columns a program, what all read of x would outweigh the weights.
+        tile.update(BN=64, SPLITS=4)
+    elif columns <= 2048 and not geglu and dtype != torch.float32:
+        tile.update(BN=16)
+    if dtype != torch.float32:
+        tile.update(num_stages=6 if geglu or tile["BN"] == 64 else 8)
     return tile
 
 
@@ -177,7 +183,9 @@ def forward(
     samples, length = (batch, tokens) if norm == "group" else (1, batch * tokens)
     kind = f"{norm}{' geglu' if geglu else ''}"
     shape = f"M{batch * tokens} N{parts * n} K{k} {kind} {x.dtype}"
-    tile = dict(tiles.choose("linear", shape, x.device, {"SPLITS": 1, **_default(length, k, geglu, x.dtype)}))
+    tile = dict(
+        tiles.choose("linear", shape, x.device, {"SPLITS": 1, **_default(length, parts * n, k, geglu, x.dtype)})
+    )
     # GEGLU keeps two sums a tile; its columns are many, and no split of the channels is wanted.
     splits = tile["SPLITS"] = 1 if geglu else tile["SPLITS"]
     width = k // groups if norm == "group" else k

@@ -1,4 +1,4 @@
-"""The H-space adapter of Eqs. 4–5 as fused launches: 3 for kind "attention", 11 for kind "transformer".
+"""The H-space adapter of Eqs. 4–5 as fused launches: 3 for kind "attention", 14 for kind "transformer".
 
 K and V depend on h_retr alone: `retrieved_kv` is the launch that runs beside the UNet's encoder. Forward only; training
 goes through the module's own torch code.
@@ -13,7 +13,8 @@ from torch import Tensor
 from ragturbo.errors import InvalidRequest
 from ragturbo.ops.cross_attention import cross_attention
 from ragturbo.ops.group_norm import group_norm
-from ragturbo.ops.linear import Norm, linear
+from ragturbo.ops.layer_norm import layer_norm
+from ragturbo.ops.linear import linear
 from ragturbo.ops.project_attention import project_attention
 
 Weights = Mapping[str, Tensor]
@@ -65,32 +66,33 @@ def transformer_adapter(
 ) -> Tensor:
     """Eqs. 4–5, kind "transformer": h_tgt + λ·g(h_tgt, h_retr). Shapes as `attention_adapter`.
 
-    Ten launches. weights: a diffusers Transformer2DModel's of one block with linear projections, under its names.
+    13 launches. weights: a diffusers Transformer2DModel's of one block with linear projections, under its names.
     """
 
     def get(name: str) -> Tensor:
         return _get(weights, _BLOCK + name)
 
-    def layer_norm(i: int) -> Norm:
-        return Norm(get(f"norm{i}.weight"), get(f"norm{i}.bias"), LAYER_NORM_EPS)
+    def normed(x: Tensor, i: int) -> Tensor:
+        return layer_norm(x, get(f"norm{i}.weight"), get(f"norm{i}.bias"), LAYER_NORM_EPS, impl=impl)
 
-    # A launch of its own: `linear` would take the statistics of all groups anew for each of its tiles of columns.
+    # Normalisations are launches of their own: inside `linear` each program would take the statistics anew, and could
+    # not copy a tile of x to shared memory while it multiplies another.
     norm, norm_bias = _get(weights, "norm.weight"), _get(weights, "norm.bias")
     image = h_tgt.transpose(1, 2).unsqueeze(-1)
     x = group_norm(image, groups, norm, norm_bias, GROUP_NORM_EPS, impl=impl).squeeze(-1).transpose(1, 2)
     x = linear(x, [_get(weights, "proj_in.weight")], _get(weights, "proj_in.bias"), impl=impl)
 
     qkv = [get(f"attn1.to_{name}.weight") for name in "qkv"]
-    q, own_k, own_v = linear(x, qkv, norm=layer_norm(1), impl=impl).chunk(3, dim=-1)
+    q, own_k, own_v = linear(normed(x, 1), qkv, impl=impl).chunk(3, dim=-1)
     attended = cross_attention(q, own_k[:, None], own_v[:, None], heads=heads, impl=impl)
     x = linear(attended, [get("attn1.to_out.0.weight")], get("attn1.to_out.0.bias"), residual=x, impl=impl)
 
     to_q = get("attn2.to_q.weight")
-    attended = project_attention(x, to_q, k, v, valid, heads=heads, norm=layer_norm(2), impl=impl)
+    attended = project_attention(normed(x, 2), to_q, k, v, valid, heads=heads, impl=impl)
     x = linear(attended, [get("attn2.to_out.0.weight")], get("attn2.to_out.0.bias"), residual=x, impl=impl)
 
     up, up_bias = get("ff.net.0.proj.weight"), get("ff.net.0.proj.bias")
-    hidden = linear(x, [up], up_bias, norm=layer_norm(3), geglu=True, impl=impl)
+    hidden = linear(normed(x, 3), [up], up_bias, geglu=True, impl=impl)
     x = linear(hidden, [get("ff.net.2.weight")], get("ff.net.2.bias"), residual=x, impl=impl)
 
     proj_out, proj_out_bias = _get(weights, "proj_out.weight"), _get(weights, "proj_out.bias")
