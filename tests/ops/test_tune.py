@@ -119,6 +119,13 @@ def test_what_weighs_most_in_an_image_is_tuned_first():
     assert {case.op for case in CASES} >= set(tune.COLD)
 
 
+def test_cases_that_share_a_tile_are_tuned_once():
+    wanted = tune.distinct(tune.in_order((case, torch.float16) for case in CASES))
+    labels = [case.label for case, _ in wanted if case.op in ("linear", "project_attention")]
+    assert "b1 out, residual" in labels and "b1 proj_in" not in labels and "b1 proj_out, λ residual" not in labels
+    assert "b1" in labels and "LayerNorm" not in labels
+
+
 def test_a_kill_while_tiles_are_written_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "nvidia_h200.json"
     tune.write(path, [tune.Tuned("slerp", "N8", {"BLOCK": 1024}, 1e-6, 2e-6)], {"gpu": "NVIDIA H200"})
@@ -151,9 +158,9 @@ def test_a_run_that_is_out_of_time_keeps_what_it_has_and_says_so(tmp_path, monke
 
     monkeypatch.setattr(tune, "tune_case", tune_case)
     command = ["--out", str(tmp_path), "--seconds", "100", "--jobs", "0", "--op", "linear", "topk"]
-    assert tune.main([*command, "--label", "b1 LayerNorm", "1 queries"]) == 0
+    assert tune.main([*command, "--label", "b1 QKV", "b1 GEGLU", "1 queries"]) == 0
     assert tiles.read(tmp_path / "nvidia_imaginary_9000.json") == {
-        "linear": {"b1 LayerNorm, QKV": {"BM": 64}, "b1 LayerNorm, GEGLU": {"BM": 64}},
+        "linear": {"b1 QKV": {"BM": 64}, "b1 GEGLU": {"BM": 64}},
         "topk": {"1 queries, k 1": {"BM": 64}},
     }
     assert "topk, 1 queries, k 4 and what follows are not tuned" in capsys.readouterr().out
