@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import tokenizers
 import torch
 from torch import Tensor
@@ -53,6 +54,8 @@ class TextEncoder:
         self.width: int = config.hidden_size
         self.max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
         self._backend = _fixed_length(tokenizer, self.max_length)
+        unknown = tokenizer.unk_token_id
+        self._unknown_id = None if unknown == tokenizer.eos_token_id else unknown
         if clip_key is not None and clip_key.width != self.width:
             raise ModelError(f"the clip key was made for a text encoder of width {clip_key.width}, not {self.width}")
 
@@ -75,9 +78,9 @@ class TextEncoder:
         # A single one here: a batch is handed to the tokenizer's own threads, and waited for.
         encode, one = self._backend.encode, len(prompts) == 1
         encodings = [encode(prompts[0])] if one else self._backend.encode_batch(list(prompts))
-        input_ids = torch.tensor([encoding.ids for encoding in encodings], dtype=torch.int64)
+        input_ids = np.array([encoding.ids for encoding in encodings], np.int64)
         return Tokens(
-            input_ids.reshape(len(encodings), self.max_length),
+            torch.from_numpy(input_ids.reshape(len(encodings), self.max_length)),
             tuple(sum(_own(part) for part in encoding.overflowing) for encoding in encodings),
             tuple(self._unknown(prompt, encoding) for prompt, encoding in zip(prompts, encodings, strict=True)),
         )
@@ -87,8 +90,8 @@ class TextEncoder:
 
         CLIP's own unknown token is its end of text as well: its vocabulary is open, every word has pieces.
         """
-        unknown = self.tokenizer.unk_token_id
-        if unknown in (None, self.tokenizer.eos_token_id):
+        unknown = self._unknown_id
+        if unknown is None:
             return ()
         pieces = Counter(word for word in encoding.word_ids if word is not None)
         words: dict[str, None] = {}
