@@ -176,7 +176,10 @@ def test_weights_in_pieces_are_one_model(folder: Path, bundle: Bundle) -> None:
     pieces = sorted((folder / "unet").glob("*.safetensors"))
     assert len(pieces) > 1
     again = Bundle.load(folder, device="cpu")
-    assert torch.equal(run(again), run(bundle)) and again.fingerprint() == bundle.fingerprint()
+    # The weights, not what is drawn with them: where memory is aligned otherwise, a CPU's kernels may sum otherwise.
+    now, before = again.unet.unet.state_dict(), bundle.unet.unet.state_dict()
+    assert now.keys() == before.keys() and all(torch.equal(now[name], before[name]) for name in now)
+    assert again.fingerprint() == bundle.fingerprint()
     pieces[-1].write_bytes(pieces[-1].read_bytes()[:-1])
     with pytest.raises(ModelError, match=f"{pieces[-1].name} is not a whole"):
         Bundle.load(folder, device="cpu")
