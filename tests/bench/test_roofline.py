@@ -68,7 +68,7 @@ def test_the_designs_floors():
     adapter = roofline.transformer_adapter(1, 64, 1, 64, 1280)
     assert adapter.seconds(h200) == pytest.approx(15.1e-6, rel=1e-2)
     assert adapter.fraction(h200, 30.2e-6) == pytest.approx(0.5, rel=1e-2)
-    assert (adapter + work).launches == 12
+    assert (adapter + work).launches == 16
 
 
 def test_any_gpu_by_two_numbers(capsys):
