@@ -35,8 +35,8 @@ NEEDED = ("diffusers", "transformers", "safetensors", "pyarrow", "PIL", "scann",
           "pytest", "xdist", "pytest_benchmark", "hypothesis", "pynvml", "typer", "rich")  # fmt: skip
 # What a lent machine is asked for, in the order of what would be missed most.
 SETS = {
-    "first": ("first-light", "smoke", "image", "parts", "tail", "engine-tests", "kernel-tests"),
-    "more": ("attention", "upsampling", "added", "cold", "compiled-peer", "train"),
+    "first": ("first-light", "smoke", "upsampling", "image", "parts", "tail", "engine-tests", "kernel-tests"),
+    "more": ("added", "cold", "compiled-peer", "train"),
 }
 # Seconds of a set, installation included.
 SECONDS = {"first": 500.0, "more": 270.0}
@@ -69,7 +69,7 @@ def main() -> int:
         chosen = [name for given in options.steps for name in SETS.get(given, (given,))]
         if options.rehearse:
             # Some steps are nothing but work for a GPU.
-            chosen = [name for name in chosen if name in steps or name not in SETS["more"]]
+            chosen = [name for name in chosen if name in steps or name not in sum(SETS.values(), ())]
         if unknown := [name for name in chosen if name not in steps]:
             parser.error(f"no step {unknown[0]!r}; there are: {', '.join([*SETS, *steps])}")
         if not options.rehearse and (why := no_gpu()):
@@ -126,7 +126,7 @@ def plan(results: Path, scratch: Path, *, rehearse: bool) -> dict[str, Step]:
     add("first-light", [*light, *(["--rehearse", "--seconds", "400"] if rehearse else [])], 110, "diffusers",
         **({"TRITON_INTERPRET": "1"} if rehearse else {}))  # fmt: skip
     engine = tests / "engine" / "test_gpu.py"
-    add("smoke", pytest(engine, "-x", "-k", "adapter and 1 and bit_for_bit"), 45, "pytest", "diffusers")
+    add("smoke", pytest(engine, "-x", "-k", "adapter and 1 and bit_for_bit"), 60, "pytest", "diffusers")
     own("image", 100)
     own("parts", 60)
     own("tail", 60)
@@ -136,7 +136,7 @@ def plan(results: Path, scratch: Path, *, rehearse: bool) -> dict[str, Step]:
     add("together", [*command, *["--rehearse"] * rehearse], 200, "diffusers", result=together)
     # Replays against calls bit for bit, and 10,000 requests over which memory must stay flat.
     lanes = tests / "engine" / "test_gpu_lanes.py"
-    add("engine-tests", pytest(engine, lanes, workers=6), 90, "pytest", "diffusers", RAGTURBO_LONG="1", **one_thread)
+    add("engine-tests", pytest(engine, lanes, workers=6), 110, "pytest", "diffusers", RAGTURBO_LONG="1", **one_thread)
     ops = [tests / "ops" / "test_dispatch.py"] if rehearse else [tests / "ops", tests / "native" / "test_cuda.py"]
     skipped = f"--ignore={tests / 'ops' / 'test_compile_only.py'}"
     collected = ["--continue-on-collection-errors", "-m", "not slow", skipped]
