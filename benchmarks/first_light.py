@@ -47,8 +47,8 @@ REHEARSED = {"slerp": "b1 per sample", "slerp backward": "b8 per token", "scaled
              "bias_residual": "1280×8²", "scaled_residual backward": "b8"}  # fmt: skip
 TOKENS, CHANNELS, KEY_WIDTH = 64, 1280, 1024
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
-    "none": ("none", {"retriever": "exact"}),
     "adapter, one graph": ("adapter", {"retriever": "exact"}),
+    "none": ("none", {"retriever": "exact"}),
     "slerp, one graph": ("slerp", {"retriever": "exact"}),
     "adapter, ids to the host": ("adapter", {"retriever": "exact", "host_cache": 4 * 2 * TOKENS * CHANNELS}),
     "adapter, three graphs": ("adapter", {"retriever": "bm25"}),
@@ -200,6 +200,8 @@ class Runner:
 
 def plan(rehearse: bool) -> list[Check]:
     halves, others = [torch.float16], [torch.bfloat16, torch.float32]
+    # The form that serves comes first: what the minute may be too short for comes last.
+    usual, *further_forms = FORMS
     wanted = [c for c in CASES if c.op not in OWN_CHECK and (not rehearse or REHEARSED.get(c.op) == c.label)]
 
     def cases(dtypes: list[torch.dtype]) -> list[Check]:
@@ -213,9 +215,10 @@ def plan(rehearse: bool) -> list[Check]:
         Check("topk", topk, True),
         Check("split-K", split_k),
         Check("adapter", adapter),
-        *(Check(f"form {name}", partial(form, name)) for name in FORMS),
+        Check(f"form {usual}", partial(form, usual)),
         Check("profile", profile),
         *(Check(f"pairs {run.__name__}", run) for run in (group_norm, topk_variants, gather_rate)),
+        *(Check(f"form {name}", partial(form, name)) for name in further_forms),
         # A rehearsal computes in fp32 whatever the type: once is enough.
         *([] if rehearse else cases(others)),
     ]
