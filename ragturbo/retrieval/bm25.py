@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -21,7 +24,7 @@ class Bm25Retriever:
 
     def __init__(self, snapshot: Snapshot, *, why: str = "asked for") -> None:
         try:
-            import bm25s
+            bm25s = _bm25s()
         except ImportError:
             raise DatabaseError("retriever 'bm25' needs the package bm25s: pip install bm25s") from None
         self.snapshot, self.why = snapshot, why
@@ -62,3 +65,30 @@ class Bm25Retriever:
         words = self._tokenize([prompt], stopwords="en", show_progress=False, return_ids=False)[0]
         known = [word for word in words if word in self._index.vocab_dict]
         return np.array(self._index.get_scores(known), np.float32) if known else None
+
+
+_importing = threading.Lock()
+
+
+def _bm25s() -> ModuleType:
+    """The package, imported as where JAX is not installed.
+
+    Where it is, bm25s runs a top-k of JAX's at import, and the first operation of JAX on a GPU reserves three quarters
+    of the card. That top-k is not used here. An import of JAX by another thread fails in these milliseconds.
+    """
+    with _importing:
+        if "bm25s" in sys.modules:
+            import bm25s
+
+            return bm25s
+        missing = object()
+        jax: Any = sys.modules.get("jax", missing)
+        sys.modules["jax"] = None  # type: ignore[assignment]
+        try:
+            import bm25s
+        finally:
+            if jax is missing:
+                del sys.modules["jax"]
+            else:
+                sys.modules["jax"] = jax
+        return bm25s
