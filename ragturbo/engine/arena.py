@@ -1,4 +1,4 @@
-"""Many small tensors as one buffer on the host and one on the device: a border that is crossed by one copy."""
+"""Many small tensors as one buffer on the host and one on the device, so that one copy moves all of them."""
 
 from __future__ import annotations
 

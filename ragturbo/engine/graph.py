@@ -1,4 +1,4 @@
-"""The fast engine: a batch is numbers written into page-locked memory, one replay, and numbers read back.
+"""The fast engine: a batch is numbers written into page-locked memory, replays of graphs, and numbers read back.
 
 Where nothing is captured (engine="eager" on a GPU, compile=True on a CPU) the same steps are called over the same
 buffers, which is what a replay is compared with. Graphs are recorded on the first batch of their kind (`Spec`) and
@@ -196,10 +196,18 @@ class Recorded:
         self._lease: Any = None
 
     def record(self) -> None:
+        try:
+            self._record()
+        except BaseException:
+            # What was launched before the error still reads and writes the buffers, which the caller frees.
+            self._wait()
+            raise
+
+    def _record(self) -> None:
         step, record, label = self.step, self.lanes.record, self.spec.label
         if not self.spec.split:
             ask = record(f"{label}: text", step.ask)
-            # What follows is warmed up over its numbers, not over what lay in its memory before.
+            # So that the next graph's warm-ups read what this one computes, not uninitialised memory.
             ask.replay()
             self._programs = {"ask": ask, "rest": record(f"{label}: image", step.rest)}
             step.forget()
@@ -250,10 +258,8 @@ class Recorded:
             copy, out = self.step.out.copy_of_host()
             result = self._result(out, batch, ids)
         finally:
-            # Also after an error: what is on its way still reads the rows, and the buffers of the next request.
-            if self.spec.split:
-                self.lanes.join_replayed()
-            self.lanes.await_main()
+            # Also after an error: what was launched still reads the rows, and the buffers of the next request.
+            self._wait()
             if self._lease is not None:
                 self._lease.release()
                 self._lease = None
@@ -269,6 +275,11 @@ class Recorded:
             took |= host | {"wait": done - launched, "result": time.perf_counter() - done}
         result.timings = took
         return result
+
+    def _wait(self) -> None:
+        if self.spec.split:
+            self.lanes.join_replayed()
+        self.lanes.await_main()
 
     def _together(self, batch: StepBatch, tables: Tables | None, host: dict[str, float]) -> None:
         """The text encoder is on its way before the other numbers are written and several hundred nodes launched."""

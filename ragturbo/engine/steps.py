@@ -1,7 +1,7 @@
 """The device's part of one batch, over tensors that never move: what a CUDA graph records.
 
-Everything that varies is read from the arenas. Nothing here asks the device for a value, makes a tensor on the host or
-crosses the border but by an arena's own copy.
+Everything that varies is read from the arenas. Nothing here asks the device for a value or makes a tensor on the host,
+and the arenas' copies are the only ones between host and device.
 """
 
 from __future__ import annotations
@@ -135,7 +135,6 @@ class Step:
             self.known = torch.empty(shape, dtype=model.dtype, device=device)
         nothing = torch.empty(0)
         self.rows_found = self.scores = self.lam = self.valid = self.cosine = nothing
-        self.kept: list[Tensor] = []
 
     # Layouts
 
@@ -205,18 +204,13 @@ class Step:
         return layout
 
     def forget(self) -> None:
-        """After all was recorded: no other graph runs between these, so what lies between their stages is memory for
-        the next graphs, but for what the prompt cache reads."""
+        """Lets later recordings use the memory of what passes between this batch's two graphs and between their stages:
+        no other graph runs in between. The prompt cache reads key and context after a run."""
         self.state = self.features = None
-        self.kept = []
         if not self._remembered:
             self.context = self.key = None
 
     # Segments
-
-    def whole(self) -> None:
-        self.ask()
-        self.rest()
 
     def rest(self) -> None:
         """All that follows the text encoder where nothing waits for the host: retrieval runs beside the UNet's encoder
@@ -335,7 +329,6 @@ class Step:
             query = self.key
             if spec.centred:
                 query = F.normalize(query - given["mean"], dim=1)
-            self.kept = [query]
             self.rows_found, self.scores = topk(given["tables"][0], query, spec.k)
 
     def _gather(self) -> None:
@@ -365,7 +358,6 @@ class Step:
             self.lam, self.valid = blend_weights(
                 self.cosine, ids, self.scores, min_score=given["min_score"], lam=given["lam"]
             )
-            self.kept += [keys, h_retr]
             self.features = h_retr
             if spec.mode == "adapter":
                 if model.adapter is None:

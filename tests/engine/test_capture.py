@@ -57,7 +57,7 @@ def watched(model: FastModel, what: Spec) -> fake.Watch:
         if what.split:
             step.ask(), step.encode(), step.fetch(), step.finish()
         else:
-            step.whole()
+            step.ask(), step.rest()
     return watch
 
 

@@ -5,6 +5,7 @@ What only a GPU can show (that a replay equals the call bit for bit) is in tests
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 
 import pytest
@@ -130,6 +131,24 @@ def test_results_do_not_change_while_the_buffers_are_used_again(source, graph_en
     for seed in range(1, 6):
         engine.run(make_batch("a dog", "a cat", seed=seed, mode="adapter", k=1, source=source, want="uint8"))
     assert all(torch.equal(getattr(held, n), value) for n, value in before.items())
+
+
+@pytest.mark.parametrize("form", [*FORMS, "given"])
+def test_a_request_leaves_no_tensor_behind(database, graph_engine, make_batch, form):
+    source = DatabaseSource(database, **FORMS.get(form, {}))
+    given = source.gather(torch.tensor([[3], [5]]), torch.ones(2, 1)) if form == "given" else None
+    engine, batch = graph_engine(), make_batch(*PROMPTS, mode="adapter", k=1, source=source, retrieved=given)
+
+    def alive() -> int:
+        gc.collect()
+        return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+    for _ in range(2):
+        engine.run(batch)
+    before = alive()
+    for _ in range(3):
+        engine.run(batch)
+    assert alive() == before
 
 
 def test_where_steps_are_launched_the_hosts_own_parts_are_told(graph_engine, make_batch):

@@ -135,6 +135,20 @@ def test_a_request_that_fails_half_way_is_waited_for(replayed_engine, make_batch
     assert waits == ["main"]
 
 
+def test_a_recording_that_fails_half_way_is_waited_for(replayed_engine, make_batch, monkeypatch):
+    """The text encoder's graph has been launched over buffers that are freed with the error."""
+    engine, waits = replayed_engine(), []
+
+    def broken(self: Step) -> None:
+        raise ValueError("an injected fault")
+
+    monkeypatch.setattr(Step, "rest", broken)
+    monkeypatch.setattr(engine.lanes, "await_main", lambda: waits.append("main"))
+    with pytest.raises(ValueError, match="injected"):
+        engine.run(make_batch(*PROMPTS))
+    assert waits == ["main"] and not engine.describe()["graphs"]
+
+
 SPLIT = ("text", "encoder", "rows", "decoder")
 STEPS = {"one graph": ("text", "image"), "ids to the host": SPLIT, "three graphs": SPLIT}
 
