@@ -145,12 +145,14 @@ def driver_bytes() -> int:
     pynvml.nvmlInit()
     handle = pynvml.nvmlDeviceGetHandleByIndex(0)
     used = {p.pid: p.usedGpuMemory for p in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)}
-    return used[os.getpid()] - torch.cuda.memory_reserved()
+    if (own := used.get(os.getpid())) is None:
+        pytest.skip("the driver does not tell this process's memory: a container's process ids are not the driver's")
+    return own - torch.cuda.memory_reserved()
 
 
 @pytest.mark.parametrize("mode", ["none", "adapter"])
 def test_a_recording_takes_less_than_a_gigabyte_that_torch_does_not_count(on_gpu, database, make_batch, mode):
-    """On the first run on a GPU one process of these tests had 105 GB of it; mode "none" is suspected."""
+    """On the first run on a GPU one process had 105 GB of it, which JAX had reserved (tests/retrieval/test_bm25.py)."""
     source = DatabaseSource(database, "exact", device="cuda") if mode == "adapter" else None
     batch = make_batch(*PROMPTS, mode=mode, k=int(mode == "adapter"), source=source, want="uint8")
     replayed, called = engines(on_gpu)
