@@ -15,6 +15,7 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import site
 import sys
 import tempfile
@@ -45,6 +46,8 @@ COMPILED = ("adapter", "cross_attention")
 BUNDLES = ("stages", "generate", "serve", "train", "retrieval", "features", "import")
 # A rehearsal asks whether every line runs, on whatever slow and shared machine it runs on.
 REHEARSAL_PATIENCE = 6
+# What a run leaves under these names.
+RECORDS = ("engine.json", "suite.json", "kernels-suite.json", "breakdown.json", "first_light.jsonl")
 
 
 def main() -> int:
@@ -60,6 +63,8 @@ def main() -> int:
     options = parser.parse_args()
     if options.measure:
         return measure(options.measure, options.rehearse, options.out)
+    # Ends the step that runs, as Ctrl-C does: it has a session of its own and would go on.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with tempfile.TemporaryDirectory(prefix="ragturbo-gpu-") as scratch:
         steps = plan(options.results.resolve(), Path(scratch), rehearse=options.rehearse)
         if options.list:
@@ -174,21 +179,36 @@ def plan(results: Path, scratch: Path, *, rehearse: bool) -> dict[str, Step]:
 
 def run(steps: Sequence[Step], results: Path, deadline: float, *, rehearsal: bool, patience: float = 1) -> None:
     """The steps within their time. The record and the summary are written anew while and after each runs."""
+    set_aside(results)
     records = Records(results, rehearsal)
     with (results / "logs.txt").open("a", encoding="utf-8") as log:
         for step in steps:
             print(f"gpu: {step.name} …", flush=True)
-            records.update(step, {"outcome": "running"})
             box = Step(**{**vars(step), "box": step.box * patience})
             try:
+                records.update(step, {"outcome": "running"})
                 found = boxed.run(box, deadline - time.monotonic(), log, cwd=ROOT,
                                   poll=lambda step=step: records.update(step, {"outcome": "running"}))  # type: ignore[misc]  # fmt: skip
             except Exception as error:  # no such program, a full disk: the other steps are still worth their time
                 found = {"outcome": f"did not run: {type(error).__name__}: {error}"}
-            outcome = records.update(step, found)
+            try:
+                outcome = records.update(step, found)
+            except OSError as error:
+                outcome = f"{found['outcome']}; not recorded: {error}"
             print(f"gpu: {step.name}: {outcome}, {found.get('wall_s', 0):.0f} s", flush=True)
             if tail := found.get("tail"):
                 print("\n".join(f"gpu:   {line}"[:200] for line in tail.strip().splitlines()[-12:]), flush=True)
+
+
+def set_aside(results: Path) -> None:
+    """Numbers the records of an earlier run in this folder. It may be of another card or commit, and of other steps:
+    its rows are not to be mixed with this run's, nor its figures lost."""
+    earlier = [path for name in RECORDS if (path := results / name).exists()]
+    number = 1
+    while any(path.with_stem(f"{path.stem}-{number}").exists() for path in earlier):
+        number += 1
+    for path in earlier:
+        path.rename(path.with_stem(f"{path.stem}-{number}"))
 
 
 class Records:
@@ -262,7 +282,10 @@ class Records:
             "steps": self._steps,
         }  # fmt: skip
         replace_json(self._results / "engine.json", record)
-        text = summary(self._results)
+        try:
+            text = summary(self._results)
+        except Exception as error:  # a file that is no result: the records of the steps stand all the same
+            text = f"No summary: {type(error).__name__}: {error}\n"
         replace_text(self._results / "summary.md", text)
 
 

@@ -21,6 +21,8 @@ LOG_HEAD, LOG_TAIL = 150_000, 50_000
 # The lines of a step's output that are shown while it runs.
 _SHOWN = ("FAILED", "ERROR", "E   ", "first light:", "gpu:")
 MOST_SHOWN = 60
+# Seconds that a killed process is waited for.
+UNKILLABLE = 10.0
 
 
 @dataclass(frozen=True)
@@ -62,17 +64,24 @@ def run(
     reader = threading.Thread(target=_read, args=(process.stdout, log, tail), daemon=True)
     reader.start()
     code: int | None = None
-    while code is None and time.monotonic() - start < box:
-        try:
-            code = process.wait(min(1.0, max(0.01, box - (time.monotonic() - start))))
-        except subprocess.TimeoutExpired:
-            poll()
-    # Also after a step that ended: children that it left would run beside the next one.
     try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    process.wait()
+        while code is None and time.monotonic() - start < box:
+            try:
+                code = process.wait(min(1.0, max(0.01, box - (time.monotonic() - start))))
+            except subprocess.TimeoutExpired:
+                poll()
+    finally:
+        # Also after a step that ended: children that it left would run beside the next one. And where this process is
+        # interrupted: the step has a session of its own, which Ctrl-C does not reach.
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    try:
+        process.wait(UNKILLABLE)
+    except subprocess.TimeoutExpired:
+        # Inside a driver call that does not return: the other steps do not wait for it.
+        log.write(f"\n[{step.name} was killed {UNKILLABLE:.0f} s ago and has not ended]\n")
     # A grandchild that left the process group may hold the pipe open for ever.
     reader.join(5.0)
     found: dict[str, Any] = {"outcome": _outcome(code), "wall_s": round(time.monotonic() - start, 2), "box_s": box}

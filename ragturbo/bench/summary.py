@@ -22,7 +22,8 @@ def summary(results: Path) -> str:
     context = machine.runs[0].context
     cards = list(dict.fromkeys((run.context.get("gpu") or {}).get("name") for run in machine.runs))
     name = ", ".join(card for card in cards if card) or context["cpu"]
-    lines = [f"# {name}, torch {context['packages'].get('torch')}, commit {machine.runs[0].commit}", ""]
+    commits = ", ".join(dict.fromkeys(run.commit for run in machine.runs))
+    lines = [f"# {name}, torch {context['packages'].get('torch')}, commit {commits}", ""]
     if any(run.data.get("rehearsal") for run in machine.runs):
         keys = ", ".join(sorted({**machine.figures(), **machine.unverified()}))
         lines += [f"A rehearsal at tiny sizes: nothing here was measured. A real run would fill: {keys}.", ""]

@@ -177,6 +177,48 @@ def test_children_that_a_step_leaves_behind_are_ended(tmp_path, plan):
     assert not started.exists()
 
 
+def test_an_interrupt_ends_the_step_that_runs(tmp_path, plan):
+    started = tmp_path / "child"
+    step = replace(stand_in(plan["image"]), command=shell(f"sleep 3; touch {started}"), result=None)
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with (tmp_path / "log").open("w") as log, pytest.raises(KeyboardInterrupt):
+        gpu.boxed.run(step, 60.0, log, cwd=ROOT, poll=interrupted)
+    time.sleep(3.0)
+    assert not started.exists()
+
+
+def test_a_step_that_cannot_be_ended_does_not_hold_up_the_others(tmp_path, plan, monkeypatch):
+    # Nothing ends the step, as inside a driver's call that does not return.
+    monkeypatch.setattr(gpu.boxed.os, "killpg", lambda group, number: None)
+    monkeypatch.setattr(gpu.boxed, "UNKILLABLE", 0.2)
+    stuck = replace(stand_in(plan["image"]), command=shell("exec sleep 9 >/dev/null 2>&1"), box=0.5, result=None)
+    found = run([stuck, stand_in(plan["parts"])], tmp_path / "results")
+    assert "image was killed" in (tmp_path / "results" / "logs.txt").read_text()
+    assert found["steps"]["image"]["outcome"] == "out of time" and found["steps"]["parts"]["outcome"] == "done"
+
+
+def test_a_second_run_in_the_same_folder_keeps_the_first_ones_figures(tmp_path, plan):
+    results = tmp_path / "results"
+    first = run([stand_in(plan["image"])], results)
+    second = run([stand_in(plan["parts"])], results)
+    run([stand_in(plan["cold"])], results)
+    assert json.loads((results / "engine-1.json").read_text()) == first
+    assert json.loads((results / "engine-2.json").read_text()) == second
+    summary = (results / "summary.md").read_text()
+    assert summary.count("4.00 ms") == 2 or "no GPU" in summary
+
+
+def test_a_file_that_is_no_result_costs_the_summary_alone(tmp_path, plan):
+    results = tmp_path / "results"
+    results.mkdir()
+    (results / "notes.json").write_text("{}")
+    assert run([stand_in(plan["image"])], results)["measured"] == {"image_p50_s": 0.004}
+    assert "notes.json is no result" in (results / "summary.md").read_text()
+
+
 def test_of_a_step_that_prints_without_end_the_log_keeps_head_and_tail(tmp_path, plan):
     step = replace(
         stand_in(plan["image"]), command=shell("echo the head; yes 0123456789 | head -c 5000000; echo the tail; exit 3")
