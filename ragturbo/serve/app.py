@@ -184,6 +184,13 @@ def _add_images(app: FastAPI, service: Service) -> None:
                     raise Problem(400, message, code="invalid_value", param="return_neighbors")
                 options = fields.call_options()
                 output = await service.draw(fields.prompt, options, gone)
+                own = service.serving().default_size
+                size = f"{options.get('width', own)}x{options.get('height', own)}"
+                if fields.return_neighbors:
+                    # A neighbour's record is read from the disk when it is looked at: not on the loop's thread.
+                    answer = await asyncio.to_thread(_answer, config.model_id, size, fields, output)
+                else:
+                    answer = _answer(config.model_id, size, fields, output)
             except (ClientGone, ClientDisconnect):
                 metrics.cancellations.inc()
                 return Response(status_code=CLIENT_GONE)
@@ -194,9 +201,7 @@ def _add_images(app: FastAPI, service: Service) -> None:
             except Exception as error:
                 raise problem_of(error, quote=config.log_prompts) from None
             metrics.made(output, time.perf_counter() - begin)
-            own = service.serving().default_size
-            size = f"{options.get('width', own)}x{options.get('height', own)}"
-            return _answer(config.model_id, size, fields, output)
+            return answer
 
     @app.get("/v1/models", operation_id="list_models", summary="What is served.", responses=_errors(401))
     async def list_models() -> ModelList:
