@@ -140,7 +140,7 @@ def plan(results: Path, scratch: Path, *, rehearse: bool) -> dict[str, Step]:
     command = [python, str(Path(__file__)), "--measure", "image", "parts", "added", "tail", "--out", str(together)]
     add("together", [*command, *["--rehearse"] * rehearse], 200, "diffusers", result=together)
     # Replays against calls bit for bit, and 10,000 requests over which memory must stay flat.
-    lanes = tests / "engine" / "test_gpu_lanes.py"
+    lanes = tests / "engine" / "test_gpu_graphs.py"
     add("engine-tests", pytest(engine, lanes, workers=6), 110, "pytest", "diffusers", RAGTURBO_LONG="1", **one_thread)
     ops = [tests / "ops" / "test_dispatch.py"] if rehearse else [tests / "ops", tests / "native" / "test_cuda.py"]
     skipped = f"--ignore={tests / 'ops' / 'test_compile_only.py'}"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ragturbo.engine.executor import Executor, Place
-from ragturbo.engine.source import DatabaseSource
+from ragturbo.engine.database import DatabaseSource
 from ragturbo.engine.step import Engine, Retrieved, StepBatch, StepResult
 from ragturbo.engine.timings import host_stage
 from ragturbo.errors import DeadlineExceeded, InvalidRequest

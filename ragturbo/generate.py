@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from ragturbo.engine.executor import Place
-    from ragturbo.engine.source import DatabaseSource
+    from ragturbo.engine.database import DatabaseSource
     from ragturbo.model.bundle import Bundle
 
 __all__ = ["Generator", "Neighbor", "Output", "generate"]

@@ -245,7 +245,7 @@ def compiled_peer(scale: Scale, record: StepRecord) -> None:
 @torch.inference_mode()
 def parts(scale: Scale, record: StepRecord) -> None:
     """The UNet and the adapter by themselves, as replays of graphs, compared with plain torch."""
-    from ragturbo.engine.fast import FastModel
+    from ragturbo.engine.fast_model import FastModel
 
     bundle = _bundle(scale)
     model, size = FastModel(bundle), bundle.unet.unet.config.sample_size

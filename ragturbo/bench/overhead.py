@@ -23,7 +23,7 @@ from ragturbo.bench.context import context, now
 from ragturbo.bench.peers import noise_of
 from ragturbo.bench.prompts import prompts
 from ragturbo.bench.timing import summary
-from ragturbo.engine.eager import cosine_of
+from ragturbo.engine.reference import cosine_of
 from ragturbo.model.inject import blend_weights, inject
 from ragturbo.model.onestep import make_schedule
 

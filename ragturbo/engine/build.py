@@ -12,7 +12,7 @@ from ragturbo.errors import InvalidRequest, ModelError
 
 if TYPE_CHECKING:
     from ragturbo.config import GeneratorConfig
-    from ragturbo.engine.source import DatabaseSource
+    from ragturbo.engine.database import DatabaseSource
     from ragturbo.engine.step import Engine
     from ragturbo.model.bundle import Bundle
 
@@ -54,8 +54,8 @@ def make_engine(bundle: Bundle, config: GeneratorConfig) -> Engine:
         raise InvalidRequest("engine='graph' captures CUDA graphs and needs a CUDA device; use 'eager' or 'auto' here")
     why_plain = "the fused modules are for GPUs"
     if bundle.device.type == "cuda" or config.compile:
-        from ragturbo.engine.graph import GraphEngine
-        from ragturbo.engine.lanes import Direct
+        from ragturbo.engine.graph_engine import GraphEngine
+        from ragturbo.engine.cuda_graphs import Direct
 
         captured = bundle.device.type == "cuda" and config.engine != "eager"
         try:
@@ -65,10 +65,10 @@ def make_engine(bundle: Bundle, config: GeneratorConfig) -> Engine:
                 raise
             why_plain = str(error)
             log.warning("the model runs in plain torch: %s", error)
-    from ragturbo.engine.eager import EagerEngine
+    from ragturbo.engine.reference import ReferenceEngine
 
     set_attention(bundle, config.attention)
-    return EagerEngine(bundle, prompt_cache=config.prompt_cache, why_plain=why_plain)
+    return ReferenceEngine(bundle, prompt_cache=config.prompt_cache, why_plain=why_plain)
 
 
 def set_attention(bundle: Bundle, name: str) -> None:
@@ -84,7 +84,7 @@ def set_attention(bundle: Bundle, name: str) -> None:
 
 def open_source(database: Any, bundle: Bundle, config: GeneratorConfig) -> DatabaseSource:
     """Opens a folder where it must, and refuses a database that another model made."""
-    from ragturbo.engine.source import DatabaseSource
+    from ragturbo.engine.database import DatabaseSource
     from ragturbo.retrieval import Database
 
     if isinstance(database, (str, os.PathLike)):

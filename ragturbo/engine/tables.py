@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from ragturbo.engine.source import DatabaseSource
+    from ragturbo.engine.database import DatabaseSource
     from ragturbo.retrieval.snapshot import Snapshot
 
 

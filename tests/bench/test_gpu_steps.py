@@ -16,8 +16,8 @@ from ragturbo.bench.models import make_bundle
 from ragturbo.bench.peers import refused
 from ragturbo.bench.step_record import StepRecord
 from ragturbo.config import GeneratorConfig
-from ragturbo.engine.graph import GraphEngine
-from ragturbo.engine.lanes import Direct
+from ragturbo.engine.graph_engine import GraphEngine
+from ragturbo.engine.cuda_graphs import Direct
 from ragturbo.engine.tables import DeviceKeys
 from ragturbo.generate import Generator
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from ragturbo.config import GeneratorConfig
-from ragturbo.engine.eager import EagerEngine
-from ragturbo.engine.graph import GraphEngine
-from ragturbo.engine.lanes import Direct
-from ragturbo.engine.source import DatabaseSource
+from ragturbo.engine.reference import ReferenceEngine
+from ragturbo.engine.graph_engine import GraphEngine
+from ragturbo.engine.cuda_graphs import Direct
+from ragturbo.engine.database import DatabaseSource
 from ragturbo.engine.step import StepBatch
 from ragturbo.model.adapter import HSpaceAdapter
 from ragturbo.model.bundle import Bundle
@@ -115,8 +115,8 @@ def source(database: Database) -> DatabaseSource:
 
 
 @pytest.fixture
-def eager(bundle: Bundle) -> EagerEngine:
-    return EagerEngine(bundle)
+def eager(bundle: Bundle) -> ReferenceEngine:
+    return ReferenceEngine(bundle)
 
 
 @pytest.fixture

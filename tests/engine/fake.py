@@ -18,8 +18,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ragturbo.engine import fast
-from ragturbo.engine.lanes import Direct
+from ragturbo.engine import fast_model as fast
+from ragturbo.engine.cuda_graphs import Direct
 from ragturbo.model.adapter import HSpaceAdapter
 from ragturbo.model.bundle import Bundle
 from ragturbo.model.info import BundleInfo

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ragturbo.engine import steps
-from ragturbo.engine.lanes import Direct
+from ragturbo.engine import segments as steps
+from ragturbo.engine.cuda_graphs import Direct
 
 # `ragturbo.ops` has functions of the same names.
 gather, search = import_module("ragturbo.ops.gather_rows"), import_module("ragturbo.ops.topk")

@@ -12,8 +12,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from ragturbo.engine.fast import FastModel
-from ragturbo.engine.steps import Spec, Step
+from ragturbo.engine.fast_model import FastModel
+from ragturbo.engine.segments import Spec, Step
 
 sys.path.insert(0, str(Path(__file__).parent))
 import fake  # noqa: E402

@@ -12,9 +12,9 @@ from torch._dynamo.utils import counters
 from ragturbo.config import GeneratorConfig
 from ragturbo.engine import attention
 from ragturbo.engine.build import make_engine
-from ragturbo.engine.eager import EagerEngine
-from ragturbo.engine.graph import GraphEngine
-from ragturbo.engine.lanes import Direct, culprit
+from ragturbo.engine.reference import ReferenceEngine
+from ragturbo.engine.graph_engine import GraphEngine
+from ragturbo.engine.cuda_graphs import Direct, culprit
 from ragturbo.errors import ModelError
 from ragturbo.kernels import tiles
 from ragturbo.model.bundle import Bundle
@@ -25,7 +25,7 @@ PROMPTS = ("a red circle", "a blue cat")
 
 def test_a_decoder_that_overflows_in_plain_torch_moves_to_fp32_and_says_so(model_folder, make_batch, caplog):
     bundle = Bundle.load(model_folder, device="cpu", dtype=torch.float16)
-    engine, batch = EagerEngine(bundle), make_batch(*PROMPTS, want="float")
+    engine, batch = ReferenceEngine(bundle), make_batch(*PROMPTS, want="float")
     assert bool(engine.run(batch).ok.all()) and engine.describe()["vae dtype"] == "float16"
     # Latents that are no numbers are the request's own fault.
     broken = replace(batch, latents=torch.full_like(batch.latents, float("nan")))
@@ -40,7 +40,7 @@ def test_a_decoder_that_overflows_in_plain_torch_moves_to_fp32_and_says_so(model
 
 def test_a_cpu_takes_plain_torch_and_compiled_the_fused_steps(bundle):
     plain = make_engine(bundle, GeneratorConfig())
-    assert isinstance(plain, EagerEngine) and "for GPUs" in plain.describe()["plain torch"]
+    assert isinstance(plain, ReferenceEngine) and "for GPUs" in plain.describe()["plain torch"]
     compiled = make_engine(bundle, GeneratorConfig(compile=True))
     assert isinstance(compiled, GraphEngine) and isinstance(compiled.lanes, Direct) and compiled.name == "eager"
     assert compiled.describe()["replaced"]["DownBlock2D -> torch.compile"] == 1
@@ -93,17 +93,17 @@ def test_a_model_that_cannot_be_folded_runs_plain_or_is_refused_by_name(bundle, 
     def refuse(*_: object) -> None:
         raise ModelError("this UNet cannot be folded: class_embed_type")
 
-    monkeypatch.setattr("ragturbo.engine.fast.FoldedUNet", refuse)
+    monkeypatch.setattr("ragturbo.engine.fast_model.FoldedUNet", refuse)
     with pytest.raises(ModelError, match="class_embed_type"):
         make_engine(bundle, GeneratorConfig(compile=True))
     # As on a GPU, where fused modules are the first choice.
-    monkeypatch.setattr("ragturbo.engine.graph.CudaGraphs", lambda device: Direct())
+    monkeypatch.setattr("ragturbo.engine.graph_engine.CudaGraphs", lambda device: Direct())
     monkeypatch.setattr(Bundle, "device", torch.device("cuda"))
     with pytest.raises(ModelError, match="class_embed_type"):
         make_engine(bundle, GeneratorConfig(engine="graph"))
     for name in ("auto", "eager"):
         engine = make_engine(bundle, GeneratorConfig(engine=name))
-        assert isinstance(engine, EagerEngine) and "class_embed_type" in engine.describe()["plain torch"]
+        assert isinstance(engine, ReferenceEngine) and "class_embed_type" in engine.describe()["plain torch"]
 
 
 @pytest.fixture

@@ -17,9 +17,9 @@ import torch
 
 from ragturbo import Generator
 from ragturbo.config import GeneratorConfig
-from ragturbo.engine.graph import GraphEngine
-from ragturbo.engine.lanes import Direct
-from ragturbo.engine.source import DatabaseSource
+from ragturbo.engine.graph_engine import GraphEngine
+from ragturbo.engine.cuda_graphs import Direct
+from ragturbo.engine.database import DatabaseSource
 from ragturbo.errors import GenerationError
 from ragturbo.model.bundle import Bundle
 from ragturbo.model.fused_text import FusedText

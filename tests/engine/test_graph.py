@@ -13,9 +13,9 @@ import torch
 
 from ragturbo.config import GeneratorConfig
 from ragturbo.engine.build import make_engine
-from ragturbo.engine.fast import FastModel
-from ragturbo.engine.graph import MAX_SPECS
-from ragturbo.engine.source import DatabaseSource
+from ragturbo.engine.fast_model import FastModel
+from ragturbo.engine.graph_engine import MAX_SPECS
+from ragturbo.engine.database import DatabaseSource
 from ragturbo.engine.step import Retrieved
 from ragturbo.errors import InvalidRequest
 from ragturbo.model.bundle import Bundle

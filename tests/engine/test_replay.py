@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from ragturbo.engine.executor import Executor
-from ragturbo.engine.source import DatabaseSource
-from ragturbo.engine.steps import Step
+from ragturbo.engine.database import DatabaseSource
+from ragturbo.engine.segments import Step
 from ragturbo.errors import DeviceLost, GenerationError, OutOfDeviceMemory
 from ragturbo.model.bundle import Bundle
 

@@ -17,7 +17,7 @@ import torch
 
 from ragturbo import Generator
 from ragturbo.engine.executor import Executor
-from ragturbo.engine.source import DatabaseSource
+from ragturbo.engine.database import DatabaseSource
 from ragturbo.engine.step import Retrieved, StepBatch, StepResult, join
 from ragturbo.errors import (
     DeadlineExceeded,
@@ -125,7 +125,7 @@ def test_sixty_four_threads_each_get_what_they_would_have_got_alone(
 
 STAGES = {
     "text": ("ragturbo.model.text.TextEncoder", "encode"),
-    "search": ("ragturbo.engine.source.DatabaseSource", "search"),
+    "search": ("ragturbo.engine.database.DatabaseSource", "search"),
     "gather": ("ragturbo.retrieval.database.Database", "features"),
     "encode": ("ragturbo.model.unet.HSpaceUNet", "encode"),
     "adapter": ("ragturbo.model.adapter.HSpaceAdapter", "delta"),
@@ -178,7 +178,7 @@ def _resolve(path: str) -> type:
 def test_a_fault_while_a_step_is_recorded_leaves_nothing_half_recorded(graph_engine, source, make_batch, monkeypatch):
     engine = graph_engine()
     batch = make_batch("a red circle", mode="adapter", k=1, source=source)
-    monkeypatch.setattr("ragturbo.engine.graph.Recorded.record", lambda self: 1 / 0)
+    monkeypatch.setattr("ragturbo.engine.graph_engine.Recorded.record", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         engine.run(batch)
     monkeypatch.undo()

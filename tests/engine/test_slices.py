@@ -6,7 +6,7 @@ from unittest.mock import patch
 
 import pytest
 
-from ragturbo.engine import fast
+from ragturbo.engine import fast_model as fast
 
 
 def test_images_decoded_in_parts_are_those_of_the_whole_batch(graph_engine, eager, make_batch, monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ragturbo.engine.source import DatabaseSource
+from ragturbo.engine.database import DatabaseSource
 from ragturbo.engine.tables import _on_device
 from ragturbo.retrieval import Database
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ragturbo.engine import upsampling
-from ragturbo.engine.fast import FastModel
+from ragturbo.engine.fast_model import FastModel
 from ragturbo.kernels import tiles
 from ragturbo.model import fused_vae
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ragturbo.engine.prompts import PromptCache
+from ragturbo.engine.prompt_cache import PromptCache
 from ragturbo.engine.step import Retrieved, StepBatch, StepResult
 from ragturbo.engine.timings import StageClock
 from ragturbo.errors import InvalidRequest
@@ -22,7 +22,7 @@ from ragturbo.model.text import TextStates
 log = logging.getLogger("ragturbo")
 
 
-class EagerEngine:
+class ReferenceEngine:
     name = "eager"
 
     def __init__(self, bundle: Bundle, *, prompt_cache: int = 0, why_plain: str = "it is the oracle") -> None:

@@ -28,13 +28,13 @@ import torch
 from torch import Tensor
 
 from ragturbo.config import GeneratorConfig
-from ragturbo.engine.eager import EagerEngine
-from ragturbo.engine.fast import FastModel
-from ragturbo.engine.lanes import RECORDING, CudaGraphs, Lanes, Program
-from ragturbo.engine.prompts import PromptCache
-from ragturbo.engine.source import DatabaseSource
+from ragturbo.engine.reference import ReferenceEngine
+from ragturbo.engine.fast_model import FastModel
+from ragturbo.engine.cuda_graphs import RECORDING, CudaGraphs, Lanes, Program
+from ragturbo.engine.prompt_cache import PromptCache
+from ragturbo.engine.database import DatabaseSource
 from ragturbo.engine.step import StepBatch, StepResult
-from ragturbo.engine.steps import Spec, Step, spec_of
+from ragturbo.engine.segments import Spec, Step, spec_of
 from ragturbo.engine.tables import Tables
 from ragturbo.engine.timings import host_stage
 from ragturbo.errors import InvalidRequest
@@ -50,7 +50,7 @@ class GraphEngine:
         """lanes: how steps run; None captures CUDA graphs on the bundle's device."""
         self.bundle, self.device, self._config = bundle, bundle.device, config
         self.name = "graph" if lanes is None else "eager"
-        self.oracle = EagerEngine(bundle)
+        self.oracle = ReferenceEngine(bundle)
         self.lanes = lanes or CudaGraphs(bundle.device)
         self.model = FastModel(bundle, attention=config.attention, compiled=config.compile)
         self.prompts = PromptCache(config.prompt_cache, as_context=True)

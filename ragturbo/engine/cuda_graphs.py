@@ -33,7 +33,7 @@ RECORDING = threading.Lock()
 # (torch 2.10 to 2.13 have no way to end that), so they are never destroyed.
 _ABANDONED: list[torch.cuda.CUDAGraph] = []
 _MODELS = (
-    "ragturbo.model", "ragturbo.ops", "ragturbo.kernels", "ragturbo.engine.steps", "ragturbo.engine.fast", "diffusers.",
+    "ragturbo.model", "ragturbo.ops", "ragturbo.kernels", "ragturbo.engine.segments", "ragturbo.engine.fast_model", "diffusers.",
     "transformers.",
 )  # fmt: skip
 

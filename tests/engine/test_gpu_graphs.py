@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from ragturbo.engine.lanes import CudaGraphs
+from ragturbo.engine.cuda_graphs import CudaGraphs
 from ragturbo.errors import GenerationError
 
 pytestmark = [

@@ -10,8 +10,8 @@ import pytest
 import torch
 from fake_graphs import FakeCuda
 
-from ragturbo.engine import lanes as module
-from ragturbo.engine.lanes import WARMUPS, CudaGraphs
+from ragturbo.engine import cuda_graphs as module
+from ragturbo.engine.cuda_graphs import WARMUPS, CudaGraphs
 from ragturbo.errors import GenerationError
 
 RELEASES = ("2.11", "2.13", "2.14")

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ragturbo.engine.arena import Arena
-from ragturbo.engine.eager import cosine_of
-from ragturbo.engine.fast import FastModel
-from ragturbo.engine.lanes import Lanes
+from ragturbo.engine.reference import cosine_of
+from ragturbo.engine.fast_model import FastModel
+from ragturbo.engine.cuda_graphs import Lanes
 from ragturbo.engine.step import StepBatch
 from ragturbo.engine.tables import Tables
 from ragturbo.errors import InvalidRequest
