@@ -54,7 +54,7 @@ def test_adapter(
     targets = normal(turns, batch, TOKENS, CHANNELS, dtype=dtype, device=device)
     retrieved: Any = normal(turns, batch, neighbours, TOKENS, CHANNELS, dtype=dtype, device=device, seed=2)
     if branch == "alone":
-        retrieved = [copies[0].context(h_retr, attention) for h_retr in retrieved]
+        retrieved = [copies[0].retrieved_kv(h_retr, attention) for h_retr in retrieved]
     inputs = list(zip(cycle(copies), targets, retrieved))  # noqa: B905
 
     def call(adapter: HSpaceAdapter, h_tgt: torch.Tensor, h_retr: Any) -> torch.Tensor:

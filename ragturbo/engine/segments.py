@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ragturbo.engine.arena import Arena
-from ragturbo.engine.reference import cosine_of
-from ragturbo.engine.fast_model import FastModel
 from ragturbo.engine.cuda_graphs import Lanes
+from ragturbo.engine.fast_model import FastModel
+from ragturbo.engine.reference import cosine_of
 from ragturbo.engine.step import StepBatch
 from ragturbo.engine.tables import Tables
 from ragturbo.errors import InvalidRequest
-from ragturbo.model.adapter import Context
+from ragturbo.model.adapter import RetrievedKV
 from ragturbo.model.inject import blend_weights, inject
 from ragturbo.ops import Rows, gather_rows, to_uint8, topk
 
@@ -131,7 +131,7 @@ class Step:
         # Remembered keys and values come from the device's own memory, past the arenas.
         self.known: Tensor | None = None
         if spec.known:
-            shape = (spec.rows, spec.length, model.unet.context_width)
+            shape = (spec.rows, spec.length, model.unet.text_kv_width)
             self.known = torch.empty(shape, dtype=model.dtype, device=device)
         nothing = torch.empty(0)
         self.rows_found = self.scores = self.lam = self.valid = self.cosine = nothing
@@ -318,7 +318,7 @@ class Step:
         elif spec.query == "ids":
             key = model.text(words["query_ids"]).key
         self.key = words.get("query_key", key)
-        self.context = self.known if hidden is None else model.unet.context(hidden)
+        self.context = self.known if hidden is None else model.unet.text_kv(hidden)
 
     def _search(self) -> None:
         spec, given = self.spec, self.given.device
@@ -363,13 +363,13 @@ class Step:
                 if model.adapter is None:
                     # New weights without one came between the request and its turn.
                     raise InvalidRequest('mode "adapter" needs an adapter, and the model has none any more')
-                self.features = model.adapter.context(h_retr)
+                self.features = model.adapter.retrieved_kv(h_retr)
 
     def _inject(self, h: Tensor) -> Tensor:
         spec = self.spec
         if spec.mode == "none":
             return h
-        features: Tensor | Context = self.features
+        features: Tensor | RetrievedKV = self.features
         return inject(
             spec.mode,
             h,

@@ -28,7 +28,7 @@ _NORM_GROUPS = 32
 
 
 @dataclass(frozen=True)
-class Context:
+class RetrievedKV:
     """The retrieval branch's part of the adapter: K and V (B, k, S, C). It depends on h_retr alone."""
 
     k: Tensor
@@ -62,41 +62,41 @@ class HSpaceAdapter(nn.Module):
         nn.init.zeros_(self.proj_out.bias)
 
     def forward(
-        self, h_tgt: Tensor, h_retr: Tensor | Context, lam: Tensor, valid: Tensor | None = None, impl: str = "auto"
+        self, h_tgt: Tensor, h_retr: Tensor | RetrievedKV, lam: Tensor, valid: Tensor | None = None, impl: str = "auto"
     ) -> Tensor:
-        """Eq. 5. h_tgt: (B, T, C); h_retr: (B, k, S, C) or its context; lam: (B,); valid: (B, k) bool -> (B, T, C).
+        """Eq. 5. h_tgt: (B, T, C); h_retr: (B, k, S, C) or its K and V; lam: (B,); valid: (B, k) bool -> (B, T, C).
 
         λ is 0 where no neighbour is valid, and there the result is h_tgt bit for bit. impl: "triton" and "reference"
         are the fused ops and their fp32 oracle; the others name the attention in torch's own layers, which train.
         """
         self._check(h_tgt, h_retr, lam, valid)
-        context = h_retr if isinstance(h_retr, Context) else self.context(h_retr, impl)
+        kv = h_retr if isinstance(h_retr, RetrievedKV) else self.retrieved_kv(h_retr, impl)
         if valid is not None:
             lam = torch.where(valid.any(-1), lam, torch.zeros_like(lam))
         fused = self._fused(h_tgt, impl)
         if fused is None:
             residual = impl if impl in ("auto", "reference") else "auto"
-            return scaled_residual(h_tgt, self.delta(h_tgt, context, valid, impl), lam, impl=residual)
+            return scaled_residual(h_tgt, self.delta(h_tgt, kv, valid, impl), lam, impl=residual)
         weights = dict(self.named_parameters())
         if self.kind == "attention":
-            return ops.attention_adapter(h_tgt, context.k, context.v, lam, valid, weights, heads=self.heads, impl=fused)
+            return ops.attention_adapter(h_tgt, kv.k, kv.v, lam, valid, weights, heads=self.heads, impl=fused)
         return ops.transformer_adapter(
-            h_tgt, context.k, context.v, lam, valid, weights, heads=self.heads, groups=self.norm.num_groups, impl=fused
+            h_tgt, kv.k, kv.v, lam, valid, weights, heads=self.heads, groups=self.norm.num_groups, impl=fused
         )
 
-    def context(self, h_retr: Tensor, impl: str = "auto") -> Context:
+    def retrieved_kv(self, h_retr: Tensor, impl: str = "auto") -> RetrievedKV:
         """h_retr: (B, k, S, C) -> K and V of Eq. 4. Needs no target: it can run beside the UNet's encoder."""
         attention = self._block.attn2 if self.kind == "transformer" else self
         h_retr = h_retr.to(attention.to_k.weight.dtype)
         fused = self._fused(h_retr, impl)
         if fused is None:
-            return Context(attention.to_k(h_retr), attention.to_v(h_retr))
-        return Context(*ops.retrieved_kv(h_retr, attention.to_k.weight, attention.to_v.weight, impl=fused))
+            return RetrievedKV(attention.to_k(h_retr), attention.to_v(h_retr))
+        return RetrievedKV(*ops.retrieved_kv(h_retr, attention.to_k.weight, attention.to_v.weight, impl=fused))
 
-    def delta(self, h_tgt: Tensor, context: Context, valid: Tensor | None = None, impl: str = "auto") -> Tensor:
+    def delta(self, h_tgt: Tensor, kv: RetrievedKV, valid: Tensor | None = None, impl: str = "auto") -> Tensor:
         """g(h_tgt, h_retr), without λ and without the residual: (B, T, C). Finite also where nothing is valid."""
         if self.kind == "attention":
-            attended = cross_attention(self.to_q(h_tgt), context.k, context.v, valid, heads=self.heads, impl=impl)
+            attended = cross_attention(self.to_q(h_tgt), kv.k, kv.v, valid, heads=self.heads, impl=impl)
             return self.proj_out(attended)
         block = self._block
         # GroupNorm wants channels second; the tokens are the memory of a channels_last image.
@@ -106,7 +106,7 @@ class HSpaceAdapter(nn.Module):
         q, k, v = (split_heads(project(normed), self.heads) for project in (own.to_q, own.to_k, own.to_v))
         x = x + own.to_out[0](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         q = block.attn2.to_q(block.norm2(x))
-        x = x + block.attn2.to_out[0](cross_attention(q, context.k, context.v, valid, heads=self.heads, impl=impl))
+        x = x + block.attn2.to_out[0](cross_attention(q, kv.k, kv.v, valid, heads=self.heads, impl=impl))
         x = x + block.ff(block.norm3(x))
         return self.proj_out(x)
 
@@ -127,8 +127,8 @@ class HSpaceAdapter(nn.Module):
     def _block(self) -> Any:
         return self.transformer_blocks[0]
 
-    def _check(self, h_tgt: Tensor, h_retr: Tensor | Context, lam: Tensor, valid: Tensor | None) -> None:
-        rows = h_retr.k if isinstance(h_retr, Context) else h_retr
+    def _check(self, h_tgt: Tensor, h_retr: Tensor | RetrievedKV, lam: Tensor, valid: Tensor | None) -> None:
+        rows = h_retr.k if isinstance(h_retr, RetrievedKV) else h_retr
         if h_tgt.ndim != 3 or rows.ndim != 4 or rows.shape[0] != h_tgt.shape[0]:
             raise InvalidRequest(
                 "the adapter takes h_tgt (B, T, C) and h_retr (B, k, S, C): "

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ragturbo.errors import InvalidRequest, ModelError
-from ragturbo.model.fused import ContextLayout, NormAct, Resnet, Transformer
+from ragturbo.model.fused import NormAct, Resnet, TextKVLayout, Transformer
 from ragturbo.model.fused_vae import Upsample, can_upsample
 from ragturbo.model.onestep import EulerSchedule
 from ragturbo.model.ties import Replaced, Ties, sharing_copy
@@ -27,7 +27,7 @@ from ragturbo.model.unet import HSpaceUNet, UNetState
 class FoldedUNet(HSpaceUNet):
     """encode and decode of `unet` at `timesteps` only, over shared weights; `unet` itself stays as it is.
 
-    `encode(sample, i, context)` takes the index of a timestep for the timestep and `context(text)` for the text.
+    `encode(sample, i, text_kv)` takes the index of a timestep for the timestep and `text_kv(text)` for the text.
     """
 
     def __init__(self, unet: HSpaceUNet, timesteps: Sequence[int | float] | Tensor, attention: str = "sdpa") -> None:
@@ -42,7 +42,7 @@ class FoldedUNet(HSpaceUNet):
         self.timesteps = torch.as_tensor(timesteps, device=unet.device).reshape(-1)
         self.ties = Ties(unet.unet)
         self.replaced: list[Replaced] = []
-        self._layout = ContextLayout()
+        self._layout = TextKVLayout()
         # The loops below ask the original's modules: those of the copy are on their way out.
         embeddings = [_embedding(unet, t) for t in self.timesteps]
         for path, module in list(unet.unet.named_modules()):
@@ -59,23 +59,23 @@ class FoldedUNet(HSpaceUNet):
             self._replace("conv_norm_out", self.unet.conv_norm_out, NormAct(self.unet.conv_norm_out))
             self.unet.conv_act = torch.nn.Identity()
         self.unet.eval()
-        self.context_weight = self.ties.packed(*self._layout.paths) if self._layout.paths else None
+        self.text_kv_weight = self.ties.packed(*self._layout.paths) if self._layout.paths else None
 
     def _replace(self, path: str, was: Any, now: torch.nn.Module) -> None:
         self.unet.set_submodule(path, now)
         self.replaced.append(Replaced(path, type(was).__name__, type(now).__name__))
 
     @property
-    def context_width(self) -> int:
-        """ΣC of `context`."""
-        return self.text_width if self.context_weight is None else self.context_weight.shape[0]
+    def text_kv_width(self) -> int:
+        """ΣC of `text_kv`."""
+        return self.text_width if self.text_kv_weight is None else self.text_kv_weight.shape[0]
 
-    def context(self, text: Tensor) -> Tensor:
+    def text_kv(self, text: Tensor) -> Tensor:
         """(B, L, D) -> the keys and values of every cross-attention side by side, (B, L, ΣC): one launch."""
-        return text if self.context_weight is None else F.linear(text, self.context_weight)
+        return text if self.text_kv_weight is None else F.linear(text, self.text_kv_weight)
 
     def encode(self, sample: Tensor, timestep: Any, text: Tensor, **conditions: Any) -> UNetState:
-        """sample: (B, c, H, W); timestep: an index into `timesteps`; text: what `context` gave."""
+        """sample: (B, c, H, W); timestep: an index into `timesteps`; text: what `text_kv` gave."""
         if any(value is not None for value in conditions.values()):
             raise InvalidRequest(f"a folded UNet takes no conditions: {', '.join(conditions)}")
         if not isinstance(timestep, int) or not 0 <= timestep < len(self.timesteps):

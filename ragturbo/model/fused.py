@@ -119,7 +119,7 @@ def _folded_biases(ties: Ties, path: str, activated: bool, embeddings: list[Tens
 class Transformer(nn.Module):
     """Transformer2DModel on tokens: over a channels_last image no step copies it."""
 
-    def __init__(self, ties: Ties, path: str, model: Any, context: ContextLayout, attention: str) -> None:
+    def __init__(self, ties: Ties, path: str, model: Any, layout: TextKVLayout, attention: str) -> None:
         super().__init__()
         if not model.is_input_continuous:
             raise ModelError(f"{path} cannot be folded: it does not take an image")
@@ -129,7 +129,7 @@ class Transformer(nn.Module):
         self.bias_in, self.bias_out = (ties.bias(f"{path}.{name}") for name in ("proj_in", "proj_out"))
         self.blocks = nn.ModuleList(
             [
-                TransformerBlock(ties, f"{path}.transformer_blocks.{i}", block, context, attention)
+                TransformerBlock(ties, f"{path}.transformer_blocks.{i}", block, layout, attention)
                 for i, block in enumerate(model.transformer_blocks)
             ]
         )
@@ -146,9 +146,9 @@ class Transformer(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """BasicTransformerBlock with one product for self-attention's Q, K and V; cross-attention's are in the context."""
+    """BasicTransformerBlock with one product for self-attention's Q, K and V; cross-attention's are in `text_kv`."""
 
-    def __init__(self, ties: Ties, path: str, block: Any, context: ContextLayout, attention: str) -> None:
+    def __init__(self, ties: Ties, path: str, block: Any, layout: TextKVLayout, attention: str) -> None:
         super().__init__()
         _check_block(path, block)
         self.norm1, self.norm2, self.norm3 = block.norm1, block.norm2, block.norm3
@@ -156,23 +156,23 @@ class TransformerBlock(nn.Module):
         self.qkv = ties.packed(*(f"{path}.attn1.to_{x}" for x in "qkv"))
         self.out1, self.out1_bias = ties.weight(f"{path}.attn1.to_out.0"), ties.bias(f"{path}.attn1.to_out.0")
         self.q = ties.weight(f"{path}.attn2.to_q")
-        self.where = context.add(path, self.q.shape[0])
+        self.where = layout.add(path, self.q.shape[0])
         self.out2, self.out2_bias = ties.weight(f"{path}.attn2.to_out.0"), ties.bias(f"{path}.attn2.to_out.0")
         self.up, self.up_bias = ties.weight(f"{path}.ff.net.0.proj"), ties.bias(f"{path}.ff.net.0.proj")
         self.down, self.down_bias = ties.weight(f"{path}.ff.net.2"), ties.bias(f"{path}.ff.net.2")
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, text_kv: Tensor) -> Tensor:
         q, k, v = F.linear(layer_norm_of(x, self.norm1), self.qkv).chunk(3, dim=-1)
         x = x + F.linear(attend(q, k, v, self.heads, self.attention), self.out1, self.out1_bias)
         q = F.linear(layer_norm_of(x, self.norm2), self.q)
         start, width = self.where
-        k, v = context[..., start : start + width], context[..., start + width : start + 2 * width]
+        k, v = text_kv[..., start : start + width], text_kv[..., start + width : start + 2 * width]
         x = x + F.linear(attend(q, k, v, self.heads, self.attention), self.out2, self.out2_bias)
         hidden = geglu(F.linear(layer_norm_of(x, self.norm3), self.up), self.up_bias)
         return x + F.linear(hidden, self.down, self.down_bias)
 
 
-class ContextLayout:
+class TextKVLayout:
     """Where each cross-attention finds its K and V in one product of all of them with the text."""
 
     def __init__(self) -> None:

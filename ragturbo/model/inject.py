@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ragturbo.errors import InvalidRequest
-from ragturbo.model.adapter import Context, HSpaceAdapter
+from ragturbo.model.adapter import HSpaceAdapter, RetrievedKV
 from ragturbo.model.unet import from_tokens, to_tokens
 from ragturbo.ops import slerp
 
@@ -48,7 +48,7 @@ def mean_of_neighbours(h_retr: Tensor, valid: Tensor, weights: Tensor | None = N
 def inject(
     mode: str,
     h: Tensor,
-    h_retr: Tensor | Context | None = None,
+    h_retr: Tensor | RetrievedKV | None = None,
     *,
     lam: Tensor | None = None,
     w: Tensor | float = 0.8,
@@ -61,7 +61,7 @@ def inject(
 ) -> Tensor:
     """h: (B, C, h, w) -> the same shape with the neighbours in it. It is viewed as tokens, never copied.
 
-    h_retr: (B, k, S, C), of `grid` cells where that is known, or, for the adapter, its context; valid: (B, k) bool;
+    h_retr: (B, k, S, C), of `grid` cells where that is known, or, for the adapter, its RetrievedKV; valid: (B, k) bool;
     lam: (B,), Eq. 5; w: (B,) or float, Eq. 3; weights: (B, k), the cosines by which slerp and lerp average neighbours.
     A row without a valid neighbour keeps h's bits.
     """
@@ -77,8 +77,8 @@ def inject(
         if adapter is None or lam is None:
             raise InvalidRequest('mode "adapter" needs an adapter and λ')
         return from_tokens(adapter(tokens, h_retr, lam, valid, impl), own)
-    if isinstance(h_retr, Context):
-        raise InvalidRequest(f"mode {mode!r} blends the features themselves, not the adapter's context")
+    if isinstance(h_retr, RetrievedKV):
+        raise InvalidRequest(f"mode {mode!r} blends the features themselves, not the adapter's K and V")
     _check_grid(own, h_retr, grid)
     if valid is None:
         valid = torch.ones(h_retr.shape[:2], dtype=torch.bool, device=h.device)

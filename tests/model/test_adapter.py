@@ -110,7 +110,7 @@ def test_only_valid_neighbours_are_attended_to(data: st.DataObject) -> None:
     dirty = torch.where(valid[..., None, None], h_retr, torch.tensor(float("nan")))
     with torch.no_grad():
         got = adapter(h_tgt, dirty, lam, valid, impl)
-        delta = adapter.delta(h_tgt, adapter.context(dirty, impl), valid, impl)
+        delta = adapter.delta(h_tgt, adapter.retrieved_kv(dirty, impl), valid, impl)
         assert torch.isfinite(delta).all()
         for row in range(batch):
             some = valid[row]
@@ -155,9 +155,9 @@ def test_the_retrieval_branch_can_run_first(kind: str) -> None:
     h_tgt, h_retr, lam = torch.randn(2, 6, 32), torch.randn(2, 3, 4, 32), torch.rand(2)
     valid = torch.tensor([[True, False, True], [True, True, True]])
     with torch.no_grad():
-        context = adapter.context(h_retr)
-        assert context.k.shape == context.v.shape == h_retr.shape
-        assert torch.equal(adapter(h_tgt, context, lam, valid), adapter(h_tgt, h_retr, lam, valid))
+        kv = adapter.retrieved_kv(h_retr)
+        assert kv.k.shape == kv.v.shape == h_retr.shape
+        assert torch.equal(adapter(h_tgt, kv, lam, valid), adapter(h_tgt, h_retr, lam, valid))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -287,7 +287,7 @@ def test_the_fused_ops_are_the_module(kind: str, impl: str) -> None:
         fused = adapter(h_tgt, h_retr, lam, valid, impl)
         assert torch.equal(fused[2], h_tgt[2])
         torch.testing.assert_close(fused, expected, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(adapter(h_tgt, adapter.context(h_retr, impl), lam, valid, impl), fused)
+        torch.testing.assert_close(adapter(h_tgt, adapter.retrieved_kv(h_retr, impl), lam, valid, impl), fused)
 
 
 def test_kernels_without_a_backward_pass_do_not_train() -> None:

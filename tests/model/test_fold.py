@@ -52,10 +52,10 @@ def test_at_every_folded_timestep_it_is_the_model(tiny, kind, side, rng):
     unet = HSpaceUNet(tiny.unet(kind))
     folded = FoldedUNet(unet, FOUR_STEPS)
     x, text = inputs(seed, side=side)
-    context = folded.context(text)
+    kv = folded.text_kv(text)
     for i, t in enumerate(FOUR_STEPS):
         expected = unet.encode(x, t, text)
-        got = folded.encode(x, i, context)
+        got = folded.encode(x, i, kv)
         assert relative(got.h, expected.h) < 1e-5
         assert relative(folded.decode(got), unet.decode(expected)) < 1e-5
         # Another timestep must be another function, or the constants went nowhere.
@@ -68,7 +68,7 @@ def test_another_h_goes_through_the_decoder(tiny, rng):
     unet = HSpaceUNet(tiny.unet())
     folded = FoldedUNet(unet, [999])
     x, text = inputs(1)
-    state = folded.encode(x, 0, folded.context(text))
+    state = folded.encode(x, 0, folded.text_kv(text))
     h = torch.randn_like(state.h)
     assert relative(folded.decode(state, h), unet.decode(unet.encode(x, 999, text), h)) < 1e-5
     assert relative(folded.decode(state, h), folded.decode(state)) > 1e-2
@@ -81,7 +81,7 @@ def test_folding_leaves_the_model_alone_and_unfold_gives_it_back(tiny):
     before = unet.decode(unet.encode(x, 999, text))
     state = {name: value.clone() for name, value in unet.unet.state_dict().items()}
     folded = FoldedUNet(unet, [999])
-    folded.decode(folded.encode(x, 0, folded.context(text)))
+    folded.decode(folded.encode(x, 0, folded.text_kv(text)))
     assert folded.unfold() is unet
     assert torch.equal(unet.decode(unet.encode(x, 999, text)), before)
     assert all(torch.equal(value, state[name]) for name, value in unet.unet.state_dict().items())
@@ -111,7 +111,7 @@ def test_a_lora_that_changes_is_copied_into_the_same_memory(tiny, rng):
     places = [own.data_ptr() for own, _ in folded.ties.owned]
 
     def run() -> torch.Tensor:
-        return folded.decode(folded.encode(x, 0, folded.context(text)))
+        return folded.decode(folded.encode(x, 0, folded.text_kv(text)))
 
     first = run()
     assert relative(first, unet.decode(unet.encode(x, 999, text))) < 1e-5
@@ -135,7 +135,7 @@ def test_a_lora_on_layers_that_were_shared_asks_for_a_new_fold(tiny):
     x, text = inputs(3)
     again = FoldedUNet(folded.unfold(), [999])
     assert (
-        relative(again.decode(again.encode(x, 0, again.context(text))), unet.decode(unet.encode(x, 999, text))) < 1e-5
+        relative(again.decode(again.encode(x, 0, again.text_kv(text))), unet.decode(unet.encode(x, 999, text))) < 1e-5
     )
 
 
@@ -160,9 +160,9 @@ def test_what_cannot_be_folded_is_refused_by_name(tiny):
     folded = FoldedUNet(HSpaceUNet(tiny.unet()), [999])
     x, text = inputs(0)
     with pytest.raises(InvalidRequest, match="999 is not the index"):
-        folded.encode(x, 999, folded.context(text))
+        folded.encode(x, 999, folded.text_kv(text))
     with pytest.raises(InvalidRequest, match="takes no conditions"):
-        folded.encode(x, 0, folded.context(text), attention_mask=torch.ones(2, 16))
+        folded.encode(x, 0, folded.text_kv(text), attention_mask=torch.ones(2, 16))
 
 
 class Launches(TorchDispatchMode):
@@ -184,6 +184,6 @@ def test_folding_saves_launches(tiny):
     with Launches() as plain:
         unet.decode(unet.encode(x, 999, text))
     with Launches() as fewer:
-        folded.decode(folded.encode(x, 0, folded.context(text)))
+        folded.decode(folded.encode(x, 0, folded.text_kv(text)))
     print(f"launches: {plain.count} unfolded, {fewer.count} folded")
     assert fewer.count < 0.8 * plain.count

@@ -162,10 +162,10 @@ def test_a_row_without_a_neighbour_keeps_its_bits(mode: str) -> None:
     assert torch.isfinite(out[0]).all() and not torch.allclose(out[0], h[0], atol=1e-3)
 
 
-def test_the_adapter_takes_any_grid_and_its_own_context() -> None:
+def test_the_adapter_takes_any_grid_and_its_own_kv() -> None:
     adapter, h, h_retr, lam = adapter_of(32), torch.randn(2, 32, 3, 4), torch.randn(2, 2, 6, 32), torch.rand(2)
     out = inject("adapter", h, h_retr, lam=lam, adapter=adapter, grid=(2, 3))
-    assert torch.equal(inject("adapter", h, adapter.context(h_retr), lam=lam, adapter=adapter), out)
+    assert torch.equal(inject("adapter", h, adapter.retrieved_kv(h_retr), lam=lam, adapter=adapter), out)
 
 
 @pytest.mark.parametrize("mode", ["slerp", "lerp"])
@@ -180,7 +180,7 @@ def test_unequal_grids_are_refused_with_both_named(mode: str) -> None:
 
 def test_nonsense_is_refused() -> None:
     h, h_retr = torch.randn(1, 32, 2, 2), torch.randn(1, 1, 4, 32)
-    context = adapter_of(32).context(h_retr)
+    kv = adapter_of(32).retrieved_kv(h_retr)
     wrong: list[tuple[str, Tensor | None, dict[str, object]]] = [
         ("blend", h_retr, {}),
         ("slerp", None, {}),
@@ -189,7 +189,7 @@ def test_nonsense_is_refused() -> None:
         ("slerp", h_retr, {"w": 1.5}),
         ("lerp", h_retr, {"w": -0.1}),
         ("slerp", h_retr, {"per": "channel"}),
-        ("slerp", context, {}),  # type: ignore[list-item]
+        ("slerp", kv, {}),  # type: ignore[list-item]
     ]
     for mode, rows, options in wrong:
         with pytest.raises(InvalidRequest):
