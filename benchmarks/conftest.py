@@ -24,10 +24,10 @@ import pytest
 import torch
 
 from ragturbo.bench.ceilings import ceilings
-from ragturbo.bench.context import context, gpu_state, no_gpu_reason, now
 from ragturbo.bench.roofline import Work
 from ragturbo.bench.suite_rows import append
 from ragturbo.bench.timing import CAPTURE_BELOW, in_bulk, once, rotating, summary, synchronized
+from ragturbo.machine import describe, gpu_state, no_gpu_reason, now
 
 MAX_ROUNDS = 1000
 _STARTED = time.monotonic()
@@ -47,12 +47,12 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     if count := os.environ.get("RAGTURBO_BENCH_THREADS"):
         torch.set_num_threads(int(count))
     # Kept from here on: commit and threads are those the run began with.
-    context()
+    describe()
     if (path := rows_path(session.config)) is not None:
         if "RAGTURBO_ROWS" not in os.environ:
             # As the JSON beside it, the file is this run's alone.
             path.unlink(missing_ok=True)
-        append(path, machine_info={"ragturbo": context()}, datetime=now())
+        append(path, machine_info={"ragturbo": describe()}, datetime=now())
 
 
 def rows_path(config: pytest.Config) -> Path | None:
@@ -101,7 +101,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     # pytest-benchmark's own description carries the node's name, which is nobody's business.
     machine_info.pop("node", None)
-    machine_info["ragturbo"] = context()
+    machine_info["ragturbo"] = describe()
 
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:

@@ -33,10 +33,10 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from ragturbo.bench import oracles  # noqa: E402
-from ragturbo.bench.context import context, gpu_state, no_gpu_reason  # noqa: E402
 from ragturbo.bench.timing import captured, in_bulk, percentiles, sample  # noqa: E402
 from ragturbo.kernels import tiles  # noqa: E402
 from ragturbo.kernels.cases import CASES, Case  # noqa: E402
+from ragturbo.machine import describe, gpu_state, no_gpu_reason  # noqa: E402
 
 # Checked by items of their own, on data that is not zero.
 OWN_CHECK = ("gather_rows", "topk")
@@ -225,7 +225,7 @@ def plan(rehearse: bool) -> list[Check]:
 
 
 def versions(bench: Bench) -> dict[str, Any]:
-    found = context()
+    found = describe()
     native = _native()
     gpu = found["gpu"] or {"name": "no GPU"}
     return {"context": found, "native": native, "cudnn": torch.backends.cudnn.version(), "gpu_state": gpu_state(),

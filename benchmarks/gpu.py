@@ -92,7 +92,7 @@ def main() -> int:
 
 
 def no_gpu() -> str | None:
-    from ragturbo.bench.context import no_gpu_reason
+    from ragturbo.machine import no_gpu_reason
 
     return no_gpu_reason()
 
@@ -270,12 +270,12 @@ class Records:
         replace_json(path, merged)
 
     def _write(self) -> None:
-        from ragturbo.bench.context import context, now
         from ragturbo.bench.summary import summary
+        from ragturbo.machine import describe, now
 
         every = [result for result in self._own.values()]
         record = {
-            "kind": "engine", "datetime": now(), "context": context(), "rehearsal": self._rehearsal,
+            "kind": "engine", "datetime": now(), "context": describe(), "rehearsal": self._rehearsal,
             "measured": {key: value for result in every for key, value in result.get("measured", {}).items()},
             "unverified": {key: value for result in every for key, value in result.get("unverified", {}).items()},
             "flags": [f"{name}: {flag}" for name, result in self._own.items() for flag in result.get("flags", [])],

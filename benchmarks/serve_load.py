@@ -32,9 +32,9 @@ from typing import Any
 
 import numpy as np
 
-from ragturbo.bench.context import context, now
 from ragturbo.bench.prompts import prompts
 from ragturbo.bench.timing import percentiles
+from ragturbo.machine import describe, now
 
 PATH = "/v1/images/generations"
 SHARES = (0.1, 0.5, 0.9, 3.0)
@@ -313,7 +313,7 @@ def flags(args: argparse.Namespace, deadline: float) -> list[str]:
 async def measure(args: argparse.Namespace) -> dict[str, Any]:
     server = Server(flags(args, args.timeout), args.log)
     try:
-        record: dict[str, Any] = {"kind": "serve", "context": {**context(), "when": now()}, "model": "shapes"}
+        record: dict[str, Any] = {"kind": "serve", "context": {**describe(), "when": now()}, "model": "shapes"}
         record |= {"mode": args.mode or "the model's own", "server": flags(args, args.timeout)}
         record |= {"cold_start_s": server.cold_start}
         if args.pairs:

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from ragturbo.bench.context import gpu_state, throttled
 from ragturbo.bench.load import after_idling, closed_loop, open_loop
 from ragturbo.bench.prompts import prompts
 from ragturbo.bench.timing import percentiles, sample, summary
+from ragturbo.machine import gpu_state, throttled
 
 WORDS = prompts(256)
 SHARES = (0.1, 0.5, 0.9)

@@ -194,9 +194,9 @@ def table(rows: Sequence[Compiled]) -> str:
 
 def record(rows: Sequence[Compiled]) -> dict[str, Any]:
     """The rows and what compiled them."""
-    from ragturbo.bench.context import context, now
+    from ragturbo.machine import describe, now
 
-    return {"kind": "offline-compile", "datetime": now(), "context": context(), "rows": [asdict(row) for row in rows]}
+    return {"kind": "offline-compile", "datetime": now(), "context": describe(), "rows": [asdict(row) for row in rows]}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -47,7 +47,7 @@ def file_name(gpu: str) -> str:
 
 
 def made_on(context: dict[str, Any]) -> dict[str, Any]:
-    """Of `ragturbo.bench.context`'s record, what a choice of tiles or implementations depends on."""
+    """Return the part of `ragturbo.machine.describe()` that a choice of tiles or implementations depends on."""
     gpu, packages = context["gpu"], context.get("packages", {})
     return {
         "gpu": gpu["name"],

@@ -294,9 +294,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         sys.stderr.write("tuning times kernels on a GPU, and torch sees none here\n")
         return 4
-    from ragturbo.bench.context import context
+    from ragturbo.machine import describe
 
-    path, machine = options.out / tiles.file_name(torch.cuda.get_device_name()), tiles.made_on(context())
+    path, machine = options.out / tiles.file_name(torch.cuda.get_device_name()), tiles.made_on(describe())
     until = time.monotonic() + options.seconds
     major, minor = torch.cuda.get_device_capability()
     pool = ProcessPoolExecutor(max(1, options.jobs), mp_context=multiprocessing.get_context("spawn"))

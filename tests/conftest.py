@@ -104,13 +104,13 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     path = os.environ.get("RAGTURBO_COUNTS")
     if not path or hasattr(session.config, "workerinput"):
         return
-    from ragturbo.bench import context
+    from ragturbo import machine
 
     git = ["git", "-C", str(Path(__file__).parent)]
     commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     dirty = bool(subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True).stdout.strip())
-    machine = {"machine": context.machine(), "cpu": context.cpu_model()}
-    facts = {"seed": SEED, "commit": commit, "dirty": dirty, "full": LONG, **machine}
+    host = {"machine": machine.kind(), "cpu": machine.cpu_model()}
+    facts = {"seed": SEED, "commit": commit, "dirty": dirty, "full": LONG, **host}
     # A part may be run again alone: the record keeps what other runs have left, each test with its own facts.
     place = Path(path)
     known = json.loads(place.read_text("utf-8"))["tests"] if place.is_file() else {}

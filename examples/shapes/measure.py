@@ -23,10 +23,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ragturbo import Database
-from ragturbo.bench.context import context
 from ragturbo.evaluate.drawing import render_array
 from ragturbo.evaluate.faithfulness import faithfulness
 from ragturbo.evaluate.world import Scene, parse, sample_scenes
+from ragturbo.machine import describe
 from ragturbo.model import HSpaceUNet
 from ragturbo.model.source import resolve
 
@@ -198,7 +198,7 @@ def main() -> None:
     result = {
         "measure": args.measure, "captions": args.count, "seed": args.seed,
         "result": MEASURES[args.measure](Model(resolve(args.model)), args),
-        "seconds": round(time.monotonic() - begun, 1), "context": context(),
+        "seconds": round(time.monotonic() - begun, 1), "context": describe(),
     }  # fmt: skip
     text = json.dumps(result, indent=1)
     print(text)

@@ -20,7 +20,6 @@ import torch
 
 from ragturbo.bench import projection
 from ragturbo.bench.ceilings import ceilings
-from ragturbo.bench.context import NOISE_LIMIT, context, gpu, gpu_state, now, throttled
 from ragturbo.bench.counts import Counts, stage_counts
 from ragturbo.bench.models import clustered_keys, make_bundle, make_database
 from ragturbo.bench.paper import ROWS, figure
@@ -31,6 +30,7 @@ from ragturbo.bench.sequence import Sequence as EagerSequence
 from ragturbo.bench.step_record import write_json
 from ragturbo.bench.timing import captured, noise, once, percentiles, sample
 from ragturbo.errors import InvalidRequest
+from ragturbo.machine import NOISE_LIMIT, describe, gpu, gpu_state, now, throttled
 
 if TYPE_CHECKING:
     from ragturbo.model.bundle import Bundle
@@ -90,7 +90,7 @@ def breakdown(
         record: dict[str, Any] = {
             "kind": "breakdown",
             "datetime": now(),
-            "context": context(),
+            "context": describe(),
             "ceilings": {settings.device: ceilings(settings.device, settings.quick)},
             "model": bundle.name,
             "weights": "random" if settings.random else "trained",

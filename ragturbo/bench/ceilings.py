@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from ragturbo.bench.context import cpu_model
 from ragturbo.bench.timing import percentiles, sample, synchronized
+from ragturbo.machine import cpu_model
 
 
 @lru_cache(maxsize=4)

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ragturbo.bench.context import ROOT
+from ragturbo.machine import ROOT
 
 FILE = ROOT / "benchmarks" / "stage_counts.json"
 

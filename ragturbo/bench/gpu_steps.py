@@ -254,7 +254,7 @@ def parts(scale: Scale, record: StepRecord) -> None:
     texts = [bundle.text.encode(bundle.text.tokenize([p]).input_ids.to(where)).hidden_states for p in prompts(4)]
 
     def unet(sample_in: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        return model.unet.decode(model.unet.encode(sample_in, 0, model.unet.context(text)))
+        return model.unet.decode(model.unet.encode(sample_in, 0, model.unet.text_kv(text)))
 
     state = bundle.unet.encode(latents[0], torch.full((1,), 999.0, device=where), texts[0])
     tokens = state.h.permute(0, 2, 3, 1).flatten(1, 2).contiguous()

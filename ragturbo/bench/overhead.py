@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ragturbo.bench.context import context, now
 from ragturbo.bench.peers import noise_of
 from ragturbo.bench.prompts import prompts
 from ragturbo.bench.timing import summary
 from ragturbo.engine.reference import cosine_of
+from ragturbo.machine import describe, now
 from ragturbo.model.inject import blend_weights, inject
 from ragturbo.model.onestep import make_schedule
 
@@ -123,7 +123,7 @@ def measure(model: str = "shapes", rounds: int = 200) -> dict[str, Any]:
     worst = max(result["wall"]["overhead"] for result in found.values())
     flags = [f"{mode}: {flag}" for mode, result in found.items()
              for flag in summary(result["seconds"]["wall"]["library"])["flags"]]  # fmt: skip
-    return {"kind": "overhead", "datetime": now(), "context": context(), "model": model, "threads": 1,
+    return {"kind": "overhead", "datetime": now(), "context": describe(), "model": model, "threads": 1,
             "measured": {"library_overhead": worst}, "flags": flags, "modes": found}  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ragturbo.bench.context import NOISE_LIMIT, gpu_state, throttled
+from ragturbo.machine import NOISE_LIMIT, gpu_state, throttled
 
 NOT_COMPARED = "not compared with a reference"
 

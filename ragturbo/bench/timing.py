@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ragturbo.bench.context import NOISE_LIMIT, throttled
+from ragturbo.machine import NOISE_LIMIT, throttled
 
 Call = Callable[..., Any]
 # GPU work is captured where one eager call takes less than this. The host's time tells no more than that: ten launches

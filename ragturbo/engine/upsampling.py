@@ -65,13 +65,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         sys.stderr.write("upsampling is timed on a GPU, and torch sees none here\n")
         return 4
-    from ragturbo.bench.context import context
     from ragturbo.kernels.tune import graph_seconds
+    from ragturbo.machine import describe
 
     with torch.inference_mode():
         seconds = race("cuda", graph_seconds)
     path = options.out / tiles.file_name(torch.cuda.get_device_name())
-    tiles.note(path, "upsampling", tiles.made_on(context()), upsampling=seconds)
+    tiles.note(path, "upsampling", tiles.made_on(describe()), upsampling=seconds)
     for name, total in sorted(seconds.items(), key=lambda item: item[1]):
         print(f"{name}: {1e6 * total:.0f} us an image")
     return 0

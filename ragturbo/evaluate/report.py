@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ragturbo.bench.context import context
 from ragturbo.evaluate.run import write_text
 from ragturbo.evaluate.suites import Suite
 from ragturbo.evaluate.table import Estimate, Row, verdict
+from ragturbo.machine import describe
 
 # Tables 1 and 2 of the paper, by the system that stands for each row.
 PAPER: dict[str, dict[str, dict[str, float]]] = {
@@ -42,7 +42,7 @@ def write_report(
         "of": suite.total,
         "command": command,
         "machine": machine,
-        "context": context(),
+        "context": describe(),
         "metrics": about,
         "rows": [row.to_dict() for row in rows],
     }

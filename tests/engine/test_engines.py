@@ -12,9 +12,9 @@ from torch._dynamo.utils import counters
 from ragturbo.config import GeneratorConfig
 from ragturbo.engine import attention
 from ragturbo.engine.build import make_engine
-from ragturbo.engine.reference import ReferenceEngine
-from ragturbo.engine.graph_engine import GraphEngine
 from ragturbo.engine.cuda_graphs import Direct, culprit
+from ragturbo.engine.graph_engine import GraphEngine
+from ragturbo.engine.reference import ReferenceEngine
 from ragturbo.errors import ModelError
 from ragturbo.kernels import tiles
 from ragturbo.model.bundle import Bundle
@@ -78,7 +78,7 @@ def test_an_attention_that_gives_something_else_is_not_timed_and_the_rest_goes_w
     assert raced == {"sdpa": 64.0, "xformers": 64.0}
 
     card = {"gpu": {"name": "NVIDIA Imaginary 9000", "driver": "1"}, "packages": {"torch": "3"}, "commit": "abc"}
-    monkeypatch.setattr("ragturbo.bench.context.context", lambda: card)
+    monkeypatch.setattr("ragturbo.machine.describe", lambda: card)
     monkeypatch.setattr(attention, "race", lambda device, time: {"sdpa": 2e-3, "triton": 1e-3})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA Imaginary 9000")

@@ -20,7 +20,7 @@ def card(monkeypatch, tmp_path):
     monkeypatch.setattr(tiles, "_OVERRIDE", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA Imaginary 9000")
-    monkeypatch.setattr("ragturbo.bench.context.context", lambda: CARD)
+    monkeypatch.setattr("ragturbo.machine.describe", lambda: CARD)
     return tmp_path
 
 

@@ -146,7 +146,7 @@ def test_a_run_that_is_out_of_time_keeps_what_it_has_and_says_so(tmp_path, monke
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA Imaginary 9000")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr("ragturbo.bench.context.context", dict)
+    monkeypatch.setattr("ragturbo.machine.describe", dict)
     monkeypatch.setattr(tiles, "made_on", lambda context: {"gpu": "NVIDIA Imaginary 9000"})
     now = [0.0]
     monkeypatch.setattr(tune.time, "monotonic", lambda: now[0])

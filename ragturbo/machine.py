@@ -1,4 +1,4 @@
-"""What a measurement was made on: machine, software, commit, and whether the GPU was held back while it ran."""
+"""Describe the machine, software and checkout that a measurement ran on, and report GPU throttling."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-# What a result depends on. Docs and results may change without making a measurement stale.
+ROOT = Path(__file__).resolve().parents[1]
+# Measured sources. A change elsewhere (docs, results) does not make a measurement stale.
 SOURCES = ("ragturbo", "kernels", "csrc", "benchmarks", "setup.py", "pyproject.toml")
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "numpy", "scann", "faiss-cpu", "xformers", "peft")
-# NVML's clock event reasons: bit, name, and whether it means less speed than the card could give.
+# NVML clock event reasons: bit, name, and whether the GPU runs below its full speed.
 REASONS = (
     (0x1, "idle", False),
     (0x2, "application clocks", False),
@@ -33,13 +33,13 @@ REASONS = (
 )
 NOISE_LIMIT = 0.02
 ENVIRONMENT = ("OMP_NUM_THREADS", "RAGTURBO_BENCH_THREADS")
-# A path that starts anywhere but here: at the root, at home or above the working folder.
+# A path that starts at the root, at home or above the working folder.
 _OUTSIDE = re.compile(r"(?<![\w./-])(?:~?/|\.\./)[^:,;='\"]*")
 
 
 @lru_cache(maxsize=1)
-def context() -> dict[str, Any]:
-    """Everything about this machine and checkout that a number needs beside it."""
+def describe() -> dict[str, Any]:
+    """Return what has to be stored beside a measured number: versions, checkout, CPU, GPU and memory."""
     import torch
 
     return {
@@ -47,7 +47,7 @@ def context() -> dict[str, Any]:
         "command": command(),
         "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
         **checkout(),
-        "machine": machine(),
+        "machine": kind(),
         "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -61,7 +61,7 @@ def context() -> dict[str, Any]:
 
 
 def command() -> str:
-    """What was typed, without where this checkout lies: paths from the working folder, of any other the name."""
+    """Return the command line with paths relative to the working folder; paths outside of it lose their folders."""
     module = getattr(sys.modules["__main__"], "__spec__", None)
     if module is not None:
         program = ["python", "-m", module.name.removesuffix(".__main__")]
@@ -81,11 +81,12 @@ def _relative(argument: str) -> str:
 
 
 def now() -> str:
+    """Return the UTC time in ISO 8601 format."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def machine() -> str:
-    """A folder's name for the kind of machine: "nvidia-h200" or "cpu-2core"."""
+def kind() -> str:
+    """Return the name of this kind of machine, usable as a folder name: "nvidia-h200" or "cpu-2core"."""
     found = gpu()
     if found is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -94,12 +95,12 @@ def machine() -> str:
 
 
 def checkout() -> dict[str, Any]:
-    """commit, dirty, and a digest of the sources, which also names a copy that has no .git."""
+    """Return commit, dirty flag and a digest of the sources; the digest also identifies a copy without .git."""
     commit, dirty = os.environ.get("RAGTURBO_COMMIT"), None
-    # Whoever copies a tree to another machine knows its commit; a .git that came along may be older.
+    # Set by the caller when a tree was copied to another machine; a copied .git may be older.
     if commit is None and (ROOT / ".git").exists():
         commit = _git("rev-parse", "HEAD")
-        # Results and notes are written while measuring: only what is measured counts.
+        # Results are written while measuring, so only the measured sources count.
         status = _git("status", "--porcelain", "--", *SOURCES, ":!benchmarks/results")
         dirty = None if status is None else bool(status)
     return {"commit": commit, "dirty": dirty, "sources": sources_digest()}
@@ -107,7 +108,7 @@ def checkout() -> dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def sources_digest() -> str:
-    """12 hex digits over the code that runs: equal for equal sources, wherever they lie."""
+    """Return 12 hex digits over the sources; equal sources give the same digest in any folder."""
     digest = hashlib.sha256()
     for top in ("ragturbo", "kernels", "csrc"):
         for path in sorted((ROOT / top).rglob("*")):
@@ -118,6 +119,7 @@ def sources_digest() -> str:
 
 
 def cpu_model() -> str:
+    """Return the CPU's model name."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith(("model name", "Model")):
@@ -128,18 +130,18 @@ def cpu_model() -> str:
 
 
 def no_gpu_reason() -> str | None:
-    """Why nothing here can run on a GPU; None where it can."""
+    """Return why torch cannot use a GPU, or None if it can."""
     import torch
 
     if torch.version.cuda is None:
-        return f"torch {torch.__version__} is built without CUDA"
+        return f"torch {torch.__version__} was built without CUDA"
     if not torch.cuda.is_available():
-        return "torch sees no CUDA GPU here"
+        return "torch found no CUDA GPU"
     return None
 
 
 def gpu() -> dict[str, Any] | None:
-    """The first GPU as torch and the driver describe it; None without one."""
+    """Describe the first GPU as torch and the driver report it; None without a GPU."""
     if no_gpu_reason() is not None:
         return None
     import torch
@@ -157,41 +159,42 @@ def gpu() -> dict[str, Any] | None:
         if nvml is not None:
             handle = _handle(nvml)
             out["driver"] = _text(nvml.nvmlSystemGetDriverVersion())
-            out["power_limit_w"] = _ask(lambda: nvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1e3)
-            out["max_sm_mhz"] = _ask(lambda: nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_SM))
-            out["max_memory_mhz"] = _ask(lambda: nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_MEM))
+            out["power_limit_w"] = _query(lambda: nvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1e3)
+            out["max_sm_mhz"] = _query(lambda: nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_SM))
+            out["max_memory_mhz"] = _query(lambda: nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_MEM))
     return out
 
 
 def gpu_state() -> dict[str, Any] | None:
-    """Clocks, power, temperature and clock event reasons at this moment; None where NVML cannot say."""
+    """Return the current clocks, power, temperature and clock event reasons; None without NVML."""
     with _nvml() as nvml:
         if nvml is None:
             return None
         handle = _handle(nvml)
         ask = getattr(nvml, "nvmlDeviceGetCurrentClocksEventReasons", None)
-        mask = _ask(lambda: (ask or nvml.nvmlDeviceGetCurrentClocksThrottleReasons)(handle))
+        mask = _query(lambda: (ask or nvml.nvmlDeviceGetCurrentClocksThrottleReasons)(handle))
         return {
-            "sm_mhz": _ask(lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)),
-            "memory_mhz": _ask(lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM)),
-            "power_w": _ask(lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1e3),
-            "temperature_c": _ask(lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU)),
+            "sm_mhz": _query(lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)),
+            "memory_mhz": _query(lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM)),
+            "power_w": _query(lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1e3),
+            "temperature_c": _query(lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU)),
             "reasons": None if mask is None else reason_names(mask),
         }
 
 
 def reason_names(mask: int) -> list[str]:
+    """Return the names of the clock event reasons set in an NVML bit mask."""
     return [name for bit, name, _ in REASONS if mask & bit]
 
 
 def throttled(states: list[dict[str, Any] | None]) -> list[str]:
-    """The reasons, over all states seen, for which the card ran slower than it could."""
+    """Return the reasons, over all states, for which the GPU ran below its full speed."""
     slow = {name for _, name, held_back in REASONS if held_back}
     return sorted({name for state in states if state for name in state["reasons"] or () if name in slow})
 
 
 class _nvml:
-    """`with _nvml() as nvml`: the library between init and shutdown, or None where there is none."""
+    """Context manager: the initialised pynvml module, or None if NVML is not usable."""
 
     def __enter__(self) -> Any:
         self._open: Any = None
@@ -199,7 +202,7 @@ class _nvml:
             import pynvml
 
             pynvml.nvmlInit()
-        except Exception:  # no package, no driver, or a driver that refuses: each has its own error
+        except Exception:  # no package, no driver, or a driver error: each raises its own type
             return None
         self._open = pynvml
         return pynvml
@@ -210,21 +213,21 @@ class _nvml:
 
 
 def _handle(nvml: Any) -> Any:
-    """torch's first GPU. CUDA_VISIBLE_DEVICES may hide others from torch, never from NVML."""
+    """NVML handle of torch's first GPU. NVML ignores CUDA_VISIBLE_DEVICES, so match by UUID."""
     import torch
 
     uuid = getattr(torch.cuda.get_device_properties(0), "uuid", None)
     if uuid is not None:
-        found = _ask(lambda: nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}"))
+        found = _query(lambda: nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}"))
         if found is not None:
             return found
     return nvml.nvmlDeviceGetHandleByIndex(0)
 
 
-def _ask(question: Any) -> Any:
-    """Virtual machines and older cards answer only some of NVML's questions."""
+def _query(query: Any) -> Any:
+    """Call an NVML query; None if it is not supported (virtual machines, older GPUs)."""
     try:
-        return question()
+        return query()
     except Exception:
         return None
 
