@@ -13,6 +13,11 @@ from ragturbo.model.unet import from_tokens, to_tokens
 from ragturbo.ops import slerp
 
 
+def cosine(key: Tensor, stored_keys: Tensor) -> Tensor:
+    """λ of each neighbour: key (B, K), stored_keys (B, k, K), unit vectors -> (B, k) fp32, clamped to [0, 1]."""
+    return torch.einsum("bd,bkd->bk", key.float(), stored_keys.float()).clamp(0, 1)
+
+
 def blend_weights(
     cosine: Tensor, ids: Tensor, scores: Tensor, *, min_score: Tensor | float = -torch.inf, lam: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -43,6 +48,31 @@ def mean_of_neighbours(h_retr: Tensor, valid: Tensor, weights: Tensor | None = N
     # Summed in fp32 whatever the storage.
     rows = torch.where(valid[..., None, None], h_retr, 0).to(torch.promote_types(h_retr.dtype, torch.float32))
     return torch.einsum("bk,bksc->bsc", share.to(rows.dtype), rows).to(h_retr.dtype)
+
+
+def check_equal_grids(
+    own: tuple[int, int], theirs: tuple[int, int] | int, *, size: tuple[int, int] | None = None
+) -> None:
+    """Check that slerp or lerp can blend two features.
+
+    Equal token counts are not enough: a 4x16 grid on an 8x8 grid would blend different places of the two images.
+
+    Args:
+        own: (h, w) of the generated image's feature.
+        theirs: (h, w) of the retrieved feature, or its number of tokens if the grid is not known.
+        size: (height, width) of the generated image in pixels, for the message.
+
+    Raises:
+        InvalidRequest: the grids differ.
+    """
+    if theirs in (own, own[0] * own[1]):
+        return
+    image = "the image" if size is None else f"an image of {size[0]}x{size[1]} pixels"
+    retrieved = f"{theirs} tokens" if isinstance(theirs, int) else f"{theirs[0]}x{theirs[1]}"
+    raise InvalidRequest(
+        f"slerp and lerp need equal feature grids: {image} has features of {own[0]}x{own[1]}, its neighbours "
+        f"{retrieved}. Generate at the size of the database's images, or use mode='adapter', which takes any grid."
+    )
 
 
 def inject(
@@ -79,7 +109,9 @@ def inject(
         return from_tokens(adapter(tokens, h_retr, lam, valid, impl), own)
     if isinstance(h_retr, RetrievedKV):
         raise InvalidRequest(f"mode {mode!r} blends the features themselves, not the adapter's K and V")
-    _check_grid(own, h_retr, grid)
+    check_equal_grids(own, h_retr.shape[2])
+    if grid is not None:
+        check_equal_grids(own, grid)
     if valid is None:
         valid = torch.ones(h_retr.shape[:2], dtype=torch.bool, device=h.device)
     mean = mean_of_neighbours(h_retr, valid, weights).to(tokens.dtype)
@@ -97,16 +129,6 @@ def _on_device(value: Tensor | float, like: Tensor) -> Tensor:
     if isinstance(value, Tensor):
         return value
     return torch.full((1,), value, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
-
-
-def _check_grid(own: tuple[int, int], h_retr: Tensor, grid: tuple[int, int] | None) -> None:
-    if (grid is None or grid == own) and h_retr.shape[2] == own[0] * own[1]:
-        return
-    theirs = f"{grid[0]}x{grid[1]}" if grid is not None else f"{h_retr.shape[2]} tokens"
-    raise InvalidRequest(
-        f"slerp and lerp blend equal grids: the image's feature is {own[0]}x{own[1]}, the retrieved one's {theirs}. "
-        'Generate at the size the database was built for, or use mode "adapter", which takes any grid.'
-    )
 
 
 def _slerp(h_tgt: Tensor, h_retr: Tensor, w: Tensor | float, per: str, impl: str) -> Tensor:
