@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ragturbo.errors import InvalidRequest, NonFiniteOutput
-from ragturbo.model.inject import blend_weights
+from ragturbo.model.inject import blend_weights, cosine
 from ragturbo.model.text import TextStates
 from ragturbo.train import checkpoint
 from ragturbo.train.config import LADDConfig, to_yaml
@@ -231,10 +231,9 @@ class LADDTrainer:
         if batch.h_retr is None:
             return None, None, None
         assert batch.ids is not None and batch.scores is not None and batch.retr_keys is not None
-        cosine = torch.einsum("bd,bkd->bk", key, batch.retr_keys)
         fixed = self.config.student.lam
         lam = None if fixed is None else torch.full_like(key[:, 0], fixed)
-        lam, valid = blend_weights(cosine, batch.ids, batch.scores, lam=lam)
+        lam, valid = blend_weights(cosine(key, batch.retr_keys), batch.ids, batch.scores, lam=lam)
         return batch.h_retr, torch.where(drop, 0.0, lam), valid & ~drop[:, None]
 
     def _denoise(self, *inputs: Any) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ragturbo.errors import InvalidRequest
 from ragturbo.model.bundle import Bundle
+from ragturbo.model.inject import cosine
 from ragturbo.retrieval import durable
 from ragturbo.train.data import database_name
 from ragturbo.train.progress import local_device, rank_and_world, track
@@ -92,9 +93,9 @@ class NeighborSearch:
         while rows:
             depth = min(depth, len(self.database))
             found, _ = self.database.search(keys[rows].float().cpu(), depth)
-            cosine = torch.einsum("bk,bnk->bn", keys[rows].float().cpu(), self.database.keys(found)).clamp(0, 1)
+            cosines = cosine(keys[rows].cpu(), self.database.keys(found))
             again = []
-            for row, candidates, scores in zip(rows, found, cosine, strict=True):
+            for row, candidates, scores in zip(rows, found, cosines, strict=True):
                 good = [n for n in self._others(candidates, scores, records[row])][: self.k]
                 ids[row, : len(good)], lam[row, : len(good)] = candidates[good], scores[good]
                 if len(good) < self.k:
@@ -105,13 +106,13 @@ class NeighborSearch:
             rows, depth = again, 4 * depth
         return ids, lam
 
-    def _others(self, candidates: Tensor, cosine: Tensor, record: dict[str, Any]) -> Iterator[int]:
+    def _others(self, candidates: Tensor, cosines: Tensor, record: dict[str, Any]) -> Iterator[int]:
         """Positions of the candidates that are not this sample in another dress."""
         places = self.database.snapshot.rows_of(candidates.numpy())
         own = {name: _mark(name, record.get(name)) for name in self._marks}
         for n, place in enumerate(places.tolist()):
             same = place < 0 or any(own[name] and self._marks[name][place] == own[name] for name in own)
-            if not same and (self.max_cosine is None or cosine[n] < self.max_cosine):
+            if not same and (self.max_cosine is None or cosines[n] < self.max_cosine):
                 yield n
 
 
