@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from ragturbo.errors import DatabaseError
 from ragturbo.retrieval.retriever import check_k, excluded_ids, text_queries
 from ragturbo.retrieval.snapshot import Snapshot
 
@@ -22,12 +21,9 @@ class Bm25Retriever:
     name = "bm25"
     query_kind = "text"
 
-    def __init__(self, snapshot: Snapshot, *, why: str = "asked for") -> None:
-        try:
-            bm25s = _bm25s()
-        except ImportError:
-            raise DatabaseError("retriever 'bm25' needs the package bm25s: pip install bm25s") from None
-        self.snapshot, self.why = snapshot, why
+    def __init__(self, snapshot: Snapshot) -> None:
+        bm25s = _bm25s()
+        self.snapshot = snapshot
         self._tokenize = bm25s.tokenize
         self._index: Any = None
         captions = snapshot.captions()

@@ -22,12 +22,12 @@ import numpy as np
 
 from ragturbo.errors import DatabaseCorrupt, DatabaseError, DatabaseMismatch, InvalidRequest
 from ragturbo.retrieval import images, ranks, writer
+from ragturbo.retrieval.build_report import BuildReport
 from ragturbo.retrieval.encoder import PairEncoder, load_encoder
 from ragturbo.retrieval.format import Geometry, encode_keys, encode_rows, generation_name
 from ragturbo.retrieval.jobs import Finished, Job, SegmentWriter
 from ragturbo.retrieval.manifest import Manifest, load, parse
 from ragturbo.retrieval.pairs import Record
-from ragturbo.retrieval.report import BuildReport
 from ragturbo.retrieval.sources import Columns, Item, Source, check_caption, open_source
 
 log = logging.getLogger("ragturbo")

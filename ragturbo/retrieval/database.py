@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import logging
+import importlib.util
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,52 +28,56 @@ from ragturbo.retrieval.snapshot import Snapshot, open_snapshot
 if TYPE_CHECKING:
     import torch
 
+    from ragturbo.retrieval.build_report import BuildReport
     from ragturbo.retrieval.encoder import PairEncoder
-    from ragturbo.retrieval.report import BuildReport
 
-log = logging.getLogger("ragturbo")
 RETRIEVERS = ("auto", "scann", "exact", "bm25")
+_PACKAGES = {"scann": "scann", "bm25": "bm25s"}
 
 
 class Database:
-    """A database folder at one generation. Safe from any thread; `refresh()` moves it to the newest generation."""
+    """A database folder at one generation. Thread-safe; `refresh()` moves it to the newest generation."""
 
     def __init__(self, folder: Path, snapshot: Snapshot, *, retriever: Any = "auto", checksums: bool = True,
                  threads: int = 2, device: Any = "cpu") -> None:  # fmt: skip
-        if isinstance(retriever, str) and retriever not in RETRIEVERS:
-            raise InvalidRequest(f"retriever={retriever!r} is not one of {', '.join(RETRIEVERS)}")
+        _check_retriever(retriever, snapshot)
         self.path = folder
         self.checksums, self.threads, self.device = checksums, threads, device
-        self._chosen = retriever
-        self._state: tuple[Snapshot, dict[Any, Any]] = (snapshot, {})
+        self.asked_retriever: Any = retriever
+        """The `retriever` that `open` was given. `choice()` says what "auto" stands for."""
+        self._state: tuple[Snapshot, dict[Any, Retriever]] = (snapshot, {})
         self._lock = threading.RLock()
+        self._frozen = False
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, verify: str = "quick", retriever: Any = "auto",
              checksums: bool = True, threads: int = 2, device: Any = "cpu") -> Database:  # fmt: skip
-        """verify: "quick" proves sizes, manifest, tables, keys and index; "full" reads every byte. checksums: every
-        record is checked as it is read. device: where exact search keeps its keys."""
+        """Open the newest generation of a database. No index is loaded before the first search needs one.
+
+        Args:
+            verify: "quick" checks the manifest, file sizes, record tables and keys; "full" reads every byte.
+            retriever: "auto", "exact", "scann", "bm25" or an object with `search` (see `Retriever`).
+            checksums: check each record against its CRC-32 as it is read.
+            threads: threads for reading records.
+            device: where exact search keeps its keys.
+
+        Raises:
+            InvalidRequest: unknown retriever.
+            DatabaseError: no database, or the retriever's package or index is missing.
+            DatabaseCorrupt: a file is damaged.
+        """
         if verify not in ("quick", "full"):
             raise InvalidRequest(f"verify={verify!r} must be 'quick' or 'full'")
         folder = Path(path).expanduser()
         database = cls(folder, open_snapshot(folder), retriever=retriever, checksums=checksums, threads=threads,
                        device=device)  # fmt: skip
-        if database.choice()[0] == "scann":
-            # The index is loaded and proven now, not in the first request.
-            try:
-                database.retriever()
-            except DatabaseCorrupt:
-                # Unless a writer has replaced this generation and deleted its folder meanwhile, it is damaged.
-                if not database.refresh():
-                    raise
-                database.retriever()
         if verify == "full":
             database.verify("full")
         return database
 
     @classmethod
     def build(cls, pairs: Any, path: str | os.PathLike[str], **options: Any) -> Database:
-        """Encodes `pairs` into a new database and indexes it; see `ragturbo.retrieval.build.build` for every option."""
+        """Encode `pairs` into a new database and index it. Options: see `ragturbo.retrieval.build.build`."""
         from ragturbo.retrieval.build import build
 
         build(pairs, path, **options)
@@ -82,14 +86,14 @@ class Database:
     @classmethod
     def write(cls, path: str | os.PathLike[str], batches: Any, *, geometry: Geometry, key_kind: str = "pooled",
               encoder: dict[str, Any] | None = None, segment_records: int | None = None) -> Database:  # fmt: skip
-        """A database of pairs that are encoded already: batches of (records, keys (n, K), features (n, T, C)).
-        Appends to one that is there and agrees."""
+        """Store pairs that are already encoded: batches of (records, keys (n, K), features (n, T, C)).
+
+        Appends if there is a database at `path`, which must have the same geometry, key kind and encoder.
+        """
         folder = Path(path).expanduser()
         start = writer.empty_manifest(geometry, key_kind, encoder or {}, segment_records)
         writer.write_encoded(folder, start, batches)
         return cls.open(folder)
-
-    # What is in it
 
     @property
     def snapshot(self) -> Snapshot:
@@ -121,33 +125,33 @@ class Database:
 
     @property
     def info(self) -> DatabaseInfo:
-        name, why = self.choice()
-        return describe(self.snapshot, name, why)
+        return describe(self.snapshot, *self.choice())
 
     def frozen(self) -> Database:
-        """The same generation as an object of its own, which no later `append`, `remove` or `refresh` changes."""
+        """Return a view of this generation that no later `append`, `remove` or `refresh` changes."""
         view = Database.__new__(Database)
         view.__dict__.update(self.__dict__)
         view._lock = threading.RLock()
+        view._frozen = True
         return view
 
     def refresh(self) -> bool:
-        """Moves to the generation that CURRENT names now. True if it is another one; searches that run keep theirs."""
+        """Move to the newest generation and return whether there was one. Running searches keep the old one."""
         with self._lock:
             manifest = load(self.path)
-            before, made = self._state
+            before, ready = self._state
             if manifest.generation == before.manifest.generation:
                 return False
-            snapshot, ready = open_snapshot(self.path, before), {}
-            index = made.get(("scann", None))
-            if index is not None and snapshot.manifest.index == before.manifest.index:
-                # Searches go on without loading the index again.
-                ready["scann", None] = scann.ScannRetriever(snapshot, why=index.why, before=index)
-            self._state = (snapshot, ready)
+            snapshot, kept = open_snapshot(self.path, before), {}
+            index = ready.get(("scann", None))
+            if isinstance(index, scann.ScannRetriever) and snapshot.manifest.index == before.manifest.index:
+                # The same index: it is not loaded again.
+                kept["scann", None] = scann.ScannRetriever(snapshot, before=index)
+            self._state = (snapshot, kept)
             return True
 
     def check_encoder(self, fingerprints: Mapping[str, str], key_kind: str) -> None:
-        """Refuses a model whose encoder did not make this database."""
+        """Raise DatabaseMismatch if a model with these fingerprints did not make this database."""
         if key_kind != self.key_kind:
             raise DatabaseMismatch(f"{self.path} has {self.key_kind!r} keys, the model makes {key_kind!r} ones")
         for part, found in fingerprints.items():
@@ -158,15 +162,16 @@ class Database:
                     "Build the database again with this model, or load the model it was built with."
                 )
 
-    # Reading
-
     def choice(self) -> tuple[str, str]:
-        """Which retriever searches, and why."""
-        chosen, snapshot = self._chosen, self.snapshot
-        if not isinstance(chosen, str):
-            return getattr(chosen, "name", type(chosen).__name__), "given by the caller"
-        if chosen != "auto":
-            return chosen, "asked for"
+        """Return the name of the retriever that searches by default, and why it was chosen."""
+        return self._choice(self.snapshot)
+
+    def _choice(self, snapshot: Snapshot) -> tuple[str, str]:
+        asked = self.asked_retriever
+        if not isinstance(asked, str):
+            return getattr(asked, "name", type(asked).__name__), "given by the caller"
+        if asked != "auto":
+            return asked, "asked for"
         if len(snapshot) < EXACT_BELOW:
             return "exact", f"{len(snapshot)} pairs, fewer than {EXACT_BELOW}: brute force is exact and as fast"
         if snapshot.manifest.index is None:
@@ -176,104 +181,106 @@ class Database:
         return "scann", f"{len(snapshot)} pairs with a saved index"
 
     def retriever(self, name: Any = None, *, centred: bool | None = None) -> Retriever:
-        """The retriever of this generation, made once: "scann", "exact", "bm25", "auto", or an object with `search`."""
-        if name is None and centred is None:
-            # The common call, at half a millisecond a search: no choosing and no reasons.
-            found = self._state[1].get(None)
-            if found is not None:
-                return found
-        chosen = self._chosen if name is None else name
-        if not isinstance(chosen, str):
-            if not isinstance(chosen, Retriever):
-                raise InvalidRequest(f"retriever={chosen!r} has no search(keys, k, *, exclude=None)")
-            return chosen
-        if chosen not in RETRIEVERS:
-            raise InvalidRequest(f"retriever={chosen!r} is not one of {', '.join(RETRIEVERS)}")
-        why = "asked for"
-        if chosen == "auto":
-            chosen, why = self.choice() if self._chosen == "auto" else ("exact", "asked for")
-        snapshot, made = self._state
-        own = centred is None or centred == snapshot.manifest.centred
-        centred = snapshot.manifest.centred if centred is None else centred
-        key = (chosen, centred if chosen == "exact" else None)
+        """Return a retriever of this generation. The first call for a kind of retriever loads its index.
+
+        Args:
+            name: "exact", "scann", "bm25" or an object with `search`. None and "auto": the default of this database.
+            centred: subtract the mean of the keys before the cosine; None: the setting of this database.
+        """
+        snapshot, ready = self._state
+        # Called by every search: known retrievers are returned without further checks.
+        if (name is None or type(name) is str) and (found := ready.get((name, centred))) is not None:
+            return found
+        asked = self.asked_retriever if name is None or (isinstance(name, str) and name == "auto") else name
+        _check_retriever(asked, snapshot)
+        if not isinstance(asked, str):
+            return asked
+        kind = self._choice(snapshot)[0] if asked == "auto" else asked
+        mean = snapshot.manifest.centred if centred is None else centred
+        key = (kind, mean if kind == "exact" else None)
         with self._lock:
-            if key not in made:
-                made[key] = self._make(chosen, snapshot, centred, why)
-            found = made[key]
-            if name is None and own:
-                made[None] = found
-            if own and isinstance(found, scann.ScannRetriever):
-                made["one", name] = found
+            try:
+                found = ready.get(key) or self._make(kind, snapshot, mean)
+            except DatabaseCorrupt:
+                # The generation may have been replaced, and its index deleted, since it was opened.
+                if self._frozen or not self.refresh():
+                    raise
+                return self.retriever(name, centred=centred)
+            ready[key] = ready[name, centred] = found
             return found
 
-    def _make(self, name: str, snapshot: Snapshot, centred: bool, why: str) -> Retriever:
-        if name == "scann":
-            return scann.ScannRetriever(snapshot, why=why)
-        if name == "bm25":
+    def _make(self, kind: str, snapshot: Snapshot, centred: bool) -> Retriever:
+        if kind == "scann":
+            return scann.ScannRetriever(snapshot)
+        if kind == "bm25":
             from ragturbo.retrieval.bm25 import Bm25Retriever
 
-            return Bm25Retriever(snapshot, why=why)
+            return Bm25Retriever(snapshot)
         from ragturbo.retrieval.exact import ExactRetriever
 
-        return ExactRetriever(snapshot, device=self.device, centred=centred, why=why)
+        return ExactRetriever(snapshot, device=self.device, centred=centred)
 
     def search(
         self, keys: Any, k: int = 1, *, exclude: Any = None, min_score: float | None = None,
         max_similarity: float | None = None, diversity: float = 0.0, centred: bool | None = None, retriever: Any = None,
     ) -> tuple[Any, Any]:  # fmt: skip
-        """keys (B, K) floats (prompts for bm25) -> ids (B, k) int64, scores (B, k) float32, best first; id -1 and NaN
-        where there is no further neighbour. exclude: ids never returned, (m,) or (B, m). min_score, max_similarity
-        and diversity: see `Selection`. centred: cosines about the mean of the keys; None is the database's own
-        setting."""
+        """Find the k nearest pairs of each query.
+
+        Args:
+            keys: (B, K) floats; a list of prompts for bm25.
+            exclude: ids that are not returned, (m,) for all queries or (B, m) per query, padded with -1.
+            min_score, max_similarity, diversity: see `Selection`.
+            centred, retriever: see `retriever`.
+
+        Returns:
+            ids (B, k) int64 and scores (B, k) float32, best first; -1 and NaN if there are fewer than k neighbours.
+        """
         plain = min_score is None and max_similarity is None and not diversity and centred is None
         if plain and exclude is None and (retriever is None or type(retriever) is str):
-            # After half a millisecond in ScaNN's tables every line of Python is cold: the common call takes few.
-            ready = self._state[1].get(("one", retriever))
-            if ready is not None and (found := ready.search_one(keys, k)) is not None:
+            # The common call takes few lines: after a search in ScaNN's tables, Python's own data is out of the cache.
+            ready = self._state[1].get((retriever, None))
+            if type(ready) is scann.ScannRetriever and (found := ready.search_one(keys, k)) is not None:
                 return found
         searcher = self.retriever(retriever, centred=centred)
-        if plain and isinstance(searcher, scann.ScannRetriever):
-            return searcher.search(keys, k, exclude=exclude)
-        snapshot = getattr(searcher, "snapshot", self.snapshot)
-        if centred is not None and getattr(searcher, "name", "") == "scann" and searcher.config.centred != centred:  # type: ignore[attr-defined]
-            raise InvalidRequest(
-                f"the ScaNN index is {'not ' if centred else ''}centred; reindex it, or search with retriever='exact'"
-            )
+        name = getattr(searcher, "name", type(searcher).__name__)
+        if isinstance(searcher, scann.ScannRetriever):
+            if plain:
+                return searcher.search(keys, k, exclude=exclude)
+            if centred is not None and searcher.config.centred != centred:
+                state = "not " if centred else ""
+                raise InvalidRequest(f"the ScaNN index is {state}centred; reindex it, or use retriever='exact'")
         check_k(k)
         selection = Selection(min_score, max_similarity, diversity)
         many = selection.candidates(k)
         ids, scores = searcher.search(keys, many, exclude=exclude)
-        check_results(ids, scores, len(keys), many, getattr(searcher, "name", type(searcher).__name__))
+        check_results(ids, scores, len(keys), many, name)
         if selection == Selection():
             return ids, scores
         host = [value.cpu().numpy() if hasattr(value, "cpu") else np.asarray(value) for value in (ids, scores)]
-        return like(ids, *selection.apply(host[0], host[1], k, snapshot))
+        return like(ids, *selection.apply(host[0], host[1], k, getattr(searcher, "snapshot", self.snapshot)))
 
-    def rows(self, ids: Any, *, checksums: bool | None = None) -> np.ndarray:
-        """ids (…,) -> the records as stored, (…, record bytes) uint8. Zeros where the id is -1."""
+    def rows(self, ids: Any) -> np.ndarray:
+        """ids (…,) -> the records as stored, (…, record bytes) uint8. Zeros for id -1."""
         snapshot, array = self.snapshot, to_ids(ids)
         rows = snapshot.rows(array.reshape(-1))
-        out = np.empty((len(rows), self.geometry.record_bytes), np.uint8)
-        there = np.flatnonzero(rows >= 0)
-        out[rows < 0] = 0
-        if len(there):
+        out = np.zeros((len(rows), self.geometry.record_bytes), np.uint8)
+        stored = np.flatnonzero(rows >= 0)
+        if len(stored):
             snapshot.segments.read_into(
-                rows[there], out, slots=there, checksums=self.checksums if checksums is None else checksums,
-                threads=self.threads,
+                rows[stored], out, slots=stored, checksums=self.checksums, threads=self.threads
             )  # fmt: skip
         return out.reshape(*array.shape, -1)
 
-    def features(self, ids: Any, *, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """ids (…,) -> (…, T, C) on the CPU: float16 as stored, int8 dequantised to float32. Zeros for an id of -1."""
+    def features(self, ids: Any) -> torch.Tensor:
+        """ids (…,) -> (…, T, C) on the CPU: float16 as stored, int8 dequantised to float32. Zeros for id -1."""
         import torch
 
         rows = self.rows(ids)
         flat = decode_rows(rows.reshape(-1, rows.shape[-1]), self.geometry)
-        out = torch.from_numpy(flat).reshape(*rows.shape[:-1], self.geometry.tokens, self.geometry.channels)
-        return out if dtype is None else out.to(dtype)
+        return torch.from_numpy(flat).reshape(*rows.shape[:-1], self.geometry.tokens, self.geometry.channels)
 
     def keys(self, ids: Any) -> torch.Tensor:
-        """ids (…,) -> (…, K) float32 on the CPU, as stored: normalised, uncentred. Zeros where the id is -1."""
+        """ids (…,) -> (…, K) float32 on the CPU: normalised, not centred. Zeros for id -1."""
         import torch
 
         snapshot, array = self.snapshot, to_ids(ids)
@@ -283,30 +290,30 @@ class Database:
         return torch.from_numpy(keys).reshape(*array.shape, -1)
 
     def records(self, ids: Any, *, thumbnails: bool = True) -> list[Record]:
-        """The pairs as they were given, in the order of ids."""
+        """Return captions, sources and the user's columns of ids, in their order."""
         snapshot = self.snapshot
         return [snapshot.record(int(id), thumbnails) for id in to_ids(ids).reshape(-1)]
-
-    # Changing and proving
 
     def append(
         self, pairs: Any, *, encoder: PairEncoder | None = None, model: Any = None, **options: Any
     ) -> BuildReport:
-        """Encodes and adds pairs. `encoder` or `model` must be the one the database was built with."""
+        """Encode and add pairs with the encoder or model that built the database. See `build.append`."""
         from ragturbo.retrieval.build import append
 
         report = append(pairs, self.path, encoder=encoder, model=model, **options)
         self.refresh()
         return report
 
-    def append_encoded(self, batches: Sequence[writer.Batch]) -> None:
-        """Adds pairs whose keys and features are known: batches of (records, keys (n, K), features (n, T, C))."""
-        writer.write_encoded(self.path, self.snapshot.manifest, batches)
-        self.refresh()
-
     def remove(self, ids: Any = None, *, where: Mapping[str, Any] | None = None) -> int:
-        """Takes pairs out of every search from now on: by id, or all whose columns have these values (or one of a
-        list of values). Their bytes leave the disk with `compact()`. Returns how many were removed."""
+        """Remove pairs from every later search. `compact()` deletes their bytes.
+
+        Args:
+            ids: the pairs to remove.
+            where: instead of ids, {column: value or list of values}; a pair must match all of them.
+
+        Returns:
+            The number of pairs removed.
+        """
         if (ids is None) == (where is None):
             raise InvalidRequest("remove takes either ids or where={column: value}")
         with writer_lock(self.path):
@@ -320,25 +327,39 @@ class Database:
         return manifest.removed - before
 
     def compact(self) -> None:
-        """Deletes removed pairs from the disk and merges small segments."""
+        """Delete removed pairs from the disk and merge small segments."""
         compact(self.path)
         self.refresh()
 
     def reindex(
         self, config: scann.ScannConfig | None = None, *, centred: bool | None = None, threads: int = 0
     ) -> None:
-        """Builds the ScaNN index anew over all live pairs; below 20,000 there is none, exact search is as fast."""
+        """Build the ScaNN index over all live pairs. Without `config`, none is built below 20,000 pairs."""
         reindex(self.path, config, centred=centred, threads=threads)
         self.refresh()
 
     def verify(self, level: str = "full", *, on_file: Callable[[str], None] | None = None) -> None:
-        """Raises `DatabaseCorrupt` that names what is damaged. "full" reads every byte of this generation."""
-        problems = verification.problems(self.snapshot, level, on_file)
-        verification.refuse(self.path, problems)
+        """Raise DatabaseCorrupt with a list of what is damaged. "full" reads every byte of this generation."""
+        verification.refuse(self.path, verification.problems(self.snapshot, level, on_file))
+
+
+def _check_retriever(asked: Any, snapshot: Snapshot) -> None:
+    """Refuse a retriever that cannot be made, without importing its package or loading its index."""
+    if not isinstance(asked, str):
+        if not isinstance(asked, Retriever):
+            raise InvalidRequest(f"retriever={asked!r} has no search(keys, k, *, exclude=None)")
+        return
+    if asked not in RETRIEVERS:
+        raise InvalidRequest(f"retriever={asked!r} is not one of {', '.join(RETRIEVERS)}")
+    package = _PACKAGES.get(asked)
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise DatabaseError(f"retriever {asked!r} needs the package {package}: pip install {package}, or use 'exact'")
+    if asked == "scann" and snapshot.manifest.index is None:
+        raise DatabaseError(f"{snapshot.folder} has no ScaNN index; make one with `ragturbo db reindex`")
 
 
 def _matching(snapshot: Snapshot, where: Mapping[str, Any]) -> np.ndarray:
-    """Live ids whose columns equal the given values."""
+    """Return the live ids whose columns equal the given values."""
     if not where:
         raise InvalidRequest("where={} would remove everything; name a column and a value")
     known: set[str] = set()
@@ -357,12 +378,3 @@ def _matching(snapshot: Snapshot, where: Mapping[str, Any]) -> np.ndarray:
             raise InvalidRequest(f"no pair has a column {column!r}; there are {', '.join(sorted(known)) or 'none'}")
     hit = np.concatenate(masks or [np.empty(0, bool)]) & snapshot.alive
     return snapshot.ids[hit]
-
-
-def open_database(database: Any, **options: Any) -> Database:
-    """A Database as it is, or the one in a folder."""
-    if isinstance(database, Database):
-        return database
-    if isinstance(database, (str, os.PathLike)):
-        return Database.open(database, **options)
-    raise DatabaseError(f"{database!r} is neither a folder nor a ragturbo.Database")

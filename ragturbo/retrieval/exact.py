@@ -23,10 +23,8 @@ class ExactRetriever:
     name = "exact"
     query_kind = "key"
 
-    def __init__(
-        self, snapshot: Snapshot, *, device: str | torch.device = "cpu", centred: bool = False, why: str = "asked for"
-    ) -> None:
-        self.snapshot, self.why, self.centred = snapshot, why, centred
+    def __init__(self, snapshot: Snapshot, *, device: str | torch.device = "cpu", centred: bool = False) -> None:
+        self.snapshot, self.centred = snapshot, centred
         self.device = torch.device(device)
         self._dim = snapshot.geometry.key_dim
         # torch shares the memory of the snapshot's keys on the CPU.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import math
 import os
@@ -60,18 +61,15 @@ class ScannConfig:
 
 
 def available() -> bool:
-    try:
-        import scann  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    """Whether the package scann is installed; it is not imported."""
+    return importlib.util.find_spec("scann") is not None
 
 
 def _scann() -> Any:
     try:
         from scann.scann_ops.py import scann_ops_pybind
-    except ImportError:
-        raise DatabaseError("retriever 'scann' needs the package scann: pip install scann, or use 'exact'") from None
+    except ImportError as error:
+        raise DatabaseError(f"the package scann cannot be imported: {error}; install it, or use 'exact'") from error
     return scann_ops_pybind
 
 
@@ -165,12 +163,12 @@ class ScannRetriever:
     name = "scann"
     query_kind = "key"
 
-    def __init__(self, snapshot: Snapshot, *, why: str = "asked for", before: ScannRetriever | None = None) -> None:
+    def __init__(self, snapshot: Snapshot, before: ScannRetriever | None = None) -> None:
         """before: the retriever of an earlier generation, whose loaded index is shared if it is still the same."""
         manifest: Manifest = snapshot.manifest
         if manifest.index is None:
             raise DatabaseError(f"{snapshot.folder} has no ScaNN index; make one with `ragturbo db reindex`")
-        self.snapshot, self.why = snapshot, why
+        self.snapshot = snapshot
         self.folder = snapshot.folder / manifest.generation_folder / manifest.index.kind
         try:
             self.config = ScannConfig(**manifest.index.config)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ragturbo.retrieval import Database, Geometry, Record
+from ragturbo.retrieval import Database, Geometry, Record, writer
 from ragturbo.retrieval.build import append, build
 
 SMALL = Geometry(2, 3, 40, "float16", 16)
@@ -49,6 +49,12 @@ def encoded(n: int, seed: int = 0, geometry: Geometry = SMALL) -> tuple[list[Rec
     records = [Record(0, f"caption {seed}.{i}", f"site-{i % 3}", None, None, {"rank": i}) for i in range(n)]
     keys = rng.standard_normal((n, geometry.key_dim)).astype(np.float32)
     return records, keys, rng.standard_normal((n, geometry.tokens, geometry.channels)).astype(np.float32)
+
+
+def append_encoded(database: Database, batches: Sequence[writer.Batch]) -> None:
+    """Add pairs that are encoded already to an open database."""
+    writer.write_encoded(database.path, database.snapshot.manifest, batches)
+    database.refresh()
 
 
 def tree(folder: Path) -> dict[str, bytes]:

@@ -21,7 +21,7 @@ def batch(n: int, seed: int) -> tuple:
     return records, random_keys(n, seed), np.arange(n * 8, dtype=np.float32).reshape(-1, 1, 8) % 1000
 
 
-def test_ids_are_never_reused_and_quarantine_takes_a_source_out(tmp_path):
+def test_ids_are_never_reused_and_quarantine_takes_a_source_out(plain, tmp_path):
     database = Database.write(tmp_path / "db", [batch(30, 1)], geometry=GEOMETRY, segment_records=8)
     assert database.remove(where={"source": "site-2"}) == 6
     assert database.remove(where={"source": ["site-3", "site-4"], "year": 2001}) == 4
@@ -32,7 +32,7 @@ def test_ids_are_never_reused_and_quarantine_takes_a_source_out(tmp_path):
     assert not {*range(30)} - left & set(database.search(keys, 30)[0].ravel().tolist())
     database.remove([29] if 29 in left else [0])
     database.compact()
-    database.append_encoded([batch(3, 2)])
+    plain.append_encoded(database, [batch(3, 2)])
     assert database.ids[-3:].tolist() == [30, 31, 32]
     for bad in ({}, {"planet": "x"}):
         with pytest.raises(InvalidRequest):
@@ -43,7 +43,7 @@ def test_ids_are_never_reused_and_quarantine_takes_a_source_out(tmp_path):
         database.remove()
 
 
-def test_a_removal_takes_effect_at_once_and_a_frozen_view_keeps_its_generation(tmp_path):
+def test_a_removal_takes_effect_at_once_and_a_frozen_view_keeps_its_generation(plain, tmp_path):
     database = Database.write(tmp_path / "db", [batch(30, 1)], geometry=GEOMETRY)
     other, frozen = Database.open(tmp_path / "db"), database.frozen()
     keys = random_keys(30, 1)[4:5]
@@ -53,7 +53,7 @@ def test_a_removal_takes_effect_at_once_and_a_frozen_view_keeps_its_generation(t
     assert other.refresh() and not other.refresh()
     assert other.search(keys, 1)[0][0, 0] != 4
     database.compact()
-    database.append_encoded([batch(2, 3)])
+    plain.append_encoded(database, [batch(2, 3)])
     # Its files are gone by name; what it opened it can still read.
     assert frozen.records([4])[0].caption == "caption 4" and frozen.rows([4]).shape == (1, 16)
 

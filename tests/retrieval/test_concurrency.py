@@ -34,7 +34,7 @@ def often() -> Iterator[None]:
     sys.setswitchinterval(before)
 
 
-def test_sixteen_readers_and_a_writer(tmp_path, long_count, record_property, often):
+def test_sixteen_readers_and_a_writer(plain, tmp_path, long_count, record_property, often):
     folder = tmp_path / "db"
     database = Database.write(folder, [batch(0, 60)], geometry=GEOMETRY, segment_records=16)
     # What a reader may see: the live ids of every generation that was ever current.
@@ -77,7 +77,7 @@ def test_sixteen_readers_and_a_writer(tmp_path, long_count, record_property, oft
         if what == "append" or len(ids) < 20:
             first = writer.snapshot.manifest.next_id
             history.append(frozenset(ids | set(range(first, first + 5))))
-            writer.append_encoded([batch(first, 5)])
+            plain.append_encoded(writer, [batch(first, 5)])
         elif what == "remove":
             gone = rng.choice(sorted(ids), 4, replace=False)
             history.append(frozenset(ids - set(gone.tolist())))
@@ -93,7 +93,7 @@ def test_sixteen_readers_and_a_writer(tmp_path, long_count, record_property, oft
     record_property("reads", sum(reads))
 
 
-def test_of_two_writers_at_once_none_is_lost(tmp_path, long_count):
+def test_of_two_writers_at_once_none_is_lost(plain, tmp_path, long_count):
     """Each change is there in the end, or was refused by name."""
     folder = tmp_path / "db"
     Database.write(folder, [batch(0, 20)], geometry=GEOMETRY)
@@ -102,7 +102,7 @@ def test_of_two_writers_at_once_none_is_lost(tmp_path, long_count):
     def write() -> None:
         for _ in range(long_count(40)):
             try:
-                Database.open(folder).append_encoded([batch(0, 2)])
+                plain.append_encoded(Database.open(folder), [batch(0, 2)])
                 done.append(2)
             except DatabaseError as error:
                 assert "another process is writing" in str(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from ragturbo import Database
 from ragturbo.errors import DatabaseCorrupt, DatabaseError, InvalidRequest
 from ragturbo.retrieval import Geometry, Record, Retriever, ScannConfig
+from ragturbo.retrieval.scann import ScannRetriever
 
 GEOMETRY = Geometry(1, 1, 8, "float16", 32)
 N = 3000
@@ -156,16 +158,14 @@ def test_excluded_ids_are_never_returned_and_others_take_their_place(retriever, 
         database.search(queries, 1, exclude=[0.5], retriever=retriever)
 
 
-def test_removed_and_new_pairs_are_seen_by_an_old_index(tmp_path, folder):
-    import shutil
-
+def test_removed_and_new_pairs_are_seen_by_an_old_index(plain, tmp_path, folder):
     database = Database.open(shutil.copytree(folder, tmp_path / "db"))
     queries = near(20, 11)
     gone = np.unique(oracle(database, queries, 8)[0])
     database.remove(gone)
     new = clustered(50, 12)
     new[:20] = queries
-    database.append_encoded([batch(new)])
+    plain.append_encoded(database, [batch(new)])
     assert database.snapshot.manifest.index is not None
     for _ in range(2):
         ids, scores = database.search(queries, 10, retriever="scann")
@@ -283,7 +283,43 @@ def test_auto_says_what_it_chose_and_why(database, tmp_path, monkeypatch):
         plain.search(clustered(1, 0), 1, retriever="scann")
 
 
-def test_tiny_databases_are_searched_too(tmp_path):
+def test_a_retriever_is_checked_at_open_and_its_index_loaded_by_the_first_search(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("ragturbo.retrieval.database.EXACT_BELOW", 100)
+    loads = []
+    load = ScannRetriever._load
+    monkeypatch.setattr(ScannRetriever, "_load", lambda self, index: loads.append(1) or load(self, index))
+    database = Database.open(folder)
+    assert database.asked_retriever == "auto" and database.choice()[0] == "scann" and loads == []
+    view = database.frozen()
+    for _ in range(2):
+        assert view.search(near(1, 3), 4)[0].shape == database.search(near(1, 3), 4)[0].shape == (1, 4)
+    assert loads == [1]
+    plain = Database.write(tmp_path / "db", [batch(clustered(20, 1))], geometry=GEOMETRY)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for asked, error, message in (
+        ("faiss", InvalidRequest, "not one of"),
+        (object(), InvalidRequest, "no search"),
+        ("scann", DatabaseError, "needs the package scann"),
+        ("bm25", DatabaseError, "needs the package bm25s"),
+    ):
+        with pytest.raises(error, match=message):
+            Database.open(plain.path, retriever=asked)
+
+
+def test_an_index_deleted_before_its_first_use_is_replaced_by_the_newest(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "db")
+    reader, view = (Database.open(copy, retriever="scann") for _ in range(2))
+    view = view.frozen()
+    writer = Database.open(copy, retriever="exact")
+    for id in (1, 2):
+        writer.remove([id])
+    ids, _ = reader.search(writer.keys([3]), 3)
+    assert ids[0, 0] == 3 and len(reader) == N - 2
+    with pytest.raises(DatabaseCorrupt, match="scann"):
+        view.search(writer.keys([3]), 3)
+
+
+def test_tiny_databases_are_searched_too(plain, tmp_path):
     for n in (1, 2, 5):
         database = Database.write(tmp_path / f"{n}", [batch(clustered(n, n))], geometry=GEOMETRY)
         ids, _ = database.search(clustered(2, 0), 4)
@@ -294,7 +330,7 @@ def test_tiny_databases_are_searched_too(tmp_path):
     assert len(database) == 0 and (database.search(clustered(2, 0), 4)[0] == -1).all()
     database.compact()
     assert (database.search(clustered(2, 0), 4)[0] == -1).all() and not database.rows([-1]).any()
-    database.append_encoded([batch(clustered(2, 9))])
+    plain.append_encoded(database, [batch(clustered(2, 9))])
     assert database.ids.tolist() == [5, 6]
 
 
@@ -307,18 +343,15 @@ def test_more_leaves_than_pairs_is_refused(database, tmp_path):
 
 def test_a_planted_pickle_beside_the_index_is_refused_and_never_read(folder, tmp_path):
     import pickle
-    import shutil
 
     copy = shutil.copytree(folder, tmp_path / "db")
     scann = next(copy.glob("gen-*/scann"))
     (scann / "scann_docids.pkl").write_bytes(pickle.dumps(print))
     with pytest.raises(DatabaseCorrupt, match="scann_docids.pkl"):
-        Database.open(copy, retriever="scann")
+        Database.open(copy, retriever="scann").retriever()
 
 
 def test_a_damaged_index_is_named(folder, tmp_path, rng, long_count):
-    import shutil
-
     copy = shutil.copytree(folder, tmp_path / "db")
     for path in sorted(next(copy.glob("gen-*/scann")).iterdir()):
         good = path.read_bytes()
@@ -327,9 +360,9 @@ def test_a_damaged_index_is_named(folder, tmp_path, rng, long_count):
             data[rng.integers(len(data))] ^= 1 << rng.integers(8)
             path.write_bytes(data)
             with pytest.raises(DatabaseCorrupt, match=path.name):
-                Database.open(copy, retriever="scann")
+                Database.open(copy, retriever="scann").retriever()
         path.write_bytes(good)
-    Database.open(copy, retriever="scann")
+    Database.open(copy, retriever="scann").retriever()
 
 
 @settings(deadline=None, max_examples=25)
@@ -385,8 +418,6 @@ def test_the_one_pass_kernels_contract_gives_what_the_blocked_product_gives(tmp_
 
 def test_a_removal_shares_what_did_not_change(folder, tmp_path):
     """Neither the keys nor the index are read again: a live service does not stop for it."""
-    import shutil
-
     database = Database.open(shutil.copytree(folder, tmp_path / "db"), retriever="scann")
     before = database.retriever()
     database.remove([5])
