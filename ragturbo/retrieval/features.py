@@ -1,16 +1,14 @@
-"""Feature rows in three tiers: disk, a page-locked set in host memory, a hot set on the device.
+"""Cache of feature rows in three tiers: disk, page-locked host memory, device memory.
 
-Each tier has a byte budget and an address that never moves, so that a captured graph can read it. A database that
-fits in a tier is resident there: no row is ever read twice.
+The memory of a tier never moves, so that captured CUDA graphs can read it by address. If all rows fit in a tier, they
+are loaded once and stay.
 """
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,29 +16,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ragturbo.config import parse_bytes
 from ragturbo.errors import InvalidRequest
 from ragturbo.retrieval import store
 from ragturbo.retrieval.database import Database
 from ragturbo.retrieval.retriever import to_ids
 from ragturbo.retrieval.slots import Frequencies, SlotTable
 
-log = logging.getLogger("ragturbo")
 _DEFAULT_HOST = 1 << 30
 _LOAD = 512
-# How long a request waits for a slot or for another request's read before it is refused.
+# Seconds that a request waits for a slot, or for another request's read, before it is refused.
 _PATIENCE = 30.0
 
 
 @dataclass
 class CacheStats:
-    """Counted by row asked for."""
+    """Counts of requested rows."""
 
     device_hits: int = 0
     host_hits: int = 0
     disk_reads: int = 0
     passed: int = 0
-    """Rows read but not kept: asked for too rarely."""
+    """Rows read into a transient slot because they are requested too rarely."""
     evicted: int = 0
     promoted: int = 0
 
@@ -50,11 +46,13 @@ class CacheStats:
 
 @dataclass
 class Lease:
-    """Rows held still until `release`. host_slots and device_slots are (n,) int64, -1 where the row is not in that tier
-    or the id is -1; a row's bytes start at slot * `stride` of the tier."""
+    """Rows that stay in memory until `release`.
+
+    host_slots and device_slots are (n,) int64, -1 if the row is not in that tier or the id is -1. The bytes of a row
+    start at slot * `stride` of the tier.
+    """
 
     cache: FeatureCache
-    ids: np.ndarray
     host_slots: np.ndarray
     device_slots: np.ndarray
     host_pins: list[np.ndarray] = field(default_factory=list)
@@ -62,7 +60,11 @@ class Lease:
     released: bool = False
 
     def release(self, after: Any = None) -> None:
-        """after: a CUDA event, recorded behind the last kernel that reads the rows; they stay until it has passed."""
+        """Allow the rows to be overwritten.
+
+        Args:
+            after: CUDA event recorded behind the last kernel that reads the rows; they stay until it has completed.
+        """
         if not self.released:
             self.released = True
             self.cache._release(self, after)
@@ -75,26 +77,28 @@ class Lease:
 
 
 class FeatureCache:
-    """The rows of one generation of a database, in memory as far as the budgets go. Safe from any thread.
-
-    host_bytes: page-locked where CUDA is present; None: the whole database up to 1 GiB. device_bytes: of `device`; None
-    or 0: no device tier. device: where `rows` puts its result.
-    """
+    """Feature rows of one generation of a database. Thread-safe."""
 
     def __init__(
-        self, database: Database, *, host_bytes: int | str | None = None, device_bytes: int | str | None = None,
+        self, database: Database, *, host_bytes: int | None = None, device_bytes: int | None = None,
         device: str | torch.device = "cpu", checksums: bool = True, threads: int = 2,
     ) -> None:  # fmt: skip
+        """Args:
+        host_bytes: size of the host tier, page-locked if there is CUDA; None: all rows, at most 1 GiB.
+        device_bytes: size of the device tier; None or 0: none.
+        device: of the device tier and of the result of `rows`.
+        checksums: check each record against its CRC-32 as it is read.
+        threads: threads for reading records.
+        """
         self.database = database.frozen()
         self.device = torch.device(device)
         self._snapshot = self.database.snapshot
         self.geometry = self._snapshot.geometry
         self.stride = self.geometry.stride
-        self._checksums, self._threads = checksums, threads
+        self._read_options: dict[str, Any] = {"checksums": checksums, "threads": threads, "slot_bytes": self.stride}
         self.stats = CacheStats()
         rows = len(self._snapshot.ids)
-        host = parse_bytes(host_bytes, "host_bytes")
-        budget = min(rows * self.stride, _DEFAULT_HOST) if host is None else host
+        budget = min(rows * self.stride, _DEFAULT_HOST) if host_bytes is None else host_bytes
         slots = min(max(rows, 1), budget // self.stride)
         if slots < 1:
             raise InvalidRequest(f"host_bytes={host_bytes!r} holds no row: one takes {self.stride} bytes")
@@ -103,28 +107,25 @@ class FeatureCache:
         self._host, self.page_locked, self.why_not_locked, self._arena = store.host_buffer(slots * self.stride)
         self.host_rows = self._host.reshape(slots, self.stride)
         """(slots, stride) uint8: the host tier itself."""
-        self.resident = slots >= rows
-        self._hot = self._device_tier(parse_bytes(device_bytes, "device_bytes") or 0, rows)
-        self._pending: deque[tuple[Any, Lease]] = deque()
-        self._prefetcher: ThreadPoolExecutor | None = None
-        self._stats_lock = threading.Lock()
         self._host_tensor = torch.from_numpy(self.host_rows)
-        # One copy on the host gives the answer: all rows are here, as they are stored, for a caller on the CPU.
-        self._whole = (
+        self.resident = slots >= rows
+        """Whether the host tier holds every row."""
+        self._hot: SlotTable | None = None
+        self.device_rows: Tensor | None = None
+        hot = min(rows, (device_bytes or 0) // self.stride)
+        if hot > 0:
+            self._hot = SlotTable(rows, hot, seed=1)
+            self.device_rows = torch.zeros(hot, self.stride, dtype=torch.uint8, device=self.device)
+            self._copied: dict[int, Any] = {}
+        self._pending: deque[tuple[Any, Lease]] = deque()
+        self._stats_lock = threading.Lock()
+        # Rows in host memory are then the result itself: one gather on the host is enough.
+        self._gathers_on_host = (
             self.resident and self._hot is None and self.device.type == "cpu"
             and self.geometry.dtype == "float16" and self.geometry.record_bytes == self.stride
         )  # fmt: skip
         if self.resident:
             self._load_all(rows)
-
-    def _device_tier(self, budget: int, rows: int) -> SlotTable | None:
-        slots = min(rows, budget // self.stride)
-        if slots < 1:
-            self.device_rows: Tensor | None = None
-            return None
-        self.device_rows = torch.zeros(slots, self.stride, dtype=torch.uint8, device=self.device)
-        self._copied: dict[int, Any] = {}
-        return SlotTable(rows, slots, seed=1)
 
     @property
     def host_ptr(self) -> int:
@@ -133,7 +134,7 @@ class FeatureCache:
 
     @property
     def device_host_ptr(self) -> int:
-        """The same memory's address for kernels; 0 where it is not page-locked."""
+        """Address of the host tier for kernels; 0 if it is not page-locked."""
         return int(getattr(self._arena, "device_ptr", 0))
 
     @property
@@ -141,28 +142,24 @@ class FeatureCache:
         return 0 if self.device_rows is None else self.device_rows.data_ptr()
 
     def _load_all(self, rows: int) -> None:
-        """Slot i holds row i. The rows come in order, so the disk reads ahead."""
+        """Load row i into slot i, in order: the disk reads ahead."""
         for start in range(0, rows, _LOAD):
             part = np.arange(start, min(rows, start + _LOAD))
-            self._snapshot.segments.read_into(
-                part, self._host, slots=part, slot_bytes=self.stride, checksums=self._checksums, threads=self._threads
-            )
+            self._snapshot.segments.read_into(part, self._host, slots=part, **self._read_options)
         self._table.row_slot[:rows] = np.arange(rows)
         self._table.slot_row[:rows] = np.arange(rows)
         self._table.ready[:rows] = True
 
-    # Taking rows
-
     def lease(self, ids: Any) -> Lease:
-        """Brings the rows of ids (n,) into memory and holds them there until the lease is released."""
+        """Read the rows of ids (n,) into memory and keep them there until the lease is released."""
         array = to_ids(ids).reshape(-1)
         rows = self._snapshot.rows(array)
-        lease = Lease(self, array, np.full(len(rows), -1, np.int64), np.full(len(rows), -1, np.int64))
-        self._reap()
+        lease = Lease(self, np.full(len(rows), -1, np.int64), np.full(len(rows), -1, np.int64))
+        self._release_completed()
         try:
-            self._take_hot(lease, rows)
+            self._pin_device_rows(lease, rows)
             cold = (rows >= 0) & (lease.device_slots < 0)
-            self._bring(lease, np.unique(rows[cold]))
+            self._pin_host_rows(lease, np.unique(rows[cold]))
             lease.host_slots[cold] = self._table.row_slot[rows[cold]]
             if self._hot is not None:
                 self._promote(lease, rows)
@@ -171,11 +168,11 @@ class FeatureCache:
             raise
         return lease
 
-    def _bring(self, lease: Lease, rows: np.ndarray) -> None:
-        """Has all of `rows` in the host tier, pinned by the lease."""
+    def _pin_host_rows(self, lease: Lease, rows: np.ndarray) -> None:
+        """Pin `rows` in the host tier, reading those that are missing."""
         table = self._table
         if self.resident:
-            # Nothing is ever overwritten here, so nothing is pinned.
+            # Slots are never overwritten, so nothing is pinned.
             with self._stats_lock:
                 self._wanted.add(rows)
                 self.stats.host_hits += len(rows)
@@ -186,37 +183,35 @@ class FeatureCache:
         with table.lock:
             self._wanted.add(rows)
             while True:
-                self._reap()
+                self._release_completed()
                 slots = table.row_slot[rows]
                 missing, held = rows[slots < 0], slots[slots >= 0]
-                # What is here already is pinned before any slot is given away.
+                # Rows in memory are pinned before any slot is given away.
                 table.pin(held)
                 if table.can_place(len(missing)):
                     break
-                # All or nothing: two requests that each hold half of what both need would wait for ever.
+                # All or nothing: two requests that each hold half of what both need would deadlock.
                 table.unpin(held)
                 table.wait(deadline, f"{len(missing)} rows found no free slot among {table.count}")
             lease.host_pins.append(held)
             self.stats.host_hits += len(held)
-            mine = self._placed(lease, missing)
-        self._read(missing, mine)
+            placed = self._place(lease, missing)
+        self._read(missing, placed)
         self._await_others(lease, rows, deadline)
 
-    def _placed(self, lease: Lease, rows: np.ndarray) -> np.ndarray:
-        mine = self._table.place(rows, self._wanted)
-        lease.host_pins.append(mine)
+    def _place(self, lease: Lease, rows: np.ndarray) -> np.ndarray:
+        slots = self._table.place(rows, self._wanted)
+        lease.host_pins.append(slots)
         self.stats.disk_reads += len(rows)
         self.stats.evicted, self.stats.passed = self._table.evicted, self._table.passed
-        return mine
+        return slots
 
     def _read(self, rows: np.ndarray, slots: np.ndarray) -> None:
         table = self._table
         if not len(rows):
             return
         try:
-            self._snapshot.segments.read_into(
-                rows, self._host, slots=slots, slot_bytes=self.stride, checksums=self._checksums, threads=self._threads
-            )
+            self._snapshot.segments.read_into(rows, self._host, slots=slots, **self._read_options)
         except BaseException:
             with table.lock:
                 table.drop(slots)
@@ -226,7 +221,7 @@ class FeatureCache:
             table.lock.notify_all()
 
     def _await_others(self, lease: Lease, rows: np.ndarray, deadline: float) -> None:
-        """Rows that another request is reading at this moment. Where its read failed, they are read again here."""
+        """Wait for rows that other requests are reading. If such a read fails, read them here."""
         table = self._table
         while True:
             with table.lock:
@@ -240,11 +235,10 @@ class FeatureCache:
                 if not table.can_place(len(lost)):
                     table.wait(deadline, f"{len(lost)} rows found no free slot among {table.count}")
                     continue
-                mine = self._placed(lease, lost)
-            self._read(lost, mine)
+                placed = self._place(lease, lost)
+            self._read(lost, placed)
 
-    def _take_hot(self, lease: Lease, rows: np.ndarray) -> None:
-        """Pins what is on the device already."""
+    def _pin_device_rows(self, lease: Lease, rows: np.ndarray) -> None:
         table = self._hot
         if table is None:
             return
@@ -266,12 +260,12 @@ class FeatureCache:
             self._wanted.add(hot_rows)
 
     def _promote(self, lease: Lease, rows: np.ndarray) -> None:
-        """Copies rows that are asked for often enough from the host tier to the device, for the next request."""
+        """Copy frequently requested rows from the host tier to the device tier, for later requests."""
         table = self._hot
         assert table is not None and self.device_rows is not None
-        here = lease.host_slots >= 0
-        candidates, first = np.unique(rows[here], return_index=True)
-        sources = lease.host_slots[here][first]
+        on_host = lease.host_slots >= 0
+        candidates, first = np.unique(rows[on_host], return_index=True)
+        sources = lease.host_slots[on_host][first]
         fits = table.count >= len(table.row_slot)
         often = np.ones(len(candidates), bool) if fits else self._wanted.of(candidates) >= 2
         with table.lock:
@@ -281,17 +275,19 @@ class FeatureCache:
             lease.device_pins.append(placed)
             self.stats.promoted += len(placed)
             for slot, source in zip(placed.tolist(), sources[new][slots >= 0].tolist(), strict=True):
-                self.device_rows[slot].copy_(torch.from_numpy(self.host_rows[source]), non_blocking=True)
+                self.device_rows[slot].copy_(self._host_tensor[source], non_blocking=True)
             if len(placed) and self.device.type == "cuda":
-                event = torch.cuda.Event()
-                event.record(torch.cuda.current_stream(self.device))
-                self._copied.update(dict.fromkeys(placed.tolist(), event))
+                self._copied.update(dict.fromkeys(placed.tolist(), self._event()))
             table.ready[placed] = True
+
+    def _event(self) -> Any:
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.device))
+        return event
 
     def _release(self, lease: Lease, after: Any) -> None:
         if after is None and self._hot is not None and self.device.type == "cuda":
-            after = torch.cuda.Event()
-            after.record(torch.cuda.current_stream(self.device))
+            after = self._event()
         if after is not None and not after.query():
             self._pending.append((after, lease))
         else:
@@ -305,8 +301,8 @@ class FeatureCache:
                         table.unpin(slots)
                     pins.clear()
 
-    def _reap(self) -> None:
-        """Releases leases whose events have passed. Never called with the device tier's lock held: it takes both."""
+    def _release_completed(self) -> None:
+        """Unpin leases whose events have completed. It takes both locks: never call it with the device tier's held."""
         for _ in range(len(self._pending)):
             try:
                 event, lease = self._pending.popleft()
@@ -317,25 +313,23 @@ class FeatureCache:
             else:
                 self._pending.append((event, lease))
 
-    def rows(self, ids: Any, *, dtype: torch.dtype | None = None) -> Tensor:
+    def rows(self, ids: Any) -> Tensor:
         """ids (…,) -> (…, T, C) on the cache's device: float16 as stored, int8 dequantised to float32; zeros for -1.
 
-        The result is a copy: it stays as it is whatever becomes of the cache.
+        The result is a copy that later reads do not overwrite.
         """
         array = to_ids(ids)
         flat = array.reshape(-1)
-        if self._whole and (raw := self._resident_rows(flat)) is not None:
-            out = raw.view(torch.float16).view(*array.shape, self.geometry.tokens, self.geometry.channels)
-            return out if dtype is None else out.to(dtype)
-        # Half the tier at a time, so that other requests find room beside a large one.
+        shape = (*array.shape, self.geometry.tokens, self.geometry.channels)
+        if self._gathers_on_host and (raw := self._resident_rows(flat)) is not None:
+            return raw.view(torch.float16).view(shape)
+        # Half the tier at a time, so that other requests find free slots.
         step = len(flat) if self.resident else max(1, self._table.count // 2)
         parts = [self._copy(flat[start : start + step]) for start in range(0, max(len(flat), 1), max(step, 1))]
-        raw = parts[0] if len(parts) == 1 else torch.cat(parts)
-        out = self._decode(raw).reshape(*array.shape, self.geometry.tokens, self.geometry.channels)
-        return out if dtype is None else out.to(dtype)
+        return self._decode(parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(shape)
 
     def _resident_rows(self, ids: np.ndarray) -> Tensor | None:
-        """Row i lies in slot i for good, so nothing is looked up or pinned. None where an id is -1."""
+        """Gather rows that are all resident: row i is in slot i. None if an id is -1."""
         rows = self._snapshot.rows(ids)
         if not len(rows) or rows.min() < 0:
             return None
@@ -352,47 +346,22 @@ class FeatureCache:
                 return out
             for i, slot in enumerate(lease.host_slots.tolist()):
                 if slot >= 0:
-                    out[i].copy_(torch.from_numpy(self.host_rows[slot, :size]), non_blocking=True)
+                    out[i].copy_(self._host_tensor[slot, :size], non_blocking=True)
                 elif lease.device_slots[i] >= 0:
                     assert self.device_rows is not None
                     out[i].copy_(self.device_rows[int(lease.device_slots[i]), :size])
                 else:
                     out[i].zero_()
             if self.device.type == "cuda":
-                event = torch.cuda.Event()
-                event.record(torch.cuda.current_stream(self.device))
-                lease.release(after=event)
+                lease.release(after=self._event())
         return out
 
     def _decode(self, raw: Tensor) -> Tensor:
         """(n, record bytes) uint8 -> (n, T, C)."""
         geometry = self.geometry
         if geometry.dtype == "float16":
-            return raw.view(torch.float16).reshape(len(raw), geometry.tokens, geometry.channels)
+            return raw.view(torch.float16)
         split = geometry.tokens * geometry.channels
         values = raw[:, :split].contiguous().view(torch.int8).reshape(len(raw), geometry.tokens, geometry.channels)
         scales = raw[:, split:].reshape(-1).clone().view(torch.float32).reshape(len(raw), geometry.tokens, 1)
         return values * scales
-
-    def prefetch(self, ids: Any) -> Future[None]:
-        """Starts bringing rows in; the Future is done when they are."""
-        array = to_ids(ids).copy().reshape(-1)
-        with self._stats_lock:
-            if self._prefetcher is None:
-                self._prefetcher = ThreadPoolExecutor(1, thread_name_prefix="ragturbo-prefetch")
-        return self._prefetcher.submit(self._prefetch, array)
-
-    def _prefetch(self, ids: np.ndarray) -> None:
-        step = max(1, self._table.count // 2)
-        for start in range(0, len(ids), step):
-            self.lease(ids[start : start + step]).release()
-
-    def close(self) -> None:
-        if self._prefetcher is not None:
-            self._prefetcher.shutdown()
-
-    def __enter__(self) -> FeatureCache:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

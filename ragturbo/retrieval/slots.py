@@ -1,8 +1,8 @@
-"""Which row lies in which slot of a tier, and which slot may be overwritten: frequencies decide, pins protect.
+"""Which row is in which slot of a cache tier. Request frequencies choose the slot to overwrite; pins protect slots.
 
-A reader pins the slots it uses until its last read is over (on a device: until an event behind its last kernel has
-passed), and only slots without a pin are overwritten. Pins are kept a slot, not as one oldest epoch for all: a
-request that takes long holds its own rows and nothing else.
+A request pins the slots it reads until its last read is over (on a device: until an event behind its last kernel has
+completed). Pins are kept per slot: one oldest epoch for all would let a long request hold every slot used since it
+began.
 """
 
 from __future__ import annotations
@@ -12,42 +12,40 @@ import time
 
 import numpy as np
 
-from ragturbo.errors import InvalidRequest, Overloaded
+from ragturbo.errors import Overloaded
 
 _SAMPLE = 16
 
 
 class Frequencies:
-    """How often each row was asked for, halved now and then so that yesterday's favourites fade."""
+    """How often each row was requested, halved at intervals so that old requests lose weight."""
 
     def __init__(self, rows: int, slots: int) -> None:
         self._counts = np.zeros(rows, np.float32)
-        self._every = 10 * max(slots, 100)
-        self._until = self._every
+        self._interval = 10 * max(slots, 100)
+        self._left = self._interval
 
     def add(self, rows: np.ndarray) -> None:
         self._counts[rows] += 1
-        self._until -= len(rows)
-        if self._until <= 0:
+        self._left -= len(rows)
+        if self._left <= 0:
             self._counts *= 0.5
-            self._until = self._every
+            self._left = self._interval
 
     def of(self, rows: np.ndarray) -> np.ndarray:
         return self._counts[rows]
 
 
 class SlotTable:
-    """`count` slots for rows 0…rows-1. Most keep the rows asked for most often; a few take the others in turn.
+    """`count` slots for rows 0…rows-1. Most hold the most requested rows; the last few are transient.
 
-    Not safe by itself: whoever uses it holds `lock`, which is also the condition to wait on.
+    The caller must hold `lock`, which is also the condition that `wait` waits on.
     """
 
     def __init__(self, rows: int, count: int, seed: int = 0) -> None:
-        if count < 1:
-            raise InvalidRequest("a tier needs room for one row at least")
         self.count = count
-        # Rows that are not admitted pass through these, so that a stream of one-time rows leaves the hot set alone.
-        self.passing = 0 if count >= rows else max(1, min(64, count // 4))
+        # Rarely requested rows use the transient slots, so that a stream of them does not evict the frequent ones.
+        self._kept = count - (0 if count >= rows else max(1, min(64, count // 4)))
         self.lock = threading.Condition()
         self.row_slot = np.full(rows, -1, np.int32)
         self.slot_row = np.full(count, -1, np.int64)
@@ -55,7 +53,7 @@ class SlotTable:
         self.pins = np.zeros(count, np.int32)
         self._last_use = np.zeros(count, np.int64)
         self._clock = 0
-        self._unused = list(range(count - self.passing - 1, -1, -1))
+        self._unused = list(range(self._kept - 1, -1, -1))
         self._random = np.random.default_rng(seed)
         self.evicted = self.passed = 0
 
@@ -73,9 +71,8 @@ class SlotTable:
         return len(self._unused) >= count or int((self.pins == 0).sum()) >= count
 
     def place(self, rows: np.ndarray, wanted: Frequencies, optional: bool = False) -> np.ndarray:
-        """A slot for each of `rows`, which have none: pinned once, not ready. `optional`: -1 for what is not
-        admitted.
-        """
+        """Give each of `rows` (in no slot yet) a slot: pinned once, not ready. `optional`: -1 instead of a transient
+        slot."""
         return np.array([self._place(int(row), wanted, optional) for row in rows], np.int64)
 
     def _place(self, row: int, wanted: Frequencies, optional: bool) -> int:
@@ -83,7 +80,7 @@ class SlotTable:
         if slot < 0:
             if optional:
                 return -1
-            slot = self._pass()
+            slot = self._transient()
         old = int(self.slot_row[slot])
         if old >= 0:
             self.row_slot[old] = -1
@@ -94,9 +91,8 @@ class SlotTable:
         return slot
 
     def _victim(self, row: int, wanted: Frequencies) -> int:
-        """The least wanted of a few random slots, if `row` is wanted as much; -1 otherwise."""
-        kept = self.count - self.passing
-        slots = self._random.integers(0, kept, _SAMPLE) if kept > _SAMPLE else np.arange(kept)
+        """The least requested of a few random slots if `row` is requested as often, else -1."""
+        slots = self._random.integers(0, self._kept, _SAMPLE) if self._kept > _SAMPLE else np.arange(self._kept)
         slots = slots[self.pins[slots] == 0]
         if not len(slots):
             return -1
@@ -105,10 +101,9 @@ class SlotTable:
         least = int(counts.argmin())
         return int(slots[least]) if counts[least] <= wanted.of(np.array([row]))[0] else -1
 
-    def _pass(self) -> int:
-        """A passing slot, the longest unused first; any other free one where all of those are being read."""
-        kept = self.count - self.passing
-        for begin, end in ((kept, self.count), (0, kept)):
+    def _transient(self) -> int:
+        """The least recently used transient slot; any other free one if all of those are being read."""
+        for begin, end in ((self._kept, self.count), (0, self._kept)):
             free = begin + np.flatnonzero(self.pins[begin:end] == 0)
             if len(free):
                 self.passed += 1
@@ -116,7 +111,7 @@ class SlotTable:
         raise Overloaded(f"all {self.count} slots are being read")
 
     def drop(self, slots: np.ndarray) -> None:
-        """Forgets rows whose bytes never arrived. Their pins stay with those who hold them."""
+        """Forget rows whose read failed. Their pins are left to the requests that hold them."""
         for slot in slots.tolist():
             row = int(self.slot_row[slot])
             if row >= 0:
