@@ -1,1 +1,1 @@
-"""The endpoint: `ragturbo serve`, and the same application on Ray Serve. Needs the extra "serve"."""
+"""The HTTP endpoint: `ragturbo serve`, or the same application on Ray Serve. Needs the extra "serve"."""

@@ -1,4 +1,4 @@
-"""What a server is started with, as one frozen dataclass that refuses nonsense when it is made."""
+"""The server's configuration, validated when it is created, and API keys from files and the environment."""
 
 from __future__ import annotations
 
@@ -13,15 +13,10 @@ from typing import Any
 from ragturbo.config import GeneratorConfig
 from ragturbo.errors import InvalidRequest
 
-API_KEYS, ADMIN_KEYS = "RAGTURBO_API_KEYS", "RAGTURBO_ADMIN_KEYS"
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
-# OpenAI's own limit on images a request.
-MAX_IMAGES = 10
-
 
 @dataclass(frozen=True)
 class ServeConfig:
-    # What is served: the arguments of Generator.from_pretrained.
+    # Arguments of Generator.from_pretrained.
     model: str = "shapes"
     database: str | bool | None = None
     adapter: str | bool | None = None
@@ -33,107 +28,104 @@ class ServeConfig:
     options: Mapping[str, Any] = field(default_factory=dict)
     """Fields of GeneratorConfig: batch_sizes, batch_window, max_queue, retriever, host_cache …"""
     name: str | None = None
-    """The model's id for clients; None: `model` itself, or where that is a folder, the folder's name."""
+    """The model id clients see. None: `model`, or the folder's name if it is a path."""
     postprocess: str | None = None
-    """"module:function", a hook on every uint8 batch: the place for a safety filter."""
+    """"module:function", called on every uint8 batch, for example a safety filter."""
 
-    # Where, and for whom.
     host: str = "127.0.0.1"
     port: int = 8000
     api_keys: tuple[str, ...] = field(default=(), repr=False)
-    """Empty: everybody who can reach the port may ask."""
+    """Empty: no key is required."""
     admin_keys: tuple[str, ...] = field(default=(), repr=False)
-    """Empty: there is no admin command."""
+    """Empty: there are no admin routes."""
 
-    # Limits.
     timeout: float = 10.0
-    """Seconds from a request's arrival in the queue to its image; what cannot make it is refused."""
-    max_images: int = MAX_IMAGES
+    """Seconds from a request's arrival in the queue to its image."""
+    max_images: int = 10
+    """Images per request; the default is OpenAI's limit."""
     max_prompt: int = 4000
     """Characters."""
     max_body: int = 64 * 1024
     """Bytes."""
     body_timeout: float = 10.0
-    """Seconds a client may take to send its request."""
+    """Seconds in which a request has to arrive."""
     max_side: int | None = None
-    """Pixels; None: twice the model's own."""
+    """Pixels. None: twice the model's native size."""
 
     log_prompts: bool = False
     access_log: bool = False
     drain_delay: float = 0.0
-    """Seconds to go on serving after SIGTERM, so that a balancer can see that readiness is off."""
+    """Seconds to keep serving after SIGTERM, so that a load balancer notices that readiness is off."""
 
     def __post_init__(self) -> None:
         for name in ("timeout", "body_timeout"):
             if not 0 < getattr(self, name) < math.inf:
-                raise InvalidRequest(f"{name}={getattr(self, name)!r} must be more than 0 seconds, and finite")
+                raise InvalidRequest(f"{name}={getattr(self, name)!r} must be a finite number of seconds above 0")
         if not 0 <= self.drain_delay < math.inf:
-            raise InvalidRequest(f"drain_delay={self.drain_delay!r} must be 0 or more seconds, and finite")
-        for name in ("max_images", "max_prompt", "max_body"):
-            if not getattr(self, name) >= 1:
-                raise InvalidRequest(f"{name}={getattr(self, name)!r} must be at least 1")
-        if self.max_side is not None and not self.max_side >= 1:
-            raise InvalidRequest(f"max_side={self.max_side!r} must be at least 1 pixel; None: twice the model's own")
+            raise InvalidRequest(f"drain_delay={self.drain_delay!r} must be a finite number of seconds, 0 or more")
+        for name in ("max_images", "max_prompt", "max_body", "max_side"):
+            if (limit := getattr(self, name)) is not None and not limit >= 1:
+                raise InvalidRequest(f"{name}={limit!r} must be at least 1")
         if not 0 <= self.port <= 65535:
-            raise InvalidRequest(f"port={self.port!r} must be between 0, any that is free, and 65535")
+            raise InvalidRequest(f"port={self.port!r} must be from 0 (any free port) to 65535")
         for name in ("api_keys", "admin_keys"):
             keys = getattr(self, name)
             if isinstance(keys, str):
-                raise InvalidRequest(f"{name} is a list of keys, not one text")
+                raise InvalidRequest(f"{name} must be a list of keys, not a string")
             if any(not key or key != key.strip() for key in keys):
-                raise InvalidRequest(f"{name} holds an empty key, or one with spaces around it")
+                raise InvalidRequest(f"{name} contains a key that is empty or has spaces around it")
             object.__setattr__(self, name, tuple(keys))
         if shared := set(self.api_keys) & set(self.admin_keys):
-            raise InvalidRequest(f"{len(shared)} keys are both in api_keys and in admin_keys; clients are no admins")
+            raise InvalidRequest(f"{len(shared)} keys are in both api_keys and admin_keys; they must differ")
         if unknown := sorted(set(self.options) - set(GeneratorConfig.__dataclass_fields__)):
             raise InvalidRequest(f"unknown option {unknown[0]!r}; options are the fields of GeneratorConfig")
         GeneratorConfig(**self.options)
 
     @classmethod
-    def of(cls, values: Mapping[str, Any]) -> ServeConfig:
-        """From a config file's mapping."""
+    def from_dict(cls, values: Mapping[str, Any]) -> ServeConfig:
+        """Create a configuration from a config file's mapping."""
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(values) - known):
-            raise InvalidRequest(f"unknown setting {unknown[0]!r}; there are: {', '.join(sorted(known))}")
+            raise InvalidRequest(f"unknown setting {unknown[0]!r}; known settings: {', '.join(sorted(known))}")
         return cls(**values)
 
     @property
     def model_id(self) -> str:
-        # A client has no business with the server's folders.
+        # Clients must not see the server's paths.
         return self.name or (Path(self.model).name if Path(self.model).exists() else self.model)
 
     @property
     def public(self) -> bool:
-        return self.host not in LOOPBACK
+        return self.host not in ("127.0.0.1", "::1", "localhost")
 
-    def hook(self) -> Callable[[Any], Any] | None:
-        """The postprocess function itself."""
+    def load_postprocess(self) -> Callable[[Any], Any] | None:
+        """Import the postprocess function."""
         if self.postprocess is None:
             return None
         module, _, name = self.postprocess.partition(":")
         try:
             return getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError, ValueError) as error:
-            raise InvalidRequest(f'postprocess={self.postprocess!r} is no "module:function": {error}') from error
+            raise InvalidRequest(f'postprocess={self.postprocess!r} is not a "module:function": {error}') from error
 
 
 def keys_from_environment() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Clients' and admins' keys, separated by commas."""
+    """Return the client and admin keys of the environment, where they are separated by commas."""
     clients, admins = (
         tuple(key.strip() for key in os.environ.get(name, "").split(",") if key.strip())
-        for name in (API_KEYS, ADMIN_KEYS)
+        for name in ("RAGTURBO_API_KEYS", "RAGTURBO_ADMIN_KEYS")
     )
     return clients, admins
 
 
 def read_keys(path: Path) -> tuple[str, ...]:
-    """One key a line; empty lines and # comments do not count."""
+    """Read a file with one key per line; empty lines and lines that start with # are ignored."""
     try:
         lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"cannot read keys from {path}: {error}") from error
     keys = tuple(line for line in lines if line and not line.startswith("#"))
     if not keys:
-        # Served without keys because the file was empty: nobody means that.
-        raise InvalidRequest(f"{path} holds no keys")
+        # Without this check an empty file would turn authentication off.
+        raise InvalidRequest(f"{path} contains no keys")
     return keys

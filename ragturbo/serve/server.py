@@ -1,4 +1,4 @@
-"""The process: sockets, and what SIGTERM and SIGHUP mean."""
+"""The server process: listening sockets, and the handling of SIGTERM and SIGHUP."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from ragturbo.serve.config import ServeConfig
 from ragturbo.serve.service import Service
 
 log = logging.getLogger("ragturbo")
-# Longer than the 60 s after which balancers close idle connections: whoever closes first must not be the server.
+# Seconds. Load balancers close idle connections after 60 s. If the server closed them first, requests could be lost.
 KEEP_ALIVE = 65
-# A thread may keep Python's lock for 5 ms otherwise, and a refusal, which needs it several times, has 20 in all.
+# Seconds. Python's default is 5 ms, and a refusal, which needs the GIL several times, has a budget of 20 ms.
 SWITCH_INTERVAL = 0.001
 
 
 class Server(uvicorn.Server):
-    """SIGTERM and SIGINT: readiness goes off, what was accepted is finished, exit 0. SIGHUP: the database anew."""
+    """Uvicorn with draining on SIGTERM and SIGINT, and reopening the database on SIGHUP."""
 
     def __init__(self, config: ServeConfig) -> None:
         app = create_app(config, on_failure=self._stop)
@@ -52,38 +52,39 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         if threading.current_thread() is threading.main_thread():
-            self._loop.add_signal_handler(signal.SIGHUP, self._reload)
+            self._loop.add_signal_handler(signal.SIGHUP, self._reopen_database)
         await super().startup(sockets)
         for server in self.servers:
             for listening in server.sockets:
                 log.info("listening on %s port %d", *listening.getsockname()[:2])
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self.service.draining and sig == signal.SIGINT:
-            # A second Ctrl-C is meant.
+        service = self.service
+        if service.draining and sig == signal.SIGINT:
+            # The second Ctrl-C stops at once.
             self.force_exit = self.should_exit = True
             return
-        self.service.draining = True
+        service.draining = True
         log.info("%s: draining", signal.Signals(sig).name)
-        if self.service.config.drain_delay and self.service.warm and self._loop is not None:
-            self._loop.call_soon_threadsafe(self._loop.call_later, self.service.config.drain_delay, self._stop)
+        if service.config.drain_delay and service.warm and self._loop is not None:
+            self._loop.call_soon_threadsafe(self._loop.call_later, service.config.drain_delay, self._stop)
         else:
             self._stop()
 
-    def _reload(self) -> None:
-        self._reloading = asyncio.ensure_future(self._swap())
+    def _reopen_database(self) -> None:
+        async def swap() -> None:
+            try:
+                await asyncio.to_thread(self.service.swap)
+            except Exception as error:
+                log.error("keeping the current database: %s", error)
 
-    async def _swap(self) -> None:
-        try:
-            await asyncio.to_thread(self.service.swap)
-        except Exception as error:
-            log.error("the database stays as it was: %s", error)
+        self._swapping = asyncio.ensure_future(swap())
 
 
 def serve(config: ServeConfig) -> None:
-    """Serves until told to stop. Raises what loading the model raised, and at once where the port is taken."""
+    """Serve until a signal stops the process. Raises InvalidRequest before loading if the port is taken."""
     if config.public and not config.api_keys:
-        log.warning("listening on %s without API keys: everybody who reaches it may ask", config.host)
+        log.warning("listening on %s without API keys: anyone who can reach it can use it", config.host)
     sys.setswitchinterval(SWITCH_INTERVAL)
     sockets = bind(config.host, config.port)
     server = Server(config)
@@ -91,26 +92,27 @@ def serve(config: ServeConfig) -> None:
     if server.service.error is not None:
         raise server.service.error
     if server.service.status == "draining" and not server.service.warm:
-        # Stopped while it loaded: the interpreter cannot end around a thread that is inside torch.
+        # Stopped while loading: the interpreter cannot exit cleanly while a thread runs inside torch.
         logging.shutdown()
         os._exit(0)
 
 
 def bind(host: str, port: int) -> list[socket.socket]:
-    """A socket for each address of the host, before anything is loaded for a port that cannot be had."""
+    """Bind a socket for each address of the host, all on one port."""
     sockets: list[socket.socket] = []
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        for i, (family, _, _, _, address) in enumerate(dict.fromkeys(found)):
-            # "localhost" is two addresses, and one port for both.
-            same = sockets[0].getsockname()[1] if sockets else port
+        found = list(dict.fromkeys(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)))
+        for i, (family, _, _, _, address) in enumerate(found):
             try:
-                sockets.append(socket.create_server((address[0], same, *address[2:]), family=family))
+                sockets.append(socket.create_server((address[0], port, *address[2:]), family=family))
             except OSError as error:
-                # Without IPv6 the name has an address more than the machine.
+                # A host name can resolve to an IPv6 address on a machine without IPv6.
                 last = i == len(found) - 1 and not sockets
                 if last or error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                     raise
+            else:
+                # "localhost" is two addresses; port 0 is chosen once for both.
+                port = sockets[-1].getsockname()[1]
     except OSError as error:
         for one in sockets:
             one.close()

@@ -1,4 +1,4 @@
-"""One Generator behind an endpoint: loaded, warmed, watched, swapped and closed."""
+"""The Generator behind the endpoint: load, warm up, generate, swap the database, close."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import gc
 import logging
 import threading
 import time
-from pathlib import Path
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
+from starlette.requests import ClientDisconnect
+
 from ragturbo.errors import InvalidRequest
+from ragturbo.serve.api_errors import APIError, retry_later
 from ragturbo.serve.config import ServeConfig
 from ragturbo.serve.metrics import Metrics
-from ragturbo.serve.problems import Problem, unavailable
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -22,65 +24,74 @@ if TYPE_CHECKING:
     from ragturbo.output import Output
 
 log = logging.getLogger("ragturbo")
-# A model that loads takes seconds to minutes; a client that asks again every few seconds costs nothing.
+# Loading takes seconds to minutes.
 LOADING_RETRY = 5.0
-
-
-class ClientGone(Exception):
-    """Nobody waits for the answer any more."""
+LOAD_ARGUMENTS = ("database", "adapter", "device", "dtype", "local_files_only", "revision", "cache_dir")
 
 
 class Service:
+    """A Generator and its state. If none is given, `load` creates it."""
+
     def __init__(self, config: ServeConfig, generator: Generator | None = None) -> None:
-        """generator: one that is loaded already; None: `load` makes it."""
         self.config = config
         self.generator = generator
         self.created = int(time.time())
+        self.warm = False
         self.draining = False
+        self.abandoned = False
+        """Set if nothing waits for `load` any more: it then closes the Generator it created."""
         self.error: BaseException | None = None
         """Why loading failed."""
-        self._warm = self._abandoned = False
-        self._hook = config.hook()
-        self._swapping = threading.Lock()
-        self._database = config.database if isinstance(config.database, str) else None
         self.metrics = Metrics(lambda: None if self.generator is None else self.generator.stats())
+        self._postprocess = config.load_postprocess()
+        self._swap_lock = threading.Lock()
+        self._database = config.database if isinstance(config.database, str) else None
+
+    def start_loading(self, on_failure: Callable[[], None] | None = None) -> Future[None]:
+        """Run `load` in a daemon thread, which does not delay the end of the process. Sets `error` if it fails."""
+        future: Future[None] = Future()
+        # A running future cannot be cancelled by its waiter.
+        future.set_running_or_notify_cancel()
+
+        def run() -> None:
+            try:
+                self.load()
+            except BaseException as error:
+                self.error = error
+                log.error("the model could not be loaded: %s", error)
+                if on_failure is not None:
+                    on_failure()
+            future.set_result(None)
+
+        threading.Thread(target=run, name="ragturbo-load", daemon=True).start()
+        return future
 
     def load(self) -> None:
-        """Blocks until the first request would find everything loaded, compiled and captured."""
+        """Load the model if needed and warm it up. Blocks until both are done."""
         from ragturbo.generate import Generator
 
         config = self.config
         begin = time.monotonic()
-        ours = False
+        created = self.generator is None
         if self.generator is None:
-            self.generator = Generator.from_pretrained(
-                config.model,
-                database=config.database,
-                adapter=config.adapter,
-                device=config.device,
-                dtype=config.dtype,
-                local_files_only=config.local_files_only,
-                revision=config.revision,
-                cache_dir=config.cache_dir,
-                **{"log_prompts": config.log_prompts, **config.options},
-            )
-            ours = True
+            arguments = {name: getattr(config, name) for name in LOAD_ARGUMENTS}
+            options = {"log_prompts": config.log_prompts, **config.options}
+            self.generator = Generator.from_pretrained(config.model, **arguments, **options)
         loaded = time.monotonic()
         self.generator.warmup()
-        if ours:
-            # A collection that walks through everything torch and the model brought stops the process for a tenth of
-            # a second. All of it stays, so it need not be looked at again.
+        if created:
+            # A full collection over the objects of torch and the model takes 0.1 s. They all stay, so skip them.
             gc.collect()
             gc.freeze()
-        self._warm = True
-        if self._abandoned and ours:
+        self.warm = True
+        if self.abandoned and created:
             self.generator.close()
             return
-        log.info("loaded in %.1f s, warm after %.1f s more", loaded - begin, time.monotonic() - loaded)
+        log.info("loaded in %.1f s, warmed up in %.1f s", loaded - begin, time.monotonic() - loaded)
 
     @property
     def alive(self) -> bool:
-        """False: nothing but a new process can help."""
+        """False if only a restart of the process can help."""
         return self.error is None and (self.generator is None or self.generator.healthy)
 
     @property
@@ -89,79 +100,63 @@ class Service:
             return "failed"
         if self.draining:
             return "draining"
-        if self.generator is not None and not self.generator.healthy:
+        if not self.alive:
             return "device lost"
-        return "ready" if self._warm else "loading"
-
-    @property
-    def warm(self) -> bool:
-        return self._warm
-
-    def abandon(self) -> None:
-        """Nobody waits for `load` any more: what it makes, it closes itself."""
-        self._abandoned = True
+        return "ready" if self.warm else "loading"
 
     def check_room(self) -> None:
-        """Raises where not even one image would be taken now, whatever is asked for."""
-        self.serving().check_room(1, self.config.timeout)
+        """Raise if not even one image would be accepted now."""
+        self.loaded_generator().check_room(1, self.config.timeout)
 
-    def serving(self) -> Generator:
-        """The Generator, or the Problem of there being none. While it drains it still serves."""
-        if self.generator is None or not self._warm:
-            raise unavailable("the model is being loaded", "loading", LOADING_RETRY)
+    def loaded_generator(self) -> Generator:
+        """Return the Generator, also while draining. Raises APIError before it is warm."""
+        if self.generator is None or not self.warm:
+            raise retry_later("the model is being loaded", "loading", LOADING_RETRY)
         return self.generator
 
-    async def draw(self, prompt: str, options: dict[str, Any], gone: Callable[[], Awaitable[None]]) -> Output:
-        """gone: returns when the client has left, which takes its request out of the queue and raises ClientGone."""
-        generator, timeout = self.serving(), self.config.timeout
-        self._check_size(generator, options)
+    async def generate(
+        self, prompt: str, options: dict[str, Any], disconnected: Callable[[], Awaitable[None]]
+    ) -> Output:
+        """Generate the images of one request. If `disconnected` returns first, cancel it and raise ClientDisconnect."""
+        generator, timeout = self.loaded_generator(), self.config.timeout
+        limit = self.config.max_side or 2 * generator.default_size
+        if max(options.get("width", 0), options.get("height", 0)) > limit:
+            raise APIError(400, f"size: the limit is {limit} pixels per side", code="invalid_value", param="size")
         if self.config.log_prompts:
             log.info("prompt %r, options %r", prompt, options)
-        if self._hook is not None:
-            options = {**options, "postprocess": self._hook}
-        # Before anything is tokenised: a refusal must cost nothing, and what was not refused here is not refused later.
+        if self._postprocess is not None:
+            options = {**options, "postprocess": self._postprocess}
+        # Reserve before tokenising: a refusal costs nothing, and an accepted request is not refused later.
         with generator.reserve(options["num_images_per_prompt"], timeout) as place:
             work = asyncio.ensure_future(generator.agenerate(prompt, timeout=timeout, place=place, **options))
-            watch = asyncio.ensure_future(gone())
+            watch = asyncio.ensure_future(disconnected())
             try:
                 await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
                 if work.done():
                     return work.result()
-                raise ClientGone
+                raise ClientDisconnect
             finally:
                 work.cancel()
                 watch.cancel()
-                # Neither may outlive the request, and nobody asks what became of them.
+                # Both end before the request does; their results are not needed.
                 await asyncio.gather(work, watch, return_exceptions=True)
 
-    def blends(self, mode: str | None) -> bool:
-        """Whether a request in this mode has neighbours to name."""
-        generator = self.serving()
-        if mode is None:
-            return generator.database is not None and generator.info["adapter"] is not None
-        return mode != "none"
-
-    def _check_size(self, generator: Generator, options: dict[str, Any]) -> None:
-        own = generator.default_size
-        most = self.config.max_side or 2 * own
-        for name in ("width", "height"):
-            if options.get(name, own) > most:
-                raise Problem(
-                    400,
-                    f"{name} {options[name]} is more than this server's {most} pixels",
-                    code="invalid_value",
-                    param="size",
-                )
+    def retrieves(self, mode: str | None) -> bool:
+        """Whether a request in this mode has neighbours."""
+        if mode is not None:
+            return mode != "none"
+        generator = self.loaded_generator()
+        return generator.database is not None and generator.info["adapter"] is not None
 
     def swap(self, path: str | None = None) -> dict[str, Any]:
-        """Opens a database and puts it in the place of the one in use; None: the one in use, read anew.
+        """Open a database and use it for new requests; None: reopen the current one.
 
-        What was accepted before keeps the one it started with. One that cannot be used changes nothing.
+        If it cannot be opened, the current one stays in use. Requests accepted before keep the one they started with.
         """
-        generator = self.serving()
-        with self._swapping:
+        generator = self.loaded_generator()
+        with self._swap_lock:
             try:
-                path = path or self._database or _own(generator)
+                path = path or self._database or _database_path(generator)
                 generator.use_database(path)
             except BaseException:
                 self.metrics.swaps.labels("refused").inc()
@@ -169,17 +164,17 @@ class Service:
             self._database = path
             self.metrics.swaps.labels("done").inc()
             database = generator.database
-            facts = {"path": str(path), "generation": database.snapshot.manifest.generation, "pairs": len(database)}
-        log.info("database %(path)s, generation %(generation)d, %(pairs)d pairs is in use", facts)
+            facts = {"path": path, "generation": database.snapshot.manifest.generation, "pairs": len(database)}
+        log.info("now using database %(path)s, generation %(generation)d, %(pairs)d pairs", facts)
         return facts
 
     def close(self) -> None:
-        """Finishes what was accepted."""
+        """Finish accepted requests and close the Generator."""
         if self.generator is not None:
             self.generator.close()
 
 
-def _own(generator: Generator) -> str:
+def _database_path(generator: Generator) -> str:
     if generator.database is None:
-        raise InvalidRequest("no database is in use; name one")
-    return str(Path(generator.database.path))
+        raise InvalidRequest("no database is in use; give a path")
+    return str(generator.database.path)

@@ -312,12 +312,12 @@ def test_the_configuration_refuses_nonsense(tmp_path):
     ]
     for settings in wrong:
         with pytest.raises(InvalidRequest):
-            ServeConfig.of(settings).hook()
+            ServeConfig.from_dict(settings).load_postprocess()
     with pytest.raises(InvalidRequest, match="unknown setting 'colour'"):
-        ServeConfig.of({"colour": 1})
+        ServeConfig.from_dict({"colour": 1})
     assert "s3cret" not in repr(ServeConfig(api_keys=("s3cret",)))
     (tmp_path / "keys").write_text("# ours\none\n\n two \n")
     assert read_keys(tmp_path / "keys") == ("one", "two")
     (tmp_path / "keys").write_text("# none\n")
-    with pytest.raises(InvalidRequest, match="holds no keys"):
+    with pytest.raises(InvalidRequest, match="contains no keys"):
         read_keys(tmp_path / "keys")
