@@ -1,4 +1,4 @@
-// The only file that includes Python. It turns Python's objects into pointers and C++'s exceptions into Python's.
+// The only file that includes Python: converts Python objects to pointers and C++ exceptions to Python's.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -34,7 +34,7 @@ class Buffer {
   Py_buffer view_{};
 };
 
-// The data of a one-dimensional contiguous array of exactly T and `n` long; never a silent cast.
+// Data of a one-dimensional contiguous array of `n` values of exactly type T: nothing is cast.
 template <typename T>
 const T* column(const py::object& object, const char* name, size_t n) {
   using Array = py::array_t<T, py::array::c_style>;
@@ -61,15 +61,11 @@ const char* kind_name(Failure::Kind kind) {
   return "io";
 }
 
-py::list read_into(const Store& store, const py::object& segments, const py::object& rows, const py::object& dst,
-                   const py::object& slots, std::optional<size_t> slot_bytes, const py::object& expected_crc,
-                   int threads) {
+py::list read_into(const Store& store, const py::object& rows, const py::object& dst, const py::object& slots,
+                   std::optional<size_t> slot_bytes, const py::object& expected_crc, int threads) {
   const Buffer out(dst, true);
   const size_t n = py::len(rows);
-  const int64_t* inside = column<int64_t>(rows, "rows", n);
-  const Store::Places places = segments.is_none() ? store.locate(inside, n) : Store::Places{};
-  const Request request{segments.is_none() ? places.segments.data() : column<int32_t>(segments, "segments", n),
-                        segments.is_none() ? places.rows.data() : inside,
+  const Request request{column<int64_t>(rows, "rows", n),
                         column_or_null<int64_t>(slots, "slots", n),
                         column_or_null<uint32_t>(expected_crc, "expected_crc", n),
                         n,
@@ -110,7 +106,7 @@ py::dict build_info() {
 
 #ifdef RAGTURBO_HAS_CUDA
 
-// Addresses arrive as the integers that tensor.data_ptr() and stream.cuda_stream give.
+// Addresses are integers, from tensor.data_ptr() and stream.cuda_stream.
 template <typename T>
 T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
@@ -155,7 +151,7 @@ void search(uintptr_t base_at, uintptr_t count_at, uintptr_t query, int64_t quer
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
-  m.doc() = "Checked parallel reads, CRC-32, page-locked memory.";
+  m.doc() = "Checked parallel reads, CRC-32, page-locked memory, CUDA gather and top-k.";
 
   py::register_exception_translator([](std::exception_ptr pending) {
     try {
@@ -174,27 +170,20 @@ PYBIND11_MODULE(_native, m) {
            }),
            py::arg("paths"), py::kw_only(), py::arg("header_bytes"), py::arg("record_bytes"), py::arg("payload_bytes"),
            py::arg("counts"))
-      .def("read_into", &read_into, py::arg("segments"), py::arg("rows"), py::arg("dst"), py::kw_only(),
-           py::arg("slots") = py::none(), py::arg("slot_bytes") = py::none(), py::arg("expected_crc") = py::none(),
-           py::arg("threads") = 2)
-      .def("close", &Store::close)
-      .def("__enter__", [](py::object self) { return self; })
-      .def("__exit__", [](Store& store, const py::args&) { store.close(); })
-      .def_property_readonly("closed", &Store::closed);
+      .def("read_into", &read_into, py::arg("rows"), py::arg("dst"), py::kw_only(), py::arg("slots") = py::none(),
+           py::arg("slot_bytes") = py::none(), py::arg("expected_crc") = py::none(), py::arg("threads") = 2);
 
   py::class_<Arena>(m, "PinnedArena", py::buffer_protocol())
-      .def(py::init([](size_t nbytes, bool page_locked, int device) {
+      .def(py::init([](size_t nbytes) {
              py::gil_scoped_release release;
-             return std::make_unique<Arena>(nbytes, page_locked, device);
+             return std::make_unique<Arena>(nbytes);
            }),
-           py::arg("nbytes"), py::kw_only(), py::arg("page_locked") = true, py::arg("device") = 0)
+           py::arg("nbytes"))
       .def_buffer([](Arena& arena) {
         return py::buffer_info(static_cast<unsigned char*>(arena.data()), static_cast<py::ssize_t>(arena.size()));
       })
-      .def_property_readonly("ptr", [](const Arena& arena) { return reinterpret_cast<uintptr_t>(arena.data()); })
       .def_property_readonly("device_ptr",
                              [](const Arena& arena) { return reinterpret_cast<uintptr_t>(arena.device_data()); })
-      .def_property_readonly("nbytes", &Arena::size)
       .def_property_readonly("page_locked", &Arena::page_locked)
       .def_property_readonly("reason", &Arena::reason);
 

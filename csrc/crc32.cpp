@@ -14,7 +14,7 @@ constexpr uint32_t kPolynomial = 0xEDB88320u;
 
 using Tables = std::array<std::array<uint32_t, 256>, 16>;
 
-// tables[k][b]: what byte b does to the CRC when k more bytes follow it.
+// tables[k][b]: effect on the CRC of byte b followed by k more bytes.
 constexpr Tables make_tables() {
   Tables tables{};
   for (uint32_t byte = 0; byte < 256; ++byte) {
@@ -49,7 +49,7 @@ uint32_t crc32_slice16(const void* data, size_t bytes, uint32_t value) {
 
 namespace {
 
-// One folding step: a 128-bit remainder moves ahead over the data by the distance its constants stand for.
+// One folding step: moves a 128-bit remainder forward by the distance that its constants encode.
 __attribute__((target("pclmul,sse4.1"))) inline __m128i fold(__m128i remainder, __m128i constants, __m128i data) {
   const __m128i low = _mm_clmulepi64_si128(remainder, constants, 0x00);
   const __m128i high = _mm_clmulepi64_si128(remainder, constants, 0x11);
@@ -61,8 +61,8 @@ __attribute__((target("pclmul,sse4.1"))) inline __m128i load(const unsigned char
 }
 
 // Carry-less multiplication with constants x^n mod P in bit-reflected form (Gopal et al., "Fast CRC Computation for
-// Generic Polynomials Using PCLMULQDQ", Intel 2009): four lanes hide the multiplier's latency. `bytes` is a multiple
-// of 16 and at least 64; takes and returns the CRC without the outer complement.
+// Generic Polynomials Using PCLMULQDQ", Intel 2009). Four lanes hide the multiplier's latency. `bytes` is a multiple of
+// 16, at least 64. Takes and returns the CRC without the outer complement.
 __attribute__((target("pclmul,sse4.1"))) uint32_t fold_blocks(const unsigned char* p, size_t bytes, uint32_t crc) {
   const __m128i by_512_bits = _mm_set_epi64x(0x01c6e41596, 0x0154442bd4);
   const __m128i by_128_bits = _mm_set_epi64x(0x00ccaa009e, 0x01751997d0);
@@ -80,7 +80,7 @@ __attribute__((target("pclmul,sse4.1"))) uint32_t fold_blocks(const unsigned cha
   for (int i = 1; i < 4; ++i) x = fold(x, by_128_bits, lane[i]);
   for (; bytes >= 16; bytes -= 16, p += 16) x = fold(x, by_128_bits, load(p));
 
-  // 128 bits to 64, 64 to 32, then Barrett's reduction.
+  // 128 bits to 64, 64 to 32, then Barrett reduction.
   x = _mm_xor_si128(_mm_srli_si128(x, 8), _mm_clmulepi64_si128(x, by_128_bits, 0x10));
   x = _mm_xor_si128(_mm_srli_si128(x, 4), _mm_clmulepi64_si128(_mm_and_si128(x, low_32), by_64_bits, 0x00));
   __m128i quotient = _mm_clmulepi64_si128(_mm_and_si128(x, low_32), barrett, 0x10);
@@ -91,8 +91,8 @@ __attribute__((target("pclmul,sse4.1"))) uint32_t fold_blocks(const unsigned cha
 }  // namespace
 
 bool has_pclmul() {
-  static const bool there = __builtin_cpu_supports("pclmul") && __builtin_cpu_supports("sse4.1");
-  return there;
+  static const bool supported = __builtin_cpu_supports("pclmul") && __builtin_cpu_supports("sse4.1");
+  return supported;
 }
 
 uint32_t crc32_pclmul(const void* data, size_t bytes, uint32_t value) {

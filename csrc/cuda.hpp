@@ -2,9 +2,9 @@
 #include <cstddef>
 #include <cstdint>
 
-// The CUDA part's interface: raw device pointers and a stream handle, no torch. Bases and counts are themselves read
-// from device memory (`*_at` points to one int64), so that a captured graph follows a database swap. Arguments are
-// checked (std::invalid_argument); a failed launch is a std::runtime_error with CUDA's words.
+// Interface of the CUDA part: raw device pointers and a stream handle, no torch. Base addresses and counts are read from
+// device memory (`*_at` points to one int64), so that a captured graph follows a database swap. Throws
+// std::invalid_argument for bad arguments and std::runtime_error with CUDA's message for a failed launch.
 namespace ragturbo {
 
 enum class Stored { float16, int8 };
@@ -30,8 +30,8 @@ constexpr int kMaxQueries = 4;
 constexpr int kMaxNeighbours = 32;
 
 // The k largest inner products of each fp32 query (queries, dim) with *count_at fp16 keys (·, dim) at *base_at, in
-// two launches: rows int64 and scores fp32 (queries, k), best first, the smaller row first among equals. Places that
-// nothing fills are row -1, score NaN; a key whose product is NaN is never returned.
+// two launches: rows int64 and scores fp32 (queries, k), best first, equal scores by ascending row. Unused places are
+// row -1, score NaN; a key whose product is NaN is never returned.
 struct TopK {
   const int64_t* base_at;
   const int64_t* count_at;

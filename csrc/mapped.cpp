@@ -21,7 +21,7 @@ namespace ragturbo {
 namespace {
 
 constexpr size_t kPage = 4096;
-// Asked about, and copied, at once: pages seen in the cache are still there when they are copied.
+// Pages checked and copied at a time: few, so that checked pages are still in the page cache when they are copied.
 constexpr size_t kPages = 64;
 
 struct Guard {
@@ -29,22 +29,23 @@ struct Guard {
   const unsigned char *begin, *end;
 };
 
-// The guard of this thread. Not thread_local: in a shared library that may allocate at first use, and a handler must not.
+// The copy in progress on this thread. Not thread_local, which may allocate at first use in a shared library: a signal
+// handler must not allocate.
 pthread_key_t guard;
 struct sigaction previous;
 
 void on_bus(int number, siginfo_t* info, void* context) {
-  auto* mine = static_cast<Guard*>(::pthread_getspecific(guard));
+  auto* own = static_cast<Guard*>(::pthread_getspecific(guard));
   const auto* at = static_cast<const unsigned char*>(info->si_addr);
-  if (mine && at >= mine->begin && at < mine->end) {
-    // A jump leaves the handler without undoing what it blocks.
+  if (own && at >= own->begin && at < own->end) {
+    // siglongjmp leaves the handler with its signals blocked: restore the mask.
     ::pthread_sigmask(SIG_SETMASK, &static_cast<ucontext_t*>(context)->uc_sigmask, nullptr);
-    siglongjmp(mine->back, 1);
+    siglongjmp(own->back, 1);
   }
-  // Somebody else's: as if this handler were not here.
+  // Not ours: do what would have happened without this handler.
   if (previous.sa_flags & SA_SIGINFO) return previous.sa_sigaction(number, info, context);
   if (previous.sa_handler != SIG_DFL && previous.sa_handler != SIG_IGN) return previous.sa_handler(number);
-  // The instruction runs again and meets the default.
+  // The instruction runs again, under the default action.
   ::sigaction(SIGBUS, &previous, nullptr);
 }
 
@@ -57,16 +58,16 @@ bool install() {
   return ::sigaction(SIGBUS, &action, &previous) == 0;
 }
 
-// Of its own, and nothing in it changes after sigsetjmp: what a jump leaves of locals is unspecified otherwise.
+// A separate function without locals that change after sigsetjmp: a jump leaves their values unspecified.
 __attribute__((noinline)) bool copy_guarded(unsigned char* out, const unsigned char* from, size_t n) {
-  Guard mine;
-  mine.begin = from;
-  mine.end = from + n;
-  if (sigsetjmp(mine.back, 0)) {
+  Guard own;
+  own.begin = from;
+  own.end = from + n;
+  if (sigsetjmp(own.back, 0)) {
     ::pthread_setspecific(guard, nullptr);
     return false;
   }
-  if (::pthread_setspecific(guard, &mine) != 0) return false;
+  if (::pthread_setspecific(guard, &own) != 0) return false;
   std::atomic_signal_fence(std::memory_order_seq_cst);
   std::memcpy(out, from, n);
   std::atomic_signal_fence(std::memory_order_seq_cst);
@@ -74,8 +75,8 @@ __attribute__((noinline)) bool copy_guarded(unsigned char* out, const unsigned c
   return true;
 }
 
-// mincore tells the truth to a file's owner and to those who may write to it, and says "all there" to others.
-bool told_the_truth(int fd) {
+// mincore reports every page as present to users who neither own the file nor may write to it.
+bool mincore_is_true(int fd) {
   struct stat status {};
   if (::fstat(fd, &status) != 0) return false;
   return status.st_uid == ::geteuid() || ::access(("/proc/self/fd/" + std::to_string(fd)).c_str(), W_OK) == 0;
@@ -86,7 +87,7 @@ bool told_the_truth(int fd) {
 Mapped::Mapped(int fd, uint64_t bytes) {
   static const bool installed = install();
   if (!installed || bytes == 0 || bytes > SIZE_MAX) return;
-  if (::sysconf(_SC_PAGESIZE) != static_cast<long>(kPage) || !told_the_truth(fd)) return;
+  if (::sysconf(_SC_PAGESIZE) != static_cast<long>(kPage) || !mincore_is_true(fd)) return;
   void* base = ::mmap(nullptr, bytes, PROT_READ, MAP_SHARED, fd, 0);
   if (base == MAP_FAILED) return;
   base_ = static_cast<unsigned char*>(base);
@@ -107,11 +108,11 @@ bool Mapped::copy(unsigned char* out, uint64_t offset, size_t n) const {
   for (size_t done = 0; done < n;) {
     const uint64_t at = offset + done, first = at / kPage * kPage;
     const size_t part = std::min<uint64_t>(n - done, first + kPages * kPage - at);
-    unsigned char there[kPages];
-    if (::mincore(base_ + first, at + part - first, there) != 0) return false;
+    unsigned char present[kPages];
+    if (::mincore(base_ + first, at + part - first, present) != 0) return false;
     const size_t pages = (at + part - first + kPage - 1) / kPage;
-    // A page that has to come from the disk would come alone; a read brings a whole record.
-    if (!std::all_of(there, there + pages, [](unsigned char page) { return page & 1; })) return false;
+    // A page fault would read one page from the disk; pread reads the whole record.
+    if (!std::all_of(present, present + pages, [](unsigned char page) { return page & 1; })) return false;
     if (!copy_guarded(out + done, base_ + at, part)) return false;
     done += part;
   }

@@ -4,11 +4,11 @@
 
 namespace ragturbo {
 
-// The first `bytes` of an open file as memory, for copies out of the page cache that spare the kernel's own, which goes
-// page by page. It never reads from a disk and never fails: what it cannot copy, the caller reads.
+// A map of the first `bytes` of an open file, to copy from the page cache faster than pread, which copies page by page.
+// It never reads from the disk: if it cannot copy, the caller must read.
 class Mapped {
  public:
-  // Not mapped (`mapped` is false) where the system does not allow it, or does not say what lies in the page cache.
+  // `mapped()` is false if the system does not allow the map or does not say which pages are in the page cache.
   Mapped(int fd, uint64_t bytes);
   ~Mapped();
   Mapped(Mapped&& other) noexcept;
@@ -17,12 +17,12 @@ class Mapped {
 
   bool mapped() const { return base_ != nullptr; }
 
-  // True once `n` bytes from `offset` on are in `out`. False, with anything in `out`, where some of them are not in
-  // the page cache, lie beyond the mapping, or went away meanwhile: a file cut short, a disk that fails.
+  // Copies `n` bytes from `offset`. Returns false, with undefined bytes in `out`, if some are not in the page cache, are
+  // beyond the map, or disappeared during the copy (the file was truncated, or the disk failed).
   bool copy(unsigned char* out, uint64_t offset, size_t n) const;
 
-  // Whether a page that goes away while it is copied comes back to `copy`: SIGBUS is one handler for the process, and
-  // whoever took it after us has it. Ask before copying.
+  // Whether our SIGBUS handler is installed. A process has one handler, and other code may have replaced ours: call
+  // this before copying.
   static bool guarded();
 
  private:

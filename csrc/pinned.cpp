@@ -20,7 +20,7 @@ namespace {
 constexpr size_t kHugePage = size_t{2} << 20;
 constexpr size_t kTouch = size_t{64} << 20;
 
-// The few entries of the CUDA driver that page-locking needs, as cuda.h declares them.
+// The functions of the CUDA driver that page-locking needs, as declared in cuda.h.
 struct Driver {
   using Result = int;
   using Context = void*;
@@ -74,14 +74,14 @@ struct Driver {
 
 size_t round_up(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }
 
-// Faults every page in, on several threads: the driver would do it on one. False where memory runs out.
+// Faults in every page, on several threads: the driver would use one. Returns false if memory runs out.
 bool populate(void* data, size_t bytes) {
 #ifdef MADV_POPULATE_WRITE
   std::atomic<bool> good{true};
   const int threads = static_cast<int>(std::thread::hardware_concurrency());
   run_parallel((bytes + kTouch - 1) / kTouch, threads, [&](size_t i) {
     const size_t begin = i * kTouch, length = bytes - begin < kTouch ? bytes - begin : kTouch;
-    // An older kernel does not know the advice (EINVAL): the driver faults the pages then.
+    // Older kernels do not support it (EINVAL): then the driver faults the pages in.
     if (::madvise(static_cast<char*>(data) + begin, length, MADV_POPULATE_WRITE) != 0 && errno == ENOMEM) good = false;
   });
   return good;
@@ -93,12 +93,11 @@ bool populate(void* data, size_t bytes) {
 
 }  // namespace
 
-Arena::Arena(size_t bytes, bool page_locked, int device) : size_(bytes), device_(device), owner_(::getpid()) {
+Arena::Arena(size_t bytes) : size_(bytes), owner_(::getpid()) {
   if (bytes == 0) throw std::invalid_argument("nbytes must be at least 1");
-  if (device < 0) throw std::invalid_argument("device=" + std::to_string(device) + " must not be negative");
   if (bytes > std::numeric_limits<size_t>::max() / 2) throw std::bad_alloc();
   mapped_ = round_up(bytes, kHugePage);
-  // Map one huge page more than needed and give back what lies outside the aligned range.
+  // Map one huge page more than needed and unmap what is outside the aligned range.
   const size_t whole = mapped_ + kHugePage;
   void* raw = ::mmap(nullptr, whole, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (raw == MAP_FAILED) throw std::bad_alloc();
@@ -110,30 +109,25 @@ Arena::Arena(size_t bytes, bool page_locked, int device) : size_(bytes), device_
 #ifdef MADV_HUGEPAGE
   ::madvise(data_, mapped_, MADV_HUGEPAGE);
 #endif
-  if (page_locked) {
-    lock(device);
-  } else {
-    reason_ = "page-locking was not asked for";
-  }
+  lock();
 }
 
-void Arena::lock(int device) {
+void Arena::lock() {
   const Driver& cuda = Driver::get();
   if (!cuda.missing.empty()) {
     reason_ = cuda.missing;
     return;
   }
-  int handle = 0;
   Driver::Context context = nullptr;
   const auto failed = [&](const char* call, Driver::Result code) {
     if (code != 0) reason_ = cuda.explain(call, code);
     return code != 0;
   };
-  if (failed("cuInit", cuda.init(0)) || failed("cuDeviceGet", cuda.device_get(&handle, device))) return;
-  // The primary context is the one that torch uses, so its kernels may read this memory.
-  if (failed("cuDevicePrimaryCtxRetain", cuda.retain(&context, handle))) return;
+  if (failed("cuInit", cuda.init(0)) || failed("cuDeviceGet", cuda.device_get(&device_, 0))) return;
+  // The primary context is the one that torch uses, so torch's kernels may read this memory.
+  if (failed("cuDevicePrimaryCtxRetain", cuda.retain(&context, device_))) return;
   if (failed("cuCtxPushCurrent", cuda.push(context))) {
-    cuda.release(handle);
+    cuda.release(device_);
     return;
   }
   constexpr unsigned kPortable = 1, kDeviceMap = 2;
@@ -148,12 +142,11 @@ void Arena::lock(int device) {
   if (registered && address == 0) cuda.host_unregister(data_);
   device_data_ = reinterpret_cast<void*>(address);
   cuda.pop(&context);
-  if (!device_data_) cuda.release(handle);
-  device_ = handle;
+  if (!device_data_) cuda.release(device_);
 }
 
 Arena::~Arena() {
-  // A forked child shares the address space's contents but not the driver's state: the parent lets go of it.
+  // A forked child has a copy of the memory but not the driver's state: only the owner unregisters it.
   if (device_data_ && ::getpid() == owner_) {
     const Driver& cuda = Driver::get();
     Driver::Context context = nullptr;

@@ -18,12 +18,11 @@
 namespace ragturbo {
 namespace {
 
-// To be put to sleep and woken takes tens of microseconds, as long as copying a few records: so whoever waits looks out
-// for so long before it sleeps.
+// Sleeping and waking takes tens of microseconds, as long as copying a few records, so threads spin this long first.
 constexpr std::chrono::microseconds kSpin{50};
 
 template <typename Condition>
-bool soon(Condition condition) {
+bool spin_until(Condition condition) {
   const auto until = std::chrono::steady_clock::now() + kSpin;
   while (!condition())
     if (std::chrono::steady_clock::now() >= until) return false;
@@ -53,14 +52,14 @@ class Pool {
     }
     work_.notify_all();
     job.work();
-    // Every task is taken. A call for help that nobody has answered is withdrawn: a busy pool never delays the caller.
+    // Every task is taken. Unanswered calls for helpers are withdrawn, so that a busy pool does not delay the caller.
     std::unique_lock lock(mutex_);
     wanted_.erase(std::remove(wanted_.begin(), wanted_.end(), &job), wanted_.end());
     calls_.store(wanted_.size(), std::memory_order_release);
     lock.unlock();
-    // The helpers are in the middle of their last tasks.
+    // Helpers may still run their last tasks.
     const auto done = [&] { return job.helpers.load(std::memory_order_acquire) == 0; };
-    if (soon(done)) return;
+    if (spin_until(done)) return;
     lock.lock();
     done_.wait(lock, done);
   }
@@ -77,14 +76,14 @@ class Pool {
 #endif
         thread.detach();
       } catch (const std::system_error&) {
-        return;  // no more threads to be had: the caller does the work
+        return;  // no more threads: the caller does the work
       }
       ++workers_;
     }
   }
 
-  // Linux may wake a helper on the processor of its caller, where it waits for its turn until there is nothing left to
-  // do, though others are idle. Helpers of one job are useful elsewhere only.
+  // Linux may wake a helper on its caller's processor, where it waits until the work is done although other processors
+  // are idle. So helpers may run on every processor but that one.
   void keep_off_this_processor() {
 #ifdef __linux__
     const int here = ::sched_getcpu();
@@ -103,7 +102,7 @@ class Pool {
     for (;;) {
       if (wanted_.empty()) {
         lock.unlock();
-        soon([&] { return calls_.load(std::memory_order_acquire) != 0; });
+        spin_until([&] { return calls_.load(std::memory_order_acquire) != 0; });
         lock.lock();
         work_.wait(lock, [&] { return !wanted_.empty(); });
       }
@@ -114,7 +113,7 @@ class Pool {
       lock.unlock();
       job->work();
       lock.lock();
-      // The caller may be gone with its job as soon as this is zero.
+      // The caller may return, and its job be destroyed, as soon as this is zero.
       if (job->helpers.fetch_sub(1, std::memory_order_acq_rel) == 1) done_.notify_all();
     }
   }
@@ -122,18 +121,18 @@ class Pool {
   std::mutex mutex_;
   std::condition_variable work_, done_;
   std::deque<Job*> wanted_;
-  std::atomic<size_t> calls_{0};  // wanted_.size(), for those who look without the mutex
+  std::atomic<size_t> calls_{0};  // wanted_.size(), readable without the mutex
   int workers_ = 0;
 #ifdef __linux__
   std::vector<pthread_t> handles_;
-  int avoided_ = -1;  // the processor that helpers do not run on
+  int avoided_ = -1;  // processor that helpers do not run on
 #endif
 };
 
 std::atomic<Pool*> current{nullptr};
 
 Pool& pool() {
-  // After fork only the forking thread lives on, so the child forgets the parent's pool and makes its own.
+  // Only the forking thread exists in a forked child, so the child makes its own pool.
   static const int registered = pthread_atfork(nullptr, nullptr, [] { current.store(nullptr); });
   (void)registered;
   Pool* there = current.load();

@@ -6,9 +6,9 @@ namespace ragturbo {
 
 constexpr int kMaxThreads = 64;
 
-// body(0) … body(tasks - 1) on up to `threads` threads, the caller's among them; returns when all are done.
-// The other threads live in one pool for the process and are started as they are first needed; a forked child starts
-// its own. `body` must not throw. Safe to call from many threads at once.
+// Calls body(0) … body(tasks - 1) on up to `threads` threads including the caller's, and returns when all are done.
+// The other threads belong to one pool per process and start when first needed; a forked child starts its own. `body`
+// must not throw. Thread-safe.
 void run_parallel(size_t tasks, int threads, const std::function<void(size_t)>& body);
 
 }  // namespace ragturbo

@@ -1,7 +1,6 @@
-"""ragturbo._native, built from csrc/: checked parallel reads, CRC-32, page-locked memory. Absent where not built."""
+"""ragturbo._native, built from csrc/: checked parallel reads, CRC-32, page-locked memory. Optional."""
 
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -9,11 +8,10 @@ from numpy.typing import NDArray
 from typing_extensions import Buffer
 
 class Store:
-    """Fixed-size records in many files, read in parallel into one buffer with the GIL released.
+    """Fixed-size records in many files, read in parallel into one buffer without the GIL. Thread-safe; survives fork.
 
-    Record r of segment s is the `payload_bytes` bytes at `header_bytes + r * record_bytes` of `paths[s]`.
-    Opens every file at once (OSError naming the file, ValueError where one is too short for its count).
-    Thread-safe; survives fork.
+    Record r of a file is the `payload_bytes` bytes at `header_bytes + r * record_bytes`. All files are opened at once:
+    OSError with the path, or ValueError if a file is too short for its count.
     """
 
     def __init__(
@@ -21,7 +19,6 @@ class Store:
     ) -> None: ...
     def read_into(
         self,
-        segments: NDArray[np.int32] | None,
         rows: NDArray[np.int64],
         dst: Buffer,
         *,
@@ -30,36 +27,24 @@ class Store:
         expected_crc: NDArray[np.uint32] | None = None,
         threads: int = 2,
     ) -> list[tuple[int, str, str]]:
-        """Read n records; record i goes to byte `slots[i] * slot_bytes` of dst (0..n-1 and payload_bytes if None).
+        """Read records `rows`, counted through all files; record i goes to byte `slots[i] * slot_bytes` of dst.
 
-        Without `segments`, rows are counted through all files.
-        Returns the records that failed as (i, kind, detail), kind "io" | "short" | "crc"; empty means all are good.
-        The bytes in the slot of a failed record are unspecified. With `expected_crc` each payload is checked as read.
-        A segment, row or slot outside its range is an IndexError and two equal slots are a ValueError, before any read.
+        slots and slot_bytes default to 0..n-1 and payload_bytes. Returns failed records as (i, kind, detail), kind
+        "io" | "short" | "crc"; their slots hold undefined bytes. Before any read, a row or slot out of range raises
+        IndexError and two equal slots raise ValueError.
         """
-    def close(self) -> None: ...
-    def __enter__(self) -> Store: ...
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-    @property
-    def closed(self) -> bool: ...
 
 class PinnedArena:
-    """`nbytes` of zeroed, 2 MiB-aligned memory, page-locked through the CUDA driver where there is one.
+    """`nbytes` of zeroed, 2 MiB-aligned memory, page-locked through the CUDA driver if there is one.
 
-    Never an error for want of a GPU: `page_locked` says which it is and `reason` why not. The address never moves.
-    Freed with the last reference, numpy views of the buffer included.
+    Without a GPU it is ordinary memory and `reason` says why. The address never changes. Freed with the last
+    reference, numpy views of the buffer included.
     """
 
-    def __init__(self, nbytes: int, *, page_locked: bool = True, device: int = 0) -> None: ...
-    @property
-    def ptr(self) -> int: ...
+    def __init__(self, nbytes: int) -> None: ...
     @property
     def device_ptr(self) -> int:
-        """The address a kernel reads it by; 0 where it is not page-locked."""
-    @property
-    def nbytes(self) -> int: ...
+        """Address for kernels; 0 if it is not page-locked."""
     @property
     def page_locked(self) -> bool: ...
     @property
@@ -72,9 +57,9 @@ def crc32(data: Buffer, value: int = 0) -> int:
 def build_info() -> dict[str, Any]:
     """compiler, crc32 ("pclmul" | "slice16"), cuda (toolkit version or ""), cuda_off (why there is none), archs."""
 
-# The three below are there only where ragturbo was installed with nvcc: ask hasattr(_native, "gather_rows").
-# Addresses are integers (tensor.data_ptr(), stream.cuda_stream); `*_at` is the device address of one int64, read by
-# the kernel, so that a captured graph follows a database swap. Wrong arguments are ValueError, CUDA's own failures
+# The functions below exist only if ragturbo was installed with nvcc: check hasattr(_native, "gather_rows").
+# Addresses are integers (tensor.data_ptr(), stream.cuda_stream); `*_at` is the device address of one int64 that the
+# kernel reads, so that a captured graph follows a database swap. Bad arguments raise ValueError, CUDA errors
 # RuntimeError. They launch on `stream` of the current device and allocate nothing.
 
 def gather_rows(
@@ -111,11 +96,11 @@ def topk(
     stream: int,
 ) -> None:
     """rows int64, scores fp32 (queries, k): the k largest inner products of query fp32 (queries ≤ 4, dim) with the
-    *count_at fp16 keys (·, dim) at *base_at, best first, the smaller row first among equals; two launches.
+    *count_at fp16 keys (·, dim) at *base_at, best first, equal scores by ascending row; two launches.
 
-    k ≤ 32; dim a multiple of 8, ≤ 2048. Unfilled places are row -1, score NaN; a key whose product is NaN (a row
-    taken out by writing NaN over its key, say) is never returned.
+    k ≤ 32; dim a multiple of 8, ≤ 2048. Unused places are row -1, score NaN; a key whose product is NaN (such as the
+    key of a removed row) is never returned.
     """
 
 def topk_workspace_bytes(*, queries: int, k: int) -> int:
-    """Bytes of device memory `topk` needs to work in, on the current device."""
+    """Size in bytes of the workspace that `topk` needs on the current device."""

@@ -121,7 +121,7 @@ class Segments:
         """Reads the records of `rows` into slots of `dst`. A record that is not what was written is never returned."""
         rows = np.ascontiguousarray(rows, np.int64)
         failures = self._store.read_into(
-            None, rows, dst, slots=slots, slot_bytes=slot_bytes,
+            rows, dst, slots=slots, slot_bytes=slot_bytes,
             expected_crc=self.crcs[rows] if checksums else None, threads=threads,
         )  # fmt: skip
         if failures:

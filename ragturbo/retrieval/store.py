@@ -1,7 +1,7 @@
-"""Positioned reads of many records into one buffer: `ragturbo._native.Store`, or the same contract in Python.
+"""Reads of many records into one buffer: `ragturbo._native.Store`, or the same interface in Python.
 
-The native store copies from maps of its files and knows how to survive a file that is truncated under them. Python does
-not, so its twin reads: there a truncated file is a short read.
+The native store copies from maps of its files and survives a file that is truncated while it is read. Python cannot
+catch that signal, so `PreadStore` reads: a truncated file is a short read.
 """
 
 from __future__ import annotations
@@ -19,81 +19,85 @@ try:
 except ImportError:
     _native = None  # type: ignore[assignment]
 
+# Index in the request, kind ("io", "short" or "crc") and detail.
 Failure = tuple[int, str, str]
 
 
 class PreadStore:
-    """What `_native.Store` does, without it: records of `record_bytes` from byte `header_bytes` on, in many files."""
+    """Fixed-size records in many files: record r of a file starts at byte header_bytes + r * record_bytes."""
 
     def __init__(
         self, paths: Sequence[str], *, header_bytes: int, record_bytes: int, payload_bytes: int, counts: Sequence[int]
     ) -> None:
-        self._paths = [os.fspath(path) for path in paths]
         self._header, self._stride, self._payload = header_bytes, record_bytes, payload_bytes
-        self._counts = [int(count) for count in counts]
+        self._ends = np.cumsum(counts, dtype=np.int64)
+        self._starts = self._ends - np.array(counts, np.int64)
         self._fds: list[int] = []
         self._pool: ThreadPoolExecutor | None = None
-        try:
-            for path, count in zip(self._paths, self._counts, strict=True):
-                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                self._fds.append(fd)
-                size, need = os.fstat(fd).st_size, header_bytes + count * record_bytes
-                if size < need:
-                    raise ValueError(f"{path}: {size} bytes, {count} records need {need}")
-        except BaseException:
-            self.close()
-            raise
+        for path, count in zip(paths, counts, strict=True):
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._fds.append(fd)
+            size, need = os.fstat(fd).st_size, header_bytes + count * record_bytes
+            if size < need:
+                raise ValueError(f"{path}: {size} bytes, {count} records need {need}")
 
     def read_into(
-        self, segments: np.ndarray | None, rows: np.ndarray, dst: Any, slots: np.ndarray | None = None,
-        slot_bytes: int | None = None, expected_crc: np.ndarray | None = None, threads: int = 2,
+        self, rows: np.ndarray, dst: Any, *, slots: np.ndarray | None = None, slot_bytes: int | None = None,
+        expected_crc: np.ndarray | None = None, threads: int = 2,
     ) -> list[Failure]:  # fmt: skip
-        if segments is None:
-            # Counted through all files.
-            ends = np.cumsum(self._counts)
-            if len(rows) and not 0 <= rows.min() <= rows.max() < ends[-1]:
-                raise IndexError(f"rows {rows.min()}…{rows.max()} of {ends[-1]}")
-            segments = np.searchsorted(ends, rows, side="right").astype(np.int32)
-            rows = rows - (ends - self._counts)[segments]
+        """Read records into slots of a buffer. All arguments are checked before anything is read.
+
+        Args:
+            rows: (n,) int64, counted through all files.
+            dst: writable contiguous buffer; slot s starts at byte s * slot_bytes.
+            slots: (n,) int64 without repetition; None: 0…n-1.
+            slot_bytes: default: the payload.
+            expected_crc: (n,) uint32; None: records are not checked.
+
+        Returns:
+            The records that could not be read; their slots hold undefined bytes.
+        """
         view = memoryview(dst).cast("B")
         step = self._payload if slot_bytes is None else slot_bytes
         places = np.arange(len(rows)) if slots is None else slots
-        # All arguments are proven first, so that a bad one reads nothing.
-        if not len(segments) == len(rows) == len(places) or step < self._payload:
-            raise ValueError("segments, rows and slots must be of one length, and a slot must hold a record")
+        if len(rows) != len(places) or step < self._payload:
+            raise ValueError("rows and slots must be of one length, and a slot must hold a record")
         if len(np.unique(places)) != len(places):
             raise ValueError("two records cannot go to one slot")
-        for segment, row, place in zip(segments.tolist(), rows.tolist(), places.tolist(), strict=True):
-            if not 0 <= segment < len(self._fds) or not 0 <= row < self._counts[segment]:
-                raise IndexError(f"no record {row} in segment {segment}")
-            if not 0 <= place or place * step + self._payload > len(view):
-                raise IndexError(f"slot {place} is outside the destination")
+        for name, values, count in (
+            ("row", rows, int(self._ends[-1]) if len(self._ends) else 0),
+            ("slot", places, (len(view) - self._payload) // step + 1),
+        ):
+            if len(values) and not 0 <= values.min() <= values.max() < count:
+                raise IndexError(f"{name}s {values.min()}…{values.max()} of {count}")
+        files = np.searchsorted(self._ends, rows, side="right")
+        offsets = self._header + (rows - self._starts[files]) * self._stride
 
         def read(begin: int, end: int) -> list[Failure]:
             failures = []
             for i in range(begin, end):
                 start = int(places[i]) * step
                 target = view[start : start + self._payload]
-                if problem := self._read_one(int(segments[i]), int(rows[i]), target):
+                if problem := self._read_one(self._fds[files[i]], int(offsets[i]), target):
                     failures.append((i, *problem))
                 elif expected_crc is not None and (crc := zlib.crc32(target)) != int(expected_crc[i]):
                     failures.append((i, "crc", f"CRC-32 {crc:08x}, expected {int(expected_crc[i]):08x}"))
             return failures
 
-        count = len(rows)
-        if threads <= 1 or count < 8:
-            return read(0, count)
+        if threads <= 1 or len(rows) < 8:
+            return read(0, len(rows))
         if self._pool is None:
             self._pool = ThreadPoolExecutor(4, thread_name_prefix="ragturbo-pread")
-        cuts = np.linspace(0, count, threads + 1).astype(int)
-        parts = [self._pool.submit(read, int(a), int(b)) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+        cuts = np.linspace(0, len(rows), threads + 1).astype(int).tolist()
+        parts = [self._pool.submit(read, a, b) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
         return [failure for part in parts for failure in part.result()]
 
-    def _read_one(self, segment: int, row: int, target: memoryview) -> tuple[str, str] | None:
-        offset, done = self._header + row * self._stride, 0
+    @staticmethod
+    def _read_one(fd: int, offset: int, target: memoryview) -> tuple[str, str] | None:
+        done = 0
         while done < len(target):
             try:
-                got = os.preadv(self._fds[segment], [target[done:]], offset + done)
+                got = os.preadv(fd, [target[done:]], offset + done)
             except OSError as error:
                 return "io", error.strerror or str(error)
             if got == 0:
@@ -101,16 +105,11 @@ class PreadStore:
             done += got
         return None
 
-    def close(self) -> None:
+    def __del__(self) -> None:
         for fd in self._fds:
             os.close(fd)
-        self._fds = []
         if self._pool is not None:
             self._pool.shutdown()
-
-    def __del__(self) -> None:
-        if getattr(self, "_fds", None):
-            self.close()
 
 
 def open_store(
@@ -128,7 +127,7 @@ def crc32(data: Any, value: int = 0) -> int:
 
 
 def host_buffer(nbytes: int) -> tuple[np.ndarray, bool, str, Any]:
-    """Memory whose address never changes: (uint8 view, page-locked?, why not, owner)."""
+    """Allocate memory that never moves. Returns (uint8 view, whether it is page-locked, why not, owner)."""
     if _native is not None:
         arena: Any = _native.PinnedArena(nbytes)
         return np.frombuffer(arena, np.uint8), arena.page_locked, arena.reason, arena

@@ -13,7 +13,7 @@ _native = pytest.importorskip("ragturbo._native", reason="installed without the 
 def test_the_arena_lives_as_long_as_its_last_view() -> None:
     arena = _native.PinnedArena(3 << 20)
     view = np.frombuffer(arena, np.uint8)
-    assert view.nbytes == arena.nbytes == 3 << 20 and view.ctypes.data == arena.ptr and arena.ptr % (2 << 20) == 0
+    assert view.nbytes == 3 << 20 and view.ctypes.data % (2 << 20) == 0
     assert not view.any() and view.flags.writeable
     tail = view[-5:]
     del arena, view
@@ -29,8 +29,6 @@ def test_without_a_driver_it_is_plain_memory_and_says_why() -> None:
         assert arena.device_ptr == 0 and arena.reason
     if ctypes.util.find_library("cuda") is None and not arena.page_locked:
         assert "no CUDA driver" in arena.reason
-    plain = _native.PinnedArena(100, page_locked=False)
-    assert not plain.page_locked and "not asked for" in plain.reason
 
 
 @pytest.mark.parametrize("nbytes", [0, -1, 2.5, "8GiB"])
@@ -49,5 +47,5 @@ def test_records_are_read_straight_into_it(tmp_path) -> None:
     data.tofile(tmp_path / "rows")
     store = _native.Store([str(tmp_path / "rows")], header_bytes=0, record_bytes=4096, payload_bytes=4096, counts=[8])
     arena = _native.PinnedArena(8 * 4096)
-    assert store.read_into(np.zeros(8, np.int32), np.arange(8)[::-1].copy(), arena) == []
+    assert store.read_into(np.arange(8)[::-1].copy(), arena) == []
     np.testing.assert_array_equal(np.frombuffer(arena, np.uint8).reshape(8, 4096), data[::-1])

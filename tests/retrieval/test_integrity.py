@@ -309,19 +309,21 @@ def test_the_native_store_and_its_python_twin_agree(original, rng):
     options = dict(header_bytes=4096, record_bytes=GEOMETRY.stride, payload_bytes=GEOMETRY.record_bytes,
                    counts=[entry.count for entry in manifest.segments])  # fmt: skip
     stores = [store.PreadStore(paths, **options), store._native.Store(paths, **options)]
-    segments, rows = np.array([1, 0, 0, 1], np.int32), np.array([3, 5, 0, 0])
+    rows = np.array([9, 5, 0, 6])
     places = np.array([7, 0, 3, 1])
     crcs = np.array([1, 2, 3, 4], np.uint32)
     results = []
     for one in stores:
         out = np.zeros((8, 128), np.uint8)
-        failures = one.read_into(segments, rows, out, slots=places, slot_bytes=128, expected_crc=crcs)
-        good = one.read_into(segments, rows, out, slots=places, slot_bytes=128)
+        failures = one.read_into(rows, out, slots=places, slot_bytes=128, expected_crc=crcs)
+        good = one.read_into(rows, out, slots=places, slot_bytes=128)
         assert good == []
         results.append((out.tobytes(), [(i, kind) for i, kind, _ in failures]))
-        for bad in (np.array([1, 0, 0, 2], np.int32), np.array([1, 0, 0, -1], np.int32)):
+        for bad in (np.array([0, 1, 2, 10]), np.array([0, 1, 2, -1])):
             with pytest.raises(IndexError):
-                one.read_into(bad, rows, out, slots=places, slot_bytes=128)
+                one.read_into(bad, out, slots=places, slot_bytes=128)
+            with pytest.raises(IndexError):
+                one.read_into(rows, out, slots=bad, slot_bytes=128)
         with pytest.raises(ValueError):
-            one.read_into(segments, rows, out, slots=np.array([1, 1, 2, 3]), slot_bytes=128)
+            one.read_into(rows, out, slots=np.array([1, 1, 2, 3]), slot_bytes=128)
     assert results[0] == results[1]
