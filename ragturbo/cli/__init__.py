@@ -1,4 +1,4 @@
-"""`ragturbo …`. One file a group of commands; nothing else in the package imports this one."""
+"""The `ragturbo` command, one module per command or group of commands."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import sys
 import typer
 
 from ragturbo.cli import bench, convert, data, db, eval, generate, info, profile, serve, train
-from ragturbo.cli.errors import exit_code
 
 app = typer.Typer(
     name="ragturbo",
@@ -29,7 +28,7 @@ app.command("info")(info.info)
 
 
 @app.callback(invoke_without_command=True)
-def version(show: bool = typer.Option(False, "--version", help="Print the version and stop.")) -> None:
+def version(show: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
     if show:
         from ragturbo import __version__
 
@@ -38,17 +37,20 @@ def version(show: bool = typer.Option(False, "--version", help="Print the versio
 
 
 def main() -> None:
-    """Errors the library means to raise end in one line on stderr and the exit code of their kind."""
-    from ragturbo.errors import RagTurboError
+    """Run the command. Errors of the library are printed on one line.
+
+    Exit codes: 0 success, 2 usage, 3 unusable model or database, 4 device or generation failure, 130 interrupted.
+    """
+    from ragturbo.errors import DatabaseError, InvalidRequest, ModelError, RagTurboError
 
     try:
         app()
     except RagTurboError as error:
         print(f"ragturbo: {error}", file=sys.stderr)
-        sys.exit(exit_code(error))
+        sys.exit(2 if isinstance(error, InvalidRequest) else 3 if isinstance(error, (DatabaseError, ModelError)) else 4)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
-        # The reader of our output went away (`ragturbo … | head`): nothing to say, nobody to say it to.
+        # The reader of stdout ended, as in `ragturbo … | head`.
         sys.stderr.close()
         sys.exit(141)

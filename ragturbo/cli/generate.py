@@ -1,4 +1,4 @@
-"""`ragturbo generate`: text to image files, with where the time went and which neighbours were used."""
+"""`ragturbo generate`: write images for prompts, and print timings and the neighbours that were used."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ragturbo.cli import options
+
 if TYPE_CHECKING:
     from ragturbo.generate import Generator
     from ragturbo.output import Output
@@ -17,77 +19,61 @@ if TYPE_CHECKING:
 def generate(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT…", help="What the image should show.")],
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="A .png, .jpg or .webp file; several images are numbered beside it.")
+        Path, typer.Option("--out", "-o", help="A .png, .jpg or .webp file; several images get numbers.")
     ] = Path("out.png"),
-    model: Annotated[str, typer.Option(help='"shapes" (embedded), a local folder or a hub id.')] = "shapes",
-    database: Annotated[str | None, typer.Option(help='A database folder, or "off".')] = None,
-    adapter: Annotated[str | None, typer.Option(help='A folder with adapter.safetensors, or "off".')] = None,
+    model: options.Model = "shapes",
+    database: options.Database = None,
+    adapter: options.Adapter = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same image.")] = None,
-    num_images: Annotated[int, typer.Option("--num-images", "-n", help="Images a prompt: seed, seed + 1, …")] = 1,
+    num_images: Annotated[
+        int, typer.Option("--num-images", "-n", help="Images per prompt; their seeds are seed, seed + 1, …")
+    ] = 1,
     mode: Annotated[str | None, typer.Option(help="adapter, slerp, lerp or none.")] = None,
     w: Annotated[float | None, typer.Option("-w", help="Weight of the target in slerp and lerp.")] = None,
     num_neighbors: Annotated[int | None, typer.Option("--num-neighbors", "-k", help="Neighbours to blend in.")] = None,
-    lam: Annotated[float | None, typer.Option(help="λ of the adapter, in place of the cosine.")] = None,
-    min_score: Annotated[float | None, typer.Option(help="Neighbours that score less are not used.")] = None,
+    lam: Annotated[float | None, typer.Option(help="Strength λ of the adapter. Default: the cosine.")] = None,
+    min_score: Annotated[float | None, typer.Option(help="Ignore neighbours with a lower score.")] = None,
     query: Annotated[str | None, typer.Option(help="Search by this text instead of the prompt.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="With --guidance, on undistilled models.")] = None,
     steps: Annotated[int, typer.Option(help="Denoising steps: 1 to 4 on distilled models.")] = 1,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance, on undistilled models.")] = 0.0,
-    height: Annotated[int | None, typer.Option()] = None,
-    width: Annotated[int | None, typer.Option()] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")] = None,
-    engine: Annotated[str, typer.Option(help="auto, eager or graph.")] = "auto",
-    retriever: Annotated[str, typer.Option(help="auto, scann, exact or bm25.")] = "auto",
-    vae: Annotated[str, typer.Option(help="full, tiny, or the path or id of an AutoencoderTiny.")] = "full",
-    attention: Annotated[str, typer.Option(help="auto, sdpa, triton or xformers.")] = "auto",
-    local_files_only: Annotated[bool, typer.Option("--local-files-only", help="Never ask the hub.")] = False,
+    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    engine: options.Engine = "auto",
+    retriever: options.Retriever = "auto",
+    vae: options.Vae = "full",
+    attention: options.Attention = "auto",
+    local_files_only: options.LocalFilesOnly = False,
     grid: Annotated[
-        bool, typer.Option("--grid", help="Write the image beside its neighbours and the image without retrieval.")
+        bool, typer.Option("--grid", help="Write the image next to its neighbours and the image without retrieval.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Report for machines.")] = False,
+    as_json: options.Json = False,
 ) -> None:
-    """Make images from text."""
+    """Generate images from text."""
     from ragturbo.cli.terminal import quiet_libraries
     from ragturbo.generate import Generator
 
     quiet_libraries()
-    with Generator.from_pretrained(
-        model,
-        database=_off(database),
-        adapter=_off(adapter),
-        device=device,
-        dtype=dtype,
-        engine=engine,
-        retriever=retriever,
-        vae=vae,
-        attention=attention,
+    generator = Generator.from_pretrained(
+        model, database=options.path_or_off(database), adapter=options.path_or_off(adapter),
+        device=device, dtype=dtype, engine=engine, retriever=retriever, vae=vae, attention=attention,
         local_files_only=local_files_only,
-    ) as gen:
-        options: dict[str, Any] = {
-            "seed": seed,
-            "mode": mode,
-            "w": w,
-            "num_neighbors": num_neighbors,
-            "lam": lam,
-            "min_score": min_score,
-            "query": query,
-            "negative_prompt": negative_prompt,
-            "num_images_per_prompt": num_images,
-            "num_inference_steps": steps,
-            "guidance_scale": guidance,
-            "height": height,
-            "width": width,
-        }
-        output = gen(prompts, **options)
-        assert not isinstance(output, tuple)
-        images = _grids(gen, prompts, output, options) if grid else output.images
+    )  # fmt: skip
+    sampling: dict[str, Any] = {
+        "negative_prompt": negative_prompt, "num_inference_steps": steps, "guidance_scale": guidance,
+        "height": height, "width": width,
+    }  # fmt: skip
+    with generator:
+        output: Any = generator(
+            prompts, seed=seed, num_images_per_prompt=num_images, mode=mode, w=w, num_neighbors=num_neighbors,
+            lam=lam, min_score=min_score, query=query, **sampling,
+        )  # fmt: skip
+        each_prompt = [prompt for prompt in prompts for _ in range(num_images)]
+        images = _grids(generator, each_prompt, output, sampling) if grid else output.images
         files = _save(images, out)
-        _report(gen, prompts, output, files, as_json)
-
-
-def _off(value: str | None) -> str | bool | None:
-    return False if value == "off" else value
+        _report(generator, each_prompt, output, files, as_json)
 
 
 def _save(images: list[Any], out: Path) -> list[Path]:
@@ -101,26 +87,18 @@ def _save(images: list[Any], out: Path) -> list[Path]:
     return files
 
 
-def _grids(gen: Generator, prompts: list[str], output: Output, options: dict[str, Any]) -> list[Any]:
-    """One sheet an image: without retrieval | ours | its neighbours."""
-    from ragturbo.cli.grid import sheet
+def _grids(generator: Generator, prompts: list[str], output: Output, sampling: dict[str, Any]) -> list[Any]:
+    """Draw a comparison for each image, which takes a second pass without retrieval."""
+    from ragturbo.cli.grid import comparison
 
-    plain = {"num_inference_steps", "guidance_scale", "negative_prompt", "height", "width"}
-    kept = {name: value for name, value in options.items() if name in plain}
-    each = [p for p in prompts for _ in range(options["num_images_per_prompt"])]
-    bare = gen(each, seed=output.seeds, mode="none", **kept)
-    assert not isinstance(bare, tuple)
-    return [
-        sheet(prompt, image, without, neighbors)
-        for prompt, image, without, neighbors in zip(each, output.images, bare.images, output.neighbors, strict=True)
-    ]
+    without: Any = generator(prompts, seed=output.seeds, mode="none", **sampling)
+    return [comparison(*row) for row in zip(prompts, output.images, without.images, output.neighbors, strict=True)]
 
 
-def _report(gen: Generator, prompts: list[str], output: Output, files: list[Path], as_json: bool) -> None:
-    per_prompt = len(output.images) // len(prompts)
+def _report(generator: Generator, prompts: list[str], output: Output, files: list[Path], as_json: bool) -> None:
     rows: list[dict[str, Any]] = [
         {
-            "prompt": prompts[i // per_prompt],
+            "prompt": prompts[i],
             "file": str(file),
             "seed": output.seeds[i],
             "lam": output.lam[i],
@@ -133,12 +111,12 @@ def _report(gen: Generator, prompts: list[str], output: Output, files: list[Path
     ]
     if as_json:
         facts = {"images": rows, "mode": output.mode, "timings": output.timings, "notes": output.notes}
-        typer.echo(json.dumps({**facts, "model": gen.info}, indent=2, default=str))
+        typer.echo(json.dumps({**facts, "model": generator.info}, indent=2, default=str))
         return
     for row in rows:
         typer.echo(f"{row['file']}  seed {row['seed']}  {row['prompt']}")
         for n in row["neighbors"]:
-            typer.echo(f"  λ {n['lam']:.3f}  #{n['id']}  {n['caption']}" + ("" if n["used"] else "  (under min_score)"))
+            typer.echo(f"  λ {n['lam']:.3f}  #{n['id']}  {n['caption']}" + ("" if n["used"] else "  (below min_score)"))
     total = output.timings["total"]
     stages = "  ".join(f"{name} {1e3 * s:.1f}" for name, s in output.timings.items() if name != "total")
     typer.echo(f"mode {output.mode}, {1e3 * total:.1f} ms: {stages}", file=sys.stderr)

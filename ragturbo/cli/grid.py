@@ -1,4 +1,4 @@
-"""A picture of what retrieval did: without it, with it, and the neighbours that were blended in."""
+"""Draw an image next to the same image without retrieval and the neighbours that were blended in."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 CELL, GAP, TEXT = 192, 12, 60
 
 
-def sheet(prompt: str, image: Image, without: Image, neighbors: list[Neighbor]) -> Image:
+def comparison(prompt: str, image: Image, without: Image, neighbors: list[Neighbor]) -> Image:
     from PIL import Image as Pillow
     from PIL import ImageDraw, ImageFont
 
@@ -27,7 +27,7 @@ def sheet(prompt: str, image: Image, without: Image, neighbors: list[Neighbor]) 
             draw.rectangle((left, GAP, left + CELL, GAP + CELL), outline="grey")
             draw.text((left + 8, GAP + 8), "no thumbnail", fill="grey", font=font)
         else:
-            # Small pictures grow by whole pixels, so that what is seen is what the model made.
+            # Nearest-neighbour upscaling shows the pixels that the model generated.
             scale = Pillow.Resampling.NEAREST if cell.width < CELL else Pillow.Resampling.LANCZOS
             page.paste(cell.resize((CELL, CELL), scale), (left, GAP))
         for row, line in enumerate(textwrap.wrap(label, 30)[:4]):

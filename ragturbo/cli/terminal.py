@@ -1,4 +1,4 @@
-"""What the commands say, and to whom: results on stdout, progress on stderr and only to a terminal."""
+"""Terminal output: results go to stdout, progress to stderr, and only if that is a terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def interactive() -> bool:
 
 
 def quiet_libraries() -> None:
-    """transformers and diffusers draw a bar for every file they load. Call it before they are imported."""
+    """Turn off the progress bars of transformers and diffusers. Call it before they are imported."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
