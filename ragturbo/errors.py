@@ -1,17 +1,17 @@
-"""Every exception ragturbo raises on purpose, as one tree.
+"""The exceptions that ragturbo raises on purpose.
 
-A message says what was wrong, with the value, and what to do about it.
+A message states the problem, the value that caused it, and what to do.
 """
 
 from __future__ import annotations
 
 
 class RagTurboError(Exception):
-    """The root: `except ragturbo.errors.RagTurboError` catches everything the library means to raise."""
+    """Base class of all exceptions below."""
 
 
 class InvalidRequest(RagTurboError, ValueError):
-    """The caller asked for something that makes no sense; the next request is unaffected."""
+    """An argument is invalid. Later requests are not affected."""
 
 
 class ModelError(RagTurboError):
@@ -23,37 +23,41 @@ class DatabaseError(RagTurboError):
 
 
 class DatabaseCorrupt(DatabaseError):
-    """Bytes on disk are not what the manifest promises; names the file and the record."""
+    """A file does not match its manifest. The message names the file and the record."""
 
 
 class DatabaseMismatch(DatabaseError):
-    """The database was built with another encoder, layout or key; names both sides."""
+    """The database was built with another encoder, layout or key than the model's. The message names both."""
 
 
 class GenerationError(RagTurboError):
-    """A well-formed request failed while it ran."""
+    """A valid request failed while it ran."""
 
 
 class NonFiniteOutput(GenerationError):
-    """The model produced NaN or infinity. Raised in place of returning a black image."""
+    """The model produced NaN or infinity, which would decode to a black image."""
 
 
 class OutOfDeviceMemory(GenerationError):
-    """The device could not hold the request; smaller batches may still run."""
+    """The request did not fit in device memory; smaller batches may."""
 
 
 class DeviceLost(GenerationError):
-    """The device is gone (illegal access, reset). The Generator is dead; restart the process."""
+    """The device failed (illegal access, reset). The Generator cannot be used again; restart the process."""
 
 
 class Overloaded(RagTurboError):
-    """The queue is full, or too long for the request's deadline; the request was refused at once."""
+    """The request was refused because of load.
+
+    Args:
+        reason: "queue_full", or "deadline" if the estimated wait exceeds the request's timeout.
+        retry_after: seconds after which there is likely to be room.
+    """
 
     def __init__(self, message: str, *, reason: str = "queue_full", retry_after: float = 0.0) -> None:
-        """reason: "queue_full" or "deadline"; retry_after: seconds after which there should be room."""
         super().__init__(message)
         self.reason, self.retry_after = reason, retry_after
 
 
 class DeadlineExceeded(RagTurboError, TimeoutError):
-    """The request's own timeout passed before its result was ready."""
+    """The request's timeout passed before its result was ready."""
