@@ -1,6 +1,6 @@
-"""Writing that survives a crash: whole files appear by rename, after their bytes and before what names them.
+"""Crash-safe writes: a file gets its name by rename, after its bytes are on disk and before another file names it.
 
-Every failure of the operating system becomes a `DatabaseError` that names the file.
+Errors of the operating system are raised as `DatabaseError` with the file's path.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ragturbo.errors import DatabaseCorrupt, DatabaseError
 
 @dataclass(frozen=True)
 class FileSum:
-    """Size and checksums of a finished file, as the manifest records them."""
+    """Size and checksums of a file, as in the manifest."""
 
     bytes: int
     sha256: str
@@ -30,6 +30,7 @@ class FileSum:
 
 @contextlib.contextmanager
 def naming(path: str | os.PathLike[str], doing: str) -> Iterator[None]:
+    """Raise OSErrors of the block as database errors that name `path` and what was done."""
     try:
         yield
     except FileNotFoundError as error:
@@ -39,7 +40,7 @@ def naming(path: str | os.PathLike[str], doing: str) -> Iterator[None]:
 
 
 def write_all(fd: int, data: bytes | memoryview) -> None:
-    """`os.write` until nothing is left: a short write is not an error, a write of nothing is."""
+    """Call `os.write` until all data is written."""
     view = memoryview(data).cast("B")
     while view:
         written = os.write(fd, view)
@@ -48,34 +49,42 @@ def write_all(fd: int, data: bytes | memoryview) -> None:
         view = view[written:]
 
 
-def sync_folder(path: Path) -> None:
-    with naming(path, "syncing the folder"):
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+def _sync(path: Path, flags: int, doing: str) -> None:
+    with naming(path, doing):
+        fd = os.open(path, flags)
         try:
             os.fsync(fd)
         finally:
             os.close(fd)
 
 
+def sync_folder(path: Path) -> None:
+    _sync(path, os.O_RDONLY | os.O_DIRECTORY, "syncing the folder")
+
+
+def sync_file(path: Path) -> None:
+    _sync(path, os.O_RDONLY, "syncing")
+
+
 class NewFile:
-    """A file that does not exist until `finish`: written beside its place, summed on the way, synced, renamed."""
+    """A file that is written under another name, with checksums, and gets its own in `finish`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._partial = path.with_name(path.name + ".part")
         self._sha = hashlib.sha256()
         self._crc = 0
-        self.size = 0
+        self._size = 0
         with naming(self._partial, "creating"):
             self._fd: int | None = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
 
     def write(self, data: bytes | memoryview) -> None:
         assert self._fd is not None
-        with naming(self._partial, f"writing at byte {self.size}"):
+        with naming(self._partial, f"writing at byte {self._size}"):
             write_all(self._fd, data)
         self._sha.update(data)
         self._crc = zlib.crc32(data, self._crc)
-        self.size += memoryview(data).nbytes
+        self._size += memoryview(data).nbytes
 
     def finish(self) -> FileSum:
         assert self._fd is not None
@@ -84,10 +93,10 @@ class NewFile:
             fd, self._fd = self._fd, None
             os.close(fd)
             os.rename(self._partial, self.path)
-        return FileSum(self.size, self._sha.hexdigest(), self._crc)
+        return FileSum(self._size, self._sha.hexdigest(), self._crc)
 
     def discard(self) -> None:
-        """Drops what was written; the place of the file stays as it was."""
+        """Delete what was written."""
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
@@ -96,7 +105,7 @@ class NewFile:
 
 
 def write_file(path: Path, data: bytes) -> FileSum:
-    """The whole file or none of it. The folder is not synced: whoever writes several files syncs it once."""
+    """Write the whole file or nothing. The caller must sync the folder."""
     file = NewFile(path)
     try:
         file.write(data)
@@ -107,7 +116,6 @@ def write_file(path: Path, data: bytes) -> FileSum:
 
 
 def sum_file(path: Path) -> FileSum:
-    """Size and checksums of a file as it is on disk."""
     sha, crc, size = hashlib.sha256(), 0, 0
     with naming(path, "reading"), open(path, "rb", buffering=0) as file:
         while block := file.read(1 << 22):
@@ -117,17 +125,8 @@ def sum_file(path: Path) -> FileSum:
     return FileSum(size, sha.hexdigest(), crc)
 
 
-def sync_file(path: Path) -> None:
-    with naming(path, "syncing"):
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
-
 def link_or_copy(source: Path, target: Path) -> None:
-    """The same immutable bytes under a second name: a hard link, or a copy where the file system has none."""
+    """Hard-link a file that never changes, or copy it if the file system has no links."""
     with naming(target, f"linking {source}"):
         try:
             os.link(source, target)
@@ -137,32 +136,29 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Deletes a folder that no generation names any more."""
     with naming(path, "deleting"):
         shutil.rmtree(path)
 
 
-def _locked(fd: int, path: Path) -> bool:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        raise DatabaseError(f"{path}: locking failed: {error.strerror}") from error
-    return True
-
-
 @contextlib.contextmanager
 def writer_lock(folder: Path, name: str = "LOCK", patience: float = 2.0) -> Iterator[None]:
-    """One writer a database, waiting up to `patience` seconds. The kernel drops the lock with its process."""
+    """Allow one writer per database; wait up to `patience` seconds. The kernel releases the lock of a dead process."""
     path = folder / name
     with naming(path, "opening"):
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         deadline = time.monotonic() + patience
-        while not _locked(fd, path):
-            if time.monotonic() >= deadline:
-                raise DatabaseError(f"{folder}: another process is writing to this database; wait for it to end")
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise DatabaseError(
+                        f"{folder}: another process is writing to this database; wait for it to end"
+                    ) from None
+            except OSError as error:
+                raise DatabaseError(f"{path}: locking failed: {error.strerror}") from error
             time.sleep(0.02)
         yield
     finally:

@@ -1,8 +1,7 @@
-"""The byte layout of a segment: header, fixed-size records, footer. docs/databases.md describes every field.
+"""Byte layout of a segment: header, fixed-size records, footer. docs/databases.md describes every field.
 
-A segment is written once and never changed. Its manifest entry holds the trailer's CRC-32, the trailer holds the CRC-32
-of the header and of both tables, and the table holds one CRC-32 a record: what CURRENT names therefore covers every
-byte that can reach a caller.
+A segment is written once and never changed. Its manifest entry holds the CRC-32 of the trailer, the trailer those of
+the header and both tables, and one table a CRC-32 per record, so every byte that reaches a caller is covered.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ TRAILER_BYTES = 64
 HEADER_MAGIC = b"RTHSEG\x00\x01"
 TRAILER_MAGIC = b"RTHSEG\x00\xff"
 DTYPES = {"float16": 1, "int8": 2}
-DTYPE_NAMES = {code: name for name, code in DTYPES.items()}
 
 # magic, version, segment, H, W, C, dtype, record bytes, stride, key width, sha256 of the encoder
 _HEADER = struct.Struct("<8sIIIIIIQQI32s")
+_HEADER_FIELDS = ("version", "segment", "H", "W", "C", "dtype", "record bytes", "stride", "key width", "encoder")
 # magic, records, offset of the id table, crc of ids, crc of the crc table, crc of the header
 _TRAILER = struct.Struct("<8sQQIII")
 _CRC = struct.Struct("<I")
@@ -43,14 +42,14 @@ def segment_name(number: int) -> str:
 
 
 def aligned(size: int) -> int:
-    """A record's stride: whole 4 KiB pages where it is that large, else whole 128-byte lines."""
+    """Round a record up to its stride: 4 KiB pages from 4 KiB on, 128-byte lines below."""
     unit = 4096 if size >= 4096 else 128
     return -(-size // unit) * unit
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """What one record is: an H-space feature of (T = H·W, C), stored as `dtype`, and the key beside it."""
+    """Shape of one record: an H-space feature (T = H·W, C) stored as `dtype`, and a key of `key_dim` values."""
 
     height: int
     width: int
@@ -72,7 +71,7 @@ class Geometry:
 
     @property
     def record_bytes(self) -> int:
-        """Payload of one record; an int8 one carries T fp32 scales after its T·C values."""
+        """Size of a record. An int8 record has T fp32 scales after its T·C values."""
         values = self.tokens * self.channels
         return values * 2 if self.dtype == "float16" else values + 4 * self.tokens
 
@@ -87,56 +86,56 @@ class Geometry:
         return HEADER_BYTES + index * self.stride
 
 
-def pack_header(geometry: Geometry, number: int, encoder_digest: bytes) -> bytes:
-    body = _HEADER.pack(
-        HEADER_MAGIC, FORMAT_VERSION, number, geometry.height, geometry.width, geometry.channels,
-        DTYPES[geometry.dtype], geometry.record_bytes, geometry.stride, geometry.key_dim, encoder_digest,
-    )  # fmt: skip
-    body = body.ljust(HEADER_BYTES - 4, b"\0")
+def _header_fields(geometry: Geometry, number: int, encoder_digest: bytes) -> tuple[int | bytes, ...]:
+    return (FORMAT_VERSION, number, geometry.height, geometry.width, geometry.channels, DTYPES[geometry.dtype],
+            geometry.record_bytes, geometry.stride, geometry.key_dim, encoder_digest)  # fmt: skip
+
+
+def _sealed(body: bytes, size: int) -> bytes:
+    """Pad `body` with zeros to `size` bytes that end with the CRC-32 of the others."""
+    body = body.ljust(size - 4, b"\0")
     return body + _CRC.pack(zlib.crc32(body))
 
 
+def pack_header(geometry: Geometry, number: int, encoder_digest: bytes) -> bytes:
+    return _sealed(_HEADER.pack(HEADER_MAGIC, *_header_fields(geometry, number, encoder_digest)), HEADER_BYTES)
+
+
 def check_header(data: bytes, where: str, geometry: Geometry, number: int, encoder_digest: bytes) -> int:
-    """Refuses a header that is not exactly the one this segment must have. Returns its CRC-32."""
+    """Raise DatabaseCorrupt unless this is the header of segment `number`. Returns its CRC-32."""
     if len(data) != HEADER_BYTES:
         raise DatabaseCorrupt(f"{where}: the header is cut short at {len(data)} of {HEADER_BYTES} bytes")
     crc = zlib.crc32(data[:-4])
     stored = _CRC.unpack(data[-4:])[0]
     if crc != stored:
-        raise DatabaseCorrupt(f"{where}: the header's CRC-32 is {crc:08x}, it says {stored:08x}")
-    magic, version, segment, height, width, channels, dtype, record, stride, key_dim, digest = _HEADER.unpack_from(data)
+        raise DatabaseCorrupt(f"{where}: the CRC-32 of the header is {crc:08x}, it says {stored:08x}")
+    magic, *found = _HEADER.unpack_from(data)
     if magic != HEADER_MAGIC:
         raise DatabaseCorrupt(f"{where}: not a segment (it starts with {magic!r})")
-    if version > FORMAT_VERSION:
-        raise DatabaseError(f"{where}: format version {version} is newer than {FORMAT_VERSION}; upgrade ragturbo")
-    expected = (
-        version, number, geometry.height, geometry.width, geometry.channels, DTYPES[geometry.dtype],
-        geometry.record_bytes, geometry.stride, geometry.key_dim, encoder_digest,
-    )  # fmt: skip
-    found_fields = (version, segment, height, width, channels, dtype, record, stride, key_dim, digest)
-    if found_fields != expected:
-        names = ("version", "segment", "H", "W", "C", "dtype", "record bytes", "stride", "key width", "encoder")
-        rows = zip(names, found_fields, expected, strict=True)
-        wrong = [f"{name} {found!r} (manifest: {wanted!r})" for name, found, wanted in rows if found != wanted]
-        raise DatabaseCorrupt(f"{where}: belongs to something else: {', '.join(wrong)}")
+    if found[0] > FORMAT_VERSION:
+        raise DatabaseError(f"{where}: format version {found[0]} is newer than {FORMAT_VERSION}; upgrade ragturbo")
+    rows = zip(_HEADER_FIELDS, found, _header_fields(geometry, number, encoder_digest), strict=True)
+    wrong = [f"{name} {value!r} (manifest: {wanted!r})" for name, value, wanted in rows if value != wanted]
+    if wrong:
+        raise DatabaseCorrupt(f"{where}: not the segment of the manifest: {', '.join(wrong)}")
     return crc
 
 
 def pack_footer(ids: np.ndarray, crcs: np.ndarray, geometry: Geometry, header_crc: int) -> tuple[bytes, int]:
-    """ids (n,) int64 ascending, crcs (n,) uint32. Returns the footer and the trailer's CRC-32."""
+    """ids (n,) int64 ascending, crcs (n,) uint32 -> the footer and the CRC-32 of its trailer."""
     id_bytes = np.ascontiguousarray(ids, "<i8").tobytes()
     crc_bytes = np.ascontiguousarray(crcs, "<u4").tobytes()
-    body = _TRAILER.pack(
-        TRAILER_MAGIC, len(ids), geometry.offset(len(ids)), zlib.crc32(id_bytes), zlib.crc32(crc_bytes), header_crc
-    ).ljust(TRAILER_BYTES - 4, b"\0")
-    crc = zlib.crc32(body)
-    return id_bytes + crc_bytes + body + _CRC.pack(crc), crc
+    trailer = _sealed(
+        _TRAILER.pack(TRAILER_MAGIC, len(ids), geometry.offset(len(ids)), zlib.crc32(id_bytes), zlib.crc32(crc_bytes),
+                      header_crc), TRAILER_BYTES
+    )  # fmt: skip
+    return id_bytes + crc_bytes + trailer, _CRC.unpack(trailer[-4:])[0]
 
 
 def check_footer(
     data: bytes, where: str, geometry: Geometry, count: int, header_crc: int, trailer_crc: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The tables of a footer of `count` records: ids (n,) int64 and CRC-32s (n,) uint32, proven whole."""
+    """Check a footer of `count` records. Returns its tables: ids (n,) int64 and CRC-32s (n,) uint32."""
     if len(data) != 12 * count + TRAILER_BYTES:
         raise DatabaseCorrupt(f"{where}: the footer is cut short at {len(data)} of {12 * count + TRAILER_BYTES} bytes")
     trailer = data[-TRAILER_BYTES:]
@@ -153,9 +152,9 @@ def check_footer(
             f"the manifest has {count} ending at {geometry.offset(count)} under {header_crc:08x}"
         )
     if zlib.crc32(data[: 8 * count]) != id_crc:
-        raise DatabaseCorrupt(f"{where}: the id table's CRC-32 does not match the trailer")
+        raise DatabaseCorrupt(f"{where}: the CRC-32 of the id table does not match the trailer")
     if zlib.crc32(data[8 * count : 12 * count]) != table_crc:
-        raise DatabaseCorrupt(f"{where}: the checksum table's CRC-32 does not match the trailer")
+        raise DatabaseCorrupt(f"{where}: the CRC-32 of the checksum table does not match the trailer")
     ids = np.frombuffer(data, "<i8", count)
     if count and (ids[0] < 0 or np.any(np.diff(ids) <= 0)):
         raise DatabaseCorrupt(f"{where}: ids are not ascending")
@@ -163,17 +162,15 @@ def check_footer(
 
 
 def encode_rows(features: np.ndarray, geometry: Geometry) -> np.ndarray:
-    """features (n, T, C) float -> (n, stride) uint8 records, padded with zeros. Refuses what the dtype cannot hold."""
+    """features (n, T, C) float -> records (n, stride) uint8, padded with zeros. Values must be finite in the dtype."""
     expected = (geometry.tokens, geometry.channels)
     if features.ndim != 3 or features.shape[1:] != expected:
         raise InvalidRequest(f"features must be (n, {expected[0]}, {expected[1]}), not {features.shape}")
     if features.dtype.kind != "f":
         raise InvalidRequest(f"features must be floating point, not {features.dtype}")
-    finite = np.isfinite(features).all(axis=(1, 2))
-    if geometry.dtype == "float16":
-        with np.errstate(over="ignore"):
-            values = features.astype("<f2")
-        finite &= np.isfinite(values).all(axis=(1, 2))
+    with np.errstate(over="ignore"):
+        values = features.astype("<f2" if geometry.dtype == "float16" else np.float32)
+    finite = np.isfinite(values).all(axis=(1, 2))
     if not finite.all():
         raise InvalidRequest(
             f"feature {int(np.flatnonzero(~finite)[0])} of {len(features)} is not finite as {geometry.dtype}"
@@ -182,14 +179,13 @@ def encode_rows(features: np.ndarray, geometry: Geometry) -> np.ndarray:
     if geometry.dtype == "float16":
         rows[:, : geometry.record_bytes] = values.reshape(len(values), -1).view(np.uint8)
         return rows
-    full = features.astype(np.float32)
-    # Symmetric, a scale a token: the largest magnitude becomes 127. A token of zeros keeps scale 0.
-    scales = (np.abs(full).max(axis=2) / np.float32(127)).astype("<f4")
+    # Symmetric, one scale per token: the largest magnitude becomes 127. A token of zeros has scale 0.
+    scales = (np.abs(values).max(axis=2) / np.float32(127)).astype("<f4")
     safe = np.where(scales > 0, scales, np.float32(1))
-    quantised = np.clip(np.rint(full / safe[:, :, None]), -127, 127).astype(np.int8)
+    quantised = np.clip(np.rint(values / safe[:, :, None]), -127, 127).astype(np.int8)
     split = geometry.tokens * geometry.channels
-    rows[:, :split] = quantised.reshape(len(full), -1).view(np.uint8)
-    rows[:, split : geometry.record_bytes] = scales.reshape(len(full), -1).view(np.uint8)
+    rows[:, :split] = quantised.reshape(len(values), -1).view(np.uint8)
+    rows[:, split : geometry.record_bytes] = scales.reshape(len(values), -1).view(np.uint8)
     return rows
 
 
@@ -205,7 +201,7 @@ def decode_rows(rows: np.ndarray, geometry: Geometry) -> np.ndarray:
 
 
 def encode_keys(keys: np.ndarray, key_dim: int) -> np.ndarray:
-    """keys (n, K) float -> (n, K) float16, L2-normalised. A key without a direction is refused."""
+    """keys (n, K) float -> (n, K) float16, L2-normalised. Keys must be finite and not zero."""
     if keys.ndim != 2 or keys.shape[1] != key_dim or keys.dtype.kind != "f":
         raise InvalidRequest(f"keys must be (n, {key_dim}) floats, not {keys.shape} of {keys.dtype}")
     full = keys.astype(np.float32)

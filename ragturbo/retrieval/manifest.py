@@ -1,6 +1,6 @@
-"""The manifest of a generation: what the database holds and the size and checksums of every file that holds it.
+"""The manifest of a generation: contents of the database, and size and checksums of each of its files.
 
-CURRENT names one generation and the SHA-256 of its manifest, so a manifest is what was committed or it is refused.
+CURRENT names a generation and the SHA-256 of its manifest, so only a committed manifest is accepted.
 """
 
 from __future__ import annotations
@@ -16,18 +16,25 @@ from typing import Any
 from ragturbo.errors import DatabaseCorrupt, DatabaseError
 from ragturbo.retrieval import durable
 from ragturbo.retrieval.durable import FileSum
-from ragturbo.retrieval.format import FORMAT_VERSION, GENERATION_NAME, SEGMENT_NAME, Geometry, generation_name
+from ragturbo.retrieval.format import (
+    FORMAT_VERSION,
+    GENERATION_NAME,
+    SEGMENT_NAME,
+    Geometry,
+    generation_name,
+    segment_name,
+)
 
 FORMAT_NAME = "ragturbo-database"
 SEGMENT_FILES = ("hseg", "keys", "parquet")
 _CURRENT = re.compile(rb"(gen-\d{6,}) ([0-9a-f]{64})\n")
-_INDEX_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _MAX_MANIFEST = 256 << 20
 
 
 @dataclass(frozen=True)
 class SegmentEntry:
-    """One segment: its files in `segments/`, and the CRC-32 that ties its tables to this manifest."""
+    """One segment: its files in `segments/` and the CRC-32 of its trailer, which covers its tables."""
 
     number: int
     count: int
@@ -38,12 +45,12 @@ class SegmentEntry:
 
     @property
     def name(self) -> str:
-        return f"{self.number:06d}"
+        return segment_name(self.number)
 
 
 @dataclass(frozen=True)
 class IndexEntry:
-    """A saved approximate index: its folder in the generation, how it was made and the files in it."""
+    """A saved approximate index: its kind, which is also its folder, its configuration and files."""
 
     kind: str
     rows: int
@@ -68,7 +75,7 @@ class Manifest:
     index: IndexEntry | None = None
     centred: bool = False
     job: str = ""
-    """The change that made this generation: finding its own name here, a killed one knows that it was committed."""
+    """Name of the change that made this generation. A job that was killed finds here that it was committed."""
 
     @property
     def encoder_digest(self) -> bytes:
@@ -102,18 +109,18 @@ class Manifest:
         return (json.dumps(document, indent=1, sort_keys=False) + "\n").encode()
 
     def evolved(self, **changes: Any) -> Manifest:
-        """The next generation, with what differs."""
+        """Return the manifest of the next generation, with these changes."""
         return replace(self, **{"generation": self.generation + 1, "job": "", **changes})
 
 
 def encoder_digest(encoder: dict[str, Any], key_kind: str) -> bytes:
-    """32 bytes that tie a segment to the encoder that made it."""
+    """32 bytes that identify the encoder of a segment."""
     return hashlib.sha256(json.dumps([key_kind, encoder], sort_keys=True).encode()).digest()
 
 
 @dataclass
 class _Reader:
-    """Takes typed fields out of parsed JSON; anything amiss names the file and the field."""
+    """Typed fields of parsed JSON. Errors name the file and the field."""
 
     where: str
     data: dict[str, Any]
@@ -149,8 +156,8 @@ class _Reader:
     def sums(self, name: str) -> dict[str, FileSum]:
         inner = self.inside(name)
         for key in inner.data:
-            # Names become paths: a separator or a leading dot would leave the folder.
-            if not _INDEX_FILE.fullmatch(key):
+            # Names become paths, so they may not leave the folder.
+            if not _FILE_NAME.fullmatch(key):
                 raise inner._fail(repr(key), "is not a plain file name")
         return {key: inner.sum(key) for key in inner.data}
 
@@ -169,7 +176,7 @@ def segment_from_json(data: Any, where: str, path: str = "") -> SegmentEntry:
 
 
 def parse(raw: bytes, where: str) -> Manifest:
-    """A manifest from its bytes: every field typed and in range, every sum consistent, or `DatabaseCorrupt`."""
+    """Parse a manifest. Raises DatabaseCorrupt if a field is missing, mistyped, out of range or inconsistent."""
     try:
         document = json.loads(raw)
     except (ValueError, RecursionError) as error:
@@ -207,7 +214,7 @@ def parse(raw: bytes, where: str) -> Manifest:
         index = IndexEntry(
             inner.take("kind", str), inner.count("rows"), inner.take("config", dict), inner.sums("files")
         )
-        if index.kind not in ("scann",):
+        if index.kind != "scann":
             raise inner._fail("kind", f"is {index.kind!r}; this version knows 'scann'")
     manifest = Manifest(
         generation=top.count("generation"), geometry=geometry, key_kind=keys.take("kind", str), key_mean=tuple(mean),
@@ -235,7 +242,7 @@ def _check_consistency(manifest: Manifest, where: str) -> None:
             ("keys", segment.count * manifest.geometry.key_dim * 2),
         ):
             if segment.files[kind].bytes != bytes_:
-                raise DatabaseCorrupt(f"{here}: .{kind} is said to be {segment.files[kind].bytes} bytes, not {bytes_}")
+                raise DatabaseCorrupt(f"{here}: .{kind} has {segment.files[kind].bytes} bytes, not {bytes_}")
         last = segment.last_id if segment.count else last
         expected += segment.count
     if expected != manifest.rows or manifest.removed > manifest.rows:
@@ -247,13 +254,15 @@ def _check_consistency(manifest: Manifest, where: str) -> None:
 
 
 def read_current(folder: Path) -> tuple[str, str]:
-    """The name of the current generation and the SHA-256 of its manifest."""
+    """Return the name of the current generation and the SHA-256 of its manifest."""
     path = folder / "CURRENT"
     try:
         with open(path, "rb") as file:
             raw = file.read(4096)
     except FileNotFoundError:
-        raise DatabaseError(f"{folder}: not a ragturbo database (no CURRENT), or its first build never ended") from None
+        raise DatabaseError(
+            f"{folder}: not a ragturbo database, or its first build did not finish (no CURRENT)"
+        ) from None
     except OSError as error:
         raise DatabaseError(f"{path}: reading failed: {error.strerror}") from error
     match = _CURRENT.fullmatch(raw)
@@ -263,7 +272,7 @@ def read_current(folder: Path) -> tuple[str, str]:
 
 
 def load(folder: Path) -> Manifest:
-    """The manifest that CURRENT names, proven to be the one it names."""
+    """Load the manifest that CURRENT names and check its SHA-256."""
     name, digest = read_current(folder)
     path = folder / name / "manifest.json"
     with durable.naming(path, "reading"), open(path, "rb") as file:
@@ -274,7 +283,7 @@ def load(folder: Path) -> Manifest:
     if found != digest:
         raise DatabaseCorrupt(f"{path}: its SHA-256 is {found}, CURRENT says {digest}")
     manifest = parse(raw, str(path))
-    if generation_name(manifest.generation) != name:
+    if manifest.generation_folder != name:
         raise DatabaseCorrupt(f"{path}: says it is generation {manifest.generation}")
     return manifest
 

@@ -1,7 +1,7 @@
-"""Files of ids: numpy's .npy, one row of int64.
+"""Read arrays of ids from .npy files without numpy's reader.
 
-Read without numpy's reader. That goes through Python's parser for the header, and CPython 3.11's fails in one thread
-now and then while another is in it (SystemError: AST constructor recursion depth mismatch).
+numpy parses the header with Python's compiler. In CPython 3.11 that fails at times if two threads do it at once
+(SystemError: AST constructor recursion depth mismatch).
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ _HEADER = re.compile(rb"\{'descr': '<i8', 'fortran_order': False, 'shape': \((\d
 
 
 def read_ids(raw: bytes) -> np.ndarray:
-    """The ids that `np.save` wrote; ValueError for anything else."""
+    """Return the (n,) int64 array that `np.save` wrote. Raises ValueError for anything else."""
     start = len(_MAGIC) + 2
     if raw[: len(_MAGIC)] != _MAGIC or len(raw) < start:
         raise ValueError("it does not begin as a .npy file of version 1.0")
     end = start + struct.unpack_from("<H", raw, len(_MAGIC))[0]
     header = _HEADER.fullmatch(raw[start:end])
     if header is None:
-        raise ValueError("its header is not that of one row of int64")
+        raise ValueError("its header is not that of a one-dimensional int64 array")
     count = int(header[1])
     if len(raw) != end + 8 * count:
-        raise ValueError(f"its header says {count} ids, which are not the {len(raw) - end} bytes after it")
+        raise ValueError(f"its header says {count} ids, but {len(raw) - end} bytes follow")
     return np.frombuffer(raw, np.dtype("<i8"), offset=end).astype(np.int64)

@@ -6,7 +6,7 @@ import io
 import json
 import threading
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,15 @@ from ragturbo.retrieval import durable
 from ragturbo.retrieval.durable import FileSum
 
 COLUMNS = ("id", "caption", "source", "sha256", "thumbnail")
-# Small row groups, so that one thumbnail does not cost reading all of them.
+# Small row groups: reading one thumbnail reads only its group.
 _ROW_GROUP = 256
 _SMALL = 1 << 20
-_PLAIN = (bool, int, float, str, bytes)
+_TYPES = {bool: pa.bool_(), int: pa.int64(), float: pa.float64(), bytes: pa.binary(), str: pa.string()}
 
 
 @dataclass(frozen=True)
 class Record:
-    """One pair as it was given: provenance and the user's own columns in `extra`, the thumbnail as WebP bytes."""
+    """One pair: caption, source, SHA-256 of the image, thumbnail as WebP, and the user's own columns in `extra`."""
 
     id: int
     caption: str
@@ -38,17 +38,16 @@ class Record:
 
 
 def _column(values: list[Any]) -> pa.Array:
-    """One plain type a column; anything mixed or nested is kept as JSON text."""
+    """Values of one plain type as they are, mixed or nested ones as JSON."""
     kinds = {type(v) for v in values if v is not None}
     fits = all(not isinstance(value, int) or -(2**63) <= value < 2**63 for value in values)
-    if len(kinds) <= 1 and kinds <= set(_PLAIN) and fits:
-        return pa.array(values, {bool: pa.bool_(), int: pa.int64(), float: pa.float64(), bytes: pa.binary(),
-                                 str: pa.string()}[next(iter(kinds), str)])  # fmt: skip
+    if len(kinds) <= 1 and kinds <= set(_TYPES) and fits:
+        return pa.array(values, _TYPES[next(iter(kinds), str)])
     return pa.array([None if v is None else json.dumps(v, default=str, sort_keys=True) for v in values], pa.string())
 
 
 def encode(records: Sequence[Record]) -> bytes:
-    """The parquet file of these records, the same bytes for the same records."""
+    """Return the parquet file of these records. The same records give the same bytes."""
     names = sorted({name for record in records for name in record.extra} - set(COLUMNS))
     columns: dict[str, pa.Array] = {
         "id": pa.array([r.id for r in records], pa.int64()),
@@ -60,21 +59,15 @@ def encode(records: Sequence[Record]) -> bytes:
     for name in names:
         columns[name] = _column([r.extra.get(name) for r in records])
     sink = pa.BufferOutputStream()
-    pq.write_table(
-        pa.table(columns),
-        sink,
-        compression="zstd",
-        row_group_size=_ROW_GROUP,
-        use_dictionary=["source"],
-        write_page_checksum=True,
-    )
+    pq.write_table(pa.table(columns), sink, compression="zstd", row_group_size=_ROW_GROUP, use_dictionary=["source"],
+                   write_page_checksum=True)  # fmt: skip
     return sink.getvalue().to_pybytes()
 
 
 class PairsFile:
-    """A segment's parquet file, opened now and read when first asked.
+    """The open parquet file of a segment.
 
-    The text columns stay in memory once read (about 100 bytes a pair); thumbnails are read one row group at a time.
+    Text columns are read at first use and stay in memory (about 100 bytes a pair). Thumbnails are read by row group.
     """
 
     def __init__(self, path: Path, total: FileSum, ids: Any) -> None:
@@ -85,7 +78,7 @@ class PairsFile:
         self._text: pa.Table | None = None
         self._whole: bytes | None = None
         with durable.naming(path, "opening"):
-            # Kept open: a compaction may delete the name while this generation is still being read.
+            # Kept open: a compaction may delete the file while this generation is in use.
             self._file: io.FileIO = open(path, "rb", buffering=0)
         size = self._file.seek(0, io.SEEK_END)
         if size != total.bytes:
@@ -101,7 +94,8 @@ class PairsFile:
                                   f"{self._total.crc32:08x} over {self._total.bytes}")  # fmt: skip
         return raw
 
-    def _read(self, raw: bytes) -> pa.Table:
+    def _read(self) -> pa.Table:
+        raw = self._bytes()
         try:
             parquet = pq.ParquetFile(pa.BufferReader(raw))
             names = [name for name in parquet.schema_arrow.names if name != "thumbnail"]
@@ -116,14 +110,14 @@ class PairsFile:
         return table
 
     def text(self) -> pa.Table:
-        """Every column but the thumbnails, in the segment's row order."""
+        """Return all columns but the thumbnails, in row order."""
         with self._lock:
             if self._text is None:
-                self._text = self._read(self._bytes())
+                self._text = self._read()
             return self._text
 
     def _source(self) -> Any:
-        """A small file whole and checked, kept; of a large one the pages asked for, by their own checksums."""
+        """A small file is read whole, checked and kept; of a large one, pages are read and checked one by one."""
         if self._total.bytes > _SMALL:
             return pa.PythonFile(self._file, mode="r")
         if self._whole is None:
@@ -145,16 +139,10 @@ class PairsFile:
 
     def record(self, row: int, thumbnail: bool) -> Record:
         table = self.text()
-        values: Mapping[str, Any] = {name: table.column(name)[row].as_py() for name in table.column_names}
-        return Record(
-            values["id"], values["caption"], values["source"], values["sha256"],
-            self.thumbnail(row) if thumbnail else None,
-            {name: value for name, value in values.items() if name not in COLUMNS},
-        )  # fmt: skip
+        values: dict[str, Any] = {name: table.column(name)[row].as_py() for name in table.column_names}
+        id, caption, source, sha256 = (values.pop(name) for name in COLUMNS[:4])
+        return Record(id, caption, source, sha256, self.thumbnail(row) if thumbnail else None, values)
 
     def check(self) -> None:
-        """Reads all of it, as a full verification does."""
-        self._read(self._bytes())
-
-    def close(self) -> None:
-        self._file.close()
+        """Read and check the whole file, for a full verification."""
+        self._read()

@@ -1,4 +1,4 @@
-"""One generation, opened: what readers and retrievers share. Immutable, so a change never reaches a running search."""
+"""One open generation, shared by readers and retrievers. Immutable: a change does not affect a running search."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ragturbo.retrieval.segments import Segments
 
 class Snapshot:
     def __init__(self, folder: Path, manifest: Manifest, before: Snapshot | None = None) -> None:
-        """before: an open snapshot, whose segments are shared if they are still the same: a removal reads no keys."""
+        """before: a snapshot whose open segments are used if they are the same, as after a removal."""
         self.folder, self.manifest, self.geometry = folder, manifest, manifest.geometry
         same = before is not None and before.manifest.segments == manifest.segments
         self.segments: Segments = before.segments if before is not None and same else Segments(folder, manifest)
@@ -36,14 +36,12 @@ class Snapshot:
 
     @cached_property
     def key_mean(self) -> np.ndarray:
-        """(K,) float32: the mean of the stored keys, which centring takes away."""
+        """(K,) float32: mean of the stored keys, subtracted by centring."""
         return np.array(self.manifest.key_mean, np.float32)
 
     @cached_property
     def centred_norms(self) -> np.ndarray:
-        """(N,) float32: lengths of the keys less their mean. A key equal to the mean has no direction: infinite
-        length.
-        """
+        """(N,) float32: lengths of the centred keys; infinity for a key that equals the mean and has no direction."""
         norms = np.empty(len(self.keys), np.float32)
         for start in range(0, len(self.keys), 16384):
             block = self.keys[start : start + 16384].astype(np.float32) - self.key_mean
@@ -55,7 +53,7 @@ class Snapshot:
         return self.segments.rows_of(ids)
 
     def rows(self, ids: np.ndarray) -> np.ndarray:
-        """Rows of ids (n,), -1 kept as -1; any other id that is not stored is refused."""
+        """Return the rows of ids (n,), -1 for id -1. Raises InvalidRequest for any other id that is not stored."""
         rows = self.segments.rows_of(ids)
         if len(rows) and rows.min() >= 0:
             return rows
@@ -65,21 +63,19 @@ class Snapshot:
         return rows
 
     def record(self, id: int, thumbnail: bool = True) -> Record:
-        row = int(self.rows(np.array([id]))[0])
-        if row < 0:
+        row = self.rows_of(np.array([id]))
+        if row[0] < 0:
             raise InvalidRequest(f"id {id} is not in the database {self.folder}")
-        segments, inside = self.segments.locate(np.array([row]))
+        segments, inside = self.segments.locate(row)
         return self.segments.pairs[int(segments[0])].record(int(inside[0]), thumbnail)
 
     def captions(self) -> list[str]:
-        """All captions in row order, removed ones included."""
+        """All captions in row order, removed pairs included."""
         return [str(text) for pairs in self.segments.pairs for text in pairs.text().column("caption").to_pylist()]
 
 
 def open_snapshot(folder: Path, before: Snapshot | None = None) -> Snapshot:
-    """Opens the current generation. A writer that commits and cleans up meanwhile makes it start over with the new
-    one.
-    """
+    """Open the current generation; start over if a writer replaces it and deletes its files meanwhile."""
     for _ in range(100):
         name = read_current(folder)
         try:
