@@ -22,6 +22,7 @@ from ragturbo.model.inject import inject
 from ragturbo.train.config import from_dict
 from ragturbo.train.data import Prefetcher
 from ragturbo.train.ladd import LADDTrainer
+from ragturbo.train.losses import hinge_d, hinge_g, total
 from ragturbo.train.shards import NEIGHBORS, Plan, Shards, write_shard
 
 SAMPLES = 256
@@ -116,11 +117,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 )
 def test_step(measure: Any, setup: Setup, variant: str) -> None:
     trainer = setup.trainer(**VARIANTS[variant])
-    reader = Prefetcher(trainer._load, trainer._numbers(10**9), 4)
+    reader = Prefetcher(trainer.load_batch, trainer.sample_numbers(10**9), 4)
     before = {name: value.clone() for name, value in trainer.masters.state().items()}
 
     def step() -> None:
-        trainer._update([reader.next() for _ in range(trainer.accumulation)])
+        trainer.update([reader.next() for _ in range(trainer.accumulation)])
 
     def verify() -> None:
         # Twice: the first step of a zero-initialised adapter moves its last layer only.
@@ -138,7 +139,7 @@ def test_step(measure: Any, setup: Setup, variant: str) -> None:
 def test_straightforward_step(measure: Any, setup: Setup) -> None:
     trainer = setup.trainer(discriminator__shared_fake=False)
     plain = Straightforward(trainer)
-    reader = Prefetcher(trainer._load, trainer._numbers(10**9), 4)
+    reader = Prefetcher(trainer.load_batch, trainer.sample_numbers(10**9), 4)
     before = [p.detach().clone() for p in plain.parameters]
 
     def step() -> None:
@@ -158,12 +159,11 @@ def test_straightforward_step(measure: Any, setup: Setup) -> None:
 def test_part(measure: Any, setup: Setup, part: str) -> None:
     """The parts of a step's forward, alone."""
     trainer = setup.trainer()
-    batch = trainer._load(next(trainer._numbers(1))).to(trainer.device)
-    size = len(batch)
-    text = trainer._text(batch).hidden_states
-    first, s = (torch.zeros(size, dtype=torch.int64, device=trainer.device) for _ in range(2))
+    batch = trainer.load_batch(next(trainer.sample_numbers(1))).to(trainer.device)
+    text = trainer.objective.text(batch).hidden_states
+    s = torch.zeros(len(batch), dtype=torch.int64, device=trainer.device)
     z = batch.z0.clone().requires_grad_()
-    lpips = trainer.lpips
+    lpips = trainer.objective.lpips
     assert lpips is not None
 
     @torch.no_grad()
@@ -171,7 +171,7 @@ def test_part(measure: Any, setup: Setup, part: str) -> None:
         return trainer.discriminator.features(batch.z0, s, text)
 
     calls: dict[str, Any] = {
-        "student forward": lambda: trainer.estimate(batch, batch.noise, first),
+        "student forward": lambda: trainer.objective.estimate(batch, batch.noise),
         "features of real": real,
         "features of fake, with gradient": lambda: sum(
             f.float().sum() for f in trainer.discriminator.features(z, s, text)
@@ -199,8 +199,8 @@ class Straightforward:
         student.float()
         trainer.bundle.text.text_encoder.float()
         trainer.discriminator.backbone.unet.unet.float()
-        assert trainer.lpips is not None
-        self.lpips = trainer.lpips.float()
+        assert trainer.objective.lpips is not None
+        self.lpips = trainer.objective.lpips.float()
         self.parameters = list(student.trainable().values())
         options = {"lr": 1e-5, "fused": False, "foreach": False}
         self.g = torch.optim.AdamW(self.parameters, **options)
@@ -210,26 +210,28 @@ class Straightforward:
         trainer, size = self.trainer, len(batch)
         device = trainer.device
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            text = trainer._text(batch)
-            h_retr, lam, valid = trainer._retrieved(batch, text.key, torch.zeros(size, dtype=torch.bool, device=device))
+            text = trainer.objective.text(batch)
+            h_retr, lam, valid = trainer.objective.retrieved(
+                batch, text.key, torch.zeros(size, dtype=torch.bool, device=device)
+            )
             z0_hat = self.denoise(batch, text.hidden_states, h_retr, lam, valid)
-            s = torch.randint(0, len(trainer.noise), (size,), device=device)
+            s = torch.randint(0, len(trainer.objective.noise), (size,), device=device)
             eps = torch.randn_like(batch.z0)
-            real = trainer.noise.noised(batch.z0, eps, s)
-            fake = trainer.noise.noised(z0_hat, eps, s)
+            real = trainer.objective.noise.noised(batch.z0, eps, s)
+            fake = trainer.objective.noise.noised(z0_hat, eps, s)
             d = trainer.discriminator
             # D's step: two passes, real and fake.
             on_real = d(d.features(real, s, text.hidden_states))
             on_fake = d(d.features(fake.detach(), s, text.hidden_states))
-            loss_d = trainer.hinge_d(on_real, on_fake)
+            loss_d = hinge_d(on_real, on_fake).sum()
             self.d.zero_grad()
             loss_d.backward()
             self.d.step()
             # G's step.
-            adv = trainer.hinge_g(d(d.features(fake, s, text.hidden_states)))
+            adv = hinge_g(d(d.features(fake, s, text.hidden_states)))
             distill = F.smooth_l1_loss(z0_hat, batch.z0)
             perceptual = self.lpips(z0_hat, batch.z0).mean()
-            loss = trainer.total(adv, distill, perceptual)
+            loss = total(adv, distill, perceptual)
         self.g.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)

@@ -17,11 +17,11 @@ from settings import Settings
 from stage_bundle import provenance
 from stage_student import PAIRS, REAL, VGG
 
-from ragturbo.model import HSpaceAdapter
+from ragturbo.model.adapter import HSpaceAdapter
 from ragturbo.model.info import BundleInfo
 from ragturbo.train import LADDTrainer, load_config
 from ragturbo.train.neighbors import make_neighbors
-from ragturbo.train.report import STATS
+from ragturbo.train.stats import STATS
 
 
 def train_adapter(work: Path, s: Settings, minutes: float | None = None) -> None:

@@ -22,9 +22,9 @@ from stage_bundle import save_bundle
 
 from ragturbo.train import LADDTrainer, load_config
 from ragturbo.train.encode import make_encoded_data
-from ragturbo.train.report import STATS
+from ragturbo.train.stats import STATS
 from ragturbo.train.teacher import make_teacher_data
-from ragturbo.train.vgg_recipe import train_vgg
+from ragturbo.train.train_vgg import train_vgg
 
 log = logging.getLogger("ragturbo.recipe")
 BASE, PAIRS, REAL, VGG = "base", "pairs", "real", "vgg.safetensors"

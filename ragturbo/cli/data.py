@@ -155,7 +155,7 @@ def lpips(
 ) -> None:
     """Train the network of the latent LPIPS loss on captioned latents."""
     quiet_libraries()
-    from ragturbo.train.vgg_recipe import train_vgg
+    from ragturbo.train.train_vgg import train_vgg
 
     result = train_vgg(data, out, width=width, words=words, steps=steps, batch=batch, lr=lr, seed=seed, device=device)
     typer.echo(

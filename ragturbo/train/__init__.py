@@ -1,4 +1,4 @@
-"""Latent adversarial diffusion distillation of the H-space adapter, and of one-step students."""
+"""Latent adversarial diffusion distillation of H-space adapters and one-step students."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from typing import Any
 
 __all__ = ["LADDConfig", "LADDTrainer", "load_config"]
 
-_WHERE = {"LADDConfig": "config", "load_config": "config", "LADDTrainer": "ladd"}
+_MODULES = {"LADDConfig": "config", "load_config": "config", "LADDTrainer": "ladd"}
 
 
 def __getattr__(name: str) -> Any:
-    # peft, accelerate and torch are imported when a trainer is, not before.
-    if name not in _WHERE:
+    # Lazy, so that torch, peft and accelerate are imported only for training.
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

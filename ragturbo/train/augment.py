@@ -1,4 +1,4 @@
-"""𝒯 of Eq. 9: random differentiable augmentations of latents, the same for both inputs."""
+"""𝒯 of Eq. 9: random differentiable augmentations of latents."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from ragturbo.errors import InvalidRequest
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Flip, quarter turns, rotation, scale, shift and cutout, each drawn with probability `p` for every sample."""
+    """Flip, quarter turns, rotation, scale, shift and cutout, each applied to a sample with probability `p`."""
 
     p: float = 1.0
     flip: bool = True
     quarter_turns: bool = True
     max_angle: float = math.pi
     scale_std: float = 0.2
-    """Standard deviation of log₂ scale, isotropic and, as much again, between the axes."""
+    """Standard deviation of log₂ of the scale, and of log₂ of the ratio of the scales of the two axes."""
     max_shift: float = 0.125
-    """As a share of the side."""
+    """As a fraction of the side."""
     cutout: float = 0.5
-    """Side of the square set to zero, as a share of the latent's side; 0 for none."""
+    """Side of the square set to zero, as a fraction of the latent's side; 0: none."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.p <= 1 or not 0 <= self.cutout <= 1 or self.max_shift < 0 or self.scale_std < 0:
-            raise InvalidRequest(f"{self}: p and cutout lie in [0, 1], max_shift and scale_std are not negative")
+            raise InvalidRequest(f"{self}: p and cutout must be in [0, 1], max_shift and scale_std at least 0")
 
     def draw(self, batch: int, generator: torch.Generator, device: torch.device | str = "cpu") -> Drawn:
-        """Parameters for a batch. Drawn once and applied to both inputs."""
+        """Draw the augmentation of each sample of a batch. Apply the result to both inputs."""
 
         def uniform(low: float, high: float) -> Tensor:
             return low + (high - low) * torch.rand(batch, generator=generator, device=device)
@@ -42,13 +42,13 @@ class Augmentation:
             return torch.where(chosen, value, torch.full_like(value, neutral))
 
         flip = sometimes(torch.sign(uniform(-1, 1)), 1.0) if self.flip else torch.ones(batch, device=device)
-        # A sign of exactly 0 would fold the image onto a line.
+        # A sign of 0 would map the image to a line.
         flip = torch.where(flip == 0, torch.ones_like(flip), flip)
         quarter = sometimes(torch.floor(uniform(0, 4)) * (math.pi / 2), 0.0) if self.quarter_turns else 0.0 * flip
         angle = quarter + sometimes(uniform(-self.max_angle, self.max_angle), 0.0)
         normal = torch.randn(2, batch, generator=generator, device=device) * self.scale_std
         scale, aspect = sometimes(torch.exp2(normal[0]), 1.0), sometimes(torch.exp2(normal[1] / 2), 1.0)
-        # Shares of the side; the grid runs from -1 to 1.
+        # The grid runs from -1 to 1.
         shift = [2 * sometimes(uniform(-self.max_shift, self.max_shift), 0.0) for _ in range(2)]
         cos, sin = torch.cos(angle), torch.sin(angle)
         sx, sy = scale * aspect * flip, scale / aspect
@@ -62,14 +62,14 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Drawn:
-    """One draw for B samples: the inverse affine map (B, 2, 3) and the square cut out, in coordinates of [-1, 1]."""
+    """Augmentations of B samples: the inverse affine map (B, 2, 3) and the square to cut out, in [-1, 1]."""
 
     theta: Tensor
     centre: Tensor
     half: Tensor
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(B, c, H, W) -> the same shape, differentiable in x. What falls outside is mirrored in."""
+        """(B, c, H, W) -> the same shape, differentiable in x. Positions outside the image are reflected into it."""
         height, width = x.shape[-2:]
         dtype = torch.promote_types(x.dtype, torch.float32)
         grid = F.affine_grid(self.theta.to(dtype), list(x.shape), align_corners=False)

@@ -1,10 +1,10 @@
-"""Checkpoints: a folder that is there whole or not at all, whatever killed the process that wrote it.
+"""Checkpoints: a folder that is written whole or not at all, even if the process is killed while it writes.
 
     checkpoints/step-000500/
       trainable.safetensors  ema.safetensors  heads.safetensors  optimizer_g.safetensors  optimizer_d.safetensors
       state.json             step, samples, skipped steps, the configuration, sha256 of every file
 
-There is no random state in it: what a step draws, and which samples it reads, are functions of (seed, step, process).
+There is no random state: what a step draws, and which samples it reads, are functions of (seed, step, process).
 """
 
 from __future__ import annotations
@@ -22,19 +22,34 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ragturbo.errors import ModelError
+from ragturbo.errors import InvalidRequest, ModelError
 from ragturbo.model.weights import read_safetensors
 from ragturbo.retrieval import durable
+from ragturbo.train.config import LADDConfig, changed_settings, from_dict, to_dict
 
 FACTS = "state.json"
 _NAME = re.compile(r"step-(\d{6,})")
 _PART = re.compile(r"\.step-\d{6,}\.part")
+# Settings that may change when a run is resumed: they do not affect what is trained.
+_FREE_LOOP = (
+    "max_steps", "log_every", "held_out_every", "save_every", "keep", "sample_every", "samples", "dead_after",
+    "tensorboard", "compile",
+)  # fmt: skip
+_FREE = {f"loop.{name}" for name in _FREE_LOOP} | {"data.prefetch", "data.held_out"}
 
 
 def save(folder: Path, step: int, states: dict[str, dict[str, Tensor]], facts: dict[str, Any], keep: int) -> Path:
-    """Writes beside, syncs, renames; then removes all but the newest `keep` checkpoints."""
+    """Write the checkpoint of `step` and delete all but the newest `keep`.
+
+    Args:
+        states: tensors by file name and parameter name.
+        facts: JSON values for state.json.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    _remove_parts(folder)
+    for path in folder.iterdir():
+        # Left behind by a killed process.
+        if _PART.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
     target = folder / f"step-{step:06d}"
     if not target.is_dir():
         part = folder / f".{target.name}.part"
@@ -50,7 +65,7 @@ def save(folder: Path, step: int, states: dict[str, dict[str, Tensor]], facts: d
         os.rename(part, target)
         durable.sync_folder(folder)
     for old in checkpoints(folder)[:-keep]:
-        # Renamed first: a checkpoint half deleted must not look like one.
+        # Renamed first, so that a half-deleted checkpoint is never taken for a whole one.
         doomed = folder / f".{old.name}.part"
         with contextlib.suppress(OSError):
             os.rename(old, doomed)
@@ -59,7 +74,7 @@ def save(folder: Path, step: int, states: dict[str, dict[str, Tensor]], facts: d
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
+    """Complete checkpoints, oldest first."""
     if not folder.is_dir():
         return []
     found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
@@ -71,22 +86,32 @@ def latest(folder: Path) -> Path | None:
 
 
 def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """What `save` was given, proven byte for byte."""
+    """Return the states and facts given to `save`, after checking the sha256 of every file."""
     try:
         facts: dict[str, Any] = json.loads((path / FACTS).read_text("utf-8"))
         sums: dict[str, str] = facts["sha256"]
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{path} is no checkpoint: {error!r}") from error
+        raise ModelError(f"{path} is not a checkpoint: {error!r}") from error
     states = {}
     for name, expected in sums.items():
         if not (path / name).is_file() or durable.sum_file(path / name).sha256 != expected:
-            raise ModelError(f"{path / name} is not what was saved; resume from an older checkpoint: delete {path}")
+            raise ModelError(f"{path / name} is not what was saved; delete {path} to resume from an older checkpoint")
         states[name.removesuffix(".safetensors")] = read_safetensors(path / name)
     return states, facts
 
 
+def check_same_run(path: Path, facts: dict[str, Any], config: LADDConfig, fingerprints: dict[str, str]) -> None:
+    """Raise InvalidRequest or ModelError if the checkpoint has other settings or another model than this run."""
+    # Read as a configuration: a setting that is newer than the checkpoint gets its default.
+    changed = changed_settings(to_dict(from_dict(facts["config"])), to_dict(config))
+    if what := ", ".join(f"{name} ({text})" for name, text in changed.items() if name not in _FREE):
+        raise InvalidRequest(f"{path} was trained with other settings: {what}. Use those, or another --out")
+    if facts["fingerprints"] != fingerprints:
+        raise ModelError(f"{path} was trained on another model than {config.model} is now")
+
+
 def optimizer_state(optimizer: torch.optim.Optimizer, names: Iterable[str]) -> dict[str, Tensor]:
-    """{"name/exp_avg": …} for the parameters in the order of their names. Empty before the first step."""
+    """{"name/exp_avg": …}, `names` in the order of the optimiser's parameters. Empty before the first step."""
     state = optimizer.state_dict()["state"]
     return {f"{name}/{key}": value for i, name in enumerate(names) for key, value in state.get(i, {}).items()}
 
@@ -98,10 +123,3 @@ def load_optimizer(optimizer: torch.optim.Optimizer, names: Iterable[str], state
         name, _, key = full.rpartition("/")
         by_number.setdefault(numbers[name], {})[key] = value
     optimizer.load_state_dict({"state": by_number, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _remove_parts(folder: Path) -> None:
-    """What a killed process left behind."""
-    for path in folder.iterdir():
-        if _PART.fullmatch(path.name):
-            shutil.rmtree(path, ignore_errors=True)

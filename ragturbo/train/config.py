@@ -1,4 +1,4 @@
-"""One configuration of a training run: frozen dataclasses that refuse nonsense, from YAML, saved beside the results."""
+"""The configuration of a training run: frozen dataclasses that validate their values, read from YAML."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ DECODER_TARGETS = (
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """The decoder's LoRA, through peft. rank 0: none."""
+    """The decoder's LoRA, trained with peft."""
 
     rank: int = 64
+    """0: no LoRA."""
     alpha: float = 64.0
     dropout: float = 0.0
     targets: str = DECODER_TARGETS
-    """A regular expression over module names; only the decoder's may match."""
+    """A regular expression over module names. It may match decoder modules only."""
 
     def __post_init__(self) -> None:
         _at_least("student.lora", self, rank=0, alpha=0)
@@ -44,14 +45,15 @@ class LoRAConfig:
 @dataclass(frozen=True)
 class StudentConfig:
     steps: int = 1
-    """n of T_n: 1 to 4."""
+    """n of T_n, 1 to 4."""
     adapter: str = "transformer"
     heads: int | None = None
+    """Attention heads of the adapter; None: its default for the model's width."""
     num_neighbors: int = 1
     lam: float | None = None
-    """λ of Eq. 5; None: the cosine between the prompt's key and the neighbour's, as the paper."""
+    """λ of Eq. 5; None: the cosine of the prompt's key and the neighbour's, as in the paper."""
     neighbors: str = "nearest"
-    """"random" takes any row of the database: the control that must not help."""
+    """"random" trains with random rows of the database, as a control."""
     retrieval_dropout: float = 0.0
     """Share of samples trained without neighbours."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
@@ -70,28 +72,29 @@ class StudentConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW at a constant rate, as the paper, unless a linear warm-up or a decay is asked for."""
+    """AdamW. The default rate is constant, as in the paper."""
 
     lr: float = 1e-5
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip: float = 1.0
-    """Largest norm of the gradient; 0 for no clipping."""
+    """Largest gradient norm; 0: no clipping."""
     warmup: int = 0
+    """Updates of linear warm-up."""
     decay: str = "none"
-    """Of the rate; cosine: to a fiftieth at loop.max_steps. A short run ends settled only so; resumed with another
-    max_steps, it goes on at that schedule's rate."""
+    """"cosine": down to a fiftieth of the rate at loop.max_steps. A run resumed with another max_steps continues at
+    the rate of the new schedule."""
 
     def __post_init__(self) -> None:
         _at_least("optim", self, lr=0, eps=0, weight_decay=0, clip=0, warmup=0)
         if self.decay not in ("none", "cosine"):
             raise InvalidRequest(f"optim.decay={self.decay!r} must be none or cosine")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise InvalidRequest(f"optim.betas={self.betas} must be two numbers from 0 up to but not including 1")
+            raise InvalidRequest(f"optim.betas={self.betas} must be two numbers in [0, 1)")
 
     def rate(self, update: int, steps: int) -> float:
-        """Of update number `update`, counted from 0, of a run of `steps`."""
+        """The learning rate of update number `update`, counted from 0, in a run of `steps`."""
         if update < self.warmup:
             return self.lr * (update + 1) / self.warmup
         if self.decay == "none":
@@ -107,17 +110,17 @@ class DiscriminatorConfig:
     width: int = 256
     spectral_norm: bool = True
     normalise: bool = True
-    """GroupNorm without affine on what a head reads."""
+    """GroupNorm without affine parameters on the input of each head."""
     r1: float = 0.0
-    """γ of R1 on the real features; 0 for none."""
+    """γ of the R1 penalty on real features; 0: none."""
     misaligned: bool = False
-    """Right images with wrong prompts as extra fakes, for the heads whose stage has read the prompt."""
+    """Add real images with other samples' prompts as fakes, for heads whose stage depends on the prompt."""
     real: str = "all"
-    """What counts as real: "all" samples, as the paper, or only "images", those without a noise of their own. A student
-    soon looks like its teacher's latents, and D has nothing to learn from them."""
+    """The samples D takes as real: "all", as in the paper, or only "images", those without a noise of their own. A
+    student soon resembles its teacher's latents, and D then has nothing to learn from them."""
     shared_fake: bool = True
-    """D and G read one pass of the fakes through the backbone, the G step's, which has gradients: a third fewer passes.
-    False: the D step makes its own, real and fake in one batch without gradients. The gradients are the same."""
+    """Use one backbone pass of the fakes for both D and G, a third fewer passes. False: D runs its own pass, batched
+    with the real samples and without gradients. The gradients are the same."""
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     def __post_init__(self) -> None:
@@ -127,11 +130,13 @@ class DiscriminatorConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
+    """The weights of Eq. 10."""
+
     adversarial: float = 1.0
     alpha: float = 2.5
     beta: float = 1.0
     lpips_weights: str | None = None
-    """A safetensors file, or "random" by that name."""
+    """A safetensors file, or "random" for untrained features."""
     augment: float = 1.0
     """Probability of each augmentation before the LPIPS network."""
 
@@ -144,48 +149,49 @@ class LossConfig:
 class SourceConfig:
     path: str
     weight: float = 1.0
-    """Share of the samples, relative to the other sources'."""
+    """Share of the samples, relative to the other sources."""
 
     def __post_init__(self) -> None:
         if not self.weight > 0:
-            raise InvalidRequest(f"data.sources: {self.path} has weight {self.weight}; leave a source out instead")
+            raise InvalidRequest(f"data.sources: {self.path} has weight {self.weight}; remove the source instead")
 
 
 @dataclass(frozen=True)
 class DataConfig:
     sources: tuple[SourceConfig, ...] = ()
     held_out: str | None = None
-    """A folder of `ragturbo data teacher` that is not trained on; its loss is reported."""
+    """A folder made by `ragturbo data teacher` that is not trained on; its loss is reported."""
     prefetch: int = 2
     """Micro-batches read ahead by a thread."""
 
     def __post_init__(self) -> None:
         if not self.sources:
-            raise InvalidRequest("data.sources is empty: name a folder made by `ragturbo data teacher` or `encode`")
+            raise InvalidRequest("data.sources is empty: add a folder made by `ragturbo data teacher` or `data encode`")
         _at_least("data", self, prefetch=1)
 
 
 @dataclass(frozen=True)
 class LoopConfig:
     batch: int = 2048
-    """Samples an optimiser step, over all processes."""
+    """Samples per optimiser step, over all processes."""
     micro_batch: int = 8
-    """Samples a forward on one process; the rest of the batch is accumulated."""
+    """Samples per forward pass of one process; gradients are accumulated up to `batch`."""
     max_steps: int = 20_000
     precision: str = "bf16"
     gradient_checkpointing: bool = False
     compile: bool = False
     ema: float = 0.999
-    """Decay of the average that is exported; 0 for none."""
+    """Decay of the moving average that is exported; 0: no average."""
     max_skipped: int = 50
-    """Steps in a row with a gradient that is not finite, before the run gives up."""
+    """Stop after this many steps in a row with a gradient that is not finite."""
     log_every: int = 10
     held_out_every: int = 100
     """Steps between measurements of data.held_out; a multiple of log_every."""
     save_every: int = 500
     keep: int = 2
+    """Checkpoints kept."""
     sample_every: int = 500
-    """Steps between sample grids; 0 for none."""
+    """Steps between sample grids; 0: none."""
     samples: int = 8
     dead_after: int = 200
     """Steps after which a discriminator head at its starting loss is reported."""
@@ -197,12 +203,12 @@ class LoopConfig:
                 "held_out_every")  # fmt: skip
         _at_least("loop", self, **dict.fromkeys(ones, 1), sample_every=0, dead_after=1)
         if not 0 <= self.ema < 1:
-            raise InvalidRequest(f"loop.ema={self.ema} must be from 0 up to but not including 1")
+            raise InvalidRequest(f"loop.ema={self.ema} must be in [0, 1)")
         if self.batch % self.micro_batch:
             raise InvalidRequest(f"loop.batch={self.batch} is not a multiple of loop.micro_batch={self.micro_batch}")
 
     def accumulation(self, processes: int) -> int:
-        """Micro-batches a step on each process."""
+        """Micro-batches per step and process."""
         if self.batch % (self.micro_batch * processes):
             raise InvalidRequest(
                 f"loop.batch={self.batch} does not divide into {processes} processes of micro_batch={self.micro_batch}"
@@ -212,14 +218,17 @@ class LoopConfig:
 
 @dataclass(frozen=True)
 class LADDConfig:
-    """mode "adapter": the paper's Sec. 3.4, adapter and decoder LoRA on a frozen student. "student": the whole UNet."""
+    """A training run.
+
+    mode "adapter" trains an adapter and a decoder LoRA on a frozen student (Sec. 3.4); "student" a whole UNet.
+    """
 
     model: str
     data: DataConfig
     mode: str = "adapter"
     revision: str | None = None
     teacher: str | None = None
-    """The model whose UNet D is made of; None: the model's own teacher_unet/; "self": the student's frozen encoder."""
+    """The model whose UNet D uses. None: the model's own teacher_unet/; "self": the student's frozen encoder."""
     database: str | None = None
     """None: the model's own database/."""
     seed: int = 0
@@ -231,25 +240,25 @@ class LADDConfig:
 
     def __post_init__(self) -> None:
         one_of("mode", self.mode, MODES)
-        student = self.student
-        if self.mode == "adapter" and student.adapter == "none" and student.lora.rank == 0:
-            raise InvalidRequest("student.adapter=none and student.lora.rank=0: there is nothing to train")
-        loop = self.loop
+        student, loop = self.student, self.loop
+        no_adapter = student.adapter == "none" and student.lora.rank == 0
+        if self.mode == "adapter" and no_adapter:
+            raise InvalidRequest("student.adapter=none and student.lora.rank=0 leave nothing to train")
+        if self.mode == "student" and not no_adapter:
+            raise InvalidRequest(
+                "mode=student trains the whole UNet: set student.adapter=none and student.lora.rank=0, and train an "
+                "adapter on the result with mode=adapter"
+            )
+        if self.mode == "student" and self.teacher == "self":
+            raise InvalidRequest("mode=student trains the student's encoder: with teacher=self D would drift with it")
         if self.data.held_out is not None and loop.held_out_every % loop.log_every:
             raise InvalidRequest(
                 f"loop.held_out_every={loop.held_out_every} is not a multiple of loop.log_every={loop.log_every}"
             )
-        if self.mode == "student" and (student.adapter != "none" or student.lora.rank):
-            raise InvalidRequest(
-                "mode=student trains the whole UNet: set student.adapter=none and student.lora.rank=0; an adapter is "
-                "trained on the result, in mode=adapter"
-            )
-        if self.mode == "student" and self.teacher == "self":
-            raise InvalidRequest("mode=student changes the student's encoder: teacher=self would let D drift with it")
-        if self.discriminator.misaligned and self.loop.micro_batch < 2:
+        if self.discriminator.misaligned and loop.micro_batch < 2:
             raise InvalidRequest(
                 "discriminator.misaligned takes other samples' prompts from the micro-batch, and loop.micro_batch is "
-                f"{self.loop.micro_batch}: set it to 2 or more"
+                f"{loop.micro_batch}: set it to 2 or more"
             )
 
     @property
@@ -258,7 +267,15 @@ class LADDConfig:
 
 
 def load_config(source: str | Path, changes: Sequence[str] = ()) -> LADDConfig:
-    """source: a YAML file, or the bare name of one of ours; changes: "loop.batch=64" …, values in YAML."""
+    """Read a configuration.
+
+    Args:
+        source: a YAML file, or the name of a built-in configuration ("paper", "one-gpu", "shapes").
+        changes: settings to replace, such as "loop.batch=64"; values are YAML.
+
+    Raises:
+        InvalidRequest: an unknown setting, a wrong type or a value out of range; the message names the setting.
+    """
     yaml = require("yaml")
     path = find_config(source)
     try:
@@ -282,12 +299,11 @@ def find_config(source: str | Path) -> Path:
     path = Path(source).expanduser()
     if path.is_file():
         return path
-    ours = Path(str(resources.files("ragturbo") / "train" / "configs"))
-    bare = ours / f"{source}.yaml"
-    if path.name == str(source) and bare.is_file():
-        return bare
-    names = ", ".join(sorted(file.stem for file in ours.glob("*.yaml")))
-    raise InvalidRequest(f"there is no configuration {source}; ours are: {names}")
+    folder = Path(str(resources.files("ragturbo") / "train" / "configs"))
+    built_in = {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+    if str(source) in built_in:
+        return built_in[str(source)]
+    raise InvalidRequest(f"no configuration {source}; the built-in ones are: {', '.join(built_in)}")
 
 
 def from_dict(values: dict[str, Any]) -> LADDConfig:
@@ -295,7 +311,7 @@ def from_dict(values: dict[str, Any]) -> LADDConfig:
 
 
 def to_dict(config: LADDConfig) -> dict[str, Any]:
-    """Plain values, as YAML and JSON take them."""
+    """Nested dicts, lists and scalars, as YAML and JSON have them."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
@@ -309,6 +325,19 @@ def to_yaml(config: LADDConfig) -> str:
     return require("yaml").safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
 
 
+def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
+    """The settings that differ between two nested dicts: {"optim.lr": "was 0.001, now 0.01", …}."""
+    a, b = _flat(before), _flat(now)
+    names = sorted(a.keys() | b.keys())
+    return {n: f"was {a.get(n)!r}, now {b.get(n)!r}" for n in names if a.get(n) != b.get(n)}
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(values, dict):
+        return {prefix: values}
+    return {k: v for name, value in values.items() for k, v in _flat(value, f"{prefix}.{name}".strip(".")).items()}
+
+
 def _put(values: dict[str, Any], name: str, value: Any) -> None:
     *path, last = name.split(".")
     for part in path:
@@ -320,16 +349,17 @@ def _put(values: dict[str, Any], name: str, value: Any) -> None:
 
 
 def _build(kind: Any, values: Any, where: str) -> Any:
-    """A dataclass from a mapping: unknown names and wrong types are errors that name the setting."""
+    """A dataclass from a mapping. Errors name the setting."""
     if not isinstance(values, dict):
         raise InvalidRequest(f"{where or 'the configuration'} must be a group of settings, not {values!r}")
     hints = typing.get_type_hints(kind)
     prefix = f"{where}." if where else ""
     if unknown := sorted(set(values) - set(hints)):
-        raise InvalidRequest(f"there is no setting {prefix}{unknown[0]}; there are: {', '.join(sorted(hints))}")
-    required = [f.name for f in dataclasses.fields(kind) if _has_no_default(f)]
-    if missing := [name for name in required if name not in values]:
-        raise InvalidRequest(f"{prefix}{missing[0]} is not set")
+        raise InvalidRequest(f"no setting {prefix}{unknown[0]}; known: {', '.join(sorted(hints))}")
+    for spec in dataclasses.fields(kind):
+        required = spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
+        if required and spec.name not in values:
+            raise InvalidRequest(f"{prefix}{spec.name} is not set")
     return kind(**{name: _convert(hints[name], value, f"{prefix}{name}") for name, value in values.items()})
 
 
@@ -346,7 +376,7 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
         if len(kinds) != len(value):
             raise InvalidRequest(f"{name}={value!r} must have {len(kinds)} values")
         return tuple(_convert(t, v, f"{name}[{i}]") for i, (t, v) in enumerate(zip(kinds, value, strict=True)))
-    # YAML 1.1 reads 1e-5 as a word.
+    # YAML 1.1 reads 1e-5 as a string.
     if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:
             value = float(value)
@@ -357,10 +387,6 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
     if hint is float and not math.isfinite(value):
         raise InvalidRequest(f"{name}={value!r} must be finite")
     return value
-
-
-def _has_no_default(spec: dataclasses.Field) -> bool:
-    return spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
 
 
 def _at_least(group: str, config: Any, **least: float) -> None:

@@ -1,16 +1,17 @@
-"""Sample number n of a run: which source, which sample of it, and everything training reads of it.
+"""Training batches by sample number, mixed from several sources.
 
-All of it is a function of (seed, n). No process keeps a position, a buffer or a worker's state, so a resumed run goes
-on at sample step·batch as if nothing had happened, on any number of processes.
+What sample n of a run is (source, index, neighbours) is a function of (seed, n). There is no position or buffer to
+store, so a resumed run continues at sample step·batch, on any number of processes.
 """
 
 from __future__ import annotations
 
 import functools
-import queue
-import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,26 +24,24 @@ from ragturbo.train.shards import NeighborTable, Shards
 if TYPE_CHECKING:
     from ragturbo.retrieval.database import Database
 
-# Sources are mixed exactly within every block of this many samples.
+# Samples per block. Every block has the exact share of each source.
 _BLOCK = 1024
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one micro-batch reads from disk."""
-
     z0: Tensor
     """(B, c, H, W) fp32"""
     noise: Tensor
-    """(B, c, H, W) fp32: the noise that made z0, where there is one."""
+    """(B, c, H, W) fp32: the noise that z0 was generated from; 0 for images."""
     paired: Tensor
-    """(B,) bool: whether there is."""
+    """(B,) bool: whether the sample has such a noise."""
     input_ids: Tensor
     """(B, L) int64"""
     text: Tensor | None = None
-    """(B, L, D), where the shards hold text states."""
+    """(B, L, D), if the shards hold text states."""
     key: Tensor | None = None
-    """(B, K) fp32, likewise."""
+    """(B, K) fp32, if the shards hold text states."""
     ids: Tensor | None = None
     """(B, k) int64 rows of the database, −1 for none."""
     scores: Tensor | None = None
@@ -56,26 +55,26 @@ class Batch:
         return len(self.z0)
 
     def to(self, device: torch.device) -> Batch:
-        moved = {
-            spec.name: value.to(device, non_blocking=True)
-            for spec in fields(self)
-            if (value := getattr(self, spec.name)) is not None
-        }
-        return replace(self, **moved)
+        return self._map(lambda value: value.to(device, non_blocking=True))
 
     def pin(self) -> Batch:
-        pinned = {s.name: value.pin_memory() for s in fields(self) if (value := getattr(self, s.name)) is not None}
-        return replace(self, **pinned)
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        values = {spec.name: getattr(self, spec.name) for spec in fields(self)}
+        return replace(self, **{name: function(value) for name, value in values.items() if value is not None})
 
 
 class Mixture:
-    """Sources mixed by weight: each block of 1,024 samples holds every source's share, in an order of its own; each
-    source is gone through in a new order every epoch."""
+    """Mixes sources by weight: sample number -> (source, index).
+
+    Each block of 1,024 samples has every source's share in random order. A source is read in a new order every epoch.
+    """
 
     def __init__(self, lengths: Sequence[int], weights: Sequence[float], seed: int) -> None:
         shares = np.asarray(weights, float) / sum(weights) * _BLOCK
         counts = np.floor(shares).astype(int)
-        # The largest remainders take what rounding left.
+        # The remaining samples go to the largest remainders.
         for j in np.argsort(counts - shares, kind="stable")[: _BLOCK - counts.sum()]:
             counts[j] += 1
         if (counts == 0).any():
@@ -86,7 +85,6 @@ class Mixture:
         self._order = functools.lru_cache(maxsize=2 * len(counts))(self._make_order)
 
     def __call__(self, n: int) -> tuple[int, int]:
-        """Number of a sample -> (source, index in it)."""
         block, place = divmod(n, _BLOCK)
         sources, ranks = self._block(block)
         source = int(sources[place])
@@ -105,7 +103,7 @@ class Mixture:
 
 
 class TrainingData:
-    """Folders of shards, mixed, with the rows of their neighbours."""
+    """A mixture of folders of shards, with the database rows of each sample's neighbours."""
 
     def __init__(
         self,
@@ -117,10 +115,15 @@ class TrainingData:
         num_neighbors: int = 0,
         random_neighbors: bool = False,
     ) -> None:
+        """random_neighbors: draw random rows instead of the precomputed neighbours.
+
+        Raises:
+            InvalidRequest: latents of different shapes, or missing or too few precomputed neighbours.
+            DatabaseMismatch: the neighbours were computed with another database.
+        """
         self.sources, self.seed = list(sources), seed
         self.mixture = Mixture([len(source) for source in sources], weights, seed)
         self.database, self.num_neighbors = database, num_neighbors if database is not None else 0
-        self.random_neighbors = random_neighbors
         self.tables = [self._table(source) if database and not random_neighbors else None for source in sources]
         shapes = {tuple(source.read(0, "latents").shape) for source in sources}
         if len(shapes) > 1:
@@ -132,92 +135,69 @@ class TrainingData:
     def _table(self, source: Shards) -> NeighborTable:
         table = source.neighbors()
         if table is None:
-            raise InvalidRequest(f"{source.folder} has no neighbours yet: run `ragturbo data neighbors` on it")
+            raise InvalidRequest(f"{source.folder} has no neighbours: run `ragturbo data neighbors` on it")
         assert self.database is not None
         made_with, here = table.made_by["database"], database_name(self.database)
         if made_with != here:
             raise DatabaseMismatch(
-                f"{source.folder}/neighbors was made with database {made_with}, this one is {here}: run `ragturbo data "
-                "neighbors` again"
+                f"{source.folder}/neighbors was made with database {made_with}, but this one is {here}: run "
+                "`ragturbo data neighbors` again"
             )
         if table.k < self.num_neighbors:
             raise InvalidRequest(f"{source.folder} has {table.k} neighbours a sample, not {self.num_neighbors}")
         return table
 
     def batch(self, numbers: Sequence[int]) -> Batch:
-        """The samples of these numbers, on the CPU."""
-        places = [self.mixture(n) for n in numbers]
-        z0 = torch.stack([self.sources[s].read(i, "latents") for s, i in places]).float()
-        paired = torch.tensor(["noise" in self.sources[s].fields for s, _ in places])
-        noise = torch.stack([self._noise(s, i) for s, i in places]).float()
-        input_ids = torch.stack([self.sources[s].read(i, "input_ids") for s, i in places]).long()
-        batch = Batch(z0, noise, paired, input_ids)
+        """The samples with these numbers, on the CPU."""
+        places = [(self.sources[s], i) for s, i in map(self.mixture, numbers)]
+
+        def stack(name: str) -> Tensor:
+            return torch.stack([shards.read(i, name) for shards, i in places])
+
+        paired = ["noise" in shards.fields for shards, _ in places]
+        noise = [
+            s.read(i, "noise") if own else torch.zeros(self.shape) for (s, i), own in zip(places, paired, strict=True)
+        ]
+        batch = Batch(
+            stack("latents").float(), torch.stack(noise).float(), torch.tensor(paired), stack("input_ids").long()
+        )
         if self.text:
-            text, key = (torch.stack([self.sources[s].read(i, name) for s, i in places]) for name in ("text", "key"))
-            batch = replace(batch, text=text, key=key.float())
-        return self._with_neighbors(batch, numbers, places) if self.num_neighbors else batch
+            batch = replace(batch, text=stack("text"), key=stack("key").float())
+        return self._with_neighbors(batch, numbers) if self.num_neighbors else batch
 
-    def caption(self, n: int) -> str:
-        source, index = self.mixture(n)
-        return str(self.sources[source].record(index)["caption"])
-
-    def _noise(self, source: int, index: int) -> Tensor:
-        shards = self.sources[source]
-        return shards.read(index, "noise") if "noise" in shards.fields else torch.zeros(self.shape)
-
-    def _with_neighbors(self, batch: Batch, numbers: Sequence[int], places: Sequence[tuple[int, int]]) -> Batch:
+    def _with_neighbors(self, batch: Batch, numbers: Sequence[int]) -> Batch:
         assert self.database is not None
         k = self.num_neighbors
         if self._rows is not None:
             drawn = [np.random.default_rng([self.seed, 3, n]).choice(self._rows, k) for n in numbers]
             ids, scores = torch.from_numpy(np.stack(drawn)), torch.ones(len(drawn), k)
         else:
-            found = [self.tables[s].read(i) for s, i in places]  # type: ignore[union-attr]
+            found = [self.tables[s].read(i) for s, i in map(self.mixture, numbers)]  # type: ignore[union-attr]
             ids, scores = torch.stack([f[0][:k] for f in found]), torch.stack([f[1][:k] for f in found])
         h_retr, keys = self.database.features(ids), self.database.keys(ids)
         return replace(batch, ids=ids, scores=scores, h_retr=h_retr, retr_keys=keys)
 
 
 def database_name(database: Database) -> str:
-    """The generation a table of neighbours belongs to: rows and ids as they are now."""
+    """The database and its generation: neighbour ids are valid for one generation only."""
     from ragturbo.retrieval.manifest import read_current
 
     return " ".join(read_current(database.path))
 
 
 class Prefetcher:
-    """Batches read ahead by one thread, in order. An error there is raised here, at its place in the order."""
+    """Calls `load` on every request in a background thread, up to `depth` results ahead, in order."""
 
     def __init__(self, load: Callable[[Any], Any], requests: Iterator[Any], depth: int) -> None:
-        self._queue: queue.Queue[tuple[bool, Any]] = queue.Queue(maxsize=depth)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(load, requests), daemon=True, name="ragturbo-data")
-        self._thread.start()
-
-    def _run(self, load: Callable[[Any], Any], requests: Iterator[Any]) -> None:
-        try:
-            for request in requests:
-                if not self._put((True, load(request))):
-                    return
-        # Whatever went wrong belongs to the caller, who waits for a batch.
-        except BaseException as error:
-            self._put((False, error))
-
-    def _put(self, item: tuple[bool, Any]) -> bool:
-        while not self._stop.is_set():
-            try:
-                self._queue.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
+        self._pool = ThreadPoolExecutor(1, "ragturbo-data")
+        self._load, self._requests = load, requests
+        self._results = deque(self._pool.submit(load, request) for request in islice(requests, depth))
 
     def next(self) -> Any:
-        good, value = self._queue.get()
-        if not good:
-            raise value
+        """The next result. An exception in `load` is raised here, in place of its result."""
+        value = self._results.popleft().result()
+        self._results.extend(self._pool.submit(self._load, request) for request in islice(self._requests, 1))
         return value
 
     def close(self) -> None:
-        self._stop.set()
-        self._thread.join()
+        self._pool.shutdown(cancel_futures=True)

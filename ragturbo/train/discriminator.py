@@ -1,9 +1,9 @@
-"""D of Eqs. 6-7: the frozen encoder of the teacher's UNet, and a small trainable head on each of its stages."""
+"""The discriminator of Eqs. 6-7: the frozen encoder of the teacher's UNet and a small trainable head on each stage."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,10 +20,10 @@ MID = "mid"
 
 
 class Head(nn.Module):
-    """One stage's features (B, C, h, w) -> logits (B, P).
+    """Features of one stage (B, C, h, w) -> logits (B, P).
 
-    The features are normalised first and the last 1×1 convolution is free of spectral norm: with the norm on every
-    convolution and raw features, plain heads stay at their starting loss and give no signal.
+    With spectral norm on every convolution and features as they are, heads stay at their starting loss and give no
+    signal. So the features are normalised, and the last 1×1 convolution has no spectral norm.
     """
 
     def __init__(self, channels: int, width: int, spectral: bool = True, normalise: bool = True) -> None:
@@ -32,7 +32,7 @@ class Head(nn.Module):
         def norm(conv: nn.Conv2d) -> nn.Module:
             return spectral_norm(conv) if spectral else conv
 
-        # Without affine: its scale would undo what spectral norm bounds.
+        # No affine parameters: their scale would undo the bound of the spectral norm.
         self.norm = nn.GroupNorm(norm_groups(channels), channels, affine=False) if normalise else nn.Identity()
         self.conv_in = norm(nn.Conv2d(channels, width, 3, stride=2, padding=1))
         self.conv_mid = norm(nn.Conv2d(width, width, 3, padding=1))
@@ -40,18 +40,22 @@ class Head(nn.Module):
         self.conv_out = nn.Conv2d(width, 1, 1)
 
     def forward(self, features: Tensor) -> Tensor:
-        # In fp32: the heads are a thousandth of the work, and spectral norm's power iteration needs the digits.
+        # fp32: the heads are cheap, and the power iteration of spectral norm needs the precision.
         x = self.act(self.conv_in(self.norm(features.float())))
         x = x + self.act(self.conv_mid(x))
         return self.conv_out(x).flatten(1)
 
 
 class Backbone:
-    """The frozen half: UNet encoder and middle block, conditioned on the text and on s. Never in a checkpoint."""
+    """The frozen UNet encoder and middle block, conditioned on the text and on the timestep s."""
 
     def __init__(self, unet: Any, stages: Sequence[str] | None = None, *, shared: bool = False) -> None:
-        """unet: the teacher's UNet2DConditionModel. stages: "down_0" … and "mid"; None: all of them. shared: it is the
-        student's own frozen one and stays whole; otherwise its up blocks, which are never run, are let go."""
+        """
+        Args:
+            unet: a UNet2DConditionModel.
+            stages: "down_0", … and "mid"; None: all of them.
+            shared: the UNet also generates and is left as it is. False: its up blocks are dropped.
+        """
         if not shared:
             unet = encoder_only(unet).requires_grad_(False).eval()
         self.unet = HSpaceUNet(unet)
@@ -62,22 +66,26 @@ class Backbone:
         if unknown := [name for name in stages if name not in known] or not stages:
             raise InvalidRequest(f"discriminator.stages={unknown or []}: this teacher has {', '.join(known)}")
         self.stages = stages
-        # The last output of every down block: after its downsampler, where it has one.
+        # The last output of every down block: after its downsampler, if it has one.
         counts = [len(block.resnets) + len(block.downsamplers or ()) for block in model.down_blocks]
         self._last = {f"down_{i}": sum(counts[: i + 1]) for i in range(len(counts))}
-        # A prompt can only matter to a stage with cross-attention in it or before it.
+        # A stage depends on the prompt if there is cross-attention in it or before it.
         blocks = (*model.down_blocks, model.mid_block)
         attends = [bool(getattr(block, "has_cross_attention", False)) for block in blocks]
         reads = {name: any(attends[: i + 1]) for i, name in enumerate(known)}
         self.reads_text = [reads[name] for name in stages]
         widths = model.config.block_out_channels
         self.channels = [widths[-1] if name == MID else widths[int(name.removeprefix("down_"))] for name in stages]
+        self._run: Callable[..., list[Tensor]] = self._features
+
+    def compile(self) -> None:
+        self._run = torch.compile(self._features)
 
     def __call__(self, z_s: Tensor, s: Tensor, text: Tensor) -> list[Tensor]:
         """z_s: (B, c, H, W) noised to s; s: (B,) timesteps of N; text: (B, L, D) -> features of every stage."""
         if self.checkpointing and torch.is_grad_enabled():
-            return list(checkpoint(self._features, z_s, s, text, use_reentrant=False))
-        return self._features(z_s, s, text)
+            return list(checkpoint(self._run, z_s, s, text, use_reentrant=False))
+        return self._run(z_s, s, text)
 
     def _features(self, z_s: Tensor, s: Tensor, text: Tensor) -> list[Tensor]:
         state = self.unet.encode(z_s.to(self.unet.dtype), s, text.to(self.unet.dtype))
@@ -85,17 +93,13 @@ class Backbone:
 
 
 class Discriminator(nn.Module):
-    """The heads of D. The backbone is no module and so no submodule: no optimiser and no checkpoint sees it."""
+    """The heads of D. The backbone is not a submodule, so it is in no optimiser and no checkpoint."""
 
     def __init__(self, backbone: Backbone, width: int = 256, spectral: bool = True, normalise: bool = True) -> None:
         super().__init__()
         self.backbone = backbone
-        self.heads = nn.ModuleDict(
-            {
-                name: Head(channels, width, spectral, normalise)
-                for name, channels in zip(backbone.stages, backbone.channels, strict=True)
-            }
-        )
+        stages = zip(backbone.stages, backbone.channels, strict=True)
+        self.heads = nn.ModuleDict({name: Head(channels, width, spectral, normalise) for name, channels in stages})
 
     @property
     def stages(self) -> list[str]:
@@ -105,11 +109,12 @@ class Discriminator(nn.Module):
         return self.backbone(z_s, s, text)
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Features of every stage -> logits (B, P_k) of every head. In train mode a call is one power iteration."""
+        """Features of every stage -> logits (B, P_k) of every head. In train mode each call is one power iteration."""
         return [head(f) for head, f in zip(self.heads.values(), features, strict=True)]
 
     def judge(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """The G step's view: gradients reach the features, none the heads; spectral norm's buffers stay as they are."""
+        """The logits for G's loss: gradients reach the features but not the heads, and spectral norm's buffers are not
+        updated."""
         was_training = self.training
         self.eval()
         flags = [(p, p.requires_grad) for p in self.parameters()]
@@ -124,16 +129,13 @@ class Discriminator(nn.Module):
 
 
 class NoiseSchedule:
-    """α_s and σ_s of the teacher: z_s = α_s z_0 + σ_s ε for every one of its N timesteps."""
+    """α_s and σ_s of the teacher: z_s = α_s z_0 + σ_s ε for each of its N timesteps."""
 
     def __init__(self, scheduler: Any, device: torch.device | str = "cpu") -> None:
         from diffusers import DDPMScheduler
 
-        config = {
-            name: scheduler.config[name]
-            for name in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
-            if name in scheduler.config
-        }
+        names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+        config = {name: scheduler.config[name] for name in names if name in scheduler.config}
         zero_snr = bool(scheduler.config.get("rescale_betas_zero_snr", False))
         schedule: Any = DDPMScheduler(**config, rescale_betas_zero_snr=zero_snr)
         alphas_cumprod = schedule.alphas_cumprod.double()
@@ -149,22 +151,14 @@ class NoiseSchedule:
 
 
 def encoder_only(unet: Any) -> Any:
-    """A UNet that shares its encoder's weights and has no up blocks: the teacher's decoder needs no memory here."""
-    # What the split forward asks of the decoder's side is kept: the number of upsamplers.
+    """A UNet without up blocks that shares the encoder weights of `unet`, so that the decoder can be freed."""
+    # The copy keeps the number of upsamplers, which HSpaceUNet reads.
     half = copy.copy(unet)
     half._modules = {name: module for name, module in unet._modules.items() if name not in ("up_blocks", "conv_out")}
     return half
 
 
 def accuracy(real: Sequence[Tensor], fake: Sequence[Tensor], real_weight: Tensor | None = None) -> Tensor:
-    """(K,): how often each head tells them apart, at 0; 0.5 is chance. real_weight (B,): how much each real counts."""
+    """(K,): share of each head's logits with the right sign; 0.5 is chance. real_weight (B,): of each real sample."""
     right = [weighted_mean((r > 0).float().mean(1), real_weight) for r in real]
     return torch.stack([(r + (f < 0).float().mean()) / 2 for r, f in zip(right, fake, strict=True)])
-
-
-def check_misaligned(misaligned: bool, micro_batch: int) -> None:
-    if misaligned and micro_batch < 2:
-        raise InvalidRequest(
-            f"misaligned pairs take another sample's prompt from the same micro-batch, which has {micro_batch}: "
-            "set loop.micro_batch to 2 or more, or discriminator.misaligned=false"
-        )

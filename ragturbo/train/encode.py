@@ -1,4 +1,4 @@
-"""`ragturbo data encode`: real captioned images to latents. No noise belongs to them, so no regression loss does."""
+"""`ragturbo data encode`: real captioned images to latents. They have no noise, so only D learns from them."""
 
 from __future__ import annotations
 
@@ -24,6 +24,10 @@ from ragturbo.train.shards import DTYPES, Plan, digest, remaining, write_shard
 log = logging.getLogger("ragturbo")
 
 
+class _Unusable(Exception):
+    """Why a pair is left out."""
+
+
 def make_encoded_data(
     pairs: Any,
     out: str | Path,
@@ -41,20 +45,28 @@ def make_encoded_data(
     precision: str | None = None,
     device: str | None = None,
 ) -> int:
-    """Writes the shards that are missing of this process's share; returns how many. Run again, it goes on.
+    """Write the missing shards of this process's share. Call it again to continue an interrupted run.
 
-    pairs: whatever a database is built from. Images with a side under min_size pixels, or with less than min_score in
-    score_column, are left out; the rest become centred squares of `size` pixels (the model's own).
+    Args:
+        pairs: any source a database is built from.
+        min_size: skip images with a shorter side in pixels.
+        score_column, min_score: skip pairs with a lower score. Set both or neither.
+        size: images become centred squares of this side; None: the model's default.
+        dtype: storage type of latents and text states.
+        store_text: also store text states and keys, so that training needs no text encoder.
+        precision: type the models run in; None: the default for the device.
+
+    Returns:
+        The number of shards written.
     """
     if (score_column is None) != (min_score is None):
         raise InvalidRequest("--score-column and --min-score belong together")
     source = open_source(pairs, columns or Columns())
     total = source.total if source.total is not None else sum(1 for _ in source.items())
     if not total:
-        raise InvalidRequest(f"{pairs}: there are no images")
-    bundle = Bundle.load(
-        model, device=device or local_device(), dtype=None if precision is None else DTYPES[precision], adapter=False
-    )
+        raise InvalidRequest(f"{pairs}: no images")
+    compute = None if precision is None else DTYPES[precision]
+    bundle = Bundle.load(model, device=device or local_device(), dtype=compute, adapter=False)
     size = size or bundle.default_size
     made_by = {
         "model": model,
@@ -74,22 +86,25 @@ def make_encoded_data(
     todo = remaining(folder, plan.shards, *rank_and_world())
     skipped: Counter[str] = Counter()
     for shard, items in track(_by_shard(source.items(), plan, set(todo)), len(todo), "encode"):
-        chosen: list[tuple[np.ndarray, dict[str, Any]]] = []
+        pixels: list[np.ndarray] = []
+        records: list[dict[str, Any]] = []
         for number, item in items:
-            picture, record, why = _prepare(item, size, min_size, score_column, min_score)
-            if picture is None:
-                skipped[why] += 1
+            try:
+                square, record = _prepare(item, size, min_size, score_column, min_score)
+            except _Unusable as reason:
+                skipped[str(reason)] += 1
             else:
-                chosen.append((picture, {**record, "number": number}))
-        tensors = _encode(bundle, chosen, batch, DTYPES[dtype], store_text)
-        write_shard(folder, shard, tensors, [record for _, record in chosen])
+                pixels.append(square)
+                records.append({**record, "number": number})
+        captions = [record["caption"] for record in records]
+        write_shard(folder, shard, _encode(bundle, pixels, captions, batch, DTYPES[dtype], store_text), records)
     for why, count in skipped.most_common():
         log.info("%d images left out: %s", count, why)
     return len(todo)
 
 
 def _by_shard(items: Iterator[Item], plan: Plan, todo: set[int]) -> Iterator[tuple[int, list[tuple[int, Item]]]]:
-    """The items of the shards in `todo`, in order. Other shards' items are stepped over, their images unread."""
+    """The numbered items of the shards in `todo`, in order. The images of other shards are not read."""
     group: list[tuple[int, Item]] = []
     for number, item in enumerate(items):
         shard, last = number // plan.shard_size, number + 1
@@ -102,52 +117,52 @@ def _by_shard(items: Iterator[Item], plan: Plan, todo: set[int]) -> Iterator[tup
 
 def _prepare(
     item: Item, size: int, min_size: int, score_column: str | None, min_score: float | None
-) -> tuple[np.ndarray | None, dict[str, Any], str]:
-    """The square and the record of one pair, or why there is none."""
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """The square image (size, size, 3) uint8 and the record of a pair. Raises _Unusable."""
     if problem := item.problem or check_caption(item.caption):
-        return None, {}, problem
+        raise _Unusable(problem)
     record: dict[str, Any] = {"caption": item.caption, "source": item.source}
     if score_column is not None and min_score is not None:
         try:
             record["score"] = float(item.extra[score_column])
         except (KeyError, TypeError, ValueError):
-            return None, {}, f"no number in column {score_column!r}"
+            raise _Unusable(f"no number in column {score_column!r}") from None
         if not record["score"] >= min_score:
-            return None, {}, f"{score_column} under {min_score}"
+            raise _Unusable(f"{score_column} under {min_score}")
     try:
         if _short_side(item.image) < min_size:
-            return None, {}, f"a side under {min_size} pixels"
+            raise _Unusable(f"a side under {min_size} pixels")
         square, record["sha256"], _ = images.prepare(item.image, size, thumbnail=False)
     except InvalidRequest:
-        return None, {}, "the image cannot be read"
-    return square, record, ""
+        raise _Unusable("the image cannot be read") from None
+    return square, record
 
 
 def _short_side(image: Any) -> int:
-    """From the file's header; no pixel is decoded."""
+    """The shorter side in pixels, from the file's header."""
     from PIL import Image
 
     if isinstance(image, Image.Image):
         return min(image.size)
     try:
-        where = io.BytesIO(image) if isinstance(image, (bytes, bytearray, memoryview)) else os.fspath(image)
-        with Image.open(where) as picture:
+        file = io.BytesIO(image) if isinstance(image, (bytes, bytearray, memoryview)) else os.fspath(image)
+        with Image.open(file) as picture:
             return min(picture.size)
-    # Pillow's decoders fail in many ways on hostile bytes.
+    # Pillow raises many types of exceptions on invalid files.
     except Exception as error:
         raise InvalidRequest(f"the image cannot be read: {error}") from error
 
 
 @torch.no_grad()
 def _encode(
-    bundle: Bundle, chosen: list[tuple[np.ndarray, dict[str, Any]]], batch: int, storage: torch.dtype, store_text: bool
+    bundle: Bundle, pixels: list[np.ndarray], captions: list[str], batch: int, storage: torch.dtype, store_text: bool
 ) -> dict[str, Tensor]:
     parts: dict[str, list[Tensor]] = {}
-    for start in range(0, len(chosen), batch):
-        pictures = [picture for picture, _ in chosen[start : start + batch]]
-        pixels = torch.from_numpy(np.stack(pictures)).to(bundle.device).permute(0, 3, 1, 2).float() / 127.5 - 1
-        ids = bundle.text.tokenize([record["caption"] for _, record in chosen[start : start + batch]]).input_ids
-        fields = {"latents": bundle.vae.encode(pixels).to(storage), "input_ids": ids.to(torch.int32)}
+    for start in range(0, len(pixels), batch):
+        rgb = torch.from_numpy(np.stack(pixels[start : start + batch])).to(bundle.device)
+        ids = bundle.text.tokenize(captions[start : start + batch]).input_ids
+        latents = bundle.vae.encode(rgb.permute(0, 3, 1, 2).float() / 127.5 - 1)
+        fields = {"latents": latents.to(storage), "input_ids": ids.to(torch.int32)}
         if store_text:
             states = bundle.text.encode(ids.to(bundle.device))
             fields |= {"text": states.hidden_states.to(storage), "key": states.key}

@@ -1,4 +1,4 @@
-"""`ragturbo train --dry-run`: what a configuration trains, holds and computes, without weights and without a device."""
+"""`ragturbo train --dry-run`: parameters, memory and FLOPs of a configuration, computed without weights or a GPU."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from ragturbo.train.config import LADDConfig, to_dict
 from ragturbo.train.discriminator import Discriminator
 from ragturbo.train.lpips import LatentLPIPS, LatentVGG
 from ragturbo.train.models import make_discriminator
-from ragturbo.train.report import STATS
+from ragturbo.train.stats import STATS
 from ragturbo.train.student import Student
 
-# Stable Diffusion 2.1 and sd-turbo, for a configuration whose model is not on this machine.
+# Stable Diffusion 2.1 and sd-turbo, used if the configured model is not on this machine.
 SD21: dict[str, Any] = {
     "sample_size": 64,
     "in_channels": 4,
@@ -50,22 +50,28 @@ _TEXT_TOKENS = 77
 
 
 def estimate(config: LADDConfig, out: str | Path | None = None, processes: int = 1) -> dict[str, Any]:
-    """Parameters by module, bytes and FLOPs of one process; samples/s only where a run in `out` has measured it."""
+    """Parameters by module, memory of one process and FLOPs, from one training step traced on meta tensors.
+
+    Args:
+        out: folder of a run; its median samples/s is reported if it has statistics.
+        processes: number of processes that share a batch.
+    """
     unet_config, notes = _unet_config(config)
-    if config.loss.beta and _vgg_width(config) is None:
-        notes.append(f"{config.loss.lpips_weights} is not on this machine: latent LPIPS is taken at its full width")
+    vgg_width = _vgg_width(config)
+    if config.loss.beta and vgg_width is None:
+        notes.append(f"{config.loss.lpips_weights} is not on this machine: assuming latent LPIPS of width 64")
     dtype = torch.bfloat16 if config.loop.precision == "bf16" else torch.float32
-    student, discriminator, lpips = _build(config, unet_config, dtype)
+    student, discriminator, lpips = _build(config, unet_config, vgg_width or 64, dtype)
     flops, activations = _trace(config, student, discriminator, lpips, dtype)
-    width = max(1, dtype.itemsize)
+    width = dtype.itemsize
     trainable = sum(p.numel() for p in student.trainable().values())
     heads = sum(p.numel() for p in discriminator.parameters())
     frozen = sum(p.numel() for p in student.unet.parameters() if not p.requires_grad)
     teacher = 0 if config.teacher == "self" else _numel(discriminator.backbone.unet.unet)
-    vgg = 0 if lpips is None else _numel(lpips)
+    vgg = _numel(lpips)
     memory = {
         "frozen weights": width * (frozen + teacher + vgg),
-        # A working copy and its gradient, then master, gradient, two moments and the average in fp32.
+        # Working copy and gradient; in fp32: master, gradient, two moments and the moving average.
         "trainable student": trainable * (2 * width + 4 * (4 + bool(config.loop.ema))),
         "discriminator heads": heads * 4 * 4,
         "stored activations": activations,
@@ -96,21 +102,21 @@ def _unet_config(config: LADDConfig) -> tuple[dict[str, Any], list[str]]:
         folder = resolve(config.model, local_files_only=True, revision=config.revision)
         values = json.loads((folder / "unet" / "config.json").read_text("utf-8"))
         if config.teacher is None and not (folder / TEACHER).is_dir():
-            notes.append(f"{config.model} has no {TEACHER}/: set teacher before training")
+            notes.append(f"{config.model} has no {TEACHER}/: training needs teacher to be set")
         return values, notes
     except (RagTurboError, OSError, ValueError):
-        notes.append(f"{config.model} is not on this machine: the UNet of Stable Diffusion 2.1 is taken in its place")
+        notes.append(f"{config.model} is not on this machine: assuming the UNet of Stable Diffusion 2.1")
         return dict(SD21), notes
 
 
 def _build(
-    config: LADDConfig, unet_config: dict[str, Any], dtype: torch.dtype
+    config: LADDConfig, unet_config: dict[str, Any], vgg_width: int, dtype: torch.dtype
 ) -> tuple[Student, Discriminator, LatentLPIPS | None]:
     from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
 
     with torch.device("meta"):
         unet, teacher = (UNet2DConditionModel.from_config(unet_config) for _ in range(2))
-    # torch's own `to`: diffusers' warns about a list of fp32 modules that is empty.
+    # nn.Module.to, because diffusers' own `to` warns about an empty list of fp32 modules.
     nn.Module.to(unet, dtype), nn.Module.to(teacher, dtype)
     student = Student(HSpaceUNet(unet), EulerDiscreteScheduler(**SD21_SCHEDULE), config).to("meta")
     for parameter in student.parameters():
@@ -119,7 +125,7 @@ def _build(
     discriminator = make_discriminator(teacher, student, config).to("meta")
     lpips = None
     if config.loss.beta:
-        lpips = LatentLPIPS(LatentVGG(unet.config.in_channels, _vgg_width(config) or 64)).to("meta", dtype)
+        lpips = LatentLPIPS(LatentVGG(unet.config.in_channels, vgg_width)).to("meta", dtype)
     return student.train(), discriminator.train(), lpips
 
 
@@ -130,7 +136,7 @@ def _trace(
     lpips: LatentLPIPS | None,
     dtype: torch.dtype,
 ) -> tuple[dict[str, int], int]:
-    """FLOPs a sample by part, and the bytes one micro-batch keeps for its backward pass, on meta tensors."""
+    """FLOPs per sample and part, and the bytes that one micro-batch stores for its backward pass."""
     model, size = student.unet.config, config.loop.micro_batch
     side = model.sample_size if isinstance(model.sample_size, int) else model.sample_size[0]
 
@@ -149,7 +155,7 @@ def _trace(
     flops: dict[str, int] = {}
     modules = [module for module in (student, discriminator, lpips) if module is not None]
     weights = {p.untyped_storage()._cdata for module in modules for p in module.parameters()}
-    # With checkpointing nothing inside a block is kept, and its second forward would not run in this mode.
+    # Gradient checkpointing stores nothing inside a block, and its recomputation fails under this mode.
     attention = nullcontext if config.loop.gradient_checkpointing else _FlashAttention
     with attention(), _stored(weights) as kept:
         with _counted(flops, "student forward"):
@@ -175,7 +181,7 @@ def _trace(
 
 
 class _FlashAttention(TorchFunctionMode):
-    """Attention as a GPU does it: on meta tensors torch takes the form that keeps every T×T matrix."""
+    """Use flash attention, as on a GPU. On meta tensors torch would choose the kernel that stores T×T matrices."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not F.scaled_dot_product_attention or (kwargs or {}).get("attn_mask") is not None:
@@ -192,7 +198,7 @@ def _counted(flops: dict[str, int], name: str) -> Iterator[None]:
 
 @contextmanager
 def _stored(weights: set[int]) -> Iterator[list[int]]:
-    """Counts the bytes autograd keeps, each storage once and the weights not at all."""
+    """Count the bytes that autograd saves, each storage once, without the weights."""
     total, seen = [0], set(weights)
     alive: list[Any] = []
 
@@ -200,7 +206,7 @@ def _stored(weights: set[int]) -> Iterator[list[int]]:
         storage = tensor.untyped_storage()
         if storage._cdata not in seen:
             seen.add(storage._cdata)
-            # Held, so that no later storage gets the same address.
+            # Keep a reference, so that no later storage gets the same address.
             alive.append(storage)
             total[0] += storage.nbytes()
         return tensor
@@ -210,7 +216,7 @@ def _stored(weights: set[int]) -> Iterator[list[int]]:
 
 
 def _measured(out: str | Path | None) -> float | None:
-    """The median rate of the run in `out`."""
+    """Median samples/s of the run in `out`."""
     path = None if out is None else Path(out) / STATS
     if path is None or not path.is_file():
         return None
@@ -219,7 +225,7 @@ def _measured(out: str | Path | None) -> float | None:
 
 
 def _vgg_width(config: LADDConfig) -> int | None:
-    """None: its file is not there."""
+    """None if the file is missing."""
     weights = config.loss.lpips_weights
     if weights in (None, "random"):
         return 64

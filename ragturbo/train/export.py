@@ -1,4 +1,4 @@
-"""From a trainer to a folder that `Generator` loads."""
+"""Export what was trained as a folder that a Generator loads. Weights are written in fp32."""
 
 from __future__ import annotations
 
@@ -7,63 +7,60 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ragturbo.model import lora
 from ragturbo.model.bundle import DATABASE, Bundle
+from ragturbo.train.config import LADDConfig
+from ragturbo.train.student import Student
 
-if TYPE_CHECKING:
-    from ragturbo.train.ladd import LADDTrainer
 
+def export_adapter(
+    folder: Path, config: LADDConfig, student: Student, values: dict[str, Tensor], *, database: Path | None, whole: bool
+) -> None:
+    """Write adapter.safetensors and decoder_lora/, for `adapter=folder`.
 
-def export(trainer: LADDTrainer, folder: Path, *, whole: bool) -> None:
-    """Adapter mode: adapter.safetensors and decoder_lora/, for `adapter=folder`; `whole`: the student's bundle with
-    them and the database in it. Student mode: the bundle with the trained UNet. In fp32; the average if one is kept."""
+    Args:
+        values: the trained parameters by name, as in `student.trainable()`.
+        whole: also write the rest of the student and a copy of `database`, for `from_pretrained(folder)`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    if trainer.config.mode == "student":
-        _export_student(trainer, folder)
-        return
-    with _published(trainer, _values(trainer)):
-        if trainer.student.adapter is not None:
-            trainer.student.adapter.save(folder)
-        if lora.has_lora(trainer.student.unet):
-            lora.save_lora(trainer.student.unet, folder / lora.FOLDER)
+    with _with_values(student, values):
+        if student.adapter is not None:
+            student.adapter.save(folder)
+        if lora.has_lora(student.unet):
+            lora.save_lora(student.unet, folder / lora.FOLDER)
     if whole:
-        base = _base(trainer)
+        base = _untrained(config)
         base.load_adapter(folder)
-        base.info = replace(base.info, num_neighbors=trainer.config.student.num_neighbors)
+        base.info = replace(base.info, num_neighbors=config.student.num_neighbors)
         base.save(folder)
-        if trainer.data.database is not None:
-            shutil.copytree(trainer.data.database.path, folder / DATABASE, dirs_exist_ok=True)
+        if database is not None:
+            shutil.copytree(database, folder / DATABASE, dirs_exist_ok=True)
 
 
-def _export_student(trainer: LADDTrainer, folder: Path) -> None:
-    base = _base(trainer)
-    weights = {name.removeprefix("unet."): value for name, value in _values(trainer).items()}
-    base.unet.unet.load_state_dict(weights)
-    # The UNet is another one now: whatever database the folder had no longer belongs to it.
+def export_student(folder: Path, config: LADDConfig, values: dict[str, Tensor], scheduler: Any) -> None:
+    """Write the bundle with the trained UNet. It has no database: one built with another UNet does not fit."""
+    folder.mkdir(parents=True, exist_ok=True)
+    base = _untrained(config)
+    base.unet.unet.load_state_dict({name.removeprefix("unet."): value for name, value in values.items()})
     base.info = replace(base.info, distilled=True)
-    base.scheduler = trainer.bundle.scheduler
+    base.scheduler = scheduler
     base.save(folder)
 
 
-def _values(trainer: LADDTrainer) -> dict[str, Tensor]:
-    return trainer.masters.state() if trainer.ema is None else trainer.ema.values
-
-
-def _base(trainer: LADDTrainer) -> Bundle:
-    """The student as it was before training, in full precision on the CPU."""
-    config = trainer.config
+def _untrained(config: LADDConfig) -> Bundle:
+    """The model that training started from, in fp32 on the CPU."""
     return Bundle.load(config.model, device="cpu", dtype=torch.float32, adapter=False, revision=config.revision)
 
 
 @contextmanager
-def _published(trainer: LADDTrainer, values: dict[str, Tensor]) -> Iterator[None]:
-    """The model holds these values, in fp32, for as long as it is saved."""
-    working = trainer.student.trainable()
+def _with_values(student: Student, values: dict[str, Tensor]) -> Iterator[None]:
+    """Replace the trainable parameters by `values` inside the block."""
+    working = student.trainable()
     before = {name: parameter.data for name, parameter in working.items()}
     try:
         for name, parameter in working.items():

@@ -1,4 +1,4 @@
-"""What only training needs is imported where it is used, and named where it is missing."""
+"""Import of the optional training dependencies at first use."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from typing import Any
 
 from ragturbo.errors import ModelError
 
-INSTALL = "pip install 'ragturbo[train]'"
-
 
 def require(name: str) -> Any:
-    """The module `name`, or an error that says how to get it."""
+    """Return the module `name`, or raise ModelError with the command that installs it."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ModelError(f"training needs {name.partition('.')[0]}: {INSTALL}") from error
+        raise ModelError(f"training needs {name.partition('.')[0]}: pip install 'ragturbo[train]'") from error

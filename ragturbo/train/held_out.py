@@ -1,23 +1,22 @@
-"""Pairs that are never trained on: whether what a run learns carries over, and what neighbours have to do with it."""
+"""The student's error on pairs that are not trained on, with and without neighbours."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from ragturbo.errors import InvalidRequest
 from ragturbo.train.data import TrainingData
-from ragturbo.train.losses import SmoothL1, masked_mean
+from ragturbo.train.losses import masked_mean, smooth_l1
 
-if TYPE_CHECKING:
-    from ragturbo.train.ladd import LADDTrainer
-
-MOST = 512
+# Samples measured at most.
+LIMIT = 512
 
 
 class HeldOut:
-    """Smooth L1 to the teacher on up to 512 samples, always the same, by the weights of the moment (no average)."""
+    """Smooth L1 to the teacher's latents on the same samples each time, 512 at most."""
 
     def __init__(self, data: TrainingData) -> None:
         (source,) = data.sources
@@ -25,21 +24,23 @@ class HeldOut:
             raise InvalidRequest(
                 f"data.held_out={source.folder} has no noise to start from: make it with `ragturbo data teacher`"
             )
-        self.data, self.count = data, min(MOST, len(source))
-        self.smooth_l1 = SmoothL1()
+        self.data, self.count = data, min(LIMIT, len(source))
 
     @torch.no_grad()
-    def measure(self, trainer: LADDTrainer) -> dict[str, float]:
-        """held_out, and where the run retrieves held_out_alone: the same without neighbours (λ = 0)."""
-        trainer.student.eval()
-        ways = {"held_out": False, "held_out_alone": True} if self.data.num_neighbors else {"held_out": False}
-        return {name: self._mean(trainer, alone) for name, alone in ways.items()}
+    def measure(self, estimate: Callable[..., Tensor], batch_size: int, device: torch.device) -> dict[str, float]:
+        """Mean error with the current weights, not their moving average.
 
-    def _mean(self, trainer: LADDTrainer, alone: bool) -> float:
-        size, total = trainer.config.loop.micro_batch, torch.zeros((), device=trainer.device)
-        for start in range(0, self.count, size):
-            batch = self.data.batch(range(start, min(start + size, self.count))).to(trainer.device)
-            first = torch.zeros(len(batch), dtype=torch.int64, device=trainer.device)
-            z0_hat = trainer.estimate(batch, batch.noise, first, alone=alone)
-            total += masked_mean(self.smooth_l1(z0_hat, batch.z0), batch.paired) * len(batch)
-        return float(total) / self.count
+        Args:
+            estimate: (batch, noise, retrieve=bool) -> ẑ_0.
+
+        Returns:
+            "held_out" and, if the run retrieves, "held_out_alone": the same without neighbours (λ = 0).
+        """
+        variants = {"held_out": True} | ({"held_out_alone": False} if self.data.num_neighbors else {})
+        totals = {name: torch.zeros((), device=device) for name in variants}
+        for start in range(0, self.count, batch_size):
+            batch = self.data.batch(range(start, min(start + batch_size, self.count))).to(device)
+            for name, retrieve in variants.items():
+                z0_hat = estimate(batch, batch.noise, retrieve=retrieve)
+                totals[name] += masked_mean(smooth_l1(z0_hat, batch.z0), batch.paired) * len(batch)
+        return {name: float(total) / self.count for name, total in totals.items()}

@@ -1,9 +1,8 @@
-"""Latent LPIPS (Eq. 9): VGG16 with batch norm on latents, its first three max-pools removed."""
+"""Latent LPIPS (Eq. 9): VGG16 with batch norm on latents, without its first three max-pools."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +17,9 @@ _WIDTHS = (1, 2, 4, 8, 8)
 
 
 class LatentVGG(nn.Module):
-    """torchvision's vgg16_bn.features by number (0 … 43) on latents of `in_channels`, pools 1-3 replaced by identity.
+    """torchvision's vgg16_bn.features on latents, with the same module numbers (0 … 43); pools 1-3 are identities.
 
-    `width` is the first block's; the original has 64.
+    `width`: channels of the first block, 64 in the original.
     """
 
     def __init__(self, in_channels: int = 4, width: int = 64) -> None:
@@ -53,32 +52,34 @@ class LatentVGG(nn.Module):
 
 
 class LatentLPIPS(nn.Module):
-    """Eq. 9: E_𝒯‖F(𝒯(ẑ_0)) − F(𝒯(z_0))‖², F the unit-normalised block outputs, each channel weighted by `lin` where the
-    weights file has calibrated ones. Frozen and in eval mode: gradients pass through it to ẑ_0 alone."""
+    """Eq. 9: E_𝒯‖F(𝒯(ẑ_0)) − F(𝒯(z_0))‖², F the unit-normalised block outputs.
+
+    The network is frozen and in eval mode; gradients flow only to ẑ_0.
+    """
 
     def __init__(
         self, vgg: LatentVGG, lin: list[Tensor] | None = None, augmentation: Augmentation | None = None
     ) -> None:
+        """lin: calibrated weights of the channels of each block; None: 1."""
         super().__init__()
         self.vgg = vgg
         self.augmentation = augmentation
-        self.calibrated = lin is not None
         for k, weight in enumerate(lin or [torch.ones(c) for c in vgg.widths]):
             self.register_buffer(f"lin{k}", weight.reshape(1, -1, 1, 1), persistent=False)
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> LatentLPIPS:
-        # Batch statistics would make one sample's distance depend on its neighbours in the batch.
+        # With batch statistics a sample's distance would depend on the rest of the batch.
         return super().train(False)
 
     def forward(self, z0_hat: Tensor, z0: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """(B, c, H, W) twice -> (B,). `generator`, on the inputs' device, draws 𝒯; without one nothing is augmented."""
+        """(B, c, H, W) twice -> (B,). `generator`, on the inputs' device, draws 𝒯; None: no augmentation."""
         if generator is not None and self.augmentation is not None:
             drawn = self.augmentation.draw(len(z0), generator, z0.device)
             z0_hat, z0 = drawn(z0_hat), drawn(z0)
         dtype = next(self.vgg.parameters()).dtype
         z0_hat, z0 = z0_hat.to(dtype), z0.to(dtype)
-        # Two passes, not one batch: the target's needs no gradient and stores nothing.
+        # A separate pass for the target, so that it stores no activations.
         with torch.no_grad():
             target = [unit(f) for f in self.vgg(z0)]
         total = torch.zeros(len(z0), device=z0.device, dtype=torch.float32)
@@ -89,30 +90,22 @@ class LatentLPIPS(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path, in_channels: int = 4, augmentation: Augmentation | None = None) -> LatentLPIPS:
-        """From a safetensors file in our format or E-LatentLPIPS's (its tuned or its backbone file, converted)."""
+        """From a safetensors file of `save_vgg`, or of E-LatentLPIPS (tuned or backbone, converted)."""
         path = Path(path)
         state, metadata = read_safetensors(path, with_metadata=True)
         features, lin = _read_format(state, path)
         first = features.get("0.weight")
         if first is None:
-            raise ModelError(f"{path} holds no VGG16-BN: features.0.weight is not there. Found: {_some(state)}")
+            some = ", ".join(sorted(state)[:3]) or "nothing"
+            raise ModelError(f"{path} holds no VGG16-BN: it has no features.0.weight but {some}")
         if first.shape[1] != in_channels:
             raise ModelError(f"{path} is for latents of {first.shape[1]} channels; these have {in_channels}")
         vgg = LatentVGG(in_channels, first.shape[0])
         try:
             vgg.features.load_state_dict(features)
         except RuntimeError as error:
-            named = metadata.get("format", "no format named")
-            raise ModelError(f"{path} is not VGG16-BN on latents ({named}): {error}") from error
+            raise ModelError(f"{path} is not VGG16-BN on latents ({metadata.get('format')}): {error}") from error
         return cls(vgg, lin, augmentation)
-
-    @classmethod
-    def random(cls, in_channels: int = 4, width: int = 64, augmentation: Augmentation | None = None) -> LatentLPIPS:
-        """Untrained features, for tests and timings: only ever by name."""
-        return cls(LatentVGG(in_channels, width), None, augmentation)
-
-    def save(self, path: str | Path) -> None:
-        save_vgg(self.vgg, path)
 
 
 def save_vgg(vgg: LatentVGG, path: str | Path, **metadata: str) -> None:
@@ -123,25 +116,28 @@ def save_vgg(vgg: LatentVGG, path: str | Path, **metadata: str) -> None:
 def unit(x: Tensor) -> Tensor:
     """Each position's channel vector at length 1, in fp32."""
     x = x.float()
-    # The square root of exactly 0 has an infinite gradient, and ReLU makes exact zeros.
+    # The epsilon is inside the root: its gradient at 0 is infinite, and ReLU makes exact zeros.
     return x * torch.rsqrt(x.square().sum(1, keepdim=True) + 1e-10)
 
 
 def load_lpips(weights: str | None, in_channels: int, augmentation: Augmentation | None) -> LatentLPIPS:
-    """What a training configuration names: a file, or "random" by that name."""
+    """weights: loss.lpips_weights, a file or "random" for untrained features."""
     if weights is None:
         raise InvalidRequest(
             "latent LPIPS (β > 0) needs weights: loss.lpips_weights=FILE.safetensors. `ragturbo data lpips` trains "
-            'them on your own latents; "random" takes untrained features; loss.beta=0 goes without'
+            'them on your own latents; "random" takes untrained features; loss.beta=0 disables the loss'
         )
     if weights == "random":
-        return LatentLPIPS.random(in_channels, augmentation=augmentation)
+        return LatentLPIPS(LatentVGG(in_channels), augmentation=augmentation)
     return LatentLPIPS.load(weights, in_channels, augmentation)
 
 
 def _read_format(state: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor], list[Tensor] | None]:
-    """Names to vgg16_bn.features' numbers. Known: "features.N.…" (ours, with any of the backbone file's prefixes) and
-    "net.sliceK.N.…" with "linK.model.1.weight" (E-LatentLPIPS, tuned)."""
+    """State dict of vgg16_bn.features, and the calibrated weights if there are any.
+
+    Known names: "features.N.…" (ours, and E-LatentLPIPS's backbone under prefixes) and "net.sliceK.N.…" with
+    "linK.model.1.weight" (E-LatentLPIPS, tuned).
+    """
     features: dict[str, Tensor] = {}
     lin: dict[int, Tensor] = {}
     for name, value in state.items():
@@ -155,9 +151,5 @@ def _read_format(state: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor
         elif parts[0].startswith("lin") and parts[0][3:].isdigit() and parts[-1] == "weight":
             lin[int(parts[0][3:])] = value.flatten()
     if lin and sorted(lin) != list(range(5)):
-        raise ModelError(f"{path} has calibrated weights for blocks {sorted(lin)}; all of 0 … 4 or none are expected")
+        raise ModelError(f"{path} has calibrated weights for blocks {sorted(lin)}; expected all of 0 to 4 or none")
     return features, [lin[k].float() for k in range(5)] if lin else None
-
-
-def _some(state: dict[str, Any]) -> str:
-    return ", ".join(sorted(state)[:3]) or "nothing"

@@ -1,10 +1,12 @@
-"""What a configuration names, opened: models, the discriminator, latent LPIPS, database and data."""
+"""Open what a configuration names: models, discriminator, latent LPIPS, database and data."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from ragturbo.errors import InvalidRequest, ModelError
 from ragturbo.model.bundle import TEACHER, Bundle
@@ -24,14 +26,14 @@ if TYPE_CHECKING:
 
 
 def load_models(config: LADDConfig, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any, Bundle]:
-    """The teacher's UNet for D (None: the student's own) and its scheduler, and the bundle of the student."""
-    # A student that trains whole keeps the digits of its file in its fp32 masters.
+    """Return the teacher's UNet for D (None: the student's own), its scheduler, and the student's bundle."""
+    # Whole-student training copies the weights in fp32 before they are rounded to `dtype`.
     first = torch.float32 if config.mode == "student" else dtype
     own = config.teacher is None
     if own and not (resolve(config.model, revision=config.revision) / TEACHER).is_dir():
         raise InvalidRequest(
-            f"{config.model} has no {TEACHER}/: name the teacher (teacher=FOLDER or hub id), or teacher=self to make "
-            "the discriminator of the student's own frozen encoder"
+            f"{config.model} has no {TEACHER}/: set teacher to a folder or hub id, or to self to use the student's own "
+            "frozen encoder in the discriminator"
         )
     bundle = Bundle.load(config.model, device=device, dtype=first, adapter=False, teacher=own, revision=config.revision)
     scheduler = bundle.scheduler
@@ -46,8 +48,8 @@ def load_models(config: LADDConfig, device: torch.device, dtype: torch.dtype) ->
         scheduler = other.scheduler
         if other.text.width != bundle.text.width:
             raise ModelError(
-                f"the teacher {config.teacher} takes text states {other.text.width} wide; the student's are "
-                f"{bundle.text.width}: D reads the student's"
+                f"the teacher {config.teacher} takes text states of width {other.text.width}, but D gets the "
+                f"student's, of width {bundle.text.width}"
             )
     if dtype != first:
         bundle.text.text_encoder.to(dtype)
@@ -62,21 +64,16 @@ def load_models(config: LADDConfig, device: torch.device, dtype: torch.dtype) ->
 
 
 def make_discriminator(teacher: Any, student: Student, config: LADDConfig) -> Discriminator:
-    """teacher: its UNet; None: the student's own frozen encoder, in memory once."""
+    """teacher: its UNet; None: share the student's own frozen encoder."""
     settings = config.discriminator
     backbone = Backbone(student.unet if teacher is None else teacher, settings.stages, shared=teacher is None)
     backbone.checkpointing = config.loop.gradient_checkpointing
     return Discriminator(backbone, settings.width, settings.spectral_norm, settings.normalise)
 
 
-def make_adamw(parameters: Any, settings: OptimConfig) -> torch.optim.AdamW:
+def make_adamw(parameters: Iterable[nn.Parameter], settings: OptimConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(
-        list(parameters),
-        lr=settings.lr,
-        betas=settings.betas,
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        fused=True,
+        list(parameters), settings.lr, settings.betas, settings.eps, settings.weight_decay, fused=True
     )
 
 
@@ -94,8 +91,8 @@ def open_database(config: LADDConfig, bundle: Bundle) -> Database | None:
 
     path = config.database or bundle.database_path
     if path is None:
-        raise InvalidRequest(f"{config.model} has no database of its own: set database=FOLDER")
-    # Neighbours are looked up, not searched for: no index is loaded.
+        raise InvalidRequest(f"{config.model} has no database: set database=FOLDER")
+    # Rows are looked up by id, so no index is loaded.
     database = Database.open(path, retriever="exact")
     database.check_encoder(bundle.fingerprint(), bundle.text.key_kind)
     return database
@@ -105,7 +102,7 @@ def open_data(config: LADDConfig, database: Database | None) -> TrainingData:
     sources = [Shards(source.path) for source in config.data.sources]
     if config.discriminator.real == "images" and all("noise" in source.fields for source in sources):
         raise InvalidRequest(
-            "discriminator.real=images, and no source of data.sources has images: all are a teacher's latents. Add a "
+            "discriminator.real=images, but no source of data.sources has images: all hold teacher latents. Add a "
             "folder made by `ragturbo data encode`, or set discriminator.real=all"
         )
     return _training_data(config, sources, [source.weight for source in config.data.sources], database)

@@ -1,8 +1,7 @@
-"""`ragturbo data neighbors`: for every training sample, the rows of the database it is trained with."""
+"""`ragturbo data neighbors`: for each training sample, the database rows it is trained with."""
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,14 +18,14 @@ from ragturbo.model.inject import cosine
 from ragturbo.retrieval import durable
 from ragturbo.train.data import database_name
 from ragturbo.train.progress import local_device, rank_and_world, track
-from ragturbo.train.shards import INDEX, NEIGHBORS, Shards
+from ragturbo.train.shards import NEIGHBORS, Shards, write_or_check_index
 
 if TYPE_CHECKING:
     from ragturbo.retrieval.database import Database
 
 log = logging.getLogger("ragturbo")
 
-# How deep a search goes for a sample whose nearest rows are all itself.
+# Rows searched at most for a sample whose nearest rows are all excluded.
 _DEEPEST = 4096
 
 
@@ -41,10 +40,16 @@ def make_neighbors(
     retriever: str = "auto",
     device: str | None = None,
 ) -> int:
-    """Writes the tables that are missing of this process's share; returns how many.
+    """Write the missing tables of this process's share of the shards.
 
-    A sample's own record and its near-duplicates are left out, or the student would learn to copy: rows with the same
-    caption (but for case and spaces), image or source, and, where max_cosine is given, keys at least that close.
+    A sample's own record and its duplicates are excluded, or the student would learn to copy: rows with the same
+    caption (ignoring case and spaces), image or source.
+
+    Args:
+        max_cosine: also exclude rows whose key has at least this cosine with the sample's.
+
+    Returns:
+        The number of tables written.
     """
     from ragturbo.retrieval.database import Database
 
@@ -55,48 +60,52 @@ def make_neighbors(
     bundle = Bundle.load(model, device=device or local_device(), adapter=False)
     db.check_encoder(bundle.fingerprint(), bundle.text.key_kind)
     folder = shards.folder / NEIGHBORS
-    _begin(folder, {"k": k, "database": database_name(db), "max_cosine": max_cosine, "retriever": retriever})
+    settings = {"k": k, "database": database_name(db), "max_cosine": max_cosine, "retriever": retriever}
+    write_or_check_index(folder, settings)
     rank, world = rank_and_world()
     todo = [i for i in range(rank, len(shards.files), world) if not (folder / shards.files[i].name).is_file()]
     search = NeighborSearch(db, k, max_cosine)
     for shard in track(todo, len(todo), "neighbors"):
         records = list(shards.records(shard))
-        found = []
+        ids, lam = [torch.zeros(0, k, dtype=torch.int64)], [torch.zeros(0, k)]
         for start in range(0, len(records), batch):
             keys = _keys(bundle, shards, shard, slice(start, start + batch), records[start : start + batch])
-            found.append(search(keys, records[start : start + batch]))
-        ids, lam = (torch.cat([f[j] for f in found]) if found else torch.zeros(0, k) for j in (0, 1))
-        durable.write_file(folder / shards.files[shard].name, save({"ids": ids.long(), "lam": lam.float()}))
+            found = search(keys, records[start : start + batch])
+            ids.append(found[0])
+            lam.append(found[1])
+        table = save({"ids": torch.cat(ids), "lam": torch.cat(lam)})
+        durable.write_file(folder / shards.files[shard].name, table)
     if search.short:
-        log.warning("%d samples have fewer than %d neighbours: the rest were themselves", search.short, k)
+        log.warning("%d samples have fewer than %d neighbours: the other rows were duplicates", search.short, k)
     return len(todo)
 
 
 class NeighborSearch:
-    """Nearest rows that are not the sample itself."""
+    """The nearest rows that are not duplicates of the sample."""
 
     def __init__(self, database: Database, k: int, max_cosine: float | None = None) -> None:
         self.database, self.k, self.max_cosine = database, k, max_cosine
         self.short = 0
-        snapshot = database.snapshot
-        tables = [pairs.text() for pairs in snapshot.segments.pairs]
+        """Samples that got fewer than k neighbours."""
+        tables = [pairs.text() for pairs in database.snapshot.segments.pairs]
         self._marks = {
             name: np.array([_mark(name, v) for table in tables for v in table.column(name).to_pylist()], np.int64)
             for name in ("caption", "sha256", "source")
         }
 
     def __call__(self, keys: Tensor, records: Sequence[dict[str, Any]]) -> tuple[Tensor, Tensor]:
-        """keys: (B, K); records: B -> ids (B, k) with −1 for none, λ (B, k), the clamped cosines, NaN for none."""
+        """keys: (B, K); records: B -> ids (B, k), −1 for none, and λ (B, k), NaN for none."""
         ids = torch.full((len(keys), self.k), -1, dtype=torch.int64)
         lam = torch.full((len(keys), self.k), torch.nan)
         rows, depth = list(range(len(keys))), self.k + 8
         while rows:
             depth = min(depth, len(self.database))
-            found, _ = self.database.search(keys[rows].float().cpu(), depth)
-            cosines = cosine(keys[rows].cpu(), self.database.keys(found))
+            wanted = keys[rows].float().cpu()
+            found, _ = self.database.search(wanted, depth)
+            cosines = cosine(wanted, self.database.keys(found))
             again = []
             for row, candidates, scores in zip(rows, found, cosines, strict=True):
-                good = [n for n in self._others(candidates, scores, records[row])][: self.k]
+                good = list(self._others(candidates, scores, records[row]))[: self.k]
                 ids[row, : len(good)], lam[row, : len(good)] = candidates[good], scores[good]
                 if len(good) < self.k:
                     again.append(row)
@@ -107,7 +116,7 @@ class NeighborSearch:
         return ids, lam
 
     def _others(self, candidates: Tensor, cosines: Tensor, record: dict[str, Any]) -> Iterator[int]:
-        """Positions of the candidates that are not this sample in another dress."""
+        """Positions of the candidates that are not duplicates of `record`."""
         places = self.database.snapshot.rows_of(candidates.numpy())
         own = {name: _mark(name, record.get(name)) for name in self._marks}
         for n, place in enumerate(places.tolist()):
@@ -117,26 +126,16 @@ class NeighborSearch:
 
 
 def _mark(name: str, value: Any) -> int:
-    """A number that two equal values share; 0 for none, which is equal to nothing."""
+    """A hash to compare values by; 0 for a missing value, which equals nothing."""
     if not value:
         return 0
     text = " ".join(str(value).casefold().split()) if name == "caption" else str(value)
     return hash(text) or 1
 
 
+@torch.no_grad()
 def _keys(bundle: Bundle, shards: Shards, shard: int, rows: slice, records: Sequence[dict[str, Any]]) -> Tensor:
     if "key" in shards.fields:
         return shards.tensor(shard, "key")[rows].float()
-    with torch.no_grad():
-        ids = bundle.text.tokenize([record["caption"] for record in records]).input_ids
-        return bundle.text.encode(ids.to(bundle.device)).key.cpu()
-
-
-def _begin(folder: Path, settings: dict[str, Any]) -> None:
-    folder.mkdir(exist_ok=True)
-    path = folder / INDEX
-    if path.is_file():
-        if json.loads(path.read_text("utf-8")) != settings:
-            raise InvalidRequest(f"{folder} was made with other settings or another database: delete it first")
-        return
-    durable.write_file(path, json.dumps(settings, indent=2).encode())
+    ids = bundle.text.tokenize([record["caption"] for record in records]).input_ids
+    return bundle.text.encode(ids.to(bundle.device)).key.cpu()

@@ -1,4 +1,4 @@
-"""A bar on stderr where that is a terminal, and this process's share of the work."""
+"""A progress bar on a terminal, and the process's place among several, as the launcher sets it."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ T = TypeVar("T")
 
 
 def rank_and_world() -> tuple[int, int]:
-    """As torchrun and `accelerate launch` say; (0, 1) without them. Data commands share work but never talk."""
+    """(rank, number of processes) as torchrun and `accelerate launch` set them; (0, 1) without a launcher."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def local_device() -> str:
-    """This process's GPU, or the CPU."""
+    """This process's GPU, or "cpu"."""
     import torch
 
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
 def track(items: Iterable[T], total: int, what: str) -> Iterator[T]:
-    """`items`, with a bar for whoever looks."""
+    """Iterate over `items` with a progress bar on stderr, if that is a terminal and this is the first process."""
     if not sys.stderr.isatty() or rank_and_world()[0]:
         yield from items
         return

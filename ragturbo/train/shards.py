@@ -2,12 +2,12 @@
 
     my-data/
       index.json                     what the samples are: fields, number of shards, how they were made
-      000000.safetensors             latents [noise] input_ids [text], and a JSON record a sample
+      000000.safetensors             latents [noise] input_ids [text key], and a JSON record per sample
       neighbors/000000.safetensors   ids and lam (N, k), by `ragturbo data neighbors`
 
-Why not tar: a row of a safetensors file is read where it lies, without its neighbours, so the order of training is a
-function of (seed, sample number) alone and an exact resume needs no replay. A shard is the unit of work and of restart:
-it is there whole, by rename, or not there.
+Not tar: a safetensors file gives access to single rows, so the order of samples can be a function of (seed, sample
+number) and a resumed run reads nothing twice. A shard is the unit of work and of restart; it is renamed into place when
+it is complete.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from torch import Tensor
 from ragturbo.errors import DatabaseCorrupt, DatabaseError, InvalidRequest
 from ragturbo.model.weights import open_safetensors
 from ragturbo.retrieval import durable
+from ragturbo.train.config import changed_settings
 
 FORMAT = 1
 INDEX = "index.json"
@@ -41,15 +42,15 @@ _OPEN = 128
 
 @dataclass(frozen=True)
 class Plan:
-    """What index.json says before the first shard is written. A resumed run must have the same."""
+    """The contents of index.json, written before the first shard."""
 
     kind: str
     """"teacher" (latents with the noise that made them) or "encoded" (real images)."""
     inputs: int
-    """Prompts or images to work through; shard i is made of inputs i·shard_size and on."""
+    """Number of prompts or images; shard i is made of inputs i·shard_size and on."""
     shard_size: int
     made_by: dict[str, Any]
-    """Everything that decides the samples: model fingerprints, guidance, steps, seed, digest of the inputs."""
+    """Everything the samples depend on: model fingerprints, guidance, steps, seed, digest of the inputs."""
 
     @property
     def shards(self) -> int:
@@ -59,24 +60,29 @@ class Plan:
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.inputs))
 
     def write_or_check(self, folder: Path) -> None:
-        """Starts a folder, or makes sure that an unfinished one is of the same samples."""
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / INDEX
-        mine = {"format": FORMAT, "kind": self.kind, "inputs": self.inputs, "shard_size": self.shard_size}
-        mine |= {"made_by": self.made_by}
-        if path.is_file():
-            theirs = _read_json(path)
-            # Compared as JSON, where a tuple and a list are one thing.
-            if theirs != json.loads(json.dumps(mine)):
-                changed = ", ".join(sorted(_differences(theirs, json.loads(json.dumps(mine)))))
-                raise InvalidRequest(
-                    f"{folder} was begun with other settings ({changed}); finish it with those, or write elsewhere"
-                )
-            return
-        # Many processes may get here at once; they all write the same bytes.
-        part = path.with_name(f".{INDEX}.{os.getpid()}.part")
-        part.write_text(json.dumps(mine, indent=2) + "\n", "utf-8")
-        part.replace(path)
+        """Write index.json, or check that an unfinished folder was started with the same settings."""
+        values = {"format": FORMAT, "kind": self.kind, "inputs": self.inputs, "shard_size": self.shard_size}
+        write_or_check_index(folder, {**values, "made_by": self.made_by})
+
+
+def write_or_check_index(folder: Path, values: dict[str, Any]) -> None:
+    """Write `values` to index.json, or raise InvalidRequest if it is there with other values."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / INDEX
+    # As JSON has them: a tuple is a list.
+    values = json.loads(json.dumps(values))
+    if path.is_file():
+        if changed := changed_settings(_read_json(path), values):
+            what = ", ".join(f"{name} ({text})" for name, text in changed.items())
+            raise InvalidRequest(
+                f"{folder} was started with other settings: {what}. Use the same ones or another folder, or delete it "
+                "first"
+            )
+        return
+    # Several processes may do this at once; all write the same bytes.
+    part = path.with_name(f".{INDEX}.{os.getpid()}.part")
+    part.write_text(json.dumps(values, indent=2) + "\n", "utf-8")
+    part.replace(path)
 
 
 def shard_path(folder: Path, shard: int) -> Path:
@@ -84,13 +90,18 @@ def shard_path(folder: Path, shard: int) -> Path:
 
 
 def remaining(folder: Path, shards: int, rank: int = 0, world: int = 1) -> list[int]:
-    """This process's part of the shards that are not there yet, whatever number of processes wrote the others."""
-    # By number, not by place among the missing: processes that start late see fewer of those.
+    """The missing shards that process `rank` of `world` makes."""
+    # By shard number, not by position among the missing ones: processes that start later see fewer missing.
     return [i for i in range(rank, shards, world) if not shard_path(folder, i).is_file()]
 
 
 def write_shard(folder: Path, shard: int, tensors: dict[str, Tensor], records: Sequence[dict[str, Any]]) -> None:
-    """tensors: (N, …) each; records: N, at least with "caption". An empty shard: none of its inputs was usable."""
+    """Write a shard, which may be empty.
+
+    Args:
+        tensors: (N, …) each.
+        records: N, each at least with "caption".
+    """
     blobs = [json.dumps(record, ensure_ascii=False, default=str).encode() for record in records]
     offsets = torch.tensor(np.cumsum([0, *map(len, blobs)]), dtype=torch.int64)
     text = torch.frombuffer(bytearray(b"".join(blobs) or b"\0"), dtype=torch.uint8)
@@ -102,45 +113,39 @@ def write_shard(folder: Path, shard: int, tensors: dict[str, Tensor], records: S
 
 
 class Shards:
-    """A finished folder of samples, opened for random access."""
+    """A complete folder of samples, opened for random access."""
 
-    def __init__(self, folder: str | os.PathLike[str], *, partial: bool = False) -> None:
-        """partial: take the shards that are there, for a look before the rest is made."""
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder).expanduser()
         self.plan = _read_plan(self.folder)
-        files = [shard_path(self.folder, i) for i in range(self.plan.shards)]
-        missing = [path.name for path in files if not path.is_file()]
-        if missing and not partial:
-            raise DatabaseError(
-                f"{self.folder} is unfinished: {len(missing)} of {len(files)} shards are missing ({missing[0]} …). "
-                "Run the command that made it once more; it goes on where it stopped."
-            )
-        self.files = [path for path in files if path.is_file()]
+        self.files = [shard_path(self.folder, i) for i in range(self.plan.shards)]
+        _check_complete(self.folder, self.files)
         self._handles: OrderedDict[Path, Any] = OrderedDict()
-        # The reading-ahead thread and whoever asks for a caption share the handles.
+        # The handles are used by the prefetching thread and by others.
         self._lock = threading.Lock()
         counts = [int((self._open(path).metadata() or {}).get("samples", -1)) for path in self.files]
         if -1 in counts:
-            raise DatabaseCorrupt(f"{self.files[counts.index(-1)]} is no shard of training samples")
+            raise DatabaseCorrupt(f"{self.files[counts.index(-1)]} is not a shard of training samples")
         self.starts = np.cumsum([0, *counts])
         if not len(self):
             raise DatabaseError(f"{self.folder} holds no samples")
-        self.fields = self._fields()
+        first = next(path for path, count in zip(self.files, counts, strict=True) if count)
+        self.fields = frozenset(self._open(first).keys()) - {"record_bytes", "record_offsets"}
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
     def locate(self, index: int) -> tuple[int, int]:
-        """Number of a sample -> (position of its file, row)."""
+        """Sample index -> (position of its file, row)."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         shard = int(np.searchsorted(self.starts, index, side="right")) - 1
         return shard, index - int(self.starts[shard])
 
     def read(self, index: int, name: str) -> Tensor:
-        """One sample's field."""
+        """A field of one sample."""
         shard, row = self.locate(index)
-        return self._slice(self.files[shard], name, row)
+        return self._row(self.files[shard], name, row)
 
     def record(self, index: int) -> dict[str, Any]:
         """{"caption": …, "source": …, …}"""
@@ -150,7 +155,7 @@ class Shards:
         return json.loads(bytes(file.get_slice("record_bytes")[start:stop].tolist()))
 
     def records(self, shard: int) -> Iterator[dict[str, Any]]:
-        """Those of one file, read at once."""
+        """The records of one file."""
         file = self._open(self.files[shard])
         offsets = file.get_tensor("record_offsets").tolist()
         blob = file.get_tensor("record_bytes").numpy().tobytes()
@@ -158,18 +163,14 @@ class Shards:
             yield json.loads(blob[start:stop])
 
     def tensor(self, shard: int, name: str) -> Tensor:
-        """A whole field of one file."""
+        """A field of all samples of one file."""
         return self._open(self.files[shard]).get_tensor(name)
 
     def neighbors(self) -> NeighborTable | None:
         folder = self.folder / NEIGHBORS
         return NeighborTable(self, folder) if (folder / INDEX).is_file() else None
 
-    def _fields(self) -> frozenset[str]:
-        first = next(i for i in range(len(self.files)) if self.starts[i + 1] > self.starts[i])
-        return frozenset(self._open(self.files[first]).keys()) - {"record_bytes", "record_offsets"}
-
-    def _slice(self, path: Path, name: str, row: int) -> Tensor:
+    def _row(self, path: Path, name: str, row: int) -> Tensor:
         return self._open(path).get_slice(name)[row : row + 1][0]
 
     def _open(self, path: Path) -> Any:
@@ -185,42 +186,45 @@ class Shards:
 
 
 class NeighborTable:
-    """The precomputed neighbours of a folder of samples: ids (N, k) int64 with −1 for none, lam (N, k) fp32."""
+    """The precomputed neighbours of a folder of samples: ids (N, k) int64, −1 for none, and lam (N, k) fp32."""
 
     def __init__(self, shards: Shards, folder: Path) -> None:
         self._shards = shards
         self.made_by: dict[str, Any] = _read_json(folder / INDEX)
         self.files = [folder / path.name for path in shards.files]
-        missing = [path.name for path in self.files if not path.is_file()]
-        if missing:
-            raise DatabaseError(
-                f"{folder} is unfinished: {len(missing)} of {len(self.files)} files are missing. Run `ragturbo data "
-                "neighbors` once more; it goes on where it stopped."
-            )
+        _check_complete(folder, self.files)
         self.k = int(self.made_by["k"])
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
         """(ids (k,), lam (k,)) of a sample."""
         shard, row = self._shards.locate(index)
         path = self.files[shard]
-        return self._shards._slice(path, "ids", row), self._shards._slice(path, "lam", row)
+        return self._shards._row(path, "ids", row), self._shards._row(path, "lam", row)
 
 
 def digest(items: Sequence[Any]) -> str:
-    """sha256 over a list of inputs: a resumed run must have the same list."""
+    """sha256 of a list of inputs."""
     total = hashlib.sha256()
     for item in items:
         total.update(str(item).encode() + b"\n")
     return total.hexdigest()
 
 
+def _check_complete(folder: Path, files: Sequence[Path]) -> None:
+    if missing := [path.name for path in files if not path.is_file()]:
+        raise DatabaseError(
+            f"{folder} is unfinished: {len(missing)} of {len(files)} shards are missing ({missing[0]} …). Run the "
+            "command that made it again; it continues where it stopped."
+        )
+
+
 def _read_plan(folder: Path) -> Plan:
     path = folder / INDEX
     if not path.is_file():
-        raise DatabaseError(f"{folder} is no folder of training samples: {INDEX} is not there")
+        raise DatabaseError(f"{folder} is not a folder of training samples: it has no {INDEX}")
     values = _read_json(path)
     if values.get("format") != FORMAT:
-        raise DatabaseError(f"{path} has format {values.get('format')!r}; this ragturbo reads {FORMAT}")
+        raise DatabaseError(f"{path} has format {values.get('format')!r}; this version reads {FORMAT}")
     return Plan(values["kind"], values["inputs"], values["shard_size"], values["made_by"])
 
 
@@ -229,12 +233,3 @@ def _read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise DatabaseCorrupt(f"{path}: {error}") from error
-
-
-def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    for name in a.keys() | b.keys():
-        if a.get(name) != b.get(name):
-            if isinstance(a.get(name), dict) and isinstance(b.get(name), dict):
-                yield from _differences(a[name], b[name], f"{prefix}{name}.")
-            else:
-                yield f"{prefix}{name}: {a.get(name)!r} there, {b.get(name)!r} now"

@@ -1,4 +1,4 @@
-"""The student f_θ with what trains in it: the adapter and the decoder's LoRA (Sec. 3.4), or the whole UNet."""
+"""The student f_θ and its trainable parameters: the adapter and the decoder's LoRA (Sec. 3.4), or the whole UNet."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ragturbo.train.extras import require
 
 
 class Student(nn.Module):
-    """ẑ_0 = f_θ(z_{t_i}, t_i, τ(p), h_retr) for t_i of T_n, a different i for every sample of the batch."""
+    """ẑ_0 = f_θ(z_{t_i}, t_i, τ(p), h_retr) for t_i of T_n; i may differ within a batch."""
 
     from_z0: Tensor
     from_noise: Tensor
@@ -31,7 +31,7 @@ class Student(nn.Module):
     def __init__(self, unet: HSpaceUNet, scheduler: Any, config: LADDConfig) -> None:
         super().__init__()
         if unet.unet.config.in_channels != unet.unet.config.out_channels:
-            raise ModelError("this UNet's output is not of its latents' shape")
+            raise ModelError("the UNet has different numbers of input and output channels")
         self.config = config
         self.hspace = unet
         self.unet = unet.unet.requires_grad_(config.mode == "student")
@@ -48,14 +48,14 @@ class Student(nn.Module):
         schedule = make_schedule(scheduler, steps, distilled=True)
         if not isinstance(schedule, EulerSchedule):
             raise ModelError(
-                f"a student is trained on deterministic Euler steps, and its scheduler is {type(scheduler).__name__}: "
+                f"a student is trained on deterministic Euler steps, but its scheduler is {type(scheduler).__name__}: "
                 "save an EulerDiscreteScheduler with timestep_spacing trailing in its folder"
             )
         sigma = torch.tensor(schedule.sigmas[:steps], dtype=torch.float64)
         a, b = zip(*(schedule.x0_coefficients(i) for i in range(steps)), strict=True)
         share = sigma / sigma[0]
         constants = {
-            # z_{t_i} lies where Euler's steps from pure noise arrive, had the first estimate been z_0.
+            # z_{t_i} is the result of Euler steps from pure noise with every estimate equal to z_0.
             "from_z0": 1 - share,
             "from_noise": share * schedule.init_sigma,
             "to_input": (sigma**2 + 1).rsqrt(),
@@ -75,11 +75,11 @@ class Student(nn.Module):
         return self.hspace.dtype
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """Every parameter that trains, by its name: "adapter.…", "unet.….lora_A.…", or all of "unet.…"."""
+        """The trainable parameters by name: "adapter.…" and "unet.….lora_A.…", or all of "unet.…"."""
         return {name: value for name, value in self.named_parameters() if value.requires_grad}
 
     def noisy(self, z0: Tensor, noise: Tensor, i: Tensor) -> Tensor:
-        """z_{t_i} in the scheduler's own scale, fp32. i: (B,) positions in T_n; at the first, z_0 plays no part."""
+        """z_{t_i} in the scale of the scheduler, fp32. i: (B,) positions in T_n; position 0 is pure noise."""
         return _each(self.from_z0, i) * z0 + _each(self.from_noise, i) * noise
 
     def forward(
@@ -94,7 +94,7 @@ class Student(nn.Module):
         """x: (B, c, H, W) fp32 from `noisy`; i: (B,); text: (B, L, D); h_retr: (B, k, S, C) -> ẑ_0, fp32 as x."""
         sample = (_each(self.to_input, i) * x).to(self.dtype)
         text = text.to(self.dtype)
-        # A frozen encoder stores no activations.
+        # The frozen encoder stores no activations.
         with torch.no_grad() if self.config.mode == "adapter" else nullcontext():
             state = self.hspace.encode(sample, self.timesteps[i], text)
         h = state.h
@@ -105,9 +105,9 @@ class Student(nn.Module):
 
 
 class Masters:
-    """fp32 copies of what trains: the optimiser works on these, the model on copies in its own precision.
+    """fp32 copies of the trainable parameters. The optimiser updates these; the model computes in its own precision.
 
-    Micro-batches add their gradients here in fp32, so accumulation in bf16 loses nothing.
+    The gradients of micro-batches are accumulated here in fp32.
     """
 
     def __init__(self, working: dict[str, nn.Parameter]) -> None:
@@ -117,7 +117,7 @@ class Masters:
             parameter.grad = torch.zeros_like(parameter)
 
     def accumulate(self) -> None:
-        """Moves the model's gradients into the masters'. A parameter that took no part adds nothing."""
+        """Add the model's gradients to those of the masters and clear them."""
         for name, parameter in self._working.items():
             if parameter.grad is not None:
                 grad = self.parameters[name].grad
@@ -130,7 +130,7 @@ class Masters:
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Copies the masters into the model, in its precision."""
+        """Copy the masters into the model, in its precision."""
         torch._foreach_copy_(list(self._working.values()), list(self.parameters.values()))
 
     def state(self) -> dict[str, Tensor]:
@@ -144,7 +144,7 @@ class Masters:
 
 
 class EMA:
-    """The exponential moving average of the masters. Its decay grows from 0.1, so that the start is soon forgotten."""
+    """Exponential moving average of the masters. The decay rises from 2/11 to `decay`."""
 
     def __init__(self, masters: Masters, decay: float) -> None:
         self.decay = decay
@@ -152,7 +152,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, masters: Masters, updates: int) -> None:
-        """After update number `updates`, counted from 1."""
+        """updates: optimiser updates done, counted from 1."""
         decay = min(self.decay, (1 + updates) / (10 + updates))
         current = masters.state()
         torch._foreach_lerp_(list(self.values.values()), [current[name] for name in self.values], 1 - decay)
@@ -164,15 +164,15 @@ class EMA:
 
 
 def add_lora(unet: Any, config: LoRAConfig) -> None:
-    """Puts a fresh LoRA, zero at the start, into the decoder."""
+    """Add a new LoRA to the decoder; its initial effect is zero."""
     import re
 
     peft = require("peft")
     matched = [name for name, _ in unet.named_modules() if re.fullmatch(config.targets, name)]
     if outside := [name for name in matched if not name.startswith("up_blocks.")]:
         raise InvalidRequest(
-            f"student.lora.targets={config.targets!r} matches {outside[0]}: only the decoder may change, or cached "
-            "features would no longer be the model's own"
+            f"student.lora.targets={config.targets!r} matches {outside[0]}: only the decoder may change, because "
+            "the database holds features of the encoder"
         )
     if not matched:
         raise InvalidRequest(f"student.lora.targets={config.targets!r} matches no module of the decoder")
@@ -187,12 +187,12 @@ def add_lora(unet: Any, config: LoRAConfig) -> None:
 
 
 def trailing_euler(scheduler: Any) -> Any:
-    """The deterministic steps of a distilled model on the noise levels of any of diffusers' schedulers."""
+    """An EulerDiscreteScheduler with trailing timesteps and the noise levels of `scheduler`."""
     from diffusers import EulerDiscreteScheduler
 
     return EulerDiscreteScheduler.from_config(scheduler.config, timestep_spacing="trailing")
 
 
 def _each(constants: Tensor, i: Tensor) -> Tensor:
-    """Per-step constants for samples at steps i: (B, 1, 1, 1)."""
+    """constants (n,), i (B,) -> (B, 1, 1, 1)."""
     return constants[i].view(-1, 1, 1, 1)

@@ -1,4 +1,4 @@
-"""`ragturbo data teacher`: prompts to the teacher's latents, stored with the noise that made them."""
+"""`ragturbo data teacher`: latents that the teacher makes from prompts, stored with the noise they were made from."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from ragturbo.train.progress import local_device, rank_and_world, track
 from ragturbo.train.shards import DTYPES, Plan, digest, remaining, write_shard
 from ragturbo.train.student import trailing_euler
 
-# As a training configuration calls them.
+# The names in loop.precision.
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class TeacherSampler:
-    """The teacher's probability-flow ODE by deterministic Euler steps with classifier-free guidance.
+    """Deterministic Euler steps of the teacher's probability-flow ODE with classifier-free guidance.
 
-    Trailing, whatever spacing its folder names: it starts at the student's own first σ, so that a noise and its latents
-    are the two ends of what one step of the student has to cross.
+    The timestep spacing is trailing, whatever the model's scheduler says: it starts at the student's first σ, so that
+    a stored noise and its latents are the input and the target of one student step.
     """
 
     def __init__(self, unet: Any, scheduler: Any, steps: int = 50, guidance: float = 7.5) -> None:
@@ -53,6 +53,7 @@ class TeacherSampler:
         return x
 
 
+@torch.no_grad()
 def make_teacher_data(
     prompts: Sequence[str],
     out: str | Path,
@@ -68,46 +69,72 @@ def make_teacher_data(
     precision: str | None = None,
     device: str | None = None,
 ) -> int:
-    """Writes the shards that are missing of this process's share; returns how many. Run again, it goes on."""
+    """Write the missing shards of this process's share. Call it again to continue an interrupted run.
+
+    Args:
+        dtype: storage type of latents, noise and text states.
+        store_text: also store text states and keys, so that training needs no text encoder.
+        precision: type the models run in; None: the default for the device.
+
+    Returns:
+        The number of shards written.
+    """
     if not prompts:
-        raise InvalidRequest("there are no prompts")
+        raise InvalidRequest("no prompts given")
     folder, storage = Path(out), DTYPES[dtype]
     bundle, unet = load_teacher(model, device or local_device(), precision)
-    plan = Plan(
-        "teacher",
-        len(prompts),
-        shard_size,
-        {
-            "model": model,
-            "teacher": fingerprint(unet),
-            "text_encoder": bundle.fingerprint()["text_encoder"],
-            "guidance": guidance,
-            "steps": steps,
-            "seed": seed,
-            "dtype": dtype,
-            "text": store_text,
-            # A batch's size is part of its bits.
-            "batch": batch,
-            "prompts": digest(prompts),
-        },
-    )
+    made_by = {
+        "model": model,
+        "teacher": fingerprint(unet),
+        "text_encoder": bundle.fingerprint()["text_encoder"],
+        "guidance": guidance,
+        "steps": steps,
+        "seed": seed,
+        "dtype": dtype,
+        "text": store_text,
+        # The bits of a result depend on the batch size.
+        "batch": batch,
+        "prompts": digest(prompts),
+    }
+    plan = Plan("teacher", len(prompts), shard_size, made_by)
     plan.write_or_check(folder)
     todo = remaining(folder, plan.shards, *rank_and_world())
     sampler = TeacherSampler(unet, bundle.scheduler, steps, guidance)
+    size = bundle.unet.unet.config.sample_size
+    shape = (bundle.vae.channels, *((size, size) if isinstance(size, int) else size))
     empty = bundle.text.encode(bundle.text.tokenize([""]).input_ids.to(bundle.device)).hidden_states
+
+    def generate(numbers: Sequence[int]) -> dict[str, Tensor]:
+        draws = [torch.randn(shape, generator=torch.Generator().manual_seed(_seed(seed, n))) for n in numbers]
+        # Rounded before use, so that the stored noise is exactly what the latents were made from.
+        noise = torch.stack(draws).to(storage)
+        ids = bundle.text.tokenize([prompts[n] for n in numbers]).input_ids
+        states = bundle.text.encode(ids.to(bundle.device))
+        latents = sampler(noise.to(bundle.device), states.hidden_states, empty)
+        if not torch.isfinite(latents).all():
+            raise ModelError(
+                f"the teacher's latents for prompts {numbers[0]} to {numbers[-1]} are not finite in {unet.dtype}; "
+                "try --precision float32"
+            )
+        fields = {"latents": latents.to(storage), "noise": noise, "input_ids": ids.to(torch.int32)}
+        if store_text:
+            fields |= {"text": states.hidden_states.to(storage), "key": states.key}
+        return {name: value.cpu() for name, value in fields.items()}
+
     for shard in track(todo, len(todo), "teacher"):
-        numbers = list(plan.inputs_of(shard))
-        parts = [
-            _latents(bundle, sampler, empty, prompts, numbers[i : i + batch], seed, storage, store_text)
-            for i in range(0, len(numbers), batch)
-        ]
+        numbers = plan.inputs_of(shard)
+        parts = [generate(numbers[i : i + batch]) for i in range(0, len(numbers), batch)]
         tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         write_shard(folder, shard, tensors, [{"caption": prompts[n], "number": n} for n in numbers])
     return len(todo)
 
 
 def load_teacher(model: str, device: str, precision: str | None) -> tuple[Bundle, Any]:
-    """A bundle and its undistilled UNet: teacher_unet/ where there is one."""
+    """Return the bundle of `model` and its undistilled UNet: teacher_unet/ if it has one, else its own UNet.
+
+    Raises:
+        ModelError: the model is distilled and has no teacher_unet/.
+    """
     dtype = None if precision is None else PRECISIONS.get(precision) or DTYPES[precision]
     own = (resolve(model) / TEACHER).is_dir()
     bundle = Bundle.load(model, device=device, dtype=dtype, adapter=False, teacher=own)
@@ -116,42 +143,11 @@ def load_teacher(model: str, device: str, precision: str | None) -> tuple[Bundle
     if bundle.info.distilled:
         raise ModelError(
             f"{model} is distilled (its scheduler is trailing, or its ragturbo.json says so) and has no {TEACHER}/: "
-            "guidance and 50 steps need the undistilled model it came from"
+            "guidance with 50 steps needs the undistilled model"
         )
     return bundle, bundle.unet.unet
 
 
-def _latents(
-    bundle: Bundle,
-    sampler: TeacherSampler,
-    empty: Tensor,
-    prompts: Sequence[str],
-    numbers: Sequence[int],
-    seed: int,
-    storage: torch.dtype,
-    store_text: bool,
-) -> dict[str, Tensor]:
-    size = bundle.unet.unet.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    shape = (bundle.vae.channels, height, width)
-    draws = [torch.randn(shape, generator=torch.Generator().manual_seed(_seed(seed, n))) for n in numbers]
-    # Rounded before it is used: the stored noise is the one that made the latents.
-    noise = torch.stack(draws).to(storage)
-    ids = bundle.text.tokenize([prompts[n] for n in numbers]).input_ids
-    with torch.no_grad():
-        states = bundle.text.encode(ids.to(bundle.device))
-    latents = sampler(noise.to(bundle.device), states.hidden_states, empty)
-    if not torch.isfinite(latents).all():
-        raise ModelError(
-            f"the teacher's latents for prompts {numbers[0]} to {numbers[-1]} are not finite in {sampler.unet.dtype}; "
-            "try --precision float32"
-        )
-    fields = {"latents": latents.to(storage), "noise": noise, "input_ids": ids.to(torch.int32)}
-    if store_text:
-        fields |= {"text": states.hidden_states.to(storage), "key": states.key}
-    return {name: value.cpu() for name, value in fields.items()}
-
-
 def _seed(seed: int, number: int) -> int:
-    """One noise a prompt, whichever process and shard it is in."""
+    """The noise seed of a prompt, independent of process and shard."""
     return (seed * 0x9E3779B97F4A7C15 + number) % 2**63

@@ -134,8 +134,8 @@ def _grown(trainer):
 
 
 def _batches(trainer, count=None):
-    numbers = trainer._numbers(10)
-    return [trainer._load(next(numbers)) for _ in range(count or trainer.accumulation)]
+    numbers = trainer.sample_numbers(10)
+    return [trainer.load_batch(next(numbers)) for _ in range(count or trainer.accumulation)]
 
 
 def _gradients(trainer, parts):
@@ -143,7 +143,7 @@ def _gradients(trainer, parts):
     trainer.student.train()
     trainer.discriminator.train()
     for m, batch in enumerate(parts):
-        trainer._micro_batch(batch, trainer._generator(m))
+        trainer.objective.backward(batch, trainer.generator(m), trainer.accumulation)
         trainer.masters.accumulate()
     g = {name: p.grad.clone() for name, p in trainer.masters.parameters.items()}
     return g, {name: p.grad.clone() for name, p in trainer.discriminator.named_parameters()}

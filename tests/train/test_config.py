@@ -39,7 +39,7 @@ def test_a_setting_can_be_changed_on_the_command_line():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["loop.bach=64"], "there is no setting loop.bach"),
+        (["loop.bach=64"], "no setting loop.bach"),
         (["loop.batch"], "write key=value"),
         (["loop.batch=many"], "loop.batch='many' must be int"),
         (["loop.batch=true"], "loop.batch=True must be int"),
@@ -69,7 +69,7 @@ def test_nonsense_is_refused_with_the_setting_and_the_value(changes, message):
 def test_what_is_missing_is_named(tmp_path):
     with pytest.raises(InvalidRequest, match="model is not set"):
         from_dict({"data": LEAST["data"]})
-    with pytest.raises(InvalidRequest, match="no configuration papers; ours are: .*paper"):
+    with pytest.raises(InvalidRequest, match="no configuration papers; the built-in ones are: .*paper"):
         load_config("papers")
     (tmp_path / "broken.yaml").write_text("loop: [")
     with pytest.raises(InvalidRequest, match="broken.yaml cannot be read as YAML"):

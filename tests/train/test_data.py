@@ -51,10 +51,9 @@ def test_every_sample_written_is_read_back_at_its_number(tmp_path_factory, count
 def test_an_unfinished_folder_says_what_is_missing_and_how_to_go_on(tmp_path):
     write(tmp_path, [4, 2, 4])
     (tmp_path / "000001.safetensors").unlink()
-    with pytest.raises(DatabaseError, match="1 of 3 shards are missing .000001.safetensors .*once more"):
+    with pytest.raises(DatabaseError, match="1 of 3 shards are missing .000001.safetensors .*again"):
         Shards(tmp_path)
-    assert len(Shards(tmp_path, partial=True)) == 8
-    with pytest.raises(DatabaseError, match="index.json is not there"):
+    with pytest.raises(DatabaseError, match="has no index.json"):
         Shards(tmp_path / "elsewhere")
 
 
@@ -173,7 +172,7 @@ def test_a_folder_made_again_with_other_processes_has_the_same_bytes(world, tmp_
         make_teacher_data(PROMPTS, tmp_path / "two", **options)
     for file in sorted((tmp_path / "one").glob("*.safetensors")):
         assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
-    with pytest.raises(InvalidRequest, match="made_by.guidance: 7.5 there, 3.0 now"):
+    with pytest.raises(InvalidRequest, match="made_by.guidance .was 7.5, now 3.0."):
         make_teacher_data(PROMPTS, tmp_path / "two", **options, guidance=3.0)
 
 

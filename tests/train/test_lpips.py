@@ -8,12 +8,12 @@ from safetensors.torch import save_file
 
 from ragturbo.errors import InvalidRequest, ModelError
 from ragturbo.train.augment import Augmentation
-from ragturbo.train.lpips import LatentLPIPS, LatentVGG, load_lpips
+from ragturbo.train.lpips import LatentLPIPS, LatentVGG, load_lpips, save_vgg
 
 
 def small(augmentation=None, seed=0):
     torch.manual_seed(seed)
-    return LatentLPIPS.random(width=4, augmentation=augmentation)
+    return LatentLPIPS(LatentVGG(width=4), augmentation=augmentation)
 
 
 def test_the_network_is_vgg16_bn_with_three_pools_less():
@@ -56,7 +56,7 @@ def test_a_constant_latent_has_a_finite_gradient():
 
 def test_our_own_file_comes_back_whole(tmp_path):
     lpips = small()
-    lpips.save(tmp_path / "vgg.safetensors")
+    save_vgg(lpips.vgg, tmp_path / "vgg.safetensors")
     again, z = LatentLPIPS.load(tmp_path / "vgg.safetensors"), torch.randn(2, 2, 4, 16, 16)
     assert torch.equal(lpips(*z), again(*z))
 
@@ -82,7 +82,7 @@ def test_a_tuned_elatentlpips_file_is_read_with_its_calibration(tmp_path):
     save_file(as_tuned(lpips, half), tmp_path / "half.safetensors")
     z = torch.randn(2, 2, 4, 16, 16)
     plain = LatentLPIPS.load(tmp_path / "ones.safetensors")
-    assert plain.calibrated and torch.equal(plain(*z), lpips(*z))
+    assert torch.equal(plain(*z), lpips(*z))
     assert (LatentLPIPS.load(tmp_path / "half.safetensors")(*z) < lpips(*z)).all()
 
 
@@ -96,7 +96,7 @@ def test_a_backbone_file_of_elatentlpips_is_read_under_its_prefixes(tmp_path):
 
 def test_wrong_files_are_refused_by_name(tmp_path):
     lpips = small()
-    lpips.save(tmp_path / "vgg.safetensors")
+    save_vgg(lpips.vgg, tmp_path / "vgg.safetensors")
     with pytest.raises(ModelError, match="4 channels; these have 16"):
         LatentLPIPS.load(tmp_path / "vgg.safetensors", in_channels=16)
     save_file({"conv.weight": torch.zeros(1)}, tmp_path / "other.safetensors")
@@ -114,7 +114,7 @@ def test_wrong_files_are_refused_by_name(tmp_path):
 def test_random_features_are_taken_only_by_that_name():
     with pytest.raises(InvalidRequest, match="ragturbo data lpips"):
         load_lpips(None, 4, None)
-    assert not load_lpips("random", 4, None).calibrated
+    assert load_lpips("random", 4, None).vgg.width == 64
 
 
 def test_no_augmentation_is_the_identity_and_a_flip_is_a_flip():

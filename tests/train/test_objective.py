@@ -35,7 +35,7 @@ def test_a_misaligned_pair_with_the_same_prompt_counts_for_nothing(make, batches
     trainer = make(discriminator__misaligned=True)
     batch = batches(trainer, 1)[0]
     batch.input_ids[1] = batch.input_ids[0]
-    assert trainer._fake_weight(batch, [0]).tolist() == [[1, 1, 0, 0]] * 3
+    assert trainer.objective.fake_weight(batch).tolist() == [[1, 1, 0, 0]] * 3
     with pytest.raises(InvalidRequest, match="micro_batch is 1"):
         make(discriminator__misaligned=True, loop__micro_batch=1)
 
@@ -47,7 +47,7 @@ def test_a_wrong_prompt_is_a_fake_only_to_heads_that_read_it(make, batches, grad
     assert trainer.discriminator.backbone.reads_text == [True, True, True]
     trainer.discriminator.backbone.reads_text = [False, False, True]
     batch = batches(trainer, 1)[0]
-    assert trainer._fake_weight(batch, [0]).tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]]
+    assert trainer.objective.fake_weight(batch).tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]]
     _, with_wrong = gradients(trainer, [batch])
     _, without = gradients(make(), [batch])
     same = {name for name in without if torch.allclose(with_wrong[name], without[name], atol=1e-6)}
@@ -59,7 +59,7 @@ def test_with_images_alone_as_real_a_teachers_latents_are_none(make, world, grad
     """Measured: a student soon looks like the latents it copies, and heads that take these for real learn nothing."""
     sources = [{"path": str(world.data)}, {"path": str(world.real)}]
     trainer = make(data__sources=sources, discriminator__real="images", loop__micro_batch=4)
-    batch = next(b for b in (trainer._load(range(n, n + 4)) for n in range(0, 64, 4)) if 0 < b.paired.sum() < 4)
+    batch = next(b for b in (trainer.load_batch(range(n, n + 4)) for n in range(0, 64, 4)) if 0 < b.paired.sum() < 4)
     _, d = gradients(trainer, [batch])
     other = dataclasses.replace(batch, z0=torch.where(batch.paired.view(-1, 1, 1, 1), -batch.z0, batch.z0))
     # At t = T the student sees its own noise alone: other latents in paired samples change nothing D is shown.
@@ -144,8 +144,8 @@ def test_a_named_teacher_is_its_undistilled_unet(make, world, tiny_sd21):
 def test_retrieval_dropout_leaves_the_dropped_samples_to_the_plain_student(make, grown, batches):
     trainer = grown(make())
     batch = batches(trainer, 1)[0]
-    key = trainer._text(batch).key
-    _, lam, valid = trainer._retrieved(batch, key, torch.tensor([True, False]))
+    key = trainer.objective.text(batch).key
+    _, lam, valid = trainer.objective.retrieved(batch, key, torch.tensor([True, False]))
     assert lam[0] == 0 and lam[1] > 0 and valid.tolist() == [[False], [True]]
     cosine = (key[1] @ batch.retr_keys[1, 0]).clamp(0, 1)
     torch.testing.assert_close(lam[1], cosine)

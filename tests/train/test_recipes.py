@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from ragturbo.errors import ModelError
 from ragturbo.train.config import load_config
 from ragturbo.train.shards import Plan, write_shard
-from ragturbo.train.vgg_recipe import average_precision, telling_words, train_vgg
+from ragturbo.train.train_vgg import average_precision, most_informative_words, train_vgg
 
 
 def test_the_recipe_learns_what_captions_say_of_latents(tmp_path):
@@ -35,9 +35,9 @@ def test_the_recipe_learns_what_captions_say_of_latents(tmp_path):
     assert lpips(same[:4], other[:4]).mean() > lpips(same[:4], same[4:8]).mean()
 
 
-def test_telling_words_are_neither_everywhere_nor_nowhere():
+def test_informative_words_are_neither_everywhere_nor_nowhere():
     captions = [{"a", "cat", "red"}, {"a", "dog", "red"}, {"a", "cat"}, {"a", "cat", "once"}]
-    assert telling_words(captions, 2) == {"cat": 0, "red": 1}
+    assert most_informative_words(captions, 2) == {"cat": 0, "red": 1}
 
 
 def test_average_precision_by_hand():

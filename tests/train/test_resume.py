@@ -119,7 +119,7 @@ def test_a_run_is_not_resumed_with_other_settings_nor_begun_twice(world, tmp_pat
     LADDTrainer(world.config(loop__max_steps=1, loop__batch=2), tmp_path, device="cpu").train()
     with pytest.raises(InvalidRequest, match="pass --resume"):
         LADDTrainer(world.config(loop__max_steps=2, loop__batch=2), tmp_path, device="cpu")
-    with pytest.raises(InvalidRequest, match=r"optim.lr \(0.001 there, 0.01 now\)"):
+    with pytest.raises(InvalidRequest, match=r"optim.lr \(was 0.001, now 0.01\)"):
         LADDTrainer(world.config(loop__batch=2, optim__lr=1e-2), tmp_path, device="cpu", resume=True)
 
 

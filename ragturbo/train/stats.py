@@ -1,4 +1,4 @@
-"""What a run says while it runs: stats.jsonl, TensorBoard where asked for, one line of progress on a terminal."""
+"""Statistics of a run: stats.jsonl, TensorBoard on request, and a progress line on a terminal."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ from typing import Any
 
 import torch
 
-from ragturbo.errors import ModelError
+from ragturbo.train.extras import require
 
 log = logging.getLogger("ragturbo")
 
 STATS = "stats.jsonl"
 _SHOWN = ("d", "adv", "distill", "lpips", "held_out", "held_out_alone")
-# A head that answers 0 everywhere has a hinge loss of 2: within this share of it, it has learnt nothing.
+# The hinge loss of a head that outputs 0 everywhere; a head within this margin has not learnt anything yet.
 _STARTING_LOSS, _MARGIN = 2.0, 0.025
 
 
-class Report:
-    """Of the main process; the others have none."""
+class StatsWriter:
+    """Writes the statistics of a run; used by the main process only."""
 
     def __init__(self, out: Path, max_steps: int, *, tensorboard: bool, start: int) -> None:
+        """start: steps done before; lines of later steps, left by a killed run, are removed."""
         self.path = out / STATS
         _truncate(self.path, start)
-        self._board = _board(out) if tensorboard else None
+        self._tensorboard = _tensorboard(out) if tensorboard else None
         self._last = (time.perf_counter(), start)
         self._progress: Any = None
         if sys.stderr.isatty():
@@ -36,8 +37,8 @@ class Report:
             self._task = self._progress.add_task("", total=max_steps, completed=start, facts="")
             self._progress.start()
 
-    def write(self, step: int, batch: int, values: dict[str, Any]) -> dict[str, Any]:
-        """One line of stats after `step` steps; the rate is since the line before."""
+    def write(self, step: int, batch: int, values: dict[str, Any]) -> None:
+        """Append a line for `step`. samples_per_s is measured since the previous line."""
         now = time.perf_counter()
         then, before = self._last
         self._last = (now, step)
@@ -46,11 +47,11 @@ class Report:
         line = {"step": step, "kimg": step * batch / 1000, **values, "samples_per_s": samples_per_s, "memory": memory}
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
-        if self._board is not None:
+        if self._tensorboard is not None:
             for name, value in line.items():
                 for key, number in value.items() if isinstance(value, dict) else [("", value)]:
                     if isinstance(number, (int, float)):
-                        self._board.add_scalar(f"{name}/{key}" if key else name, number, step)
+                        self._tensorboard.add_scalar(f"{name}/{key}" if key else name, number, step)
         text = f"{line['kimg']:.1f} kimg  {samples_per_s:.1f} samples/s"
         text += "".join(f"  {name} {values[name]:.3f}" for name in _SHOWN if name in values)
         text += f"  {memory / 2**30:.1f} GiB" if memory else ""
@@ -58,45 +59,41 @@ class Report:
             self._progress.update(self._task, completed=step, facts=text)
         else:
             log.info("step %d  %s", step, text)
-        return line
 
     def close(self) -> None:
         if self._progress is not None:
             self._progress.stop()
-        if self._board is not None:
-            self._board.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
 
 
 class HeadWatch:
-    """Which of D's heads have left their starting loss. One that has not after `after` steps gives G no signal."""
+    """Finds discriminator heads that are still at their starting loss after `after` steps and warns once about each."""
 
     def __init__(self, names: list[str], after: int) -> None:
         self.names, self.after = names, after
-        self._reported: set[str] = set()
+        self._warned: set[str] = set()
 
     def check(self, step: int, losses: list[float]) -> list[str]:
-        """Names of the heads still at their starting loss at `step`; each is warned of once."""
+        """Names of the heads at their starting loss."""
         if step < self.after:
             return []
-        dead = [
-            name
-            for name, loss in zip(self.names, losses, strict=True)
-            if abs(loss - _STARTING_LOSS) <= _MARGIN * _STARTING_LOSS
-        ]
+        margin = _MARGIN * _STARTING_LOSS
+        dead = [n for n, loss in zip(self.names, losses, strict=True) if abs(loss - _STARTING_LOSS) <= margin]
         for name in dead:
-            if name not in self._reported:
-                self._reported.add(name)
+            if name not in self._warned:
+                self._warned.add(name)
                 log.warning(
-                    "discriminator head %s is at its starting loss of %g after %d steps: it gives no signal. Show D "
-                    "real images (`ragturbo data encode`, discriminator.real=images: a student soon looks like its "
-                    "teacher's latents) and misaligned pairs, normalise its features, or leave the stage out.",
+                    "discriminator head %s is still at its starting loss of %g after %d steps and gives no signal. "
+                    "Train D with real images (`ragturbo data encode`, discriminator.real=images), with misaligned "
+                    "pairs or with normalised features, or leave this stage out.",
                     name, _STARTING_LOSS, step,
                 )  # fmt: skip
         return dead
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN: null."""
+    """Replace NaN and infinity, which JSON does not have, by None."""
     if isinstance(value, dict):
         return {name: _finite(v) for name, v in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -110,16 +107,13 @@ def _progress() -> Any:
     return Progress(*columns, console=Console(stderr=True))
 
 
-def _board(out: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ModelError("loop.tensorboard needs tensorboard: pip install 'ragturbo[train]'") from error
-    return SummaryWriter(str(out / "tensorboard"))
+def _tensorboard(out: Path) -> Any:
+    require("tensorboard")
+    return require("torch.utils.tensorboard").SummaryWriter(str(out / "tensorboard"))
 
 
 def _truncate(path: Path, start: int) -> None:
-    """A resumed run says its steps again; what the killed one said of them goes."""
+    """Remove the lines of steps after `start`."""
     if not path.is_file():
         return
     kept = []
@@ -127,7 +121,7 @@ def _truncate(path: Path, start: int) -> None:
         try:
             if json.loads(line)["step"] <= start:
                 kept.append(line + "\n")
-        # The last line of a killed process may be half a line.
+        # A killed process may leave half a line.
         except (ValueError, KeyError):
             continue
     path.write_text("".join(kept), "utf-8")

@@ -1,7 +1,7 @@
-"""`ragturbo data lpips`: trains the network behind latent LPIPS on any captioned latents.
+"""`ragturbo data lpips`: train the network of latent LPIPS on captioned latents.
 
-The public weights were trained as an ImageNet classifier on latents. Where there are captions in place of classes, the
-words are the classes: which of the most telling words does this latent's caption have?
+The public weights are those of an ImageNet classifier on latents. Here the labels are the words of each caption: the
+network predicts which words of a vocabulary the caption of a latent has.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ragturbo.train.shards import Shards
 
 log = logging.getLogger("ragturbo")
 
-# Flips and turns would make words such as "left of" impossible to learn; the rest keeps the network from memorising.
+# No flips or turns: words such as "left of" could not be learnt.
 _AUGMENTATION = Augmentation(flip=False, quarter_turns=False, max_angle=0.1, scale_std=0.1, max_shift=0.06, cutout=0.25)
 
 
@@ -40,18 +40,25 @@ def train_vgg(
     seed: int = 0,
     device: str | None = None,
 ) -> dict[str, float]:
-    """Writes `out` (safetensors) and returns how well held-out captions' words are told: mean average precision, and
-    the same for guessing by frequency alone."""
+    """Train a LatentVGG and write it to `out` (safetensors).
+
+    Args:
+        data: a folder of training samples. Every 16th sample is held out.
+        width: channels of the first block; 64 in VGG16.
+        words: size of the vocabulary.
+
+    Returns:
+        "average_precision" of the words of held-out captions, the same "by_frequency" alone, and the number of "words".
+    """
     place = torch.device(device or local_device())
     shards = Shards(data)
     captions = [_words(record["caption"]) for shard in range(len(shards.files)) for record in shards.records(shard)]
-    vocabulary = telling_words(captions, words)
+    vocabulary = most_informative_words(captions, words)
     if len(vocabulary) < 2:
-        raise InvalidRequest(f"{data}: its {len(captions)} captions share no words that tell them apart")
+        raise InvalidRequest(f"{data}: its {len(captions)} captions have no words in common that distinguish them")
     targets = torch.zeros(len(captions), len(vocabulary))
     for i, caption in enumerate(captions):
         targets[i, [vocabulary[word] for word in caption if word in vocabulary]] = 1
-    # Every 16th sample is held out.
     held = torch.arange(len(captions)) % 16 == 15
     train = (~held).nonzero().flatten() if held.any() else torch.arange(len(captions))
 
@@ -59,11 +66,13 @@ def train_vgg(
     channels = shards.read(0, "latents").shape[0]
     vgg = LatentVGG(channels, width).to(place).train()
     head = nn.Linear(vgg.widths[-1], len(vocabulary)).to(place)
-    # Starts at the words' frequencies: what is learnt is what the latent adds.
+    # Start at the frequencies of the words.
     frequency = targets[train].mean(0).clamp(1e-4, 1 - 1e-4)
     head.bias.data.copy_(torch.logit(frequency))
     optimizer = torch.optim.AdamW([*vgg.parameters(), *head.parameters()], lr=lr, weight_decay=0.01, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, steps))
+    decay = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, steps))))
+    )
     generator, draws = torch.Generator().manual_seed(seed), torch.Generator(place).manual_seed(seed)
     for _ in track(range(steps), steps, "latent VGG"):
         rows = train[torch.randint(len(train), (batch,), generator=generator)]
@@ -72,28 +81,29 @@ def train_vgg(
         loss = F.binary_cross_entropy_with_logits(head(vgg(z)[-1].mean((2, 3))), targets[rows].to(place))
         loss.backward()
         optimizer.step()
-        schedule.step()
+        decay.step()
         optimizer.zero_grad(set_to_none=True)
 
     test = held.nonzero().flatten()[:1024] if held.any() else train[:1024]
     scores = _scores(vgg.eval(), head, shards, test, batch)
-    told, guessed = (average_precision(x, targets[test]) for x in (scores, frequency.expand(len(test), -1)))
-    log.info("mean average precision on %d held-out samples: %.3f; by frequency alone %.3f", len(test), told, guessed)
-    save_vgg(vgg, out, words=str(len(vocabulary)), steps=str(steps), average_precision=f"{told:.4f}")
-    return {"average_precision": told, "by_frequency": guessed, "words": float(len(vocabulary))}
+    ours, base = (average_precision(x, targets[test]) for x in (scores, frequency.expand(len(test), -1)))
+    log.info("mean average precision on %d held-out samples: %.3f; by frequency alone %.3f", len(test), ours, base)
+    save_vgg(vgg, out, words=str(len(vocabulary)), steps=str(steps), average_precision=f"{ours:.4f}")
+    return {"average_precision": ours, "by_frequency": base, "words": float(len(vocabulary))}
 
 
-def telling_words(captions: list[set[str]], most: int) -> dict[str, int]:
-    """The words that say most about which caption this is: neither in nearly all of them nor in hardly any."""
+def most_informative_words(captions: list[set[str]], most: int) -> dict[str, int]:
+    """{word: number} of the words of highest entropy, without those in over 95 % or under 0.1 % of the captions."""
     counts = Counter(word for caption in captions for word in caption)
     total = len(captions)
-    entropy = {word: _entropy(n / total) for word, n in counts.items() if 0.001 * total <= n <= 0.95 * total and n > 1}
+    shares = {word: n / total for word, n in counts.items() if 0.001 * total <= n <= 0.95 * total and n > 1}
+    entropy = {word: -(p * math.log(p) + (1 - p) * math.log(1 - p)) for word, p in shares.items()}
     chosen = sorted(entropy, key=lambda word: (-entropy[word], word))[:most]
     return {word: i for i, word in enumerate(sorted(chosen))}
 
 
 def average_precision(scores: Tensor, targets: Tensor) -> float:
-    """Mean over samples of the average precision of the ranking of words. scores, targets: (N, W)."""
+    """Mean over samples of the average precision of their ranking of words. scores, targets: (N, W)."""
     order = scores.argsort(dim=1, descending=True, stable=True)
     hits = targets.gather(1, order)
     precision = hits.cumsum(1) / torch.arange(1, hits.shape[1] + 1)
@@ -112,11 +122,3 @@ def _scores(vgg: LatentVGG, head: nn.Module, shards: Shards, rows: Tensor, batch
 
 def _words(caption: str) -> set[str]:
     return set(re.findall(r"\w+", caption.casefold()))
-
-
-def _entropy(p: float) -> float:
-    return -(p * math.log(p) + (1 - p) * math.log(1 - p))
-
-
-def _cosine(step: int, steps: int) -> float:
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, steps))))
