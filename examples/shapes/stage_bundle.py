@@ -1,4 +1,4 @@
-"""The last stages: the folder the library loads, and the databases made with it."""
+"""Write the bundle that the library loads, and build its databases."""
 
 from __future__ import annotations
 
@@ -19,23 +19,24 @@ from stage_teacher import START
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ragturbo import Database
-from ragturbo.evaluate.drawing import render
+from ragturbo.evaluate.rendering import render
 from ragturbo.evaluate.world import Scene, all_kind_sets, sample_scene, vocabulary
-from ragturbo.model import Bundle, HSpaceUNet
+from ragturbo.model.bundle import Bundle
 from ragturbo.model.info import BundleInfo
 from ragturbo.model.text import TextEncoder
+from ragturbo.model.unet import HSpaceUNet
 from ragturbo.model.vae import VAE
 
 log = logging.getLogger("ragturbo.recipe")
-# What every training stage leaves behind; the last row of its log goes into the bundle's provenance.
+# Logs of the training stages; their last rows go into the bundle's provenance.
 LOGS = ("text", "vae", "decoder", "tiny", START, "teacher", "student", "lcm", "adapter")
 
 
 def write_bundle(work: Path, s: Settings, minutes: float | None = None) -> None:
-    """work/bundle: fp16, in the diffusers layout, with the recipe's settings and its last losses."""
+    """Write work/bundle: fp16 weights in the diffusers layout, with settings and last losses as provenance."""
     folder = save_bundle(work, work / "unet", work / "bundle", torch.float16, provenance(work, s))
     for path in folder.glob("*/config.json"):
-        # Where the parts lay on the machine that made them is nobody's business.
+        # Do not publish local paths.
         config = {key: value for key, value in json.loads(path.read_text()).items() if key != "_name_or_path"}
         path.write_text(json.dumps(config, indent=2) + "\n")
     log.info("bundle: %.1f MB without its database", size_of(folder) / 1e6)
@@ -44,7 +45,7 @@ def write_bundle(work: Path, s: Settings, minutes: float | None = None) -> None:
 def save_bundle(
     work: Path, unet: Path, folder: Path, dtype: torch.dtype = torch.float32, provenance: dict | None = None
 ) -> Path:
-    """The parts of `work` as a bundle with this student."""
+    """Save the parts in `work` and a student UNet as a bundle."""
     bundle = Bundle(
         name="shapes",
         info=BundleInfo(distilled=True, base_model="shapes", provenance=provenance or {}),
@@ -65,7 +66,7 @@ def save_bundle(
 
 
 def build_database(work: Path, s: Settings, minutes: float | None = None) -> None:
-    """work/bundle/database: one scene a pair, int8 features; exact search is right at this size, so no index."""
+    """Build work/bundle/database: int8 features, no index because exact search is fast enough at this size."""
     folder = work / "bundle"
     Database.build(
         pairs(s.database_pairs, s), folder / "database", model=folder, feature_dtype="int8", index=False, batch_size=64,
@@ -75,7 +76,7 @@ def build_database(work: Path, s: Settings, minutes: float | None = None) -> Non
 
 
 def build_large_database(work: Path, s: Settings, minutes: float | None = None) -> None:
-    """work/database-large: for evaluations, with an index."""
+    """Build work/database-large, with an index, for evaluations."""
     Database.build(
         pairs(s.large_database_pairs, s), work / "database-large", model=work / "bundle", feature_dtype="int8",
         batch_size=64, resume=False,
@@ -84,11 +85,11 @@ def build_large_database(work: Path, s: Settings, minutes: float | None = None) 
 
 def pairs(count: int, s: Settings) -> Iterator[tuple[str, Image.Image]]:
     for scene in database_scenes(count, s):
-        yield scene.caption, render(scene)
+        yield scene.caption, Image.fromarray(render(scene))
 
 
 def database_scenes(count: int, s: Settings) -> Iterator[Scene]:
-    """Every set of kinds the world can name, in turn, so that the rare ones are as well covered as the others."""
+    """Yield scenes of every set of kinds in turn, so that rare kinds are as frequent as the others."""
     sets = all_kind_sets()
     order = np.random.default_rng(s.seed).permutation(len(sets))
     for i in range(count):
@@ -96,7 +97,7 @@ def database_scenes(count: int, s: Settings) -> Iterator[Scene]:
 
 
 def provenance(work: Path, s: Settings) -> dict:
-    """The recipe's commit and settings, and every stage's last losses."""
+    """Return the recipe's commit and settings, and the last losses of every stage."""
     stages = {}
     for name in LOGS:
         path = work / f"{name}.jsonl"

@@ -1,4 +1,4 @@
-"""A bundle: everything from_pretrained reads and train writes, as one object on one device."""
+"""A bundle: all parts of a model that from_pretrained reads and train writes, on one device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ragturbo.errors import ModelError
 from ragturbo.model import adapter as adapter_file
@@ -31,7 +31,7 @@ TEACHER = "teacher_unet"
 
 @dataclass
 class Bundle:
-    """The parts of a model. Its modules are in eval mode and need no gradients."""
+    """The parts of a model. Loaded modules are in eval mode and need no gradients."""
 
     name: str
     info: BundleInfo
@@ -41,16 +41,15 @@ class Bundle:
     scheduler: Any
     adapter: HSpaceAdapter | None = None
     teacher: Any = None
-    """The undistilled UNet the student came from, where asked for."""
+    """The undistilled UNet that the student was distilled from; loaded on request."""
     database_path: Path | None = None
     fingerprints: dict[str, str] = field(default_factory=dict)
-    """Of the text encoder, the UNet's encoder, the VAE's, the clip key: what a database must have been built with."""
+    """Of text encoder, UNet encoder, VAE encoder and CLIP key: a database must have been built with the same."""
 
     def __post_init__(self) -> None:
+        text = self.text
         if not self.fingerprints:
-            self.fingerprints = fingerprints(
-                self.text.text_encoder, self.unet.unet, self.vae.module, self.text.clip_key
-            )
+            self.fingerprints = fingerprints(text.text_encoder, self.unet.unet, self.vae.module, text.clip_key)
         _check_widths(self)
 
     @property
@@ -63,7 +62,7 @@ class Bundle:
 
     @property
     def default_size(self) -> int:
-        """The side in pixels of the images the UNet was made for."""
+        """The side in pixels of the images that the UNet was trained for."""
         size = self.unet.unet.config.sample_size
         return (size if isinstance(size, int) else size[0]) * self.vae.factor
 
@@ -88,10 +87,18 @@ class Bundle:
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
     ) -> Bundle:
-        """name: "shapes", a folder or a hub id; vae: "full", "tiny", or a folder or id of an AutoencoderTiny.
+        """Load a bundle, or a plain diffusers folder of Stable Diffusion's layout.
 
-        adapter: a folder, None for the bundle's own, False for none, and then no decoder LoRA either; teacher: also
-        load teacher_unet/.
+        Args:
+            name: "shapes" (the embedded model), a folder or a hub id.
+            device, dtype: by default fp16 on a GPU if there is one, fp32 on the CPU otherwise.
+            vae: "full", "tiny", or a folder or hub id of an AutoencoderTiny.
+            adapter: a folder or file, None for the bundle's own, False for neither adapter nor decoder LoRA.
+            teacher: also load teacher_unet/.
+            local_files_only, revision, cache_dir: as in huggingface_hub.snapshot_download.
+
+        Raises:
+            ModelError: there is no such model, or its parts cannot be used together.
         """
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.float16 if where.type == "cuda" else torch.float32)
@@ -107,12 +114,12 @@ class Bundle:
             distilled=is_trailing(scheduler), key_kind="pooled" if clip_key is None else "clip", base_model=str(name)
         )
         if info.key_kind == "clip" and clip_key is None:
-            raise ModelError(f'{folder} says its key is "clip", but {clip_key_file.FILE} is not there')
+            raise ModelError(f'the key of {folder} is "clip", but it has no {clip_key_file.FILE}')
         clip_key = clip_key if info.key_kind == "clip" else None
         names = fingerprints(text_encoder, unet, vae_module, clip_key, own_vae=vae == "full")
 
         def place(module: Any) -> Any:
-            # torch's own `to`: diffusers' warns about a list of fp32 modules that is empty.
+            # Not module.to: that of diffusers warns about its empty list of fp32 modules.
             return nn.Module.to(module, where, dtype).requires_grad_(False).eval()
 
         bundle = cls(
@@ -133,7 +140,7 @@ class Bundle:
         return bundle
 
     def load_adapter(self, path: str | os.PathLike[str]) -> None:
-        """adapter.safetensors and decoder_lora/ of a folder, those it has, in the place of the present ones."""
+        """Replace adapter and decoder LoRA by those of a folder, which may lack one of them, or by an adapter file."""
         path = Path(path).expanduser()
         folder = path if path.is_dir() else path.parent
         has_adapter = path.is_file() or (folder / adapter_file.FILE).is_file()
@@ -142,7 +149,7 @@ class Bundle:
             for other in (path, *sorted(folder.glob("adapter.*"))):
                 refuse_pickle(other)
             raise ModelError(f"{path} holds neither {adapter_file.FILE} nor {lora.FOLDER}/")
-        # The adapter first: if it does not fit, the LoRA stays as it was.
+        # The adapter is loaded first, so that one that does not fit leaves the LoRA unchanged.
         new = HSpaceAdapter.load(path, self.unet.channels) if has_adapter else None
         if has_lora:
             lora.load_lora(self.unet.unet, folder / lora.FOLDER)
@@ -151,7 +158,7 @@ class Bundle:
         self.adapter = None if new is None else new.to(self.device, self.dtype).requires_grad_(False).eval()
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Writes the diffusers layout and ragturbo.json (last). A database is its own writer's to put there."""
+        """Write the diffusers layout and, last, ragturbo.json. A database is not copied."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.text.tokenizer.save_pretrained(folder / "tokenizer")
@@ -177,7 +184,8 @@ class Bundle:
 def fingerprints(
     text_encoder: Any, unet: Any, vae: Any, clip_key: ClipKey | None = None, *, own_vae: bool = True
 ) -> dict[str, str]:
-    """By part. A VAE in place of the model's own has another name: searching needs no VAE, only building does."""
+    """By part. own_vae: False if the VAE is not the model's own: then "vae_encoder" is missing, which only building a
+    database needs."""
     names = {
         "text_encoder": fingerprint(text_encoder),
         "unet_encoder": fingerprint(unet, UNET_ENCODER),
@@ -189,36 +197,32 @@ def fingerprints(
 def _check_widths(bundle: Bundle) -> None:
     config = bundle.unet.unet.config
     if bundle.text.width != bundle.unet.text_width:
-        raise ModelError(
-            f"the text encoder is {bundle.text.width} wide, the UNet's cross-attention takes {bundle.unet.text_width}"
-        )
+        raise ModelError(f"the text encoder is {bundle.text.width} wide, the UNet takes {bundle.unet.text_width}")
     if bundle.vae.channels != config.in_channels:
         raise ModelError(f"the VAE's latents have {bundle.vae.channels} channels, the UNet takes {config.in_channels}")
     if config.addition_embed_type not in (None, "text") or config.class_embed_type or config.num_class_embeds:
         raise ModelError(
-            "this UNet needs conditions besides the prompt (as SDXL's does), which a bundle has no parts for; "
-            "HSpaceUNet and HSpaceAdapter work on it directly"
+            "a bundle has no parts for this UNet's conditions besides the prompt (as of SDXL); use HSpaceUNet and "
+            "HSpaceAdapter directly"
         )
     if bundle.adapter is not None and bundle.adapter.channels != bundle.unet.channels:
-        raise ModelError(
-            f"the adapter is {bundle.adapter.channels} wide, the UNet's H-space has {bundle.unet.channels} channels"
-        )
+        raise ModelError(f"the adapter is {bundle.adapter.channels} wide, the UNet's H-space {bundle.unet.channels}")
 
 
 def _check_index(folder: Path) -> None:
     path = folder / "model_index.json"
     if not path.is_file():
-        raise ModelError(f"{folder} is no model in diffusers' layout: model_index.json is not there")
+        raise ModelError(f"{folder} is not a model in diffusers' layout: it has no model_index.json")
     try:
         index = json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise ModelError(f"{path} is not JSON: {error}") from error
     if "text_encoder_2" in index:
-        raise ModelError(f"{folder} has two text encoders ({index.get('_class_name')}); ragturbo takes one")
+        raise ModelError(f"{folder} has two text encoders ({index.get('_class_name')}), which is not supported")
 
 
 def _model_index(bundle: Bundle) -> dict[str, Any]:
-    """What StableDiffusionPipeline.from_pretrained reads: a bundle without its adapter is a plain pipeline."""
+    """model_index.json, with which StableDiffusionPipeline.from_pretrained loads the bundle without its adapter."""
     import diffusers
 
     return {
@@ -237,7 +241,6 @@ def _model_index(bundle: Bundle) -> dict[str, Any]:
 
 
 def _save_diffusers(module: Any, folder: Path) -> None:
-    """As save_pretrained, but the base weights under their own names where a LoRA has wrapped them."""
+    """save_pretrained without the LoRA: the base weights under their original names."""
     module.save_config(folder)
-    state: dict[str, Tensor] = base_state(module)
-    write_safetensors(folder / "diffusion_pytorch_model.safetensors", state)
+    write_safetensors(folder / "diffusion_pytorch_model.safetensors", base_state(module))

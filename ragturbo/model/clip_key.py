@@ -1,7 +1,7 @@
 """The "clip" key: the last block and the projection that Stable Diffusion 2 leaves out of its CLIP text encoder.
 
-SD 2's text encoder is the first 23 of the 24 blocks of open_clip's ViT-H-14. Its states continued by block 24, ln_final
-and the projection are a true CLIP embedding, for less than 1/23 more work: only the end-of-text token needs an output.
+SD 2's text encoder is the first 23 of the 24 blocks of open_clip's ViT-H-14. Block 24, ln_final and the projection,
+applied to its states, give a CLIP embedding for less than 1/23 more work: only the end-of-text token needs an output.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ragturbo.errors import ModelError
+from ragturbo.model.tokens import sdpa
 from ragturbo.model.weights import read_safetensors, write_safetensors
 
 FILE = "clip_key.safetensors"
@@ -29,12 +30,12 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick_ge
 
 
 class ClipKey(nn.Module):
-    """Block, ln_final and projection in open_clip's parameter names (the block's under `resblock.`)."""
+    """Block, ln_final and projection under open_clip's parameter names (the block's under `resblock.`)."""
 
     def __init__(self, width: int, heads: int, dim: int, mlp: int, activation: str = "gelu") -> None:
         super().__init__()
         if activation not in _ACTIVATIONS:
-            raise ModelError(f"a CLIP key with activation {activation!r}: known are {', '.join(_ACTIVATIONS)}")
+            raise ModelError(f"activation {activation!r} of the CLIP key; known: {', '.join(_ACTIVATIONS)}")
         self.width, self.heads, self.dim, self.activation = width, heads, dim, activation
         self.resblock = nn.ModuleDict(
             {
@@ -57,42 +58,43 @@ class ClipKey(nn.Module):
         b_q, b_kv = attention.in_proj_bias.split((self.width, 2 * self.width))
         q = F.linear(normed[rows, end], w_q, b_q)[:, None]
         k, v = F.linear(normed, w_kv, b_kv).chunk(2, dim=-1)
-        # The causal mask, seen from the end-of-text token: everything up to it.
+        # The row of the causal mask for the end-of-text token.
         mask = torch.arange(hidden_states.shape[1], device=end.device)[None] <= end[:, None]
-        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
-        x = hidden_states[rows, end] + attention.out_proj(attended.transpose(1, 2).flatten(2)[:, 0])
+        attended = sdpa(q, k, v, self.heads, mask[:, None, None])
+        x = hidden_states[rows, end] + attention.out_proj(attended[:, 0])
         mlp: Any = block["mlp"]
         x = x + mlp["c_proj"](_ACTIVATIONS[self.activation](mlp["c_fc"](block["ln_2"](x))))
         return self.ln_final(x) @ self.text_projection
 
     @classmethod
     def from_open_clip(cls, checkpoint: str | Path, text_encoder: Any) -> ClipKey:
-        """What an open_clip checkpoint (safetensors) has beyond a CLIPTextModel made of its first blocks."""
+        """Take the block, norm and projection that an open_clip checkpoint has beyond a CLIPTextModel.
+
+        Args:
+            checkpoint: a safetensors file of the whole CLIP model.
+            text_encoder: a CLIPTextModel made of all blocks but the last.
+
+        Raises:
+            ModelError: the checkpoint is not of open_clip, or not of this text encoder's CLIP.
+        """
         state = read_safetensors(checkpoint)
-        # Checkpoints of open_clip's CustomTextCLIP keep the text tower under a prefix.
+        # Checkpoints of open_clip's CustomTextCLIP have the text tower under a prefix.
         text = {name.removeprefix("text."): value for name, value in state.items() if not name.startswith("visual.")}
         config = text_encoder.config
         kept = config.num_hidden_layers
         blocks = {int(name[len(_BLOCK) :].split(".")[0]) for name in text if name.startswith(_BLOCK)}
         if not blocks or "text_projection" not in text or "ln_final.weight" not in text:
-            raise ModelError(f"{checkpoint} is no open_clip checkpoint: it has no text transformer with a projection")
+            raise ModelError(f"{checkpoint} is not an open_clip checkpoint: it has no text transformer with projection")
         if max(blocks) != kept:
             raise ModelError(
                 f"{checkpoint} has {max(blocks) + 1} text blocks; "
-                f"beyond a text encoder of {kept} the clip key needs exactly one more"
+                f"for a text encoder of {kept} blocks the CLIP key needs one of {kept + 1}"
             )
-        _same_model(text, text_encoder, checkpoint)
-        width, dim = text["text_projection"].shape
-        mlp = text[f"{_BLOCK}{kept}.mlp.c_fc.weight"].shape[0]
-        # The meta device makes no weights that the next line would throw away.
-        with torch.device("meta"):
-            key = cls(width, config.num_attention_heads, dim, mlp, config.hidden_act)
+        _check_same_model(text, text_encoder, checkpoint)
         prefix = f"{_BLOCK}{kept}."
         own = {"resblock." + n.removeprefix(prefix): v for n, v in text.items() if n.startswith(prefix)}
         own |= {n: v for n, v in text.items() if n.startswith("ln_final.") or n == "text_projection"}
-        key.load_state_dict(own, assign=True)
-        return key.requires_grad_(False).eval()
+        return cls._of(own, config.num_attention_heads, config.hidden_act)
 
     def save(self, folder: str | Path) -> None:
         metadata = {"version": "1", "heads": str(self.heads), "activation": self.activation}
@@ -103,22 +105,26 @@ class ClipKey(nn.Module):
         path = Path(folder) / FILE
         state, metadata = read_safetensors(path, with_metadata=True)
         try:
-            width, dim = state["text_projection"].shape
-            mlp = state["resblock.mlp.c_fc.weight"].shape[0]
-            with torch.device("meta"):
-                key = cls(width, int(metadata["heads"]), dim, mlp, metadata["activation"])
-            key.load_state_dict(state, assign=True)
+            return cls._of(state, int(metadata["heads"]), metadata["activation"])
         except (KeyError, ValueError, RuntimeError) as error:
-            raise ModelError(f"{path} is not a clip key: {error}") from error
+            raise ModelError(f"{path} is not a CLIP key: {error}") from error
+
+    @classmethod
+    def _of(cls, state: dict[str, Tensor], heads: int, activation: str) -> ClipKey:
+        width, dim = state["text_projection"].shape
+        # On the meta device no weights are initialized only to be replaced.
+        with torch.device("meta"):
+            key = cls(width, heads, dim, state["resblock.mlp.c_fc.weight"].shape[0], activation)
+        key.load_state_dict(state, assign=True)
         return key.requires_grad_(False).eval()
 
 
-def _same_model(text: dict[str, Tensor], text_encoder: Any, checkpoint: str | Path) -> None:
-    """Refuse a checkpoint whose earlier blocks are not the text encoder's: its last block would mean nothing there."""
+def _check_same_model(text: dict[str, Tensor], text_encoder: Any, checkpoint: str | Path) -> None:
+    """Check that the encoder's last block is the checkpoint's: otherwise the next block would not fit its states."""
     last = text_encoder.config.num_hidden_layers - 1
     model = getattr(text_encoder, "text_model", text_encoder)
     ours = model.encoder.layers[last].layer_norm1.weight.detach().float().cpu()
     theirs = text[f"{_BLOCK}{last}.ln_1.weight"].float()
-    # fp16 copies of one model differ by rounding; another model differs everywhere.
+    # fp16 copies of one model differ by rounding only.
     if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-3):
         raise ModelError(f"{checkpoint} is another CLIP than this text encoder: block {last + 1} differs")

@@ -1,9 +1,8 @@
-"""One encoder, one name: whether a database's features were made by the model at hand."""
+"""Hashes of model parts, to check that a database's features were made by the model in use."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -11,30 +10,31 @@ from torch import Tensor, nn
 
 SAMPLES = 64
 
-# What a cached feature depends on: the UNet's decoder and the VAE's may be tuned, and its databases stay good.
-UNET_ENCODER: tuple[str, ...] = ("conv_in.", "down_blocks.", "mid_block.", "time_embedding.")
-UNET_ENCODER += ("class_embedding.", "add_embedding.", "encoder_hid_proj.")
+# The parameters that cached features depend on. The decoders of UNet and VAE can be tuned without a new database.
+UNET_ENCODER = (
+    "conv_in.", "down_blocks.", "mid_block.", "time_embedding.", "class_embedding.", "add_embedding.",
+    "encoder_hid_proj.",
+)  # fmt: skip
 VAE_ENCODER = ("encoder.", "quant_conv.")
 
 
 def fingerprint(module: nn.Module, prefixes: tuple[str, ...] = ("",)) -> str:
-    """sha256 over sorted (name, shape, 64 evenly spaced values rounded to bf16) of the parameters under `prefixes`.
+    """Hash the floating-point parameters whose names start with one of `prefixes`; LoRA layers are ignored.
 
-    Computed on weights in the type of their file, before they are cast, folded or merged. LoRA layers do not count.
-    Values go through fp16 first, so that a model's fp32 and fp16 files have one fingerprint: rounding twice is not
-    rounding once.
+    Compute it in the dtype of the model's file, before weights are cast, folded or merged. Values are rounded to fp16
+    and then to bf16: rounding twice differs from rounding once, and fp32 and fp16 files must have one fingerprint.
+
+    Returns:
+        sha256 over the sorted (name, shape, 64 evenly spaced values in bf16).
     """
-    return fingerprint_state(base_state(module), prefixes)
-
-
-def fingerprint_state(state: Mapping[str, Tensor], prefixes: tuple[str, ...] = ("",)) -> str:
-    state = {_canonical(name): value for name, value in state.items() if value.is_floating_point()}
-    names = sorted(name for name in state if name.startswith(prefixes))
-    digest = hashlib.sha256()
+    # transformers 5 dropped the prefix "text_model." of the text encoder's parameters.
+    state = {name.removeprefix("text_model."): value for name, value in base_state(module).items()}
+    names = sorted(name for name, value in state.items() if name.startswith(prefixes) and value.is_floating_point())
     samples = [_sample(state[name]) for name in names]
-    # One transfer for all of them, where the weights are on a GPU.
-    together = torch.cat(samples) if samples else torch.empty(0)
-    values = together.to(torch.float16).to(torch.bfloat16).view(torch.int16).cpu().numpy()
+    # Concatenated, so that weights on a GPU are copied to the host once.
+    joined = torch.cat(samples) if samples else torch.empty(0)
+    values = joined.to(torch.float16).to(torch.bfloat16).view(torch.int16).cpu().numpy()
+    digest = hashlib.sha256()
     start = 0
     for name, sample in zip(names, samples, strict=True):
         digest.update(f"{name} {tuple(state[name].shape)} ".encode())
@@ -44,21 +44,16 @@ def fingerprint_state(state: Mapping[str, Tensor], prefixes: tuple[str, ...] = (
 
 
 def base_state(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters and persistent buffers of a module in its own names, as if no LoRA had been put into it."""
+    """The module's state dict as it would be without a LoRA."""
     return {
         name.replace(".base_layer.", "."): value for name, value in module.state_dict().items() if "lora_" not in name
     }
 
 
-def _canonical(name: str) -> str:
-    """transformers 5 took the text model's outer name away; one model keeps one fingerprint."""
-    return name.removeprefix("text_model.")
-
-
 def _sample(value: Tensor) -> Tensor:
-    """Evenly spaced values in logical order: strides, and with them channels_last, make no difference and no copy."""
-    positions = np.linspace(0, value.numel() - 1, min(SAMPLES, value.numel())).round().astype(np.int64)
+    """Evenly spaced values in logical order, so that the memory format does not matter; copies only the samples."""
     if value.ndim == 0:
         return value.detach()[None].float()
+    positions = np.linspace(0, value.numel() - 1, min(SAMPLES, value.numel())).round().astype(np.int64)
     index = tuple(torch.from_numpy(axis).to(value.device) for axis in np.unravel_index(positions, value.shape))
     return value.detach()[index].float()

@@ -1,8 +1,8 @@
-"""A UNet for known timesteps: what depends on t alone is a constant, and is added up before the first image.
+"""A UNet for known timesteps: everything that depends on t alone is computed once, before the first image.
 
-One denoising step means one t. Its sinusoid, the time MLP and every resnet's projection of it are then fixed vectors
-that end as part of a convolution's bias; Q, K and V of self-attention are one product, and the keys and values that
-all cross-attentions take from the text are another. Few-step use keeps one set of biases for every timestep.
+At a fixed timestep the sinusoid, the time MLP and each resnet's projection of it are constant vectors, which become
+part of a convolution's bias. The weights of self-attention's Q, K and V are one matrix, and so are those of all
+cross-attentions' K and V, which depend on the text alone. Several timesteps share all weights except for those biases.
 """
 
 from __future__ import annotations
@@ -25,41 +25,39 @@ from ragturbo.model.unet import HSpaceUNet, UNetState
 
 
 class FoldedUNet(HSpaceUNet):
-    """encode and decode of `unet` at `timesteps` only, over shared weights; `unet` itself stays as it is.
+    """`unet` at given timesteps only, over shared weights; `unet` itself is not changed.
 
-    `encode(sample, i, text_kv)` takes the index of a timestep for the timestep and `text_kv(text)` for the text.
+    `encode(sample, i, text_kv)` takes the index of a timestep instead of the timestep, and `text_kv(text)` instead of
+    the text.
     """
 
     def __init__(self, unet: HSpaceUNet, timesteps: Sequence[int | float] | Tensor, attention: str = "sdpa") -> None:
         config = unet.unet.config
         for name in ("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type"):
-            if getattr(config, name, None) is not None:
-                raise ModelError(
-                    f"this UNet cannot be folded: {name}={getattr(config, name)!r} is more than t and text"
-                )
+            if (value := getattr(config, name, None)) is not None:
+                raise ModelError(f"this UNet cannot be folded: it has conditions besides t and text ({name}={value!r})")
         super().__init__(sharing_copy(unet.unet, ("ResnetBlock2D", "Transformer2DModel")))
-        self.original = unet
         self.timesteps = torch.as_tensor(timesteps, device=unet.device).reshape(-1)
         self.ties = Ties(unet.unet)
         self.replaced: list[Replaced] = []
-        self._layout = TextKVLayout()
-        # The loops below ask the original's modules: those of the copy are on their way out.
+        layout = TextKVLayout()
+        # Over the original's modules: those of the copy are being replaced.
         embeddings = [_embedding(unet, t) for t in self.timesteps]
         for path, module in list(unet.unet.named_modules()):
             kind = type(module).__name__
             if kind == "ResnetBlock2D":
                 self._replace(path, module, Resnet(self.ties, path, module, embeddings))
             elif kind == "Transformer2DModel":
-                self._replace(path, module, Transformer(self.ties, path, module, self._layout, attention))
+                self._replace(path, module, Transformer(self.ties, path, module, layout, attention))
             elif can_upsample(module):
                 self._replace(path, module, Upsample(self.ties, path))
             elif kind == "ResnetBlockCondNorm2D":
-                raise ModelError(f"{path} cannot be folded: it normalises by the time embedding")
+                raise ModelError(f"{path} cannot be folded: its norms depend on the time embedding")
         if isinstance(self.unet.conv_act, torch.nn.SiLU) and self.unet.conv_norm_out is not None:
             self._replace("conv_norm_out", self.unet.conv_norm_out, NormAct(self.unet.conv_norm_out))
             self.unet.conv_act = torch.nn.Identity()
         self.unet.eval()
-        self.text_kv_weight = self.ties.packed(*self._layout.paths) if self._layout.paths else None
+        self._text_kv_weight = self.ties.packed(*layout.paths) if layout.paths else None
 
     def _replace(self, path: str, was: Any, now: torch.nn.Module) -> None:
         self.unet.set_submodule(path, now)
@@ -68,14 +66,17 @@ class FoldedUNet(HSpaceUNet):
     @property
     def text_kv_width(self) -> int:
         """ΣC of `text_kv`."""
-        return self.text_width if self.text_kv_weight is None else self.text_kv_weight.shape[0]
+        return self.text_width if self._text_kv_weight is None else self._text_kv_weight.shape[0]
 
     def text_kv(self, text: Tensor) -> Tensor:
-        """(B, L, D) -> the keys and values of every cross-attention side by side, (B, L, ΣC): one launch."""
-        return text if self.text_kv_weight is None else F.linear(text, self.text_kv_weight)
+        """(B, L, D) -> the keys and values of every cross-attention side by side, (B, L, ΣC), in one product.
+
+        A UNet without cross-attention gets `text` back.
+        """
+        return text if self._text_kv_weight is None else F.linear(text, self._text_kv_weight)
 
     def encode(self, sample: Tensor, timestep: Any, text: Tensor, **conditions: Any) -> UNetState:
-        """sample: (B, c, H, W); timestep: an index into `timesteps`; text: what `text_kv` gave."""
+        """sample: (B, c, H, W); timestep: an index into `timesteps`; text: the result of `text_kv`."""
         if any(value is not None for value in conditions.values()):
             raise InvalidRequest(f"a folded UNet takes no conditions: {', '.join(conditions)}")
         if not isinstance(timestep, int) or not 0 <= timestep < len(self.timesteps):
@@ -83,20 +84,20 @@ class FoldedUNet(HSpaceUNet):
         return super().encode(sample, timestep, text)
 
     def _embed(self, sample: Tensor, timestep: Any, *conditions: Any) -> tuple[Any, None]:
-        """The blocks hand their `temb` to the resnets as it is: here, the index that picks a folded bias."""
+        """The index of the timestep: the blocks pass it as `temb` to the resnets, which select their bias by it."""
         return timestep, None
 
     def refresh(self) -> bool:
-        """After a LoRA came, went or changed: new values into the same memory. False: make a new FoldedUNet."""
-        return self.ties.refresh()
+        """Copy changed weights into place, after a LoRA was added, removed or changed.
 
-    def unfold(self) -> HSpaceUNet:
-        """The UNet this one was made from, which folding never touched."""
-        return self.original
+        Returns:
+            False if a new FoldedUNet is needed instead.
+        """
+        return self.ties.refresh()
 
 
 def _embedding(unet: HSpaceUNet, timestep: Tensor) -> Tensor:
-    """(1, E): the time embedding as the model itself makes it."""
+    """(1, E): the time embedding as the model itself computes it."""
     model = unet.unet
     with torch.no_grad():
         sample = torch.zeros((1, model.config.in_channels, 1, 1), device=unet.device, dtype=unet.dtype)
@@ -106,7 +107,7 @@ def _embedding(unet: HSpaceUNet, timestep: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class StepConstants:
-    """The scheduler, for x_0 = unit noise n: the UNet's input is p·x, the next x is a·x + b·out."""
+    """A scheduler's step for latents that start as unit noise: the UNet's input is p·x, the next x is a·x + b·out."""
 
     p: float
     a: float
@@ -114,7 +115,7 @@ class StepConstants:
 
     @classmethod
     def of(cls, schedule: EulerSchedule) -> list[StepConstants]:
-        """One for every step; the first takes the noise with the schedule's σ folded in."""
+        """The constants of each step; those of the first include the scale of the initial noise."""
         rows = []
         for i in range(len(schedule)):
             scale = schedule.init_sigma if i == 0 else 1.0

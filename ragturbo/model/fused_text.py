@@ -1,7 +1,7 @@
-"""CLIP's text transformer with fewer launches: the same maths over the same weights, Q, K and V as one product.
+"""CLIP's text transformer with fewer kernel launches: the same weights and result, Q, K and V in one product.
 
-transformers chooses masks and attention kernels by what surrounds the call (a capture is told apart from a plain one);
-here a replay runs what the call ran.
+transformers chooses masks and attention kernels by the state of the caller, such as a graph capture; this one computes
+the same in a plain call and in a captured one.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from ragturbo.errors import ModelError
 from ragturbo.model.fused import layer_norm_of
 from ragturbo.model.text import TextEncoder, TextStates
 from ragturbo.model.ties import Replaced
+from ragturbo.model.tokens import sdpa
 
 
 class FusedText:
-    """A TextEncoder's `encode` over its own weights; the encoder itself stays as it is."""
+    """`TextEncoder.encode` on the encoder's own weights; the encoder is not changed."""
 
     def __init__(self, text: TextEncoder) -> None:
         self._text = text
         encoder = text.text_encoder
-        # transformers 4 wraps the transformer once more.
+        # transformers 4 has the transformer in an attribute.
         model = getattr(encoder, "text_model", encoder)
         for name in ("embeddings", "encoder", "final_layer_norm"):
             if not hasattr(model, name):
@@ -36,7 +37,7 @@ class FusedText:
         ]
 
     def encode(self, input_ids: Tensor) -> TextStates:
-        """input_ids: (B, L) on the encoder's device. Waits for nothing."""
+        """input_ids: (B, L) on the encoder's device. It does not synchronize."""
         embeddings = self._embeddings
         x = F.embedding(input_ids, embeddings.token_embedding.weight)
         x = x + embeddings.position_embedding.weight[: input_ids.shape[1]]
@@ -44,7 +45,7 @@ class FusedText:
             x = layer(x)
         hidden, end = layer_norm_of(x, self._norm), self._text.end_of_text(input_ids)
         if self._text.clip_key is not None:
-            # The CLIP key continues the transformer: it needs the states before the final norm.
+            # The CLIP key continues the transformer from the states before the final norm.
             key = self._text.clip_key(x, end)
         else:
             key = hidden[torch.arange(len(end), device=end.device), end]
@@ -60,7 +61,7 @@ class _Layer:
             raise ModelError(f"{path} cannot be fused: its attention is not made of linear layers with biases")
         width = attention.q_proj.in_features
         if attention.scale != (width // attention.num_heads) ** -0.5:
-            raise ModelError(f"{path} cannot be fused: its attention has a scale of its own")
+            raise ModelError(f"{path} cannot be fused: its attention has a non-standard scale")
         self.norm1, self.norm2 = layer.layer_norm1, layer.layer_norm2
         self.heads = attention.num_heads
         self.qkv = torch.cat([part.weight.detach() for part in parts])
@@ -69,10 +70,6 @@ class _Layer:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: (B, L, D)"""
-        q, k, v = (
-            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for part in F.linear(layer_norm_of(x, self.norm1), self.qkv, self.qkv_bias).chunk(3, dim=-1)
-        )
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
-        x = x + self.out(attended)
+        q, k, v = F.linear(layer_norm_of(x, self.norm1), self.qkv, self.qkv_bias).chunk(3, dim=-1)
+        x = x + self.out(sdpa(q, k, v, self.heads, causal=True))
         return x + self.down(self.activation(self.up(layer_norm_of(x, self.norm2))))

@@ -1,16 +1,16 @@
-"""What retrieval does to the H-space feature: none, slerp (Eq. 3), lerp (its control) or the adapter (Eq. 5)."""
+"""How retrieval changes the H-space feature: not at all, by slerp (Eq. 3), lerp (its control) or adapter (Eq. 5)."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ragturbo.errors import InvalidRequest
 from ragturbo.model.adapter import HSpaceAdapter, RetrievedKV
-from ragturbo.model.unet import from_tokens, to_tokens
+from ragturbo.model.tokens import from_tokens, to_tokens
 from ragturbo.ops import slerp
+
+MODES = ("none", "slerp", "lerp", "adapter")
 
 
 def cosine(key: Tensor, stored_keys: Tensor) -> Tensor:
@@ -21,31 +21,37 @@ def cosine(key: Tensor, stored_keys: Tensor) -> Tensor:
 def blend_weights(
     cosine: Tensor, ids: Tensor, scores: Tensor, *, min_score: Tensor | float = -torch.inf, lam: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(λ (B,) fp32, valid (B, k) bool), without a wait for the device. cosine, scores, ids: (B, k), id -1 for none.
+    """Compute λ and which neighbours count, without synchronizing with the device.
 
-    A neighbour is valid if it is there and its score, the retriever's own, reaches min_score ((B,) or float). λ is the
-    mean over the valid ones of the cosine clamped to [0, 1], or `lam` (B,) where it is not NaN; 0 where none is valid.
+    Args:
+        cosine, ids, scores: (B, k); id -1 for a missing neighbour, scores as the retriever gives them.
+        min_score: (B,) or float; a neighbour is valid if its score is at least this.
+        lam: (B,) values to use instead of the computed λ, NaN for the computed one.
+
+    Returns:
+        λ (B,) fp32, the mean of the valid neighbours' cosines clamped to [0, 1] or 0 if none is valid, and
+        valid (B, k) bool.
     """
     limit = _on_device(min_score, scores).reshape(-1, 1)
-    # A neighbour without a score passes only where there is no limit.
+    # A score of NaN is valid only if there is no limit.
     valid = (ids >= 0) & ((scores >= limit) | (limit == -torch.inf))
     count = valid.sum(-1)
-    mean = _relation(cosine, valid).sum(-1) / count.clamp(min=1)
+    mean = _clamped(cosine, valid).sum(-1) / count.clamp(min=1)
     if lam is not None:
         mean = torch.where(torch.isnan(lam), mean, lam.float())
     return torch.where(count > 0, mean, 0.0), valid
 
 
 def mean_of_neighbours(h_retr: Tensor, valid: Tensor, weights: Tensor | None = None) -> Tensor:
-    """The mean of the valid neighbours, weighted by their cosines clamped to [0, 1], or alike if those are all 0.
+    """The mean of the valid neighbours, weighted by their cosines clamped to [0, 1], or equally if those are all 0.
 
-    h_retr: (B, k, S, C), where invalid rows may hold anything; valid, weights: (B, k) -> (B, S, C) in h_retr's dtype.
+    h_retr: (B, k, S, C), arbitrary in invalid rows; valid, weights: (B, k) -> (B, S, C) in h_retr's dtype.
     """
-    alike = valid.float()
-    share = alike if weights is None else _relation(weights, valid)
-    share = torch.where(share.sum(-1, keepdim=True) > 0, share, alike)
+    equal = valid.float()
+    share = equal if weights is None else _clamped(weights, valid)
+    share = torch.where(share.sum(-1, keepdim=True) > 0, share, equal)
     share = share / share.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    # Summed in fp32 whatever the storage.
+    # Summed in fp32 for all storage dtypes.
     rows = torch.where(valid[..., None, None], h_retr, 0).to(torch.promote_types(h_retr.dtype, torch.float32))
     return torch.einsum("bk,bksc->bsc", share.to(rows.dtype), rows).to(h_retr.dtype)
 
@@ -89,11 +95,18 @@ def inject(
     per: str = "sample",
     impl: str = "auto",
 ) -> Tensor:
-    """h: (B, C, h, w) -> the same shape with the neighbours in it. It is viewed as tokens, never copied.
+    """Combine h with the neighbours' features. A sample without a valid neighbour keeps its h bit for bit.
 
-    h_retr: (B, k, S, C), of `grid` cells where that is known, or, for the adapter, its RetrievedKV; valid: (B, k) bool;
-    lam: (B,), Eq. 5; w: (B,) or float, Eq. 3; weights: (B, k), the cosines by which slerp and lerp average neighbours.
-    A row without a valid neighbour keeps h's bits.
+    Args:
+        mode: one of MODES.
+        h: (B, C, h, w), which is viewed as tokens.
+        h_retr: (B, k, S, C), or for the adapter its RetrievedKV.
+        lam: (B,), λ of Eq. 5.
+        w: (B,) or float, the weight of h in Eq. 3 and in lerp.
+        valid: (B, k) bool, None for all.
+        weights: (B, k), the cosines by which slerp and lerp average the neighbours.
+        grid: (h, w) of the retrieved features, if known.
+        per: "sample" or "token", the angles of slerp.
     """
     if mode not in MODES:
         raise InvalidRequest(f"mode {mode!r}; known: {', '.join(MODES)}")
@@ -108,40 +121,32 @@ def inject(
             raise InvalidRequest('mode "adapter" needs an adapter and λ')
         return from_tokens(adapter(tokens, h_retr, lam, valid, impl), own)
     if isinstance(h_retr, RetrievedKV):
-        raise InvalidRequest(f"mode {mode!r} blends the features themselves, not the adapter's K and V")
+        raise InvalidRequest(f"mode {mode!r} needs the features, not the adapter's K and V")
     check_equal_grids(own, h_retr.shape[2])
     if grid is not None:
         check_equal_grids(own, grid)
     if valid is None:
         valid = torch.ones(h_retr.shape[:2], dtype=torch.bool, device=h.device)
     mean = mean_of_neighbours(h_retr, valid, weights).to(tokens.dtype)
-    out = _INTERPOLATIONS[mode](tokens, mean, w, per, impl)
+    out = slerp(tokens, mean, w, per=per, impl=impl) if mode == "slerp" else _lerp(tokens, mean, w)
     return from_tokens(torch.where(valid.any(-1)[:, None, None], out, tokens), own)
 
 
-def _relation(cosine: Tensor, valid: Tensor) -> Tensor:
-    # A zero key has no direction and its cosine is NaN: no relation.
+def _clamped(cosine: Tensor, valid: Tensor) -> Tensor:
+    # The cosine of a zero key is NaN.
     return torch.where(valid, cosine.float().nan_to_num(0.0).clamp(0, 1), 0.0)
 
 
 def _on_device(value: Tensor | float, like: Tensor) -> Tensor:
-    """A number becomes a tensor by a fill: a copy from the host would wait."""
+    """A number as a tensor, by a fill: a copy from the host would synchronize."""
     if isinstance(value, Tensor):
         return value
     return torch.full((1,), value, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
 
 
-def _slerp(h_tgt: Tensor, h_retr: Tensor, w: Tensor | float, per: str, impl: str) -> Tensor:
-    return slerp(h_tgt, h_retr, w, per=per, impl=impl)
-
-
-def _lerp(h_tgt: Tensor, h_retr: Tensor, w: Tensor | float, per: str, impl: str) -> Tensor:
-    """The straight line between the two: what slerp must beat."""
+def _lerp(h_tgt: Tensor, h_retr: Tensor, w: Tensor | float) -> Tensor:
+    """Linear interpolation, the baseline of slerp."""
     if not isinstance(w, Tensor) and not 0 <= w <= 1:
-        raise InvalidRequest(f"w={w} is outside [0, 1]: it is the weight of the target feature")
+        raise InvalidRequest(f"w={w} is outside [0, 1]; it is the weight of the target feature")
     weight = _on_device(w, h_tgt).to(torch.promote_types(h_tgt.dtype, torch.float32)).reshape(-1, 1, 1)
     return (weight * h_tgt + (1 - weight) * h_retr).to(h_tgt.dtype)
-
-
-_INTERPOLATIONS: dict[str, Callable[..., Tensor]] = {"slerp": _slerp, "lerp": _lerp}
-MODES = ("none", "slerp", "lerp", "adapter")

@@ -1,4 +1,4 @@
-"""Prompts to hidden states and retrieval keys: one pass of the text encoder gives both."""
+"""Prompts to hidden states and retrieval keys, in one pass of the text encoder."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from ragturbo.model.clip_key import ClipKey
 
 @dataclass(frozen=True)
 class Tokens:
-    """Tokenised prompts, on the CPU."""
+    """Tokenized prompts, on the CPU."""
 
     input_ids: Tensor
     """(B, L) int64"""
     dropped: tuple[int, ...]
-    """How many tokens of each prompt did not fit into the encoder's context."""
+    """Number of tokens of each prompt beyond the encoder's maximum length."""
     unknown: tuple[tuple[str, ...], ...]
-    """The words of each prompt that a closed vocabulary does not have."""
+    """The words of each prompt that are not in a closed vocabulary."""
 
 
 @dataclass(frozen=True)
 class TextStates:
     hidden_states: Tensor
-    """(B, L, D): the UNet's cross-attention context."""
+    """(B, L, D): the input of the UNet's cross-attentions."""
     key: Tensor
-    """(B, K) fp32, L2-normalised: what the database is searched by."""
+    """(B, K) fp32, L2-normalized: the query of the database search."""
 
 
 class TextEncoder:
@@ -43,10 +43,10 @@ class TextEncoder:
     def __init__(self, tokenizer: Any, text_encoder: Any, clip_key: ClipKey | None = None) -> None:
         config = text_encoder.config
         if getattr(config, "use_attention_mask", False):
-            raise ModelError("this text encoder wants an attention mask (use_attention_mask), which CLIP's do not")
+            raise ModelError("text encoders with use_attention_mask are not supported: CLIP's have none")
         if getattr(tokenizer, "backend_tokenizer", None) is None:
             raise ModelError(
-                f"{type(tokenizer).__name__} is no fast tokenizer (it has no tokenizer.json to be made from)"
+                f"{type(tokenizer).__name__} is not a fast tokenizer (no tokenizer.json, and none can be made)"
             )
         self.tokenizer = tokenizer
         self.text_encoder = text_encoder
@@ -54,10 +54,11 @@ class TextEncoder:
         self.width: int = config.hidden_size
         self.max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
         self._backend = _fixed_length(tokenizer, self.max_length)
+        # CLIP's unknown token is also its end of text: its byte-level vocabulary is open.
         unknown = tokenizer.unk_token_id
         self._unknown_id = None if unknown == tokenizer.eos_token_id else unknown
         if clip_key is not None and clip_key.width != self.width:
-            raise ModelError(f"the clip key was made for a text encoder of width {clip_key.width}, not {self.width}")
+            raise ModelError(f"the CLIP key is for a text encoder of width {clip_key.width}, not {self.width}")
 
     @property
     def key_kind(self) -> str:
@@ -72,24 +73,22 @@ class TextEncoder:
         return self.text_encoder.device
 
     def tokenize(self, prompts: Sequence[str]) -> Tokens:
-        """Prompts padded or cut to the encoder's context, with what was cut and what was not understood."""
+        """Pad or truncate prompts to the encoder's maximum length; report what was cut off and unknown words."""
         if isinstance(prompts, str):
             raise InvalidRequest("tokenize takes a list of prompts")
-        # A single one here: a batch is handed to the tokenizer's own threads, and waited for.
+        # encode_batch hands its work to the tokenizer's threads and waits for them: not for a single prompt.
         encode, one = self._backend.encode, len(prompts) == 1
         encodings = [encode(prompts[0])] if one else self._backend.encode_batch(list(prompts))
         input_ids = np.array([encoding.ids for encoding in encodings], np.int64)
         return Tokens(
             torch.from_numpy(input_ids.reshape(len(encodings), self.max_length)),
-            tuple(sum(_own(part) for part in encoding.overflowing) for encoding in encodings),
+            # Special tokens are not the prompt's own.
+            tuple(sum(part.special_tokens_mask.count(0) for part in e.overflowing) for e in encodings),
             tuple(self._unknown(prompt, encoding) for prompt, encoding in zip(prompts, encodings, strict=True)),
         )
 
     def _unknown(self, prompt: str, encoding: Any) -> tuple[str, ...]:
-        """The words that a closed vocabulary lacks: those that became its unknown token, or fell into pieces.
-
-        CLIP's own unknown token is its end of text as well: its vocabulary is open, every word has pieces.
-        """
+        """The words that became the unknown token of a closed vocabulary, or were split into pieces."""
         unknown = self._unknown_id
         if unknown is None:
             return ()
@@ -102,13 +101,13 @@ class TextEncoder:
         return tuple(word for word in words if any(map(str.isalnum, word)))
 
     def encode(self, input_ids: Tensor) -> TextStates:
-        """input_ids: (B, L) on the encoder's device. Waits for nothing: it can be captured in a CUDA graph."""
+        """input_ids: (B, L) on the encoder's device. It does not synchronize: a CUDA graph can capture it."""
         if self.clip_key is None:
             out = self.text_encoder(input_ids=input_ids)
             key = out.pooler_output
         else:
             out = self.text_encoder(input_ids=input_ids, output_hidden_states=True)
-            # The CLIP key continues the transformer: it needs the states before the final norm.
+            # The CLIP key continues the transformer from the states before the final norm.
             key = self.clip_key(out.hidden_states[-1], self.end_of_text(input_ids))
         return TextStates(out.last_hidden_state, F.normalize(key.float(), dim=-1))
 
@@ -116,15 +115,15 @@ class TextEncoder:
         """(B,) position of each prompt's end-of-text token, by the rules of CLIPTextModel."""
         end = self.text_encoder.config.eos_token_id
         if end == 2:
-            # Configurations of before transformers' fix name the wrong token; the end was the highest id.
+            # Old configurations name the wrong token; end of text is the highest id.
             return input_ids.argmax(-1)
         return (input_ids == end).to(torch.int64).argmax(-1)
 
 
 def _fixed_length(tokenizer: Any, length: int) -> Any:
-    """The tokenizer's Rust half, set to pad and cut to one length, for ourselves alone.
+    """A copy of the tokenizer's Rust part that pads and truncates to `length`.
 
-    A call of the tokenizer sets the shared half up anew each time, which two threads cannot do at once.
+    Calling the tokenizer itself sets up the shared Rust part on each call, which is not thread-safe.
     """
     backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.enable_truncation(length, direction=tokenizer.truncation_side)
@@ -132,8 +131,3 @@ def _fixed_length(tokenizer: Any, length: int) -> Any:
         direction=tokenizer.padding_side, pad_id=tokenizer.pad_token_id, pad_token=tokenizer.pad_token, length=length
     )
     return backend
-
-
-def _own(encoding: Any) -> int:
-    """How many of its tokens are the prompt's own."""
-    return encoding.special_tokens_mask.count(0)

@@ -1,7 +1,7 @@
-"""A diffusers UNet split at its middle block: encode gives the H-space feature h, decode takes it (or another) back.
+"""A diffusers UNet split at its middle block: encode returns the H-space feature h, decode takes it or another one.
 
-diffusers only adds to the middle block's output together with ControlNet residuals, and Δh of Eq. 5 depends on h: so
-the forward is split here, over the model's own modules and in its own order, rather than hooked.
+The forward of diffusers can add to the middle block's output only together with ControlNet residuals, and Δh of Eq. 5
+depends on h. So the forward is written out here, over the model's modules and in the same order.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from ragturbo.errors import InvalidRequest, ModelError
+from ragturbo.model.tokens import to_tokens
 
-# Conditions of UNet2DConditionModel.forward that do not exist on a split forward, and what to do instead.
+# Arguments of UNet2DConditionModel.forward that are not supported, and what to do instead.
 _REFUSED = {
     "down_block_additional_residuals": "ControlNet residuals are not supported; run diffusers' pipeline instead",
     "mid_block_additional_residual": "change h between encode and decode instead",
@@ -26,30 +27,30 @@ _REFUSED = {
 
 @dataclass(frozen=True)
 class UNetState:
-    """What decode needs: h (B, C, h, w), the skips in the order they were made (conv_in first), and the conditions."""
+    """The input of decode."""
 
     h: Tensor
+    """(B, C, h, w): the output of the middle block."""
     skips: tuple[Tensor, ...]
+    """In the order of their computation, conv_in's first."""
     emb: Tensor
-    """(B, E): the time embedding with every added condition."""
-    text: Any
-    """(B, L, D) hidden states as the blocks take them: after the model's own projection, if it has one."""
-    attention_mask: Tensor | None = None
-    encoder_attention_mask: Tensor | None = None
-    cross_attention_kwargs: Mapping[str, Any] | None = None
-    forward_upsample_size: bool = False
+    """(B, E): the time embedding with all added conditions."""
+    attention: Mapping[str, Any]
+    """The keyword arguments of blocks with cross-attention: text states (B, L, D), masks and processors' options."""
+    forward_upsample_size: bool
+    """Whether upsampling has to match the size of the next skip, which doubling would miss."""
 
 
 class HSpaceUNet:
-    """A view over a diffusers UNet2DConditionModel: no copies, no hooks. LoRA, FreeU and checkpointing still work."""
+    """A view over a UNet2DConditionModel, without copies or hooks. LoRA, FreeU and checkpointing still work."""
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
-        # peft's wrapper hides the model it has changed in place.
+        # peft wraps the model, which it has changed in place.
         model: Any = unet.get_base_model() if hasattr(unet, "get_base_model") else unet
-        # As a bool: narrowed to diffusers' class, its configured attributes would be unknown to a type checker.
+        # In a variable: an isinstance check would narrow the type to a class whose config mypy does not know.
         known = isinstance(model, UNet2DConditionModel)
         if not known:
-            raise ModelError(f"HSpaceUNet is a view over diffusers' UNet2DConditionModel, not {type(model).__name__}")
+            raise ModelError(f"HSpaceUNet takes a UNet2DConditionModel of diffusers, not {type(model).__name__}")
         self.unet: Any = model
         if self.unet.mid_block is None:
             raise ModelError("this UNet has no middle block (mid_block_type is None), so it has no H-space")
@@ -71,20 +72,19 @@ class HSpaceUNet:
 
     @property
     def text_width(self) -> int:
-        """D of the text states the UNet takes."""
+        """D of the text states."""
         config = self.unet.config
-        return config.encoder_hid_dim or _single(config.cross_attention_dim, "cross_attention_dim")
-
-    @property
-    def downsampling(self) -> int:
-        """Latent cells a cell of h, along each side."""
-        return 2 ** sum(len(block.downsamplers or ()) for block in self.unet.down_blocks)
+        widths = config.cross_attention_dim
+        widths = {widths} if isinstance(widths, int) else set(widths)
+        if config.encoder_hid_dim is None and len(widths) != 1:
+            raise ModelError(f"the UNet's cross_attention_dim differs between its blocks: {config.cross_attention_dim}")
+        return config.encoder_hid_dim or widths.pop()
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """(h, w) of the H-space feature of latents of (height, width)."""
+        """(h, w) of the H-space feature of latents of size (height, width)."""
         for block in self.unet.down_blocks:
             for _ in block.downsamplers or ():
-                # A stride-2 convolution padded on both sides rounds up; padded on one side, it rounds down.
+                # A stride-2 convolution rounds up if padded on both sides, and down if padded on one side.
                 up = self.unet.config.downsample_padding
                 height, width = (height + up) // 2, (width + up) // 2
         return height, width
@@ -103,17 +103,22 @@ class HSpaceUNet:
         encoder_attention_mask: Tensor | None = None,
         **refused: Any,
     ) -> UNetState:
-        """f_enc: the down blocks and the middle block. sample: (B, c, H, W), scaled for the timestep; text: (B, L, D).
+        """f_enc: the down blocks and the middle block.
 
-        Everything is in the words of UNet2DConditionModel.forward. A timestep that is a tensor is used as it is: (B,),
-        (1,) or (), best on the device; a Python number becomes one there without a synchronisation.
+        Args:
+            sample: (B, c, H, W), scaled for the timestep.
+            timestep: a number, or a tensor (B,), (1,) or (), preferably on the device; no form needs a synchronization.
+            text: (B, L, D).
+            The others are those of UNet2DConditionModel.forward.
+
+        Raises:
+            ModelError: for arguments that are not supported, such as ControlNet residuals.
         """
         self._check_conditions(refused, cross_attention_kwargs, added_cond_kwargs)
         unet = self.unet
         upsampling = 2**unet.num_upsamplers
         forward_upsample_size = any(side % upsampling for side in sample.shape[-2:])
-        attention_mask = _bias(attention_mask, sample.dtype)
-        encoder_attention_mask = _bias(encoder_attention_mask, sample.dtype)
+        dtype = sample.dtype
         if unet.config.center_input_sample:
             sample = 2 * sample - 1.0
 
@@ -123,9 +128,9 @@ class HSpaceUNet:
         text = unet.process_encoder_hidden_states(encoder_hidden_states=text, added_cond_kwargs=added_cond_kwargs)
         attention = {
             "encoder_hidden_states": text,
-            "attention_mask": attention_mask,
+            "attention_mask": _bias(attention_mask, dtype),
             "cross_attention_kwargs": cross_attention_kwargs,
-            "encoder_attention_mask": encoder_attention_mask,
+            "encoder_attention_mask": _bias(encoder_attention_mask, dtype),
         }
 
         sample = unet.conv_in(sample)
@@ -134,27 +139,18 @@ class HSpaceUNet:
             sample, residuals = block(hidden_states=sample, temb=emb, **(attention if _attends(block) else {}))
             skips += residuals
         h = unet.mid_block(sample, emb, **(attention if _attends(unet.mid_block) else {}))
-        return UNetState(
-            h, skips, emb, text, attention_mask, encoder_attention_mask, cross_attention_kwargs, forward_upsample_size
-        )
+        return UNetState(h, skips, emb, attention, forward_upsample_size)
 
     def decode(self, state: UNetState, h: Tensor | None = None) -> Tensor:
-        """f_dec: the up blocks. `h` (B, C, h, w) takes the place of state.h; decode(encode(x)) is the model's own."""
+        """f_dec: the up blocks. `h` (B, C, h, w) replaces state.h; decode(encode(x)) equals the model's own forward."""
         unet = self.unet
         sample = state.h if h is None else h
         if sample.shape != state.h.shape:
-            raise InvalidRequest(f"decode takes an h of {tuple(state.h.shape)}, got {tuple(sample.shape)}")
-        attention = {
-            "encoder_hidden_states": state.text,
-            "attention_mask": state.attention_mask,
-            "cross_attention_kwargs": state.cross_attention_kwargs,
-            "encoder_attention_mask": state.encoder_attention_mask,
-        }
+            raise InvalidRequest(f"decode needs an h of {tuple(state.h.shape)}, got {tuple(sample.shape)}")
         skips = state.skips
         upsample_size = None
         for i, block in enumerate(unet.up_blocks):
             skips, residuals = skips[: -len(block.resnets)], skips[-len(block.resnets) :]
-            # Odd grids: the upsampling must meet the next skip's size, which doubling would miss.
             if state.forward_upsample_size and i < len(unet.up_blocks) - 1:
                 upsample_size = skips[-1].shape[2:]
             sample = block(
@@ -162,14 +158,14 @@ class HSpaceUNet:
                 temb=state.emb,
                 res_hidden_states_tuple=residuals,
                 upsample_size=upsample_size,
-                **(attention if _attends(block) else {}),
+                **(state.attention if _attends(block) else {}),
             )
         if unet.conv_norm_out is not None:
             sample = unet.conv_act(unet.conv_norm_out(sample))
         return unet.conv_out(sample)
 
     def retrieval_features(self, latents: Tensor, text: Tensor, **conditions: Any) -> Tensor:
-        """h_retr of Sec. 3.2: clean latents at t = 0, encoded with their own caption -> tokens (B, T, C)."""
+        """h_retr of Sec. 3.2: clean latents, encoded at t = 0 with their caption -> tokens (B, T, C)."""
         timestep = torch.zeros(1, dtype=torch.int64, device=latents.device)
         return to_tokens(self.encode(latents, timestep, text, **conditions).h)
 
@@ -185,7 +181,7 @@ class HSpaceUNet:
             if value is not None:
                 raise ModelError(f"{name}: {_REFUSED[name]}")
         if cross_attention_kwargs and "scale" in cross_attention_kwargs:
-            raise ModelError("a LoRA scale per call is not supported: set it on the loaded LoRA's weights")
+            raise ModelError("a LoRA scale per call is not supported: scale the loaded LoRA's weights instead")
         if cross_attention_kwargs and "gligen" in cross_attention_kwargs:
             raise ModelError("GLIGEN is not supported; run diffusers' pipeline instead")
         kind = self.unet.config.addition_embed_type
@@ -201,10 +197,10 @@ class HSpaceUNet:
         class_labels: Tensor | None,
         added_cond_kwargs: Mapping[str, Any] | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """The time embedding with all added conditions, and the hint image of models that take one."""
+        """The time embedding with all added conditions, and the hint image of models that have one."""
         unet = self.unet
         if not torch.is_tensor(timestep):
-            # A fill, not a copy from the host. The types are the ones diffusers takes, for the same bits.
+            # A fill does not synchronize, unlike a copy from the host. The dtypes are those of diffusers.
             dtype = torch.float64 if isinstance(timestep, float) else torch.int64
             timestep = torch.full((1,), timestep, dtype=dtype, device=sample.device)
         emb = unet.time_embedding(unet.get_time_embed(sample=sample, timestep=timestep), timestep_cond)
@@ -222,27 +218,10 @@ class HSpaceUNet:
         return emb, hint
 
 
-def to_tokens(h: Tensor) -> Tensor:
-    """(B, C, h, w) -> (B, h·w, C): a view, contiguous where h is channels_last."""
-    return h.permute(0, 2, 3, 1).flatten(1, 2)
-
-
-def from_tokens(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(B, h·w, C) -> (B, C, h, w): a view, channels_last where the tokens are contiguous."""
-    return tokens.unflatten(1, grid).permute(0, 3, 1, 2)
-
-
 def _attends(block: torch.nn.Module) -> bool:
     return bool(getattr(block, "has_cross_attention", False))
 
 
 def _bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """(B, L) with 1 = keep -> (B, 1, L) to be added to attention scores, in diffusers' own words and bits."""
+    """(B, L), 1 to keep -> (B, 1, L), to be added to the attention scores; bit for bit as in diffusers."""
     return None if mask is None else ((1 - mask.to(dtype)) * -10000.0).unsqueeze(1)
-
-
-def _single(value: int | tuple[int, ...], name: str) -> int:
-    widths = {value} if isinstance(value, int) else set(value)
-    if len(widths) != 1:
-        raise ModelError(f"the UNet's {name} differs between its blocks: {value}")
-    return widths.pop()

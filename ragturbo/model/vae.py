@@ -1,4 +1,4 @@
-"""Images to latents and back, for AutoencoderKL and AutoencoderTiny, in the scale the UNet works in."""
+"""Images to latents and back, for AutoencoderKL and AutoencoderTiny, in the scale of the UNet."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from ragturbo.model.ties import sharing_copy
 
 
 class VAE:
-    """A diffusers autoencoder. Latents are the posterior's mean, never a sample: a database build is repeatable."""
+    """A diffusers autoencoder. Latents are the mean of the posterior, not a sample, so that builds are repeatable."""
 
     def __init__(self, module: Any) -> None:
+        # In a variable: an isinstance check would narrow the type to a class whose config mypy does not know.
         known = isinstance(module, (AutoencoderKL, AutoencoderTiny))
         if not known:
             raise ModelError(f"{type(module).__name__} is not a supported VAE: AutoencoderKL or AutoencoderTiny")
@@ -30,41 +31,28 @@ class VAE:
             raise ModelError("VAEs with a mean and standard deviation per latent channel are not supported")
 
     @property
-    def kind(self) -> str:
-        return "tiny" if isinstance(self.module, AutoencoderTiny) else "full"
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.module.parameters()).device
-
-    @property
     def dtype(self) -> torch.dtype:
         return next(self.module.parameters()).dtype
 
-    @property
-    def force_upcast(self) -> bool:
-        """Whether the model's makers say that fp16 overflows in it."""
-        return bool(getattr(self.module.config, "force_upcast", False))
-
     def encode(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1], sides a multiple of `factor` -> (B, c, H/factor, W/factor)."""
+        """(B, 3, H, W) in [-1, 1], H and W multiples of `factor` -> (B, c, H/factor, W/factor)."""
         height, width = images.shape[-2:]
         if height % self.factor or width % self.factor:
-            raise InvalidRequest(f"an image of {width}x{height} is not a multiple of {self.factor} pixels")
+            raise InvalidRequest(f"image sides must be multiples of {self.factor} pixels, got {width}x{height}")
         out = self.module.encode(images.to(self.dtype))
-        # AutoencoderTiny has no posterior: its latents are what it gives.
+        # AutoencoderTiny has no posterior.
         latents = out.latents if isinstance(self.module, AutoencoderTiny) else out.latent_dist.mean
         return (latents - self.shift) * self.scale
 
     def decode(self, latents: Tensor) -> Tensor:
         """(B, c, h, w) -> (B, 3, H, W) in [0, 1]. NaN stays NaN."""
-        # Divided before the cast: fp32 latents keep their bits for as long as they can.
+        # Scaled before the cast, in the precision of the latents.
         images = self.module.decode((latents / self.scale + self.shift).to(self.dtype)).sample
         return (images / 2 + 0.5).clamp(0, 1)
 
     def decoder_in(self, dtype: torch.dtype) -> VAE:
-        """A copy of the decoding half in another type."""
+        """A copy without the encoder in another dtype."""
         module = sharing_copy(self.module)
         module.encoder = None
-        # A real copy before the cast, which works in place.
+        # `to` casts in place, so the shared tensors are copied first.
         return VAE(copy.deepcopy(module).to(dtype))

@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
 from ragturbo import Generator
-from ragturbo.model import Bundle
+from ragturbo.model.bundle import Bundle
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

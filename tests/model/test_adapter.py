@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ragturbo.errors import InvalidRequest, ModelError
-from ragturbo.model import HSpaceAdapter
-from ragturbo.model.adapter import FILE, default_heads, norm_groups
+from ragturbo.model.adapter import FILE, HSpaceAdapter, default_heads, norm_groups
 
 KINDS = ("transformer", "attention")
 
@@ -214,7 +213,7 @@ def test_what_cannot_be_loaded_is_named(tmp_path: Path) -> None:
     data = (tmp_path / FILE).read_bytes()
     for cut in (0, 5, 200, len(data) - 1):
         (tmp_path / "cut.safetensors").write_bytes(data[:cut])
-        with pytest.raises(ModelError, match="cut.safetensors is not a whole safetensors file"):
+        with pytest.raises(ModelError, match="cut.safetensors is not a complete safetensors file"):
             HSpaceAdapter.load(tmp_path / "cut.safetensors")
     with pytest.raises(ModelError, match="ragturbo convert"):
         HSpaceAdapter.load(tmp_path / "adapter.pt")

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ragturbo.errors import ModelError
-from ragturbo.model import Bundle
+from ragturbo.model.bundle import Bundle
 from ragturbo.model.info import BundleInfo
 
 UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -63,7 +63,7 @@ def set_json(path: Path, **values: Any) -> None:
 
 
 SPOILS: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "truncated": (spoil_truncate, "diffusion_pytorch_model.safetensors is not a whole safetensors file"),
+    "truncated": (spoil_truncate, "diffusion_pytorch_model.safetensors is not a complete safetensors file"),
     "pickle": (spoil_pickle, "ragturbo convert .*/diffusion_pytorch_model.safetensors`"),
     # transformers looks for the weights under this name alone.
     "text-pickle": (spoil_text_pickle, "ragturbo convert .*/text_encoder/model.safetensors`"),
@@ -74,7 +74,7 @@ SPOILS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no-vae": (lambda f: shutil.rmtree(f / "vae"), "no folder vae/"),
     "no-tokenizer": (lambda f: shutil.rmtree(f / "tokenizer"), "no folder tokenizer/"),
     "no-scheduler": (lambda f: shutil.rmtree(f / "scheduler"), "no scheduler"),
-    "no-index": (lambda f: (f / "model_index.json").unlink(), "model_index.json is not there"),
+    "no-index": (lambda f: (f / "model_index.json").unlink(), "no model_index.json"),
     "no-weights": (lambda f: (f / UNET_WEIGHTS).unlink(), "no weights"),
     "two-encoders": (lambda f: set_json(f / "model_index.json", text_encoder_2=["a", "b"]), "two text encoders"),
     "other-encoder": (lambda f: set_json(f / "text_encoder/config.json", model_type="t5"), "'t5'"),
@@ -141,7 +141,7 @@ def refuse(*arguments):
     sys.exit(f"a connection was tried: {arguments[1:]}")
 socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse
 from ragturbo.errors import ModelError
-from ragturbo.model import Bundle
+from ragturbo.model.bundle import Bundle
 print(Bundle.load("someone/tiny", device="cpu").name)
 try:
     Bundle.load("someone/else", device="cpu")

@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from ragturbo.model import HSpaceAdapter, HSpaceUNet
+from ragturbo.model.adapter import HSpaceAdapter
 from ragturbo.model.clip_key import ClipKey
 from ragturbo.model.inject import MODES, blend_weights, inject
 from ragturbo.model.onestep import make_schedule
 from ragturbo.model.text import TextEncoder
+from ragturbo.model.unet import HSpaceUNet
 from ragturbo.model.vae import VAE
 
 

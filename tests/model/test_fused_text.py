@@ -43,7 +43,7 @@ def test_an_encoder_of_another_make_is_refused(tiny):
     tokenizer = tiny.clip_tokenizer()
     encoder = tiny.text_encoder(tokenizer)
     encoder.encoder.layers[1].self_attn.scale = 1.0
-    with pytest.raises(ModelError, match="layers.1 cannot be fused: its attention has a scale"):
+    with pytest.raises(ModelError, match="layers.1 cannot be fused: its attention has a non-standard scale"):
         FusedText(TextEncoder(tokenizer, encoder))
     del encoder.final_layer_norm
     with pytest.raises(ModelError, match="final_layer_norm"):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ragturbo.errors import InvalidRequest
-from ragturbo.model import HSpaceAdapter
+from ragturbo.model.adapter import HSpaceAdapter
 from ragturbo.model.inject import MODES, blend_weights, inject, mean_of_neighbours
 
 NAN = float("nan")

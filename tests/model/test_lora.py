@@ -110,14 +110,14 @@ def test_what_does_not_fit_is_refused_by_name_and_changes_nothing(unet, tmp_path
     name = next(name for name in state if name.endswith("to_q.lora_A.weight"))
     config = json.loads((tmp_path / "good" / lora.CONFIG).read_text())
     cases = {
-        "no counterpart": ({k.replace("to_q", "to_x"): v for k, v in state.items()}, config),
+        "has no up_blocks": ({k.replace("to_q", "to_x"): v for k, v in state.items()}, config),
         "only one of": ({k: v for k, v in state.items() if k != name}, config),
         "has a weight of": ({**state, name: state[name][:, :-1]}, config),
         "holds up_blocks": ({**state, name.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(1)}, config),
         "changes more than the decoder": ({**state, "down_blocks.0.x.lora_A.weight": torch.ones(1)}, config),
         "use_dora=True": (state, {**config, "use_dora": True}),
         "init_lora_weights='pissa'": (state, {**config, "init_lora_weights": "pissa"}),
-        "no configuration": (state, {}),
+        "not a LoRA configuration": (state, {}),
     }
     for i, (message, (weights, settings)) in enumerate(cases.items()):
         write_safetensors(tmp_path / str(i) / lora.WEIGHTS, weights)
@@ -129,7 +129,7 @@ def test_what_does_not_fit_is_refused_by_name_and_changes_nothing(unet, tmp_path
 
 def test_a_model_with_a_decoder_lora_draws_where_peft_is_not_installed(tiny_sd21: Path, tmp_path: Path) -> None:
     """The embedded model may have one, and drawing is no training."""
-    from ragturbo.model import Bundle
+    from ragturbo.model.bundle import Bundle
 
     bundle = Bundle.load(tiny_sd21, device="cpu")
     write(bundle.unet.unet, tmp_path / "any", 1)

@@ -10,12 +10,13 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
-from ragturbo.model import Bundle, HSpaceAdapter, HSpaceUNet
-from ragturbo.model.bundle import fingerprints
+from ragturbo.model.adapter import HSpaceAdapter
+from ragturbo.model.bundle import Bundle, fingerprints
 from ragturbo.model.info import BundleInfo
 from ragturbo.model.inject import blend_weights, inject
 from ragturbo.model.onestep import make_schedule
 from ragturbo.model.text import TextEncoder
+from ragturbo.model.unet import HSpaceUNet
 from ragturbo.model.vae import VAE
 
 SD21_UNET: dict[str, Any] = {

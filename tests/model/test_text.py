@@ -141,8 +141,8 @@ def test_a_checkpoint_that_does_not_continue_the_encoder_is_refused(tiny: Module
             ClipKey.from_open_clip(path, encoder)
 
     refused(other.state_dict(), "another CLIP")
-    refused(open_clip_model(tokenizer, layers=5).state_dict(), "5 text blocks")
-    refused({"weight": torch.zeros(1)}, "no open_clip checkpoint")
+    refused(open_clip_model(tokenizer, layers=5).state_dict(), "has 5 text blocks")
+    refused({"weight": torch.zeros(1)}, "not an open_clip checkpoint")
     with pytest.raises(ModelError, match="ragturbo convert"):
         ClipKey.from_open_clip(tmp_path / "open_clip_pytorch_model.bin", encoder)
     narrow = tiny.text_encoder(tokenizer, width=16)

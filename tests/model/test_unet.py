@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ragturbo.errors import InvalidRequest, ModelError
-from ragturbo.model import HSpaceUNet
-from ragturbo.model.unet import from_tokens, to_tokens
+from ragturbo.model.tokens import from_tokens, to_tokens
+from ragturbo.model.unet import HSpaceUNet
 
 KINDS = ("sd21", "sd15", "sdxl")
 
@@ -153,7 +153,7 @@ def test_the_odder_configurations_are_the_models_own_too(tiny: ModuleType, optio
 def test_the_view_copies_nothing(unets: dict[str, Any]) -> None:
     view = HSpaceUNet(unets["sd21"])
     assert view.unet is unets["sd21"]
-    assert view.channels == 64 and view.downsampling == 8 and view.text_width == 32
+    assert view.channels == 64 and view.text_width == 32
     assert view.device == torch.device("cpu") and view.dtype == torch.float32
 
 

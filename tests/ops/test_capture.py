@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ragturbo import ops
-from ragturbo.model import HSpaceAdapter
+from ragturbo.model.adapter import HSpaceAdapter
 
 pytestmark = [
     pytest.mark.gpu,
