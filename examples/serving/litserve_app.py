@@ -1,6 +1,6 @@
 """ragturbo behind LitServe: `pip install litserve`, then `python examples/serving/litserve_app.py`.
 
-LitServe makes a process a device and hands over what has come together; a Generator takes lists as they are.
+LitServe starts a process per device and batches requests; a Generator accepts the batch as lists.
 """
 
 import base64

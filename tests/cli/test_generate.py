@@ -1,4 +1,4 @@
-"""`ragturbo generate` as a stranger runs it: files, exit codes, what is said on which stream."""
+"""`ragturbo generate`: files, exit codes and output streams."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Done:
 
 @pytest.fixture
 def ragturbo(monkeypatch, capfd, tmp_path) -> Callable[..., Done]:
-    """The command in this process, which has torch loaded already: same argv, streams and exit codes."""
+    """Run the command in this process, which has imported torch, and capture its streams and exit code."""
 
     def run(*arguments: object) -> Done:
         monkeypatch.chdir(tmp_path)
@@ -52,7 +52,7 @@ def test_the_installed_command_runs_in_a_process_of_its_own(tiny_sd21, tmp_path)
     )
     assert done.returncode == 0, done.stderr
     assert Image.open(tmp_path / "out.png").size == (128, 128)
-    # Progress is for terminals: this stderr is none.
+    # No progress bars: stderr is not a terminal.
     assert "\r" not in done.stderr and "Traceback" not in done.stderr and "decode" in done.stderr
 
 

@@ -1,4 +1,4 @@
-"""The embedded model behind real sockets: servers in threads of this process, one Generator for all of them."""
+"""Servers with real sockets in threads of this process. They share one Generator with the included model."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ def gen() -> Iterator[Generator]:
 def until(true: Callable[[], bool], what: str, seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not true():
-        assert time.monotonic() < end, f"not within {seconds} s: {what}"
+        assert time.monotonic() < end, f"timed out after {seconds} s: {what}"
         time.sleep(0.01)
 
 
 @contextlib.contextmanager
 def listening(app: Any) -> Iterator[str]:
-    """A server for `app` on a port of its own."""
+    """Run a server for `app` on a free port and yield its URL."""
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=20))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
-        until(lambda: server.started or not thread.is_alive(), "a server that listens")
+        until(lambda: server.started or not thread.is_alive(), "server listening")
         yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
         server.should_exit = True
@@ -55,10 +55,10 @@ def metrics(url: str) -> dict[str, float]:
 
 @contextlib.contextmanager
 def served(generator: Generator, **settings: Any) -> Iterator[SimpleNamespace]:
-    """A ready server: its url, an HTTP client for it, its service and its metrics."""
+    """Run a server until it is ready, and yield its URL, an HTTP client, its service and its metrics."""
     app = create_app(ServeConfig(**settings), generator=generator)
     with listening(app) as url, httpx.Client(base_url=url, timeout=60) as http:
-        until(lambda: http.get("/health/ready").status_code == 200, "a server that is ready")
+        until(lambda: http.get("/health/ready").status_code == 200, "server ready")
         yield SimpleNamespace(
             url=url,
             http=http,
@@ -70,7 +70,7 @@ def served(generator: Generator, **settings: Any) -> Iterator[SimpleNamespace]:
 
 @contextlib.contextmanager
 def occupied(generator: Generator) -> Iterator[None]:
-    """The device's thread is busy with something else until the block ends: what comes has to queue."""
+    """Block the device's thread until the block ends, so that requests have to queue."""
     entered, leave = threading.Event(), threading.Event()
 
     def occupy() -> None:
@@ -94,6 +94,6 @@ def kit() -> SimpleNamespace:
 
 @pytest.fixture(scope="module")
 def server(gen: Generator) -> Iterator[SimpleNamespace]:
-    # A busy machine is no reason to refuse: deadlines are for the tests that are about them.
+    # A long timeout: only the tests of deadlines should refuse requests, also on a busy machine.
     with served(gen, timeout=300) as server:
         yield server

@@ -1,4 +1,4 @@
-"""What a client sees: OpenAI's own client, the fields, the refusals, the keys."""
+"""The endpoint as a client sees it: OpenAI's client, fields, errors and API keys."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PATH = "/v1/images/generations"
 
 @pytest.fixture(scope="module")
 def client(server):
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none is asked for", max_retries=0) as client:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0) as client:
         yield client
 
 
@@ -139,7 +139,7 @@ def test_other_refusals_have_the_same_form(server):
         assert answer.status_code == status and answer.json()["error"]["message"]
     assert refused[404].json()["error"]["code"] == "model_not_found"
     assert server.http.get("/nowhere").json()["error"]["code"] == "not_found"
-    # Nothing is served that would make a browser fetch from elsewhere.
+    # FastAPI's documentation pages, which load scripts from other hosts, are off.
     assert server.http.get("/docs").status_code == server.http.get("/redoc").status_code == 404
 
 
@@ -152,7 +152,7 @@ def test_a_body_without_an_announced_length_is_cut_off_at_the_limit(server):
         answer = server.http.post(PATH, content=endless(), headers={"content-type": "application/json"})
         assert answer.status_code == 413
     except httpx.TransportError:
-        # It may stop listening while we are still talking.
+        # The server may close the connection while the body is being sent.
         pass
     assert server.post(prompt=PROMPT).status_code == 200
 
@@ -180,7 +180,7 @@ def test_keys_are_asked_for_and_every_one_is_compared(gen, kit, monkeypatch):
             with pytest.raises(openai.AuthenticationError) as refused:
                 client(wrong).images.generate(prompt=PROMPT)
             assert refused.value.response.headers["www-authenticate"] == "Bearer"
-        # Whatever was sent, as many digests of one length.
+        # Every request compares all three keys, by digests of equal length.
         assert compared == [32] * 15
         assert server.post(prompt=PROMPT).status_code == server.http.get("/v1/models").status_code == 401
         assert server.http.get("/health/ready").status_code == server.http.get("/metrics").status_code == 200
@@ -233,7 +233,7 @@ def test_an_error_nobody_foresaw_has_the_same_form_and_tells_nobody_the_prompt(g
     for answer in answers:
         assert answer.status_code == 500 and answer.json()["error"].keys() == {"message", "type", "param", "code"}
         assert answer.json()["error"]["code"] == "server_error" and "unicorn" not in answer.text
-    # The log says what kind it was, and where.
+    # The log has the exception types and the location, but not the messages.
     assert error.__name__ in caplog.text and "in fail" in caplog.text and "KeyError" in caplog.text
     assert "unicorn" not in caplog.text.replace(
         'raise error("a unicorn nobody may read about") from KeyError("unicorn")', ""
@@ -247,7 +247,7 @@ def test_prompts_are_not_logged_unless_asked_for(gen, kit, caplog):
     secret = " ".join(["unheardof", *["word"] * 300])
     with caplog.at_level(logging.DEBUG), kit.served(gen) as server:
         answer = server.post(prompt=secret, seed=5)
-        # What the log keeps to itself is said to the one who asked.
+        # The client gets the warning that the log must not contain.
         assert answer.status_code == 200 and "unheardof" in answer.json()["notes"][0]
         assert server.post(prompt=secret, mode="none", w=0.5).status_code == 400
     assert "unheardof" not in caplog.text
@@ -282,7 +282,7 @@ def test_metrics_tell_what_an_operator_asks(server, gen):
         assert f'ragturbo_stage_seconds_bucket{{le="0.0005",stage="{stage}"}}' in after
     assert after["ragturbo_database_generation"] == gen.stats()["generation"]
     assert after["ragturbo_queue_waiting"] == after["ragturbo_in_flight"] == after["ragturbo_rows_running"] == 0
-    # Paths that strangers make up are one series.
+    # Unknown paths share one label, so that clients cannot create time series.
     server.http.get("/wp-login.php")
     assert 'ragturbo_requests_total{path="other",status="404"}' in server.metrics()
 

@@ -1,4 +1,4 @@
-"""The examples for other servers, run through their own interfaces where those are installed."""
+"""The examples for other servers, run through those servers' interfaces."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_an_example_is_short(path):
 
 @pytest.fixture
 def loaded(gen, monkeypatch):
-    """The examples load a model of their own; here it is the one that is loaded."""
+    """Give the examples the Generator that is already loaded."""
     import ragturbo
 
     monkeypatch.setattr(ragturbo.Generator, "from_pretrained", lambda *a, **o: gen)
@@ -50,7 +50,7 @@ def test_the_litserve_example_answers_what_came_together(loaded):
 
 
 def test_the_triton_example_answers_each_request_for_itself(loaded, monkeypatch):
-    """Its backend's module exists inside Triton alone: the five names the example uses, as Triton documents them."""
+    """The backend module exists only inside Triton, so the names that the example uses are faked as documented."""
 
     class Tensor(SimpleNamespace):
         def __init__(self, name: str, array: np.ndarray) -> None:
@@ -69,7 +69,7 @@ def test_the_triton_example_answers_each_request_for_itself(loaded, monkeypatch)
         texts = np.array([[p.encode()] for p in prompts], object)
         return {"PROMPT": Tensor("PROMPT", texts), "SEED": Tensor("SEED", np.arange(len(prompts), dtype=np.uint64))}
 
-    # No text at all, which no error of ours is about.
+    # Invalid UTF-8, which fails before ragturbo sees it.
     broken = {"PROMPT": Tensor("PROMPT", np.array([[b"\xff"]], object)), "SEED": Tensor("SEED", np.zeros(1, np.uint64))}
     one, empty, bad, two = model.execute([request(PROMPT), request(" "), broken, request(PROMPT, PROMPT)])
     assert [r.out[0].as_numpy().shape for r in (one, two)] == [(1, 64, 64, 3), (2, 64, 64, 3)]

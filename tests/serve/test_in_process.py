@@ -1,4 +1,4 @@
-"""A Generator inside somebody else's service: asyncio, threads, pre-fork."""
+"""A Generator inside another service: asyncio, threads, pre-fork servers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PROMPT = "a red circle left of a blue square"
 
 
 def test_many_futures_of_files_finish_at_once(gen, kit):
-    """Finishing a future encodes its images; were both done by the same few threads, they would wait for each other."""
+    """Finishing a future encodes its images. If one small pool did both, they would deadlock."""
     with kit.occupied(gen):
         futures = [gen.submit(PROMPT, seed=i, num_images_per_prompt=2, output_type="png") for i in range(8)]
     assert all(len(future.result(60).images) == 2 for future in futures)
@@ -39,7 +39,7 @@ def test_a_task_cancelled_while_its_prompt_is_read_leaves_nothing_in_the_queue(g
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        # The thread that reads prompts cannot be stopped: what it hands in afterwards is taken back.
+        # The thread that tokenises cannot be stopped: the request is cancelled once it is queued.
         leave.set()
         await asyncio.to_thread(kit.until, lambda: gen.stats()["cancelled"] > cancelled, "a cancellation")
 
@@ -56,7 +56,7 @@ def test_a_timeout_is_kept_while_the_device_is_busy_with_something_else(gen, kit
             await gen.agenerate(PROMPT, timeout=0.1)
         with pytest.raises(asyncio.TimeoutError):
             await asyncio.wait_for(gen.agenerate(PROMPT), 0.1)
-        # Neither holds a place any more.
+        # Neither occupies the queue any more.
         await asyncio.to_thread(kit.until, lambda: gen.stats()["waiting"] == 0, "an empty queue")
 
     with kit.occupied(gen):
@@ -75,7 +75,7 @@ def test_tasks_cancelled_at_random_disturb_no_other(gen, rng):
 
     async def run() -> None:
         for i in range(12):
-            # Rounds of eight, which is all that the queue takes; half of them lose patience.
+            # Rounds of eight, the size of the queue; half of them time out.
             await asyncio.gather(*(one(8 * i + j, 60 if j % 2 else 0.3 * rng.random()) for j in range(8)))
 
     asyncio.run(run())
@@ -94,7 +94,7 @@ def test_threads_share_one_generator_and_its_queue_is_the_limit(gen, kit):
                 gen(PROMPT)
             assert refused.value.reason == "queue_full"
         outputs = [call.result(60) for call in calls]
-    # All eight ran together, and so in the bucket of eight: the same bytes as one call for all of them.
+    # All eight ran in the bucket of eight, so they have the same bytes as one call with eight prompts.
     assert {out.bucket for out in outputs} == {8}
     assert len({out.images.tobytes() for out in outputs}) == 8 and len(same) == 8
     again = gen([PROMPT] * 8, seed=list(range(5, 13)), output_type="uint8").images
@@ -114,11 +114,11 @@ def test_a_queue_too_long_for_a_deadline_refuses_at_once(gen, kit):
         assert refused.value.reason == "deadline" and refused.value.retry_after > 0
         patient = gen.submit(PROMPT, timeout=300)
     assert all(future.result(60).images for future in [*waiting, patient])
-    # Where nothing waits, a request is taken whatever the pace was.
+    # With an empty queue a request is accepted regardless of the pace.
     gen.check_room(8, timeout=1e-9)
 
 
-# What gunicorn and its like do: bind, import, fork, and only then load.
+# What gunicorn does: bind, import, fork, then load.
 PREFORK = """
 import os, signal, socket, sys
 import uvicorn
@@ -154,7 +154,7 @@ def test_a_pre_fork_server_loads_one_generator_a_worker(tiny_sd21):
         try:
             images, pids = set(), set()
             for _ in range(200):
-                # A connection for each request: whichever worker is free takes it.
+                # A new connection for each request, accepted by either worker.
                 pids.add(httpx.get(f"{url}/pid", timeout=300).json())
                 answer = httpx.post(f"{url}/v1/images/generations", json={"prompt": "a dog", "seed": 1}, timeout=300)
                 images.add(answer.json()["data"][0]["b64_json"])

@@ -1,4 +1,4 @@
-"""Too many requests, late ones, clients that leave, databases that change, devices that die."""
+"""Full queues, deadlines, disconnecting clients, database swaps and lost devices."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_full_queue_is_429_with_retry_after_and_openais_client_comes_back(serv
         refused = server.post(prompt=PROMPT)
         assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
         assert refused.json()["error"]["code"] == "queue_full"
-        # A request of two pieces finds no room for both, and takes none.
+        # A request that needs two batches is refused as a whole.
         assert server.post(prompt=PROMPT, n=10).status_code == 429
         patient = many.submit(client.images.generate, prompt=PROMPT)
         kit.until(lambda: server.metrics()['ragturbo_rejections_total{reason="queue_full"}'] >= 3, "a refusal")
@@ -58,12 +58,12 @@ def test_a_full_queue_refuses_before_the_body_is_read(server, gen, kit, many):
         before = server.metrics().get('ragturbo_rejections_total{reason="queue_full"}', 0)
         with ask(server.url, 0.9) as half:
             assert half.recv(12) == b"HTTP/1.1 429"
-        # So nobody learns here that theirs could not be read either.
+        # An invalid body gets the same 429.
         unread = server.http.post(PATH, content=b"{", headers={"content-type": "application/json"})
         assert unread.status_code == 429 and int(unread.headers["retry-after"]) >= 1
         assert unread.json()["error"].keys() == {"message", "type", "param", "code"}
         assert server.metrics()['ragturbo_rejections_total{reason="queue_full"}'] == before + 2
-        # The connection is good for the next one.
+        # The connection can be reused.
         assert server.http.get("/v1/models").status_code == 200
     assert [answer.result().status_code for answer in waiting] == [200] * 8
 
@@ -93,7 +93,7 @@ def test_a_client_that_leaves_frees_its_slot(server, gen, kit, many):
 
 
 def ask(url: str, part: float = 1.0) -> socket.socket:
-    """The first part of a request, on a connection of its own."""
+    """Send the first part of a request on a new connection."""
     body = b'{"prompt": "a red circle left of a blue square", "n": 2}'
     head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     whole = head.encode() + body
@@ -104,7 +104,7 @@ def ask(url: str, part: float = 1.0) -> socket.socket:
 
 
 def test_clients_that_leave_at_random_leave_nothing_behind(server, gen, kit, rng, many, long_count):
-    """Half-way through their request, while they wait, while they are answered; politely or with a reset."""
+    """Clients disconnect while sending, waiting or receiving, with or without a TCP reset."""
     count = long_count(500)
     plans = [(rng.random() < 0.3, rng.random(), rng.random() * 0.3, rng.random() < 0.5) for _ in range(count)]
     files = len(os.listdir("/proc/self/fd"))
@@ -130,7 +130,7 @@ def test_clients_that_leave_at_random_leave_nothing_behind(server, gen, kit, rng
     kit.until(lambda: len(os.listdir("/proc/self/fd")) <= files + 2, "files closed")
     after = server.metrics()
     assert after["ragturbo_cancellations_total"] > 0 and gen._executor._reserved == 0
-    # Every piece of work that was accepted ended in one way.
+    # All accepted work is accounted for.
     outcomes = [after[f'ragturbo_executor_total{{outcome="{o}"}}'] for o in ("finished", "cancelled", "expired")]
     assert after['ragturbo_executor_total{outcome="accepted"}'] == sum(outcomes)
     assert server.post(prompt=PROMPT).status_code == 200
@@ -138,7 +138,7 @@ def test_clients_that_leave_at_random_leave_nothing_behind(server, gen, kit, rng
 
 @pytest.fixture(scope="module")
 def databases(gen, tmp_path_factory) -> list[Path]:
-    """The embedded one, and a copy in which the first pair's nearest neighbours are gone."""
+    """The model's own database, and a copy without every second pair."""
     here = Path(gen.database.path)
     other = tmp_path_factory.mktemp("db") / "other"
     shutil.copytree(here, other)
@@ -149,7 +149,7 @@ def databases(gen, tmp_path_factory) -> list[Path]:
 
 @pytest.fixture
 def uncollected() -> Iterator[None]:
-    """What is freed, is freed because nothing refers to it any more."""
+    """Turn the cyclic garbage collector off, so that only reference counts free objects."""
     gc.collect()
     gc.disable()
     yield
@@ -190,7 +190,7 @@ def test_databases_are_swapped_under_load_without_a_failed_request(gen, kit, dat
                 caller.result()
             gen.use_database(first)
         assert after_swap and {answer.status_code for answer in answers} == {200}
-        # Databases that nobody uses any more are closed: nothing of a request waits for a collection.
+        # Unused databases are closed without a garbage collection: requests leave no reference cycles.
         assert not gc.isenabled()
         kit.until(lambda: len(os.listdir("/proc/self/fd")) <= files + 8, "files closed")
         refused = server.http.post(
@@ -210,7 +210,7 @@ def test_a_black_image_is_an_error_and_a_dead_device_turns_readiness_off(tiny_sd
         assert server.post(prompt="a dog").status_code == 200
         before = dying.stats()["accepted"]
         assert server.http.get("/health/ready").status_code == 200
-        # Being asked how it is gives it nothing to do.
+        # Health checks do not enqueue work.
         assert dying.stats()["accepted"] == before
 
         weight = dying._bundle.unet.unet.conv_out.weight

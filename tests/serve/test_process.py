@@ -1,4 +1,4 @@
-"""`ragturbo serve` as an operator runs it: one process from its start to SIGTERM."""
+"""`ragturbo serve` in its own process, from start to SIGTERM."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ragturbo import Database
 from ragturbo.model import source
 
 MAIN = "from ragturbo.cli import main; main()"
-# A model that never loads, and a SIGHUP before the server has started.
+# A model that never finishes loading, and a SIGHUP before the server has started.
 STUCK = """
 import os, signal, threading
 import ragturbo.serve.server, ragturbo.serve.service
@@ -38,7 +38,7 @@ SECRET = "a unicorn nobody may read about"
 
 @contextlib.contextmanager
 def started(*arguments: object, code: str = MAIN, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """The process, and its url as soon as it listens, which is long before it is ready."""
+    """Start the command and yield the process and its URL once it listens, long before it is ready."""
     process = subprocess.Popen(
         [sys.executable, "-c", code, "serve", "--port", "0", *map(str, arguments)],
         stderr=subprocess.PIPE,
@@ -74,7 +74,7 @@ def test_a_life_from_loading_to_sigterm(database, kit):
         url,
     ):
         http = httpx.Client(base_url=url, timeout=300, headers={"Authorization": "Bearer key"})
-        # It answers while it loads: alive, and not ready.
+        # While loading it is alive but not ready.
         assert http.get("/health/live").json() == {"status": "loading"}
         early = http.post(PATH, json={"prompt": SECRET})
         assert early.status_code == 503 and early.json()["error"]["code"] == "loading"
@@ -120,7 +120,7 @@ def test_sigterm_does_not_wait_for_a_model_that_loads_and_sighup_kills_nobody():
         process.send_signal(signal.SIGHUP)
         assert httpx.get(f"{url}/health/live").json() == {"status": "loading"}
         assert httpx.get(f"{url}/v1/models").status_code == 200
-        # Before the body is looked at.
+        # The body is not parsed.
         assert httpx.post(f"{url}{PATH}", content=b"{").status_code == 503
         process.send_signal(signal.SIGTERM)
         assert process.wait(300) == 0
@@ -135,7 +135,7 @@ def test_a_port_that_is_taken_ends_the_process_before_anything_is_loaded():
 
 @pytest.mark.slow
 def test_the_load_generator_measures_a_real_server(tmp_path):
-    """benchmarks/serve_load.py at a second a load: the record it leaves is whole."""
+    """benchmarks/serve_load.py with one second per load writes a complete record."""
     script = Path(__file__).parents[2] / "benchmarks" / "serve_load.py"
     out = tmp_path / "serve.json"
     sizes = ["--seconds", "1", "--warm", "0.5", "--capacity-seconds", "1", "--pairs", "0", "--shares", "0.5", "3"]

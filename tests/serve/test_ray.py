@@ -1,4 +1,4 @@
-"""The same application on Ray Serve: two replicas on CPUs, one of them killed under load."""
+"""The application on Ray Serve: a full replica, and two replicas of which one is killed under load."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_the_application_says_what_a_replica_needs():
 
     gpu = deployment(options={"batch_sizes": (1, 16), "max_queue": 40})
     assert gpu.ray_actor_options["num_gpus"] == 1 and gpu.max_queued_requests > 10 * 56
-    # So many that the replica, which holds 56, is asked and refuses; with fewer the rest would wait where nobody does.
+    # Far above the 56 that a replica holds, so that the replica refuses instead of Ray's router queueing.
     assert gpu.max_ongoing_requests > 10 * 56
     assert gpu._deployment_config.autoscaling_config.target_ongoing_requests == 16
     fixed = deployment(**SETTINGS, num_replicas=2)
@@ -63,23 +63,23 @@ def test_the_config_file_is_one_that_ray_takes():
 
 @pytest.fixture(scope="module")
 def cluster():
-    """Ray's proxy, and nothing behind it yet."""
+    """Start Ray with its HTTP proxy and no application."""
     import ray
     from ray import serve
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # Nothing is told to anybody, and no token is left in somebody's home: the cluster is of this machine and this test.
+    # No usage reports, and no authentication token in the home directory: the cluster is local to this test.
     os.environ["RAY_USAGE_STATS_ENABLED"], os.environ["RAY_AUTH_MODE"] = "0", "disabled"
-    # A machine that is busy with other tests is slow to start processes, not broken.
+    # A machine that is busy with other tests starts processes slowly.
     os.environ["RAY_gcs_server_port_wait_time_s"] = os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "240"
     for attempt in range(ATTEMPTS):
         try:
             ray.init(num_cpus=4, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
             break
         except Exception:
-            # Ray gives its own processes 30 s to be up, and nobody can change that.
+            # Ray gives its processes 30 s to start, which cannot be configured.
             ray.shutdown()
             if attempt == ATTEMPTS - 1:
                 raise
@@ -92,7 +92,7 @@ def cluster():
 
 
 def replicas() -> set[int]:
-    """Processes of ours, or of daemons we started, that are replicas."""
+    """Return the process ids of all replicas."""
     found = set()
     for process in psutil.process_iter(["cmdline"]):
         title = " ".join(process.info["cmdline"] or [])
@@ -102,7 +102,7 @@ def replicas() -> set[int]:
 
 
 def running() -> int:
-    """Replicas that Ray sends requests to: they have started, and so are warm."""
+    """Return the number of replicas that are warm and receive requests."""
     from ray import serve
 
     from ragturbo.serve.ray_app import NAME
@@ -114,13 +114,13 @@ def running() -> int:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_replica_that_is_full_refuses_by_itself_and_draws_the_rest_right(cluster, gen, record_property):
-    """Sixteen clients on one replica that holds three requests."""
+    """Sixteen clients use one replica that holds three requests."""
     from ray import serve
 
     from ragturbo.serve.ray_app import build
 
     small = {**SETTINGS["options"], "max_queue": 2}
-    # Below a path of its own, where keys are asked for as anywhere.
+    # Mounted below a path, where API keys are required too.
     serve.run(
         build({**SETTINGS, "options": small, "api_keys": ("key",), "num_replicas": 1}),
         name="full",
@@ -199,7 +199,7 @@ def test_a_replica_killed_under_load_costs_no_wrong_answer_and_comes_back(cluste
         victim = sorted(before)[0]
         os.kill(victim, signal.SIGKILL)
         end = time.monotonic() + 480
-        # Nobody is told: Ray's own health checks find out and start another, which warms up before it is counted in.
+        # Ray's health checks notice and start another replica, which is counted once it is warm.
         while not (len(now := replicas()) == 2 and victim not in now and running() == 2):
             assert time.monotonic() < end, f"still {now}, {running()} running, {outcomes}"
             time.sleep(0.5)
@@ -213,7 +213,7 @@ def test_a_replica_killed_under_load_costs_no_wrong_answer_and_comes_back(cluste
             thread.join()
     record_property("counted", dict(outcomes))
     assert outcomes["wrong"] == 0 and outcomes["right"] > 20, outcomes
-    # Each client has one request under way: what the dead one had in hand, and once more before the router missed it.
+    # Per client: one request in flight when the replica died, and one more before the router noticed.
     assert outcomes["failed"] <= 2 * CLIENTS, outcomes
     assert httpx.get(cluster + "/health/ready", timeout=60).json() == {"status": "ready"}
     answers = {ask(seed)[1] == right[seed] for seed in seeds}

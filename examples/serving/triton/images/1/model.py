@@ -15,7 +15,7 @@ class TritonPythonModel:
         self.gen.warmup()
 
     def execute(self, requests):
-        # All are in the queue before the first is waited for: they run as one batch.
+        # Submit all requests before waiting for the first, so that they run as one batch.
         return [self._answer(future) for future in [self._submit(request) for request in requests]]
 
     def finalize(self):
@@ -26,10 +26,10 @@ class TritonPythonModel:
             texts, seeds = (pb.get_input_tensor_by_name(request, n).as_numpy().reshape(-1) for n in ("PROMPT", "SEED"))
             prompts = [text.decode() for text in texts]
             return self.gen.submit(prompts, seed=seeds.tolist(), output_type="uint8", timeout=10)
-        except Exception as error:  # whatever is wrong with one request is not the others'
-            refused = Future()
-            refused.set_exception(error)
-            return refused
+        except Exception as error:  # must not fail the other requests
+            failed = Future()
+            failed.set_exception(error)
+            return failed
 
     def _answer(self, future):
         try:
