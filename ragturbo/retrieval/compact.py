@@ -1,8 +1,7 @@
-"""Compaction: segments with removed pairs, and runs of small segments, are written anew without them."""
+"""Compaction: rewrite segments with removed pairs, and merge runs of small segments."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +15,8 @@ from ragturbo.retrieval.segments import Segments
 _BATCH = 256
 
 
-def plan(manifest: Manifest, live_counts: list[int]) -> list[list[int]]:
-    """Runs of neighbouring segments to merge; a run of one full, untouched segment is left as it is."""
+def _plan(manifest: Manifest, live_counts: list[int]) -> list[list[int]]:
+    """Group consecutive segments into runs that fit in one segment."""
     runs: list[list[int]] = []
     held = 0
     for i, live in enumerate(live_counts):
@@ -31,19 +30,18 @@ def plan(manifest: Manifest, live_counts: list[int]) -> list[list[int]]:
 
 
 def compact(folder: Path) -> Manifest:
-    """Deletes removed pairs from the disk for good. Ids stay; the old generation goes when the new one is committed."""
+    """Delete removed pairs from the disk. Ids do not change. The old generation is deleted after the commit."""
     with durable.writer_lock(folder):
         base = load(folder)
         segments = Segments(folder, base)
-        removed = writer.removed_ids(folder, base)
-        alive = ~np.isin(segments.ids, removed)
+        alive = ~np.isin(segments.ids, writer.removed_ids(folder, base))
         bounds = segments.starts
         counts = [int(alive[a:b].sum()) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
         job = Job(folder, base, {"compact": True})
         job.clear()
         entries: list[SegmentEntry] = []
         number = base.next_segment
-        for run in plan(base, counts):
+        for run in _plan(base, counts):
             if len(run) == 1 and counts[run[0]] == base.segments[run[0]].count:
                 entries.append(base.segments[run[0]])
                 continue
@@ -52,18 +50,13 @@ def compact(folder: Path) -> Manifest:
                 done = job.finished(number) or _rewrite(job, number, segments, rows)
                 entries.append(done.entry)
                 number += 1
-        if tuple(entries) == base.segments:
-            # Nothing to merge; but a compaction whose last step was cut short may have left its old generation.
-            writer.clean(folder, base, keep_previous=False)
-            return base
-        keys = segments.keys[alive]
-        mean = np.zeros(base.geometry.key_dim) if not len(keys) else _mean(keys)
-        # Tombstones of pairs that are gone would name nothing.
-        manifest = replace(
-            base.evolved(), segments=tuple(entries), rows=int(alive.sum()), removed=0, next_segment=number,
-            key_mean=tuple(float(v) for v in mean),
-        )  # fmt: skip
-        manifest = writer.commit(folder, manifest, np.empty(0, np.int64), writer.index_folder(folder, base))
+        manifest = base
+        if tuple(entries) != base.segments:
+            mean = _mean(segments.keys[alive])
+            # The removed ids are no longer stored, so none is listed.
+            manifest = base.evolved(segments=tuple(entries), rows=int(alive.sum()), removed=0, next_segment=number,
+                                    key_mean=tuple(float(v) for v in mean))  # fmt: skip
+            manifest = writer.commit(folder, manifest, np.empty(0, np.int64), writer.index_folder(folder, base))
         writer.clean(folder, manifest, keep_previous=False)
         return manifest
 
@@ -72,7 +65,7 @@ def _mean(keys: np.ndarray) -> np.ndarray:
     total = np.zeros(keys.shape[1])
     for start in range(0, len(keys), 65536):
         total += keys[start : start + 65536].astype(np.float64).sum(axis=0)
-    return total / len(keys)
+    return total / max(len(keys), 1)
 
 
 def _rewrite(job: Job, number: int, segments: Segments, rows: np.ndarray) -> Finished:
@@ -82,10 +75,10 @@ def _rewrite(job: Job, number: int, segments: Segments, rows: np.ndarray) -> Fin
         for start in range(0, len(rows), _BATCH):
             part = rows[start : start + _BATCH]
             block = np.zeros((len(part), stride), np.uint8)
-            # Checked as read: a damaged record must not be given a fresh, valid checksum.
+            # Checked as read: a damaged record must not get a valid checksum.
             block[:, :payload] = segments.read(part)
-            where, inside = segments.locate(part)
-            records = [segments.pairs[s].record(int(i), True) for s, i in zip(where, inside, strict=True)]
+            numbers, inside = segments.locate(part)
+            records = [segments.pairs[s].record(int(i), True) for s, i in zip(numbers, inside, strict=True)]
             out.add_encoded(records, segments.keys[part], block)
 
     return job.write(number, fill)

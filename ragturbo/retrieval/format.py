@@ -30,7 +30,6 @@ _TRAILER = struct.Struct("<8sQQIII")
 _CRC = struct.Struct("<I")
 
 GENERATION_NAME = re.compile(r"gen-(\d{6,})")
-SEGMENT_NAME = re.compile(r"\d{6,}")
 
 
 def generation_name(number: int) -> str:

@@ -1,7 +1,7 @@
-"""Writing segments: one at a time, whole or not at all, resumable by the job they belong to.
+"""Writing segments, one at a time and resumable.
 
-A sidecar (`segments/000007.json`) marks a whole segment of a job that is not committed yet: a job of the same name
-resumes after it. Neither torch nor diffusers is imported here.
+A sidecar (`segments/000007.json`) marks a complete segment of a job that is not committed yet: another run of the same
+job takes it over. This module imports neither torch nor diffusers.
 """
 
 from __future__ import annotations
@@ -22,14 +22,7 @@ import numpy as np
 from ragturbo.errors import DatabaseCorrupt, DatabaseError, InvalidRequest
 from ragturbo.retrieval import durable, pairs
 from ragturbo.retrieval.format import Geometry, encode_keys, encode_rows, pack_footer, pack_header, segment_name
-from ragturbo.retrieval.manifest import (
-    Manifest,
-    SegmentEntry,
-    encoder_digest,
-    is_segment_file,
-    segment_from_json,
-    segment_path,
-)
+from ragturbo.retrieval.manifest import SEGMENT_FILES, Manifest, SegmentEntry, segment_path, typed
 from ragturbo.retrieval.pairs import Record
 from ragturbo.retrieval.segments import read_tables
 
@@ -37,9 +30,10 @@ log = logging.getLogger("ragturbo")
 
 
 class SegmentWriter:
-    """One segment on its way to disk. Nothing of it exists under its name until `finish`."""
+    """Writes one segment, whose files get their names in `finish`."""
 
     def __init__(self, folder: Path, geometry: Geometry, number: int, digest: bytes) -> None:
+        """digest: of the encoder, see `Manifest.encoder_digest`."""
         self._folder, self.geometry, self.number = folder, geometry, number
         header = pack_header(geometry, number, digest)
         self._header_crc = int.from_bytes(header[-4:], "little")
@@ -57,17 +51,12 @@ class SegmentWriter:
     def _path(self, kind: str) -> Path:
         return self._folder / "segments" / f"{segment_name(self.number)}.{kind}"
 
-    def __len__(self) -> int:
-        return len(self._ids)
-
     def add(self, records: Sequence[Record], keys: np.ndarray, features: np.ndarray) -> None:
         """records (n), keys (n, K) float, features (n, T, C) float."""
-        self.add_encoded(
-            records, encode_keys(keys, self.geometry.key_dim), encode_rows(features, self.geometry)
-        )  # fmt: skip
+        self.add_encoded(records, encode_keys(keys, self.geometry.key_dim), encode_rows(features, self.geometry))
 
     def add_encoded(self, records: Sequence[Record], keys: np.ndarray, rows: np.ndarray) -> None:
-        """keys (n, K) float16 normalised, rows (n, stride) uint8: the bytes as they are stored."""
+        """records (n), keys (n, K) float16 normalised, rows (n, stride) uint8: the bytes as they are stored."""
         if not len(records) == len(keys) == len(rows):
             raise InvalidRequest(f"{len(records)} records, {len(keys)} keys and {len(rows)} features do not pair up")
         payload = self.geometry.record_bytes
@@ -81,7 +70,7 @@ class SegmentWriter:
         self._records.extend(records)
 
     def finish(self) -> tuple[SegmentEntry, np.ndarray]:
-        """Syncs the segment's files and gives them their names. Returns its entry and the fp64 sum of its keys."""
+        """Sync and name the files. Returns the manifest entry and the fp64 sum of the keys."""
         keys = np.concatenate(self._keys or [np.empty((0, self.geometry.key_dim), "<f2")])
         try:
             footer, trailer_crc = pack_footer(
@@ -107,7 +96,7 @@ class SegmentWriter:
 
 @dataclass
 class Finished:
-    """A whole segment that waits for its commit; `notes` is what the work wants back after a restart."""
+    """A complete segment that is not committed yet. `notes`: data of its writer, kept across a restart."""
 
     entry: SegmentEntry
     key_sum: np.ndarray
@@ -115,19 +104,19 @@ class Finished:
 
 
 class Job:
-    """A change that writes segments `base.next_segment`, … and commits them at once, named by what it would write."""
+    """A change that writes segments from `base.next_segment` on and commits them together. Its name is a hash of
+    what it writes."""
 
     def __init__(self, folder: Path, base: Manifest, spec: dict[str, Any]) -> None:
         self.folder, self.base = folder, base
-        identity = [base.generation, encoder_digest(base.encoder, base.key_kind).hex(), asdict(base.geometry),
-                    base.segment_records, spec]  # fmt: skip
+        identity = [base.generation, base.encoder_digest.hex(), asdict(base.geometry), base.segment_records, spec]
         self.name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
     def _sidecar(self, number: int) -> Path:
         return self.folder / "segments" / f"{segment_name(number)}.json"
 
     def finished(self, number: int) -> Finished | None:
-        """The segment, if an earlier run of this same job wrote it whole."""
+        """Return the segment if an earlier run of this job completed it."""
         path = self._sidecar(number)
         try:
             raw = path.read_bytes()
@@ -139,24 +128,19 @@ class Job:
             body = _unseal(raw, path)
             if body["job"] != self.name:
                 return None
-            entry = segment_from_json(body["entry"], str(path))
-            read_tables(self.folder, self._probe(entry), entry)
+            entry = typed(SegmentEntry, body["entry"], "entry")
+            read_tables(self.folder, replace(self.base, segments=(entry,)), entry)
             for kind in ("keys", "parquet"):
-                size = segment_path(self.folder, entry, kind).stat().st_size
-                if size != entry.files[kind].bytes:
+                if segment_path(self.folder, entry, kind).stat().st_size != entry.files[kind].bytes:
                     return None
-            key_sum = np.frombuffer(base64.b64decode(body["key_sum"]), "<f8")
-            return Finished(entry, key_sum, body["notes"])
+            return Finished(entry, np.frombuffer(base64.b64decode(body["key_sum"]), "<f8"), body["notes"])
         except (DatabaseCorrupt, KeyError, TypeError, ValueError, OSError) as error:
-            # A damaged leftover is not a damaged database: write that segment again.
-            log.warning("%s: leftover of an earlier run is not whole (%s); writing it again", path, error)
+            # The database itself is not damaged: write this segment again.
+            log.warning("%s: the segment of an earlier run is incomplete (%s); writing it again", path, error)
             return None
 
-    def _probe(self, entry: SegmentEntry) -> Manifest:
-        return replace(self.base, segments=(entry,))
-
     def write(self, number: int, fill: Callable[[SegmentWriter], dict[str, Any] | None]) -> Finished:
-        """Writes one segment through `fill`, which returns notes, and marks it whole."""
+        """Write one segment through `fill`, which returns notes, and mark it as complete."""
         writer = SegmentWriter(self.folder, self.base.geometry, number, self.base.encoder_digest)
         try:
             notes = fill(writer) or {}
@@ -173,7 +157,7 @@ class Job:
         return Finished(entry, key_sum, notes)
 
     def unfinished_others(self) -> list[str]:
-        """Names of whole segments that another job left here."""
+        """Names of complete segments that another job left uncommitted."""
         found = []
         for path in sorted((self.folder / "segments").glob("*.json")):
             with contextlib.suppress(DatabaseCorrupt, OSError):
@@ -181,27 +165,22 @@ class Job:
                     found.append(path.stem)
         return found
 
-    def forget(self, mine: Callable[[int], bool] = lambda number: True) -> None:
-        """Takes the marks off segments that wait for a commit: they are written again, whoever wrote them."""
-        for path in (self.folder / "segments").glob("*.json"):
-            if path.stem.isdigit() and mine(int(path.stem)):
-                with durable.naming(path, "deleting"):
-                    path.unlink()
+    def clear(self, mine: Callable[[int], bool] = lambda number: True, resume: bool = True) -> None:
+        """Delete files that neither a generation nor, with `resume`, a run of this job needs.
 
-    def clear(self, mine: Callable[[int], bool] = lambda number: True) -> None:
-        """Deletes what no generation and no run of this job needs, among the segment numbers that are `mine`."""
+        Args:
+            mine: which segment numbers may be deleted.
+        """
+        folder = self.folder / "segments"
         used = {entry.number for entry in self.base.segments}
-        keep = set(used)
-        for path in (self.folder / "segments").glob("*.json"):
-            if path.stem.isdigit() and int(path.stem) not in used and self.finished(int(path.stem)):
-                keep.add(int(path.stem))
-        for path in sorted((self.folder / "segments").iterdir()):
-            stem = path.name.split(".")[0]
+        marked = {int(path.stem) for path in folder.glob("*.json") if path.stem.isdigit()} - used
+        keep = used | {number for number in marked if resume and self.finished(number)}
+        for path in sorted(folder.iterdir()):
+            stem, _, kind = path.name.partition(".")
             if not stem.isdigit() or not mine(int(stem)):
                 continue
-            number, part = int(stem), path.name.endswith(".part")
-            committed_sidecar = number in used and path.suffix == ".json"
-            if part or committed_sidecar or (number not in keep and is_segment_file(path.name)):
+            unused = kind in (*SEGMENT_FILES, "json") and int(stem) not in keep
+            if unused or path.suffix == ".part" or (kind == "json" and int(stem) in used):
                 with durable.naming(path, "deleting"):
                     path.unlink(missing_ok=True)
 

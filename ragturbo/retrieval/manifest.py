@@ -9,21 +9,14 @@ import hashlib
 import json
 import math
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from ragturbo.errors import DatabaseCorrupt, DatabaseError
 from ragturbo.retrieval import durable
 from ragturbo.retrieval.durable import FileSum
-from ragturbo.retrieval.format import (
-    FORMAT_VERSION,
-    GENERATION_NAME,
-    SEGMENT_NAME,
-    Geometry,
-    generation_name,
-    segment_name,
-)
+from ragturbo.retrieval.format import FORMAT_VERSION, Geometry, generation_name, segment_name
 
 FORMAT_NAME = "ragturbo-database"
 SEGMENT_FILES = ("hseg", "keys", "parquet")
@@ -79,7 +72,8 @@ class Manifest:
 
     @property
     def encoder_digest(self) -> bytes:
-        return encoder_digest(self.encoder, self.key_kind)
+        """32 bytes that identify the encoder of a segment."""
+        return hashlib.sha256(json.dumps([self.key_kind, self.encoder], sort_keys=True).encode()).digest()
 
     @property
     def generation_folder(self) -> str:
@@ -113,144 +107,110 @@ class Manifest:
         return replace(self, **{"generation": self.generation + 1, "job": "", **changes})
 
 
-def encoder_digest(encoder: dict[str, Any], key_kind: str) -> bytes:
-    """32 bytes that identify the encoder of a segment."""
-    return hashlib.sha256(json.dumps([key_kind, encoder], sort_keys=True).encode()).digest()
+_FIELDS = {
+    "generation": int, "job": str, "rows": int, "removed": int, "next_id": int, "next_segment": int,
+    "segment_records": int, "encoder": dict, "files": dict[str, FileSum], "segments": list[SegmentEntry],
+    "features": {"height": int, "width": int, "channels": int, "dtype": str, "record_bytes": int, "stride": int},
+    "keys": {"kind": str, "dim": int, "centred": bool, "mean": list},
+}  # fmt: skip
 
 
-@dataclass
-class _Reader:
-    """Typed fields of parsed JSON. Errors name the file and the field."""
+def typed(kind: Any, value: Any, name: str) -> Any:
+    """Convert parsed JSON to a type.
 
-    where: str
-    data: dict[str, Any]
-    path: str = ""
+    Args:
+        kind: bool, str, int (≥ 0), list, dict, a dataclass, a list or dict of dataclasses, or {field: kind}.
+        name: of the value, for errors.
 
-    def _fail(self, name: str, problem: str) -> DatabaseCorrupt:
-        return DatabaseCorrupt(f"{self.where}: field {self.path}{name} {problem}")
-
-    def take(self, name: str, kind: type) -> Any:
-        if name not in self.data:
-            raise self._fail(name, "is missing")
-        value = self.data[name]
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise self._fail(name, f"must be {kind.__name__}, not {type(value).__name__}")
-        return value
-
-    def count(self, name: str, most: int = 2**62) -> int:
-        value = self.take(name, int)
-        if not 0 <= value <= most:
-            raise self._fail(name, f"is {value}, outside 0…{most}")
-        return value
-
-    def inside(self, name: str) -> _Reader:
-        return _Reader(self.where, self.take(name, dict), f"{self.path}{name}.")
-
-    def sum(self, name: str) -> FileSum:
-        inner = self.inside(name)
-        digest = inner.take("sha256", str)
-        if not re.fullmatch("[0-9a-f]{64}", digest):
-            raise inner._fail("sha256", f"is {digest!r}, not 64 hexadecimal digits")
-        return FileSum(inner.count("bytes"), digest, inner.count("crc32", 2**32 - 1))
-
-    def sums(self, name: str) -> dict[str, FileSum]:
-        inner = self.inside(name)
-        for key in inner.data:
+    Raises:
+        ValueError: a field is missing, has another type or is out of range.
+    """
+    if is_dataclass(kind):
+        return kind(**typed(get_type_hints(kind), value, name))  # type: ignore[operator]
+    if isinstance(kind, dict):
+        fields = typed(dict, value, name)
+        for field in kind.keys() - fields.keys():
+            raise ValueError(f"field {name}.{field} is missing")
+        return {field: typed(inner, fields[field], f"{name}.{field}") for field, inner in kind.items()}
+    plain, arguments = get_origin(kind) or kind, get_args(kind)
+    if not isinstance(value, plain) or (plain is int and isinstance(value, bool)):
+        raise ValueError(f"field {name} must be {plain.__name__}, not {type(value).__name__}")
+    if plain is int and not 0 <= value < 2**62:
+        raise ValueError(f"field {name} is {value}, outside 0…2**62")
+    if plain is list and arguments:
+        return [typed(arguments[0], entry, f"{name}[{i}]") for i, entry in enumerate(value)]
+    if plain is dict and arguments and arguments[1] is not Any:
+        for key in value:
             # Names become paths, so they may not leave the folder.
             if not _FILE_NAME.fullmatch(key):
-                raise inner._fail(repr(key), "is not a plain file name")
-        return {key: inner.sum(key) for key in inner.data}
-
-
-def segment_from_json(data: Any, where: str, path: str = "") -> SegmentEntry:
-    if not isinstance(data, dict):
-        raise DatabaseCorrupt(f"{where}: field {path or 'segment'} must be an object, not {type(data).__name__}")
-    reader = _Reader(where, data, path)
-    files = reader.sums("files")
-    if set(files) != set(SEGMENT_FILES):
-        raise reader._fail("files", f"must be {', '.join(SEGMENT_FILES)}, not {', '.join(sorted(files)) or 'none'}")
-    return SegmentEntry(
-        reader.count("number", 10**9), reader.count("count", 2**31 - 1), reader.count("first_id"),
-        reader.count("last_id"), reader.count("trailer_crc32", 2**32 - 1), files,
-    )  # fmt: skip
+                raise ValueError(f"field {name}: {key!r} is not a plain file name")
+        return {key: typed(arguments[1], entry, f"{name}.{key}") for key, entry in value.items()}
+    return value
 
 
 def parse(raw: bytes, where: str) -> Manifest:
     """Parse a manifest. Raises DatabaseCorrupt if a field is missing, mistyped, out of range or inconsistent."""
     try:
-        document = json.loads(raw)
+        document = typed(dict, json.loads(raw), "manifest")
+        if document.get("format") != FORMAT_NAME:
+            raise ValueError(f"format is {document.get('format')!r}, not {FORMAT_NAME!r}")
+        version = typed(int, document.get("version"), "version")
+        if version != FORMAT_VERSION:
+            raise DatabaseError(
+                f"{where}: database format version {version}; this ragturbo reads version {FORMAT_VERSION}: upgrade it"
+            )
+        return _manifest(document)
     except (ValueError, RecursionError) as error:
-        raise DatabaseCorrupt(f"{where}: not JSON: {error}") from None
-    if not isinstance(document, dict):
-        raise DatabaseCorrupt(f"{where}: not a JSON object")
-    top = _Reader(where, document)
-    if top.take("format", str) != FORMAT_NAME:
-        raise DatabaseCorrupt(f"{where}: format is {document['format']!r}, not {FORMAT_NAME!r}")
-    version = top.count("version")
-    if version != FORMAT_VERSION:
-        raise DatabaseError(
-            f"{where}: database format version {version}; this ragturbo reads version {FORMAT_VERSION}: upgrade it"
-        )
-    features, keys = top.inside("features"), top.inside("keys")
-    try:
-        geometry = Geometry(
-            features.take("height", int), features.take("width", int), features.take("channels", int),
-            features.take("dtype", str), keys.take("dim", int),
-        )  # fmt: skip
-    except ValueError as error:
         raise DatabaseCorrupt(f"{where}: {error}") from None
+
+
+def _manifest(document: dict[str, Any]) -> Manifest:
+    fields = typed(_FIELDS, document, "manifest")
+    features, keys = fields.pop("features"), fields.pop("keys")
+    shape = {name: features[name] for name in ("height", "width", "channels", "dtype")}
+    geometry = Geometry(**shape, key_dim=keys["dim"])
     for name, value in (("record_bytes", geometry.record_bytes), ("stride", geometry.stride)):
-        if features.count(name) != value:
-            raise features._fail(name, f"is {features.data[name]}; this geometry gives {value}")
-    mean = keys.take("mean", list)
+        if features[name] != value:
+            raise ValueError(f"field features.{name} is {features[name]}; this geometry gives {value}")
+    mean = keys["mean"]
     if len(mean) != geometry.key_dim or not all(isinstance(v, float) and math.isfinite(v) for v in mean):
-        raise keys._fail("mean", f"must be {geometry.key_dim} finite numbers")
-    segments = tuple(
-        segment_from_json(entry, where, f"segments[{i}].") for i, entry in enumerate(top.take("segments", list))
-    )
-    index = None
-    if document.get("index") is not None:
-        inner = top.inside("index")
-        index = IndexEntry(
-            inner.take("kind", str), inner.count("rows"), inner.take("config", dict), inner.sums("files")
-        )
+        raise ValueError(f"field keys.mean must be {geometry.key_dim} finite numbers")
+    index = document.get("index")
+    if index is not None:
+        index = typed(IndexEntry, index, "index")
         if index.kind != "scann":
-            raise inner._fail("kind", f"is {index.kind!r}; this version knows 'scann'")
-    manifest = Manifest(
-        generation=top.count("generation"), geometry=geometry, key_kind=keys.take("kind", str), key_mean=tuple(mean),
-        encoder=top.take("encoder", dict), segment_records=top.count("segment_records"), rows=top.count("rows"),
-        removed=top.count("removed"), next_id=top.count("next_id"), next_segment=top.count("next_segment"),
-        segments=segments, files=top.sums("files"), index=index, centred=keys.take("centred", bool),
-        job=top.take("job", str),
-    )  # fmt: skip
-    _check_consistency(manifest, where)
+            raise ValueError(f"field index.kind is {index.kind!r}; this version knows 'scann'")
+    segments = tuple(fields.pop("segments"))
+    manifest = Manifest(**fields, geometry=geometry, key_kind=keys["kind"], key_mean=tuple(mean), index=index,
+                        centred=keys["centred"], segments=segments)  # fmt: skip
+    _check_consistency(manifest)
     return manifest
 
 
-def _check_consistency(manifest: Manifest, where: str) -> None:
-    expected, last = 0, -1
+def _check_consistency(manifest: Manifest) -> None:
+    rows, last = 0, -1
     numbers = set()
     for segment in manifest.segments:
-        here = f"{where}: segment {segment.name}"
+        here = f"segment {segment.name}"
         if segment.number in numbers or segment.number >= manifest.next_segment:
-            raise DatabaseCorrupt(f"{here} is listed twice or not below next_segment {manifest.next_segment}")
+            raise ValueError(f"{here} is listed twice or not below next_segment {manifest.next_segment}")
         numbers.add(segment.number)
         if segment.count and not last < segment.first_id <= segment.last_id < manifest.next_id:
-            raise DatabaseCorrupt(f"{here}: ids {segment.first_id}…{segment.last_id} do not follow {last}")
-        for kind, bytes_ in (
+            raise ValueError(f"{here}: ids {segment.first_id}…{segment.last_id} do not follow {last}")
+        if set(segment.files) != set(SEGMENT_FILES):
+            raise ValueError(f"{here}: files must be {', '.join(SEGMENT_FILES)}, not {', '.join(segment.files)}")
+        for kind, size in (
             ("hseg", manifest.geometry.segment_bytes(segment.count)),
             ("keys", segment.count * manifest.geometry.key_dim * 2),
         ):
-            if segment.files[kind].bytes != bytes_:
-                raise DatabaseCorrupt(f"{here}: .{kind} has {segment.files[kind].bytes} bytes, not {bytes_}")
+            if segment.files[kind].bytes != size:
+                raise ValueError(f"{here}: .{kind} has {segment.files[kind].bytes} bytes, not {size}")
         last = segment.last_id if segment.count else last
-        expected += segment.count
-    if expected != manifest.rows or manifest.removed > manifest.rows:
-        raise DatabaseCorrupt(
-            f"{where}: {manifest.rows} rows with {manifest.removed} removed, but segments hold {expected}"
-        )
+        rows += segment.count
+    if rows != manifest.rows or manifest.removed > manifest.rows:
+        raise ValueError(f"{manifest.rows} rows with {manifest.removed} removed, but the segments hold {rows}")
     if set(manifest.files) != {"removed.npy"}:
-        raise DatabaseCorrupt(f"{where}: files must be removed.npy, not {', '.join(manifest.files) or 'none'}")
+        raise ValueError(f"files must be removed.npy, not {', '.join(manifest.files) or 'none'}")
 
 
 def read_current(folder: Path) -> tuple[str, str]:
@@ -261,7 +221,7 @@ def read_current(folder: Path) -> tuple[str, str]:
             raw = file.read(4096)
     except FileNotFoundError:
         raise DatabaseError(
-            f"{folder}: not a ragturbo database, or its first build did not finish (no CURRENT)"
+            f"{folder}: not a ragturbo database, or its first build is unfinished (no CURRENT)"
         ) from None
     except OSError as error:
         raise DatabaseError(f"{path}: reading failed: {error.strerror}") from error
@@ -290,12 +250,3 @@ def load(folder: Path) -> Manifest:
 
 def segment_path(folder: Path, entry: SegmentEntry, kind: str) -> Path:
     return folder / "segments" / f"{entry.name}.{kind}"
-
-
-def is_generation(name: str) -> bool:
-    return GENERATION_NAME.fullmatch(name) is not None
-
-
-def is_segment_file(name: str) -> bool:
-    stem, _, kind = name.partition(".")
-    return SEGMENT_NAME.fullmatch(stem) is not None and kind in (*SEGMENT_FILES, "json")

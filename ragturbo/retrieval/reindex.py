@@ -1,4 +1,4 @@
-"""Building the approximate index of a database as a generation of its own: until it is whole, the old one serves."""
+"""Build the approximate index of a database as a new generation. The old one stays current until it is complete."""
 
 from __future__ import annotations
 
@@ -14,39 +14,42 @@ from ragturbo.retrieval.scann import ScannConfig
 from ragturbo.retrieval.snapshot import open_snapshot
 
 log = logging.getLogger("ragturbo")
-_DRAFT = "index.part"
 
 
 def reindex(
     folder: Path, config: ScannConfig | None = None, *, centred: bool | None = None, threads: int = 0
 ) -> Manifest:
-    """config: None chooses by size, and no index below 20,000 pairs. centred: None keeps the database's setting."""
+    """Build the index.
+
+    Args:
+        config: None chooses by size, with no index below 20,000 pairs.
+        centred: None keeps the setting of the database.
+        threads: for training; 0 for all.
+    """
     with durable.writer_lock(folder):
         snapshot = open_snapshot(folder)
-        base = snapshot.manifest
+        base, pairs = snapshot.manifest, len(snapshot)
         if config is not None and centred is not None and config.centred != centred:
             raise InvalidRequest(f"config says centred={config.centred}, the call says {centred}")
         centre = config.centred if config is not None else base.centred if centred is None else centred
-        if config is None and (len(snapshot) < EXACT_BELOW or not scann.available()):
-            why = f"{len(snapshot)} pairs" if len(snapshot) < EXACT_BELOW else "the package scann is not installed"
+        removed = writer.removed_ids(folder, base)
+        if config is None and (pairs < EXACT_BELOW or not scann.available()):
+            why = f"{pairs} pairs" if pairs < EXACT_BELOW else "the package scann is not installed"
             log.info("no index: %s; search is exact", why)
             if base.index is None and base.centred == centre:
                 return base
-            manifest = writer.commit(folder, base.evolved(index=None, centred=centre), writer.removed_ids(folder, base))
-            writer.clean(folder, manifest)
-            return manifest
-        draft = folder / _DRAFT
-        if draft.exists():
-            durable.remove_tree(draft)
-        with durable.naming(draft, "creating"):
-            draft.mkdir()
-        try:
-            chosen = config or ScannConfig.by_size(len(snapshot), centre)
-            index = scann.build_index(snapshot, replace(chosen, centred=centre), draft, threads)
-            manifest = writer.commit(
-                folder, base.evolved(index=index, centred=centre), writer.removed_ids(folder, base), draft
-            )
-        finally:
-            durable.remove_tree(draft)
+            manifest = writer.commit(folder, base.evolved(index=None, centred=centre), removed)
+        else:
+            draft = folder / "index.part"
+            if draft.exists():
+                durable.remove_tree(draft)
+            with durable.naming(draft, "creating"):
+                draft.mkdir()
+            try:
+                config = replace(config or ScannConfig.by_size(pairs), centred=centre)
+                index = scann.build_index(snapshot, config, draft, threads)
+                manifest = writer.commit(folder, base.evolved(index=index, centred=centre), removed, draft)
+            finally:
+                durable.remove_tree(draft)
         writer.clean(folder, manifest)
         return manifest

@@ -1,7 +1,7 @@
-"""Changing a database so that a crash at any moment leaves the old generation or the new one, never a mixture.
+"""Commits: a crash at any moment leaves the old generation or the new one, never a mixture.
 
-Segments are written first (see `jobs`); then a generation folder beside the others; last CURRENT, by rename. Neither
-torch nor diffusers is imported here.
+Segments are written first (see `jobs`), then a generation folder, and last CURRENT, by rename. This module imports
+neither torch nor diffusers.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,44 +20,45 @@ import numpy as np
 
 from ragturbo.errors import DatabaseCorrupt, DatabaseMismatch, InvalidRequest
 from ragturbo.retrieval import durable
-from ragturbo.retrieval.format import Geometry, generation_name
+from ragturbo.retrieval.format import GENERATION_NAME, Geometry, generation_name
 from ragturbo.retrieval.jobs import Finished, Job, SegmentWriter
-from ragturbo.retrieval.manifest import Manifest, is_generation, load
+from ragturbo.retrieval.manifest import Manifest, load
 from ragturbo.retrieval.npy import read_ids
 from ragturbo.retrieval.pairs import Record
-
-
-def default_segment_records(geometry: Geometry) -> int:
-    """About 1 GiB a segment: what a killed build has to repeat at most, and few enough files for millions of pairs."""
-    return int(min(8192, max(64, (1 << 30) // geometry.stride)))
 
 
 def empty_manifest(
     geometry: Geometry, key_kind: str, encoder: dict[str, Any], segment_records: int | None = None
 ) -> Manifest:
-    """What a database is before its first generation."""
-    count = default_segment_records(geometry) if segment_records is None else segment_records
-    if not 0 < count < 2**31:
-        raise InvalidRequest(f"segment_records must be positive, not {count}")
+    """Return the manifest of a database without a generation. segment_records: default about 1 GiB, at most 8,192."""
+    if segment_records is None:
+        segment_records = min(8192, max(64, (1 << 30) // geometry.stride))
+    if not 0 < segment_records < 2**31:
+        raise InvalidRequest(f"segment_records must be positive, not {segment_records}")
     return Manifest(
         generation=0, geometry=geometry, key_kind=key_kind, key_mean=(0.0,) * geometry.key_dim,
-        encoder=json.loads(json.dumps(encoder)), segment_records=count, rows=0, removed=0, next_id=0, next_segment=0,
-        segments=(), files={},
+        encoder=json.loads(json.dumps(encoder)), segment_records=segment_records, rows=0, removed=0, next_id=0,
+        next_segment=0, segments=(), files={},
     )  # fmt: skip
 
 
 def prepare(folder: Path) -> None:
-    """Makes the folders of a database that is not there yet."""
+    """Create the folders of a database."""
     with durable.naming(folder, "creating"):
         (folder / "segments").mkdir(parents=True, exist_ok=True)
 
 
 def commit(folder: Path, manifest: Manifest, removed: np.ndarray, index: Path | None = None) -> Manifest:
-    """Makes `manifest` the current generation. removed: (n,) int64 ids, ascending; index: the folder of its files."""
+    """Make `manifest` the current generation.
+
+    Args:
+        removed: (n,) int64 ids, ascending.
+        index: folder of the index files that the manifest names.
+    """
     name = generation_name(manifest.generation)
     final, draft = folder / name, folder / f"{name}.part"
     for leftover in (draft, final):
-        # A generation that CURRENT never named: its writer was killed before the last step.
+        # Written by a process that was killed before it changed CURRENT.
         if leftover.exists():
             durable.remove_tree(leftover)
     with durable.naming(draft, "creating"):
@@ -86,45 +87,42 @@ def commit(folder: Path, manifest: Manifest, removed: np.ndarray, index: Path | 
 
 
 def clean(folder: Path, manifest: Manifest, keep_previous: bool = True) -> None:
-    """Deletes generations and segments that nothing names. The previous one stays for readers about to open it."""
+    """Delete unused generations and segments. The previous generation is kept for readers that are opening it."""
     kept = {generation_name(manifest.generation)}
     if keep_previous:
         kept.add(generation_name(manifest.generation - 1))
     for path in sorted(folder.iterdir()):
-        if path.is_dir() and is_generation(path.name.removesuffix(".part")) and path.name not in kept:
+        if path.is_dir() and GENERATION_NAME.fullmatch(path.name.removesuffix(".part")) and path.name not in kept:
             durable.remove_tree(path)
     with contextlib.suppress(FileNotFoundError):
         (folder / "CURRENT.part").unlink()
     Job(folder, manifest, {"cleaning": True}).clear()
 
 
-def merged_mean(base: Manifest, done: Sequence[Finished]) -> tuple[float, ...]:
-    """Mean of all stored keys after `done` joins `base`."""
-    rows = base.rows + sum(part.entry.count for part in done)
-    total = np.array(base.key_mean, np.float64) * base.rows
-    for part in done:
-        total = total + part.key_sum
-    return tuple(float(v) for v in total / max(rows, 1))
-
-
 def joined(base: Manifest, done: Sequence[Finished], next_id: int, job: str = "") -> Manifest:
-    """The generation after `base` with the segments `done` at its end."""
+    """Return the generation after `base`, with the segments `done` appended."""
     entries = tuple(part.entry for part in done if part.entry.count)
-    numbers = [part.entry.number + 1 for part in done]
+    rows = base.rows + sum(entry.count for entry in entries)
+    key_sum = np.array(base.key_mean, np.float64) * base.rows
+    for part in done:
+        key_sum = key_sum + part.key_sum
     return base.evolved(
-        segments=base.segments + entries, rows=base.rows + sum(entry.count for entry in entries), next_id=next_id,
-        next_segment=max([base.next_segment, *numbers]), key_mean=merged_mean(base, done), job=job,
+        segments=base.segments + entries, rows=rows, next_id=next_id, job=job,
+        next_segment=max([base.next_segment, *(part.entry.number + 1 for part in done)]),
+        key_mean=tuple(float(v) for v in key_sum / max(rows, 1)),
     )  # fmt: skip
 
 
 def removed_ids(folder: Path, manifest: Manifest) -> np.ndarray:
-    """The tombstones of a generation: ids, ascending."""
-    path = folder / generation_name(manifest.generation) / "removed.npy"
+    """Return the removed ids of a generation, ascending."""
+    if not manifest.generation:
+        return np.empty(0, np.int64)
+    path = folder / manifest.generation_folder / "removed.npy"
     with durable.naming(path, "reading"):
         raw = path.read_bytes()
     expected = manifest.files["removed.npy"]
     if len(raw) != expected.bytes or zlib.crc32(raw) != expected.crc32:
-        raise DatabaseCorrupt(f"{path}: its size or CRC-32 is not the manifest's")
+        raise DatabaseCorrupt(f"{path}: its size or CRC-32 is not that of the manifest")
     try:
         removed = read_ids(raw)
     except ValueError as error:
@@ -134,35 +132,34 @@ def removed_ids(folder: Path, manifest: Manifest) -> np.ndarray:
     return removed
 
 
-def current_or(folder: Path, fallback: Manifest) -> Manifest:
-    return load(folder) if (folder / "CURRENT").exists() else fallback
-
-
 def index_folder(folder: Path, manifest: Manifest) -> Path | None:
-    if manifest.index is None:
-        return None
-    return folder / generation_name(manifest.generation) / manifest.index.kind
+    return None if manifest.index is None else folder / manifest.generation_folder / manifest.index.kind
 
 
 Batch = tuple[Sequence[Record], np.ndarray, np.ndarray]
 
 
-def write_encoded(folder: Path, start: Manifest, batches: Iterator[Batch] | Sequence[Batch]) -> Manifest:
-    """Adds pairs whose keys and features are known already; ids are given here, records' own ids are ignored.
+def write_encoded(folder: Path, start: Manifest, batches: Iterable[Batch]) -> Manifest:
+    """Add pairs that are already encoded. They get new ids; those of the records are ignored.
 
-    batches: (records, keys (n, K), features (n, T, C)). `start` describes the database where there is none yet.
+    Args:
+        start: manifest of the new database; an existing one must have its geometry, key kind and encoder.
+        batches: (records, keys (n, K), features (n, T, C)).
     """
     prepare(folder)
     with durable.writer_lock(folder):
-        base = current_or(folder, start)
-        _same_shape(base, start)
+        base = load(folder) if (folder / "CURRENT").exists() else start
+        for name in ("geometry", "key_kind", "encoder"):
+            if getattr(base, name) != getattr(start, name):
+                raise DatabaseMismatch(
+                    f"the database has {name} {getattr(base, name)}, the pairs {getattr(start, name)}"
+                )
         job = Job(folder, base, {"encoded": True})
-        # What these batches hold is not known before they are read, so nothing of an earlier run is taken over.
-        job.forget()
-        job.clear()
+        # The batches of an earlier run may have been others: nothing is resumed.
+        job.clear(resume=False)
         done: list[Finished] = []
         next_id = base.next_id
-        for group in _cut(batches, base.segment_records):
+        for group in _split(batches, base.segment_records):
 
             def fill(writer: SegmentWriter, group: list[Batch] = group, first: int = next_id) -> None:
                 for records, keys, features in group:
@@ -172,23 +169,14 @@ def write_encoded(folder: Path, start: Manifest, batches: Iterator[Batch] | Sequ
 
             done.append(job.write(base.next_segment + len(done), fill))
             next_id += sum(len(records) for records, _, _ in group)
-        index = index_folder(folder, base)
-        removed = removed_ids(folder, base) if base.generation else np.empty(0, np.int64)
-        manifest = commit(folder, joined(base, done, next_id), removed, index)
+        manifest = joined(base, done, next_id)
+        manifest = commit(folder, manifest, removed_ids(folder, base), index_folder(folder, base))
         clean(folder, manifest)
         return manifest
 
 
-def _same_shape(base: Manifest, other: Manifest) -> None:
-    if base is other:
-        return
-    for name in ("geometry", "key_kind", "encoder"):
-        if getattr(base, name) != getattr(other, name):
-            raise DatabaseMismatch(f"the database has {name} {getattr(base, name)}, the pairs {getattr(other, name)}")
-
-
-def _cut(batches: Iterator[Batch] | Sequence[Batch], size: int) -> Iterator[list[Batch]]:
-    """Groups batches into segments of `size` pairs, splitting a batch where a segment ends."""
+def _split(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+    """Group batches into segments of `size` pairs; a batch may be split between two segments."""
     group: list[Batch] = []
     room = size
     for records, keys, features in batches:
@@ -204,10 +192,10 @@ def _cut(batches: Iterator[Batch] | Sequence[Batch], size: int) -> Iterator[list
         yield group
 
 
-def remove(folder: Path, ids: np.ndarray, base: Manifest, live: np.ndarray) -> Manifest:
-    """Tombstones `ids`, under the caller's lock. `live` are all ids stored in `base`."""
+def remove(folder: Path, ids: np.ndarray, base: Manifest, stored: np.ndarray) -> Manifest:
+    """Mark `ids` as removed. The caller must hold the lock. stored: all ids of `base`."""
     ids = np.unique(np.asarray(ids, np.int64))
-    unknown = ids[~np.isin(ids, live)]
+    unknown = ids[~np.isin(ids, stored)]
     if len(unknown):
         raise InvalidRequest(f"{len(unknown)} ids are not in this database ({int(unknown[0])} …); nothing was removed")
     removed = np.union1d(removed_ids(folder, base), ids)
