@@ -62,7 +62,7 @@ def test_every_wrapper_people_save_gives_the_same_weights(state, tmp_path: Path,
     for path in written:
         assert_same(path, state)
     # What was left out is said.
-    assert "noted.pth: left out, being no tensors: version, config" in caplog.text
+    assert "noted.pth: left out, not tensors: version, config" in caplog.text
 
 
 def test_tied_and_transposed_weights_become_plain_ones(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_a_damaged_file_is_refused_with_the_reason_and_leaves_nothing(damage: st
         os.truncate(path, path.stat().st_size - 200)
     else:
         path.write_bytes(b"" if damage == "empty" else b"P6 64 64 255 " + bytes(500))
-    match = "no pickle of tensors, or damaged" if damage == "another format" else "cut short or damaged"
+    match = "not a pickle of tensors, or damaged" if damage == "another format" else "truncated or damaged"
     with pytest.raises(ModelError, match=rf"x\.bin cannot be converted: it is .*{match}"):
         convert(path, tmp_path / "x.safetensors")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.bin"]
@@ -105,7 +105,7 @@ def test_a_damaged_file_is_refused_with_the_reason_and_leaves_nothing(damage: st
     [
         ([torch.ones(2)], "holds a list"),
         ({"epoch": 3, "lr": 0.1}, "epoch, lr"),
-        ({"state_dict": {"epoch": 3}}, "'state_dict' holds no tensors by name, but: epoch"),
+        ({"state_dict": {"epoch": 3}}, "'state_dict' holds no named tensors, only: epoch"),
         ({"sparse": torch.eye(2).to_sparse()}, "sparse is a torch.sparse_coo"),
     ],
 )
@@ -119,15 +119,15 @@ def test_nothing_is_overwritten_and_names_are_checked(state, tmp_path: Path) -> 
     torch.save(state, source)
     (tmp_path / "there.safetensors").write_bytes(b"precious")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(InvalidRequest, match="exists already"):
+    with pytest.raises(InvalidRequest, match="already exists"):
         convert(source, tmp_path / "there.safetensors")
     with pytest.raises(InvalidRequest, match="must end in .safetensors"):
         convert(source, tmp_path / "a.weights")
-    with pytest.raises(InvalidRequest, match="is safetensors already"):
+    with pytest.raises(InvalidRequest, match="is already a safetensors file"):
         convert(tmp_path / "there.safetensors", tmp_path / "b.safetensors")
     with pytest.raises(ModelError, match="no file or folder"):
         convert(tmp_path / "none.bin", tmp_path / "b.safetensors")
-    with pytest.raises(InvalidRequest, match="exists already"):
+    with pytest.raises(InvalidRequest, match="already exists"):
         convert(tmp_path / "folder", tmp_path / "folder")
     with pytest.raises(ModelError, match="no pickled weights"):
         convert(tmp_path / "folder", tmp_path / "new")

@@ -1,4 +1,4 @@
-"""`ragturbo convert`: pickles people have, as safetensors."""
+"""`ragturbo convert`: pickled checkpoints to safetensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def convert(
     source: Annotated[Path, typer.Argument(help="A pickled checkpoint (.bin, .pt, .pth, .ckpt) or a folder of them.")],
     target: Annotated[Path, typer.Argument(help="The .safetensors file or folder to write.")],
 ) -> None:
-    """Turn a pickled checkpoint into safetensors, without running what the pickle may carry."""
+    """Convert a pickled checkpoint to safetensors without running code that the pickle may contain."""
     from ragturbo.convert import convert as run
 
     run(source, target)
