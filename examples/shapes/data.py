@@ -1,4 +1,4 @@
-"""The training scenes, drawn once: images, tokens and latents as memory-mapped arrays."""
+"""The training data as memory-mapped arrays: images, tokens and latents."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from settings import Settings
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from ragturbo.evaluate.drawing import render_array
+from ragturbo.evaluate.rendering import render
 from ragturbo.evaluate.world import RARE, Scene, sample_scene
 
 log = logging.getLogger("ragturbo.recipe")
 
 
 def training_scene(i: int, s: Settings) -> Scene:
-    """Scene i of the training set: the first few glimpse the rare kinds, the others leave them out."""
+    """Return scene i of the training set; only the first `rare_glimpses` scenes per rare kind show rare kinds."""
     rare = sorted(RARE)
     if i < len(rare) * s.rare_glimpses:
         return sample_scene(s.seed * 1_000_000 + i, "train", kinds=(rare[i % len(rare)],))
@@ -32,16 +32,16 @@ def training_scene(i: int, s: Settings) -> Scene:
 
 
 def draw(work: Path, tokenizer: CLIPTokenizer, s: Settings) -> None:
-    """Writes images.npy (N, 64, 64, 3) uint8, tokens.npy (N, L) int16 and captions.json."""
+    """Write images.npy (N, 64, 64, 3) uint8, tokens.npy (N, L) int16 and captions.json."""
     if (work / "captions.json").exists():
         return
     images = np.lib.format.open_memmap(work / "images.npy", "w+", np.uint8, (s.scenes, 64, 64, 3))
     captions: list[str] = []
     with get_context("fork").Pool(os.cpu_count()) as pool:
         chunks = [(range(i, min(i + 1000, s.scenes)), s) for i in range(0, s.scenes, 1000)]
-        for (chunk, _), (drawn, said) in zip(chunks, pool.imap(_draw_chunk, chunks), strict=True):
+        for (chunk, _), (drawn, texts) in zip(chunks, pool.imap(_draw_chunk, chunks), strict=True):
             images[chunk.start : chunk.stop] = drawn
-            captions += said
+            captions += texts
     images.flush()
     np.save(work / "tokens.npy", tokenize(tokenizer, captions).numpy().astype(np.int16))
     (work / "captions.json").write_text(json.dumps(captions))
@@ -65,7 +65,7 @@ def to_bytes(images: Tensor) -> np.ndarray:
 
 @torch.no_grad()
 def encode(work: Path, vae: AutoencoderKL, s: Settings) -> None:
-    """Writes latents.npy (N, 4, 16, 16) fp16: the means, scaled to unit variance."""
+    """Write latents.npy (N, 4, 16, 16) fp16: the encoder's means, scaled to unit variance."""
     if (work / "latents.npy").exists():
         return
     images = np.load(work / "images.npy", mmap_mode="r")[: s.scenes]
@@ -87,4 +87,4 @@ def batches(count: int, size: int) -> Iterator[slice]:
 
 def _draw_chunk(job: tuple[range, Settings]) -> tuple[np.ndarray, list[str]]:
     scenes = [training_scene(i, job[1]) for i in job[0]]
-    return np.stack([render_array(scene) for scene in scenes]), [scene.caption for scene in scenes]
+    return np.stack([render(scene) for scene in scenes]), [scene.caption for scene in scenes]

@@ -1,4 +1,4 @@
-"""Where the recipe computes: the GPU if there is one, else the CPU. Random numbers come from the CPU on both."""
+"""The device of the recipe: a GPU if there is one, else the CPU. Random numbers always come from the CPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# Every step has the same shapes: measuring the convolutions once pays. What is not under autocast may use TF32.
+# The shapes are the same in every step.
 torch.backends.cudnn.benchmark = True
 torch.backends.cuda.matmul.allow_tf32 = True
 
@@ -21,15 +21,15 @@ def autocast() -> torch.autocast:
 
 
 def attention() -> AbstractContextManager:
-    """Sixteen tokens: on a CPU the fused kernel's backward takes three times as long as plain matrix products."""
+    """With 16 tokens on a CPU, the fused kernel's backward pass takes three times as long as matrix products."""
     return nullcontext() if DEVICE.type == "cuda" else sdpa_kernel(SDPBackend.MATH)
 
 
 class Table:
-    """Rows of a .npy file by index, as tensors on the device: kept there on a GPU, read from the file on a CPU."""
+    """Rows of a .npy file as tensors on the device; the whole table is on the GPU if there is one."""
 
     def __init__(self, path: Path, count: int | None = None) -> None:
-        # Copy on write: torch warns of arrays it may not write to.
+        # "c" is copy on write; torch warns about read-only arrays.
         self.rows = torch.from_numpy(np.load(path, mmap_mode="c")[:count])
         if DEVICE.type == "cuda":
             self.rows = self.rows.to(DEVICE)

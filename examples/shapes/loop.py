@@ -1,4 +1,4 @@
-"""A training loop that can be stopped at any time: what step i does depends on the seed, i and the checkpoint alone."""
+"""A resumable training loop: step i depends only on the seed, i and the checkpoint."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def run(
     name: str, work: Path, update: Callable[[int, torch.Generator], Mapping[str, float]], state: Mapping[str, Any], *,
     steps: int, seed: int, save_every: int = 100, minutes: float | None = None,
 ) -> bool:  # fmt: skip
-    """Calls `update(step, generator)` up to `steps` times, resuming from `<name>.pt`; returns whether that is done."""
+    """Call `update(step, generator)` until `steps` is reached, resuming from `<name>.pt`; returns whether it is."""
     checkpoint = work / f"{name}.pt"
     step = 0
     if checkpoint.exists():
@@ -60,16 +60,20 @@ def run(
 
 
 def head() -> str:
-    """The recipe's commit, with a + where its files have changed since."""
+    """Return the recipe's commit, with a "+" if its files have uncommitted changes."""
     git = ["git", "-C", str(Path(__file__).parent)]
-    said = [subprocess.run([*git, *words], capture_output=True, text=True).stdout.strip()
-            for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "."))]  # fmt: skip
-    return said[0] + ("+" if said[1] else "")
+    commit, changes = (
+        subprocess.run([*git, *words], capture_output=True, text=True).stdout.strip()
+        for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "."))
+    )
+    return commit + ("+" if changes else "")
 
 
 class Threads:
-    """Two threads that wait for each other on a busy machine are slower than one: now and then, try both and keep the
-    faster."""
+    """Switches between one and all threads, whichever was faster in the last trial.
+
+    On a busy machine one thread can be faster than several that wait for each other.
+    """
 
     trial, every = 4, 120
 
@@ -79,11 +83,11 @@ class Threads:
         self.spent = {1: 0.0, self.most: 0.0}
 
     def __enter__(self) -> None:
-        place = self.count % self.every
-        if place == 0:
+        position = self.count % self.every
+        if position == 0:
             self.spent = dict.fromkeys(self.spent, 0.0)
         best = min(self.spent, key=self.spent.__getitem__)
-        now = 1 if place < self.trial else self.most if place < 2 * self.trial else best
+        now = 1 if position < self.trial else self.most if position < 2 * self.trial else best
         torch.set_num_threads(now)
         self.now, self.begun = now, time.monotonic()
 
@@ -94,7 +98,7 @@ class Threads:
 
 
 def rate(step: int, steps: int, peak: float, warmup: int = 100) -> float:
-    """Linear warm-up, then a cosine to a fiftieth."""
+    """Return the learning rate: linear warm-up, then cosine decay to a fiftieth."""
     return OptimConfig(lr=peak, warmup=warmup, decay="cosine").rate(step, steps)
 
 
@@ -118,8 +122,10 @@ class Average(nn.Module):
 
 
 class Levels(nn.Module):
-    """What the loss has been at each noise level of late. Divided by it, every level weighs alike: left as they are,
-    the highest, where nobody can know where things will be, drown the middle ones, where shapes get their corners."""
+    """A running mean of the loss per noise level, and weights that give every level the same influence.
+
+    Unweighted, the highest levels dominate, where positions are undetermined, over the middle ones, which form shapes.
+    """
 
     def __init__(self, count: int = 20, pace: float = 0.02) -> None:
         super().__init__()
@@ -133,7 +139,7 @@ class Levels(nn.Module):
         sums.index_add_(1, level, torch.stack([errors.detach(), torch.ones_like(errors)]))
         parallel.add(sums)
         now = sums[0] / sums[1]
-        # A level's first value is its own; one that no sample met keeps what it had.
+        # The first value of a level is taken as is; a level without samples keeps its value.
         now = torch.where(self.seen > 0, torch.lerp(self.seen, now, self.pace), now)
         self.seen.copy_(torch.where(sums[1] > 0, now, self.seen))
         return self.seen.mean() / self.seen[level]

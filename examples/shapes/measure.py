@@ -1,7 +1,7 @@
 """Measure the embedded model: `python examples/shapes/measure.py student`.
 
-`--model` is any folder in the diffusers layout: a bundle, or the recipe's working folder (required for `lcm`). Prints JSON
-with the result, the seed and the command; `--grid` also writes the first sixty pictures.
+`--model` is any folder in the diffusers layout: a bundle, or the recipe's working folder (required for `lcm`). Prints
+JSON with the result, the seed and the command; `--grid` also writes the first sixty pictures.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from ragturbo.evaluate.rendering import render
 from ragturbo.evaluate.scores import right_share
 from ragturbo.evaluate.world import Scene, parse, sample_scenes
 from ragturbo.machine import describe
-from ragturbo.model import HSpaceUNet
 from ragturbo.model.source import resolve
+from ragturbo.model.unet import HSpaceUNet
 
 Latents = Callable[[Tensor, Tensor, list[Scene]], Tensor]
 """(noise, text states, scenes) -> latents"""

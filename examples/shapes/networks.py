@@ -1,11 +1,10 @@
-"""The embedded model's parts, in the very classes the real one uses, at sizes two cores can train."""
+"""The parts of the embedded model: the classes of Stable Diffusion at sizes that two CPU cores can train."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, EulerDiscreteScheduler, UNet2DConditionModel
 from settings import Settings
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -20,12 +19,12 @@ SPECIAL = ("<|startoftext|>", "<|endoftext|>", "<|unk|>")
 
 
 def tokenizer_in(folder: Path, s: Settings) -> CLIPTokenizer:
-    """The folder's own, made if it has none: two trainings number the words differently."""
+    """Load the folder's tokenizer, or make one; a new tokenizer may number the words differently."""
     return CLIPTokenizer.from_pretrained(folder) if (folder / "vocab.json").exists() else make_tokenizer(folder, s)
 
 
 def make_tokenizer(folder: Path, s: Settings) -> CLIPTokenizer:
-    """Byte-pair merges trained on the closed vocabulary until every word of it is one token."""
+    """Train byte-pair merges until every word of the vocabulary is one token."""
     folder.mkdir(parents=True, exist_ok=True)
     bpe = Tokenizer(models.BPE(unk_token=SPECIAL[2], end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -43,7 +42,7 @@ def make_tokenizer(folder: Path, s: Settings) -> CLIPTokenizer:
     tokenizer.save_pretrained(folder)
     split = [word for word in vocabulary() if len(tokenizer(word)["input_ids"]) != 3]
     if split:
-        raise RuntimeError(f"words of the world that are not one token: {split}")
+        raise RuntimeError(f"words that are not a single token: {split}")
     return tokenizer
 
 
@@ -75,7 +74,7 @@ def make_tiny_vae(s: Settings) -> AutoencoderTiny:
 
 
 def make_unet(s: Settings) -> UNet2DConditionModel:
-    """Text attention in the middle block alone: the skips, made before it, cannot carry what the prompt says."""
+    """Text attention only in the middle block, so that the skips carry no information about the prompt."""
     return UNet2DConditionModel(
         sample_size=LATENT_SIDE, in_channels=4, out_channels=4, block_out_channels=s.unet_channels, layers_per_block=1,
         down_block_types=("DownBlock2D",) * 3, up_block_types=("UpBlock2D",) * 3,
@@ -86,7 +85,7 @@ def make_unet(s: Settings) -> UNet2DConditionModel:
 
 
 def make_scheduler() -> EulerDiscreteScheduler:
-    """sd-turbo's, but v-prediction and zero terminal SNR: at t = 999 the input is noise alone, as in generation."""
+    """sd-turbo's scheduler with v-prediction and zero terminal SNR: at t = 999 the input is pure noise."""
     return EulerDiscreteScheduler(
         num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
         prediction_type="v_prediction", timestep_spacing="trailing", rescale_betas_zero_snr=True,
@@ -94,7 +93,7 @@ def make_scheduler() -> EulerDiscreteScheduler:
 
 
 class ImageEncoder(nn.Module):
-    """The other half of the contrastive pair: images (B, 3, 64, 64) to an embedding (B, D)."""
+    """The image side of the contrastive loss: (B, 3, 64, 64) -> (B, D)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -105,11 +104,3 @@ class ImageEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.body(functional.pixel_unshuffle(images, 4))
-
-
-def parameters(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
-
-
-def half(module: nn.Module) -> nn.Module:
-    return module.to(torch.float16)

@@ -1,7 +1,6 @@
-"""Two processes for one training: each takes its part of every batch, and they meet once a step, at the gradients.
+"""Data-parallel training with torchrun: each process computes a part of the batch, gradients are averaged every step.
 
-On a busy machine this beats two threads in one process, which meet at every operation. Start the recipe by torchrun;
-without it, it is one process.
+On two busy CPU cores two processes are faster than two threads. Without torchrun all functions are no-ops.
 """
 
 from __future__ import annotations
@@ -21,24 +20,25 @@ def start() -> None:
         dist.init_process_group("gloo")
 
 
-def meet() -> None:
+def barrier() -> None:
     start()
     if WORLD > 1:
         dist.barrier()
 
 
 def part(batch: Tensor) -> Tensor:
-    """This process's rows of a batch that all of them drew alike."""
+    """Return this process's rows of a batch that is the same in all processes."""
     return batch[RANK::WORLD]
 
 
 def add(values: Tensor) -> None:
-    """In place: the sum over the processes."""
+    """Sum over the processes, in place."""
     if WORLD > 1:
         dist.all_reduce(values)
 
 
 def mean_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Average the gradients over the processes, in one all-reduce."""
     if WORLD == 1:
         return
     gradients = [p.grad for p in parameters if p.grad is not None]

@@ -1,6 +1,6 @@
-"""From nothing to a bundle, build/shapes/bundle: `python examples/shapes/recipe.py all --work build/shapes`.
+"""Train the embedded model from scratch: `python examples/shapes/recipe.py all --work build/shapes`.
 
-Every stage resumes where it stopped and is a function of settings.py alone.
+The result is build/shapes/bundle. An interrupted stage resumes; all numbers are in settings.py.
 """
 
 from __future__ import annotations
@@ -56,15 +56,15 @@ STAGES: dict[str, Callable[[Path, Settings, float | None], None]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("stage", nargs="+", choices=[*STAGES, "all"])
-    parser.add_argument("--work", type=Path, default=Path("build/shapes"), help="checkpoints, caches and logs")
-    parser.add_argument("--size", choices=SIZES, default="cpu", help="which of settings.SIZES")
-    parser.add_argument("--minutes", type=float, help="stop a training stage after so long; run it again to go on")
+    parser.add_argument("--work", type=Path, default=Path("build/shapes"), help="for checkpoints, caches and logs")
+    parser.add_argument("--size", choices=SIZES, default="cpu", help="one of settings.SIZES")
+    parser.add_argument("--minutes", type=float, help="stop a training stage after this time; run it again to continue")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
-    # "all" starts from nothing.
+    # "all" trains every part; "adopt" would copy parts of the embedded model.
     for name in [stage for stage in STAGES if stage != "adopt"] if "all" in args.stage else args.stage:
         logging.getLogger("ragturbo.recipe").info("stage %s", name)
         STAGES[name](args.work, SIZES[args.size], args.minutes)

@@ -1,4 +1,4 @@
-"""Every number of the recipe. Seeds are fixed: a stage is a function of these and of the stages before it."""
+"""All numbers of the recipe. With these seeds, the result of a stage depends only on them and the earlier stages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Settings:
     seed: int = 2026
-    # Scenes the teacher and student train on; each rare kind is glimpsed this often among them.
+    # Training scenes of teacher and student, and how many of them show each rare kind.
     scenes: int = 50_000
     rare_glimpses: int = 3
 
@@ -28,7 +28,7 @@ class Settings:
     text_batch: int = 128
     text_rate: float = 1.5e-3
 
-    # Text enters the middle block alone, and the middle block is where the depth is: h carries the meaning.
+    # The text enters only in the middle block, so that h carries all information about it.
     unet_channels: tuple[int, ...] = (48, 64, 96)
     unet_middle_layers: int = 4
     teacher_steps: int = 6_000
@@ -40,7 +40,7 @@ class Settings:
 
     pairs: int = 16_000
     pair_steps: int = 20
-    # True pictures of other captions: what D takes for real.
+    # Pictures of other captions, the discriminator's real samples.
     real: int = 8_000
     lpips_steps: int = 600
     student_steps: int = 2_000
@@ -57,7 +57,7 @@ class Settings:
     large_database_pairs: int = 20_480
 
 
-# The same recipe for what there is: an afternoon of two cores, a night of them, a GPU.
+# An afternoon on two CPU cores, a night on two CPU cores, a GPU.
 SIZES = {
     "short": Settings(
         vae_steps=1_600, decoder_steps=1_500, tiny_steps=800, text_steps=800, teacher_steps=4_000,

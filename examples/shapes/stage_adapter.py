@@ -1,6 +1,6 @@
-"""The last stage: an H-space adapter for the student, by `ragturbo train`, into the bundle.
+"""Train the H-space adapter with the library's trainer and add it to the bundle.
 
-Without the decoder's LoRA, which is active in every mode: so mode "none" is the student as it was distilled.
+There is no decoder LoRA: it would be active in every mode, and mode "none" should be the distilled student.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from ragturbo.train.stats import STATS
 
 
 def train_adapter(work: Path, s: Settings, minutes: float | None = None) -> None:
-    """work/adapter: the run; work/bundle/adapter.safetensors: its average, in fp16."""
+    """Train in work/adapter and write the averaged weights to work/bundle/adapter.safetensors, in fp16."""
     bundle = work / "bundle"
     parallel.start()
     for source in (PAIRS, REAL):
         make_neighbors(work / source, bundle / "database", model=str(bundle), k=1, device=str(DEVICE))
-    parallel.meet()
+    parallel.barrier()
     sources = f"[{{path: {work / PAIRS}, weight: 3}}, {{path: {work / REAL}, weight: 1}}]"
     changes = [
         f"model={bundle}", f"database={bundle / 'database'}", f"seed={s.seed}", f"data.sources={sources}",
@@ -42,12 +42,12 @@ def train_adapter(work: Path, s: Settings, minutes: float | None = None) -> None
     if parallel.RANK == 0:
         last = json.loads((work / "adapter" / STATS).read_text("utf-8").splitlines()[-1])
         (work / "adapter.jsonl").write_text(json.dumps({**last, "commit": head()}) + "\n")
-        add(folder, bundle, provenance(work, s))
+        add_to_bundle(folder, bundle, provenance(work, s))
 
 
-def add(folder: Path, bundle: Path, told: dict) -> None:
+def add_to_bundle(folder: Path, bundle: Path, provenance: dict) -> None:
     adapter = HSpaceAdapter.load(folder)
     adapter.to(torch.float16).save(bundle)
     info = BundleInfo.read(bundle)
     assert info is not None
-    replace(info, adapter_kind=adapter.kind, num_neighbors=1, provenance=told).write(bundle)
+    replace(info, adapter_kind=adapter.kind, num_neighbors=1, provenance=provenance).write(bundle)

@@ -1,7 +1,6 @@
-"""Instead of the first stages: the tokenizer, text encoder and autoencoders of the embedded model, with provenance, and
-its teacher as the next one's start.
+"""Copy tokenizer, text encoder and autoencoders of the embedded model, with their provenance, instead of training them.
 
-A better teacher and student can then be trained where time is short; the rest is good already.
+Its teacher becomes the initial weights of the next one. This saves the first stages if only the UNets are retrained.
 """
 
 from __future__ import annotations

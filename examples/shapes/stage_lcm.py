@@ -1,4 +1,4 @@
-"""The paper's other few-step row: a latent consistency model of the teacher, for four steps."""
+"""Distil the teacher into a latent consistency model for four steps."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from device import DEVICE, Table, autocast
 from diffusers import UNet2DConditionModel
 from loop import Average, Levels, rate, run, set_rate
 from networks import LATENT_SIDE
-from sampling import Texts, noise_levels
+from sampling import TextStates, noise_levels
 from settings import Settings
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 
 def distil_lcm(work: Path, s: Settings, minutes: float | None = None) -> None:
-    """Any point of the guided teacher's path must lead to the same picture as the point one solver step further."""
-    latents, tokens, texts = Table(work / "latents.npy"), Table(work / "tokens.npy", s.scenes), Texts(work)
-    told = Table(texts.told(work, tokens.rows))
+    """Train consistency: a point of the guided teacher's path maps to the same picture as the next one."""
+    latents, tokens, texts = Table(work / "latents.npy"), Table(work / "tokens.npy", s.scenes), TextStates(work)
+    text_states = Table(texts.write_all(work, tokens.rows))
     alpha, sigma = noise_levels()
     teacher = UNet2DConditionModel.from_pretrained(work / "teacher_unet").to(DEVICE).eval().requires_grad_(False)
     torch.manual_seed(s.seed + 8)
@@ -33,7 +33,7 @@ def distil_lcm(work: Path, s: Settings, minutes: float | None = None) -> None:
         return level.view(-1, 1, 1, 1)
 
     def consistent(unet: nn.Module, x: Tensor, t: Tensor, states: Tensor) -> Tensor:
-        """The picture a point leads to. Zero terminal SNR keeps x0 = αx - σv the identity at t = 0, to α² = 0.999."""
+        """Return x0 = αx - σv, which is nearly the identity at t = 0 (α² = 0.999)."""
         with autocast():
             v = unet(x, t, states).sample.float()
         return column(alpha[t]) * x - column(sigma[t]) * v
@@ -44,18 +44,19 @@ def distil_lcm(work: Path, s: Settings, minutes: float | None = None) -> None:
         noise = torch.randn((len(index), 4, LATENT_SIDE, LATENT_SIDE), generator=generator)
         t = torch.randint(1, s.sampling_steps + 1, (len(index),), generator=generator) * grid - 1
         index, noise, t = (parallel.part(drawn).to(DEVICE) for drawn in (index, noise, t))
-        x0, states = latents[index].float(), told[index].float()
+        x0, states = latents[index].float(), text_states[index].float()
         before = (t - grid).clamp_min(0)
         x = column(alpha[t]) * x0 + column(sigma[t]) * noise
         with torch.no_grad():
             with autocast():
                 both = torch.cat([texts.empty.expand(len(x), -1, -1), states])
-                free, led = teacher(torch.cat([x, x]), torch.cat([t, t]), both).sample.float().chunk(2)
-            v = free + s.guidance * (led - free)
+                out = teacher(torch.cat([x, x]), torch.cat([t, t]), both).sample
+            unconditional, conditional = out.float().chunk(2)
+            v = unconditional + s.guidance * (conditional - unconditional)
             clean, eps = column(alpha[t]) * x - column(sigma[t]) * v, column(sigma[t]) * x + column(alpha[t]) * v
             nearer = column(alpha[before]) * clean + column(sigma[before]) * eps
             target = consistent(slow.module, nearer, before, states)
-            # The path's last point is its own picture.
+            # The last point of the path is the picture itself.
             target = torch.where(column(before == 0), clean, target)
         errors = F.huber_loss(consistent(model, x, t, states), target, reduction="none", delta=0.1).mean((1, 2, 3))
         loss = (errors * levels.weights(t, errors)).mean()

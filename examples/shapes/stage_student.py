@@ -1,7 +1,7 @@
-"""Stages 4 and 5: the teacher's latents with the noise they came from, and the one-step student.
+"""Make the training data of the student and distil it, with the library's commands.
 
-Both are the library's own: `ragturbo data teacher`, `data encode` and `data lpips`, then `ragturbo train` in mode
-student with the configuration `shapes`. The student starts as the teacher.
+`ragturbo data teacher`, `data encode` and `data lpips`, then `ragturbo train` in mode student with the configuration
+`shapes`. The student starts with the teacher's weights.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ BASE, PAIRS, REAL, VGG = "base", "pairs", "real", "vgg.safetensors"
 
 
 def make_pairs(work: Path, s: Settings, minutes: float | None = None) -> None:
-    """work/pairs: teacher latents; work/real: true pictures, for D; work/vgg.safetensors: latent LPIPS."""
+    """Write work/pairs (teacher latents), work/real (encoded pictures) and work/vgg.safetensors (latent LPIPS)."""
     captions = json.loads((work / "captions.json").read_text())
     if parallel.RANK == 0:
         save_bundle(work, work / "teacher_unet", work / BASE)
-    parallel.meet()
+    parallel.barrier()
     model, device = str(work / BASE), str(DEVICE)
     batch = 512 if DEVICE.type == "cuda" else 64
     prompts = [captions[pair_caption(i, s)] for i in range(s.pairs)]
@@ -45,10 +45,10 @@ def make_pairs(work: Path, s: Settings, minutes: float | None = None) -> None:
     )  # fmt: skip
     pictures = list(_pictures(work, captions, s))
     make_encoded_data(pictures, work / REAL, model=model, min_size=1, batch=batch, store_text=True, device=device)
-    parallel.meet()
+    parallel.barrier()
     if parallel.RANK == 0 and not (work / VGG).exists():
-        told = train_vgg(work / PAIRS, work / VGG, width=8, steps=s.lpips_steps, seed=s.seed, device=device)
-        log.info("latent LPIPS: %s", told)
+        result = train_vgg(work / PAIRS, work / VGG, width=8, steps=s.lpips_steps, seed=s.seed, device=device)
+        log.info("latent LPIPS: %s", result)
 
 
 def _pictures(work: Path, captions: list[str], s: Settings) -> Iterator[tuple[str, Image.Image]]:
@@ -59,7 +59,7 @@ def _pictures(work: Path, captions: list[str], s: Settings) -> Iterator[tuple[st
 
 
 def pair_caption(i: int, s: Settings) -> int:
-    # A stride coprime to the number of scenes: the captions are all different, and spread over the set.
+    # The stride is coprime to the number of scenes: the captions are all different and spread over the set.
     return (i * 7_919) % s.scenes
 
 

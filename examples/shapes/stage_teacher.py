@@ -1,6 +1,6 @@
-"""Stage 3: the teacher, v-prediction diffusion on latents with the caption dropped now and then for guidance.
+"""Train the teacher: v-prediction diffusion on latents, with captions dropped at random for guidance.
 
-It goes on from `teacher_start/`, which `adopt` leaves there, or starts from nothing.
+It starts from the weights in `teacher_start/` if the stage `adopt` put them there, else from random weights.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from device import DEVICE, Table, autocast
 from diffusers import UNet2DConditionModel
 from loop import Average, Levels, rate, run, set_rate
 from networks import LATENT_SIDE, make_unet
-from sampling import Texts, noise_levels
+from sampling import TextStates, noise_levels
 from settings import Settings
 
 START = "teacher_start"
 
 
 def train_teacher(work: Path, s: Settings, minutes: float | None = None) -> None:
-    latents, tokens, texts = Table(work / "latents.npy"), Table(work / "tokens.npy", s.scenes), Texts(work)
+    latents, tokens, texts = Table(work / "latents.npy"), Table(work / "tokens.npy", s.scenes), TextStates(work)
     alpha, sigma = noise_levels()
-    told = Table(texts.told(work, tokens.rows))
+    text_states = Table(texts.write_all(work, tokens.rows))
     torch.manual_seed(s.seed + 4)
     start = work / START
     unet = UNet2DConditionModel.from_pretrained(start, torch_dtype=torch.float32) if start.exists() else make_unet(s)
@@ -36,12 +36,12 @@ def train_teacher(work: Path, s: Settings, minutes: float | None = None) -> None
         set_rate(optimizer, rate(step, s.teacher_steps, s.teacher_rate))
         index = torch.randint(len(tokens), (s.teacher_batch,), generator=generator)
         noise = torch.randn((len(index), 4, LATENT_SIDE, LATENT_SIDE), generator=generator)
-        # One timestep from each of B equal strata: less noise in the loss than B free draws.
+        # One timestep from each of B equal intervals, which reduces the variance of the loss.
         t = ((torch.arange(len(index)) + torch.rand(len(index), generator=generator)) * (1000 / len(index))).long()
         t = t[torch.randperm(len(t), generator=generator)]
         dropped = torch.rand(len(index), generator=generator) < s.text_dropout
         index, noise, t, dropped = (parallel.part(drawn).to(DEVICE) for drawn in (index, noise, t, dropped))
-        x0, states = latents[index].float(), told[index].float()
+        x0, states = latents[index].float(), text_states[index].float()
         a, b = alpha[t].view(-1, 1, 1, 1), sigma[t].view(-1, 1, 1, 1)
         states[dropped] = texts.empty
         with autocast():
@@ -54,7 +54,7 @@ def train_teacher(work: Path, s: Settings, minutes: float | None = None) -> None
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
         mean.update(unet, step)
-        # Of all levels, the highest quarter, and those where shapes are made.
+        # The mean over all levels, over the highest quarter, and over the middle levels, which form the shapes.
         late, middle = levels.seen[15:].mean().item(), levels.seen[2:10].mean().item()
         return {"v": levels.seen.mean().item(), "v_late": late, "v_middle": middle}
 

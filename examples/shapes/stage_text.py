@@ -1,9 +1,9 @@
-"""Stage 1: the text encoder, CLIP's way, so that distances between keys mean something.
+"""Train the text encoder with contrastive losses on the end-of-text state, as CLIP's.
 
-Three contrastive terms on the end-of-text state: caption against image, among scenes at random and among scenes of the
-same kinds, half of them with the opposite relation and else the same; and caption against a second caption that
-names the same kinds and shares nothing else, which is what retrieval is asked for. Without the second the encoder
-forgets relations (left and right then differ by 3 % of a state's norm), and no teacher learns what its text leaves out.
+1. Caption against image, among random scenes.
+2. Caption against image, among scenes of the same kinds, some of which differ only in their relation. Without this term
+   the states of "left of" and "right of" differ by 3 % of their norm, and no teacher can learn the difference.
+3. Caption against another caption that names the same kinds, for retrieval.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from ragturbo.evaluate.drawing import render_array
+from ragturbo.evaluate.rendering import render
 from ragturbo.evaluate.world import OPPOSITE, RARE, Scene, all_kind_sets, arrange, phrase, sample_scene, vocabulary
 
-# How many scenes of one set of kinds are drawn.
+# Number of scenes for each set of kinds.
 MEMBERS = 12
 
 
@@ -50,7 +50,7 @@ def train_text(work: Path, s: Settings, minutes: float | None = None) -> None:
         index = torch.randint(len(tokens), (s.text_batch,), generator=generator)
         group = torch.randint(len(family.ids), (s.text_batch,), generator=generator)
         one, two = torch.rand((s.text_batch, MEMBERS), generator=generator).argsort(-1)[:, :2].T
-        # Near misses: two couples each of a quarter as many families.
+        # Near misses: two couples from each of a quarter of the families.
         near = group[: s.text_batch // 4].repeat_interleave(4)
         couple = torch.rand((s.text_batch // 4, MEMBERS // 2), generator=generator).argsort(-1)[:, :2, None]
         member = (2 * couple + torch.arange(2)).flatten()
@@ -60,14 +60,15 @@ def train_text(work: Path, s: Settings, minutes: float | None = None) -> None:
             pictures = torch.cat([to_float(images[index]), to_float(family.images[near, member])])
             seen, near_seen = image(pictures).float().chunk(2)
         temperature = scale.exp().clamp(max=100)
-        matched = contrast(keys, seen, temperature)
-        told = contrast(near_keys, near_seen, temperature, family.meanings[near, member])
-        same = contrast(left, right, temperature, group.to(DEVICE))
+        random_loss = contrast(keys, seen, temperature)
+        near_loss = contrast(near_keys, near_seen, temperature, family.meanings[near, member])
+        same_loss = contrast(left, right, temperature, group.to(DEVICE))
         optimizer.zero_grad(set_to_none=True)
-        (matched + told + same).backward()
+        (random_loss + near_loss + same_loss).backward()
         torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
         optimizer.step()
-        return {"matched": matched.item(), "near": told.item(), "same": same.item(), "scale": temperature.item()}
+        losses = {"matched": random_loss.item(), "near": near_loss.item(), "same": same_loss.item()}
+        return {**losses, "scale": temperature.item()}
 
     state = {"both": both, "optimizer": optimizer}
     run("text", work, update, state, steps=s.text_steps, seed=s.seed + 3, minutes=minutes)
@@ -76,7 +77,7 @@ def train_text(work: Path, s: Settings, minutes: float | None = None) -> None:
 
 
 def contrast(a: Tensor, b: Tensor, scale: Tensor, group: Tensor | None = None) -> Tensor:
-    """InfoNCE both ways; rows of one group are not each other's negatives."""
+    """Symmetric InfoNCE; rows of the same group are not used as negatives of each other."""
     logits = scale * F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T
     if group is not None:
         twin = (group[:, None] == group[None, :]) & ~torch.eye(len(group), dtype=torch.bool, device=group.device)
@@ -86,14 +87,14 @@ def contrast(a: Tensor, b: Tensor, scale: Tensor, group: Tensor | None = None) -
 
 
 class _Family(NamedTuple):
-    """Scenes in rows, those of a row naming the same kinds, none of them rare."""
+    """Scenes without rare kinds; all scenes of a row name the same kinds."""
 
     ids: Tensor
     """(families, MEMBERS, L)"""
     images: Tensor
     """(families, MEMBERS, 64, 64, 3) uint8"""
     meanings: Tensor
-    """(families, MEMBERS): equal where two captions ask for the same picture."""
+    """(families, MEMBERS); equal numbers for captions with the same meaning."""
 
 
 def _families(tokenizer: CLIPTokenizer, s: Settings) -> _Family:
@@ -102,14 +103,14 @@ def _families(tokenizer: CLIPTokenizer, s: Settings) -> _Family:
     scenes = [scene for kinds in sets for _ in range(MEMBERS // 2) for scene in _couple(kinds, seeds)]
     number: dict[str, int] = {}
     meanings = [number.setdefault(scene.meaning.canonical, len(number)) for scene in scenes]
-    images = torch.from_numpy(np.stack([render_array(scene) for scene in scenes]))
+    images = torch.from_numpy(np.stack([render(scene) for scene in scenes]))
     ids = tokenize(tokenizer, [scene.caption for scene in scenes])
     tables = (ids, images, torch.tensor(meanings))
     return _Family(*(table.unflatten(0, (len(sets), MEMBERS)).to(DEVICE) for table in tables))
 
 
 def _couple(kinds: tuple[tuple[str, str], ...], seeds: Iterator[int]) -> tuple[Scene, Scene]:
-    """Two scenes of the same kinds; where the first has a relation, the second is the same but for its opposite."""
+    """Return two scenes of the same kinds; if the first has a relation, the second differs only in that relation."""
     scene = sample_scene(next(seeds), "train", kinds=kinds)
     meaning = replace(scene.meaning, relation=OPPOSITE.get(scene.meaning.relation or ""))
     if meaning.relation is None or meaning.split != "train":
@@ -120,7 +121,7 @@ def _couple(kinds: tuple[tuple[str, str], ...], seeds: Iterator[int]) -> tuple[S
 
 @torch.no_grad()
 def _forget_pieces(text: CLIPTextModel, tokenizer: CLIPTokenizer) -> None:
-    """Parts of words never occurred in training: a word made of them reads as the unknown token."""
+    """Replace the embeddings of word pieces, which never occur in training, by that of the unknown token."""
     known = {tokenizer(word)["input_ids"][1] for word in vocabulary()} | set(range(3))
     table = text.get_input_embeddings().weight
     for row in set(range(len(table))) - known:

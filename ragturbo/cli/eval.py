@@ -1,19 +1,23 @@
-"""`ragturbo eval`: tables, plots and a contact sheet for a list of systems on a suite of prompts."""
+"""`ragturbo eval`: compare systems on a suite of prompts."""
 
 from __future__ import annotations
 
 import shlex
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ragturbo.cli import options
+
 if TYPE_CHECKING:
+    from ragturbo.evaluate.scores import Metric
     from ragturbo.evaluate.suites import Suite
 
-# Minutes on two cores; `--limit 1000` is the whole suite.
+# A few minutes on two cores; the whole suite has 1,000 prompts.
 SHAPES_LIMIT = 300
 
 
@@ -22,23 +26,21 @@ def evaluate(
     systems: Annotated[
         str | None,
         typer.Option(
-            help="Comma-separated kind[:folder][@key=value[+key=value]]; the first is the baseline. Default: what the "
-            "model can do of student, slerp, adapter and teacher."
+            help="Comma-separated kind[:folder][@key=value[+key=value]]; the first is the baseline. Default: those of "
+            "student, slerp, adapter and teacher that the model has the parts for."
         ),
     ] = None,
     out: Annotated[
-        Path, typer.Option(help="Where images, scores and the report go; a killed run goes on there.")
+        Path, typer.Option(help="Folder for images, scores and report; an interrupted run continues there.")
     ] = Path("evaluation"),
-    limit: Annotated[
-        int | None, typer.Option(help="Only the first prompts; the title says so. Default on shapes: 300.")
-    ] = None,
-    count: Annotated[int, typer.Option(help="Captions of the shapes suite.")] = 1000,
-    model: Annotated[str, typer.Option(help="The bundle our own systems run on.")] = "shapes",
-    database: Annotated[str | None, typer.Option()] = None,
-    adapter: Annotated[str | None, typer.Option()] = None,
-    device: Annotated[str | None, typer.Option()] = None,
-    dtype: Annotated[str | None, typer.Option()] = None,
-    batch: Annotated[int, typer.Option(help="Images drawn together.")] = 8,
+    limit: Annotated[int | None, typer.Option(help="Use only the first prompts. Default on shapes: 300.")] = None,
+    count: Annotated[int, typer.Option(help="shapes: number of captions.")] = 1000,
+    model: options.Model = "shapes",
+    database: options.Database = None,
+    adapter: options.Adapter = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    batch: Annotated[int, typer.Option(help="Prompts per batch.")] = 8,
     captions: Annotated[Path | None, typer.Option(help="coco: captions_val2017.json.")] = None,
     references: Annotated[
         Path | None, typer.Option(help="coco: a folder of real images or saved statistics (.npz), for FID.")
@@ -48,50 +50,60 @@ def evaluate(
         Path | None, typer.Option(help="text: a file, one prompt a line; tifa: tifa_v1.0_text_inputs.json.")
     ] = None,
     classes: Annotated[Path | None, typer.Option(help="classes: a folder of folders of real images.")] = None,
-    clip_model: Annotated[str, typer.Option(help="open_clip's name of the model for the CLIP score.")] = "ViT-bigG-14",
-    clip_weights: Annotated[str | None, typer.Option(help="Its .safetensors file or tag.")] = None,
-    fid_weights: Annotated[str | None, typer.Option(help="torch-fidelity's Inception weights.")] = None,
-    aesthetic_weights: Annotated[Path | None, typer.Option(help="LAION's head, as safetensors.")] = None,
-    aesthetic_clip: Annotated[str | None, typer.Option(help="Weights of the ViT-L/14 below the head.")] = None,
+    clip_model: Annotated[str, typer.Option(help="open_clip model of the CLIP score.")] = "ViT-bigG-14",
+    clip_weights: Annotated[str | None, typer.Option(help="Its .safetensors file or open_clip tag.")] = None,
+    fid_weights: Annotated[str | None, typer.Option(help="Inception weights of torch-fidelity.")] = None,
+    aesthetic_weights: Annotated[Path | None, typer.Option(help="LAION's aesthetic head as .safetensors.")] = None,
+    aesthetic_clip: Annotated[str | None, typer.Option(help="Weights of the head's CLIP ViT-L/14.")] = None,
     vqa: Annotated[str | None, typer.Option(help="tifa: folder or id of a visual question answering model.")] = None,
     encoders: Annotated[
-        str | None, typer.Option(help="classes: name=folder[,name=folder] of CLIP, SigLIP, DINOv2 …")
+        str | None, typer.Option(help="classes: name=folder[,name=folder] of CLIP, SigLIP or DINOv2 models.")
     ] = None,
-    download: Annotated[bool, typer.Option("--download", help="Models may be fetched from the hub.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print report.json.")] = False,
+    download: Annotated[bool, typer.Option("--download", help="Allow downloads from the hub.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print report.json instead of report.md.")] = False,
 ) -> None:
-    """Compare systems: draw every prompt, score, and write DIR/report.md, report.json and sheet.html."""
+    """Compare systems: draw every prompt, score the images, and write report.md, report.json and sheet.html."""
     from ragturbo.cli.terminal import quiet_libraries
     from ragturbo.engine.build import choose_device
     from ragturbo.evaluate import suites
-    from ragturbo.evaluate.evaluation import Evaluation, reference
-    from ragturbo.evaluate.systems import Loading, parse_spec
+    from ragturbo.evaluate.evaluation import Evaluation, load_fid
+    from ragturbo.evaluate.systems import LoadOptions, parse_system
 
     quiet_libraries()
-    whole = _suite(suites, suite, count, captions, references, questions, prompts, classes)
-    asked = whole.head(SHAPES_LIMIT if limit is None and suite == "shapes" else limit)
-    specs = [
-        parse_spec(text) for text in (systems or default_systems(model, database, adapter, suite, download)).split(",")
-    ]
+    if suite == "shapes":
+        chosen = suites.shapes(count).head(SHAPES_LIMIT if limit is None else limit)
+    elif suite == "coco":
+        chosen = suites.coco(_required(captions, "--captions", suite), references).head(limit)
+    elif suite == "tifa":
+        texts = _required(prompts, "--prompts", suite)
+        chosen = suites.tifa(texts, _required(questions, "--questions", suite)).head(limit)
+    elif suite == "classes":
+        chosen = suites.classes(_required(classes, "--classes", suite)).head(limit)
+    elif suite == "text":
+        chosen = suites.text(_required(prompts, "--prompts", suite)).head(limit)
+    else:
+        raise typer.BadParameter(f"{suite!r} is not one of shapes, coco, tifa, classes, text", param_hint="--suite")
+    names = systems or default_systems(model, database, adapter, suite, download)
+    parsed = [parse_system(text) for text in names.split(",")]
     where = choose_device(device, dtype)[0]
-    loading = Loading(model, _off(database), _off(adapter), device, dtype, local_files_only=not download)
-    metrics = _metrics(
-        asked, where, clip_model, clip_weights, aesthetic_weights, aesthetic_clip, vqa, encoders, download
+    # Metrics load before the first image is drawn, so that a missing file is reported immediately.
+    metrics = _load_metrics(
+        chosen, where, clip_model, clip_weights, aesthetic_weights, aesthetic_clip, vqa, encoders, not download
     )
     evaluation = Evaluation(
-        asked,
-        specs,
-        loading,
+        chosen,
+        parsed,
+        LoadOptions(model, options.path_or_off(database), options.path_or_off(adapter), device, dtype, not download),
         out,
         metrics,
-        fid=reference(references, fid_weights, where) if references and "fid" in asked.metrics else None,
+        fid=partial(load_fid, references, fid_weights, where) if references and "fid" in chosen.metrics else None,
         batch=batch,
         command=shlex.join(["ragturbo", *sys.argv[1:]]),
-        progress=Watch() if sys.stderr.isatty() else None,
+        progress=ProgressLine() if sys.stderr.isatty() else None,
     )
     rows = evaluation.run()
     if not rows:
-        typer.echo("this process has done its share; the last one writes the report", err=True)
+        typer.echo("this process is done; the last one writes the report", err=True)
     elif as_json:
         typer.echo((out / "report.json").read_text("utf-8"))
     else:
@@ -100,7 +112,7 @@ def evaluate(
 
 
 def default_systems(model: str, database: str | None, adapter: str | None, suite: str, download: bool) -> str:
-    """What this model can do: injection needs a database, the adapter both, and a teacher is not always shipped."""
+    """Return the systems that the model has the parts for (database, adapter, teacher)."""
     from ragturbo.model import adapter as adapter_file
     from ragturbo.model.bundle import DATABASE, TEACHER
     from ragturbo.model.source import resolve
@@ -116,40 +128,13 @@ def default_systems(model: str, database: str | None, adapter: str | None, suite
     return ",".join(chosen)
 
 
-def _off(value: str | None) -> str | bool | None:
-    return False if value == "off" else value
-
-
-def _given(value: Path | None, option: str, suite: str) -> Path:
+def _required(value: Path | None, option: str, suite: str) -> Path:
     if value is None:
-        raise typer.BadParameter(f"the suite {suite!r} needs it", param_hint=option)
+        raise typer.BadParameter(f"required by --suite {suite}", param_hint=option)
     return value
 
 
-def _suite(
-    suites: Any,
-    name: str,
-    count: int,
-    captions: Path | None,
-    references: Path | None,
-    questions: Path | None,
-    prompts: Path | None,
-    classes: Path | None,
-) -> Suite:
-    if name == "shapes":
-        return suites.shapes(count)
-    if name == "coco":
-        return suites.coco(_given(captions, "--captions", name), references)
-    if name == "tifa":
-        return suites.tifa(_given(prompts, "--prompts", name), _given(questions, "--questions", name))
-    if name == "classes":
-        return suites.classes(_given(classes, "--classes", name))
-    if name == "text":
-        return suites.text(_given(prompts, "--prompts", name))
-    raise typer.BadParameter(f"{name!r} is not one of shapes, coco, tifa, classes, text", param_hint="--suite")
-
-
-def _metrics(
+def _load_metrics(
     suite: Suite,
     device: Any,
     clip_model: str,
@@ -158,35 +143,32 @@ def _metrics(
     aesthetic_clip: str | None,
     vqa: str | None,
     encoders: str | None,
-    download: bool,
-) -> list[Any]:
-    """The suite's metrics, loaded before the first image is drawn: a missing file is said at once."""
-    from ragturbo.evaluate.aesthetics import Aesthetic
-    from ragturbo.evaluate.clipscore import ClipScore
-    from ragturbo.evaluate.scores import Faithfulness
-    from ragturbo.evaluate.similarity import ClassSimilarity
+    local_files_only: bool,
+) -> list[Metric]:
+    from ragturbo.evaluate.faithfulness import Faithfulness
+    from ragturbo.evaluate.feature_metrics import Aesthetic, ClassSimilarity, ClipScore
     from ragturbo.evaluate.tifa import HuggingFaceVQA, Tifa
 
-    made: list[Any] = []
+    metrics: list[Metric] = []
     for name in suite.metrics:
         if name == "faithfulness":
-            made.append(Faithfulness())
+            metrics.append(Faithfulness())
         elif name == "clip":
-            made.append(ClipScore.load(clip_model, clip_weights, device))
+            metrics.append(ClipScore.load(clip_model, clip_weights, device))
         elif name == "aesthetic":
-            made.append(Aesthetic.load(aesthetic_weights, aesthetic_clip, device))
+            metrics.append(Aesthetic.load(aesthetic_weights, aesthetic_clip, device))
         elif name == "tifa":
-            folder = _given(Path(vqa) if vqa else None, "--vqa", suite.name)
-            made.append(Tifa(HuggingFaceVQA.load(str(folder), device, local_files_only=not download)))
+            folder = _required(Path(vqa) if vqa else None, "--vqa", suite.name)
+            metrics.append(Tifa(HuggingFaceVQA(str(folder), device, local_files_only=local_files_only)))
         elif name == "class-similarity":
-            for item in (encoders or "").split(",") if encoders else []:
+            for item in encoders.split(",") if encoders else []:
                 label, _, folder_or_id = item.partition("=")
-                made.append(ClassSimilarity.load(label, folder_or_id, device=device, local_files_only=not download))
-    return made
+                metrics.append(ClassSimilarity(label, folder_or_id, device=device, local_files_only=local_files_only))
+    return metrics
 
 
-class Watch:
-    """One line that says what is done and how long the rest takes."""
+class ProgressLine:
+    """Prints one line with the work done and the estimated time left."""
 
     def __init__(self) -> None:
         self._what, self._since, self._from = "", 0.0, 0
@@ -197,6 +179,5 @@ class Watch:
             self._what, self._since, self._from = what, now, done
         rate = (done - self._from) / max(now - self._since, 1e-9)
         left = f", {(total - done) / rate:.0f} s left" if rate > 0 else ""
-        print(
-            f"\r\033[K{what}: {done} of {total}{left}", end="\n" if done == total else "", file=sys.stderr, flush=True
-        )
+        end = "\n" if done == total else ""
+        print(f"\r\033[K{what}: {done} of {total}{left}", end=end, file=sys.stderr, flush=True)

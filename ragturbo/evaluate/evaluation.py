@@ -1,120 +1,93 @@
-"""One evaluation from prompts to report: draw, score, compare."""
+"""A whole evaluation: draw the images, score them, write the report."""
 
 from __future__ import annotations
 
 import json
-import platform
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ragturbo.errors import InvalidRequest
+from ragturbo.evaluate.contact_sheet import write_sheet
+from ragturbo.evaluate.faithfulness import Faithfulness
 from ragturbo.evaluate.fid import Fid, folder_images
-from ragturbo.evaluate.report import write_report
-from ragturbo.evaluate.run import Place, Progress, draw, image_path, read_images, settle
-from ragturbo.evaluate.scores import Faithfulness, Metric, read_scores, score_all
-from ragturbo.evaluate.sheet import write_sheet
+from ragturbo.evaluate.images import Progress, check_folder, draw_images, image_path, rank_and_world_size, read_images
+from ragturbo.evaluate.report_files import write_report
+from ragturbo.evaluate.scores import Metric, read_scores, score_images
 from ragturbo.evaluate.suites import Suite
-from ragturbo.evaluate.systems import Loading, Spec
+from ragturbo.evaluate.systems import LoadOptions, SystemSpec
 from ragturbo.evaluate.table import Row, make_row
 
 
 @dataclass
 class Evaluation:
+    """Settings of an evaluation.
+
+    systems: the first is the baseline; fid: creates the FID with its reference set, once all images are drawn;
+    batch: images per call of a system; command: the command line, for the report.
+    """
+
     suite: Suite
-    specs: Sequence[Spec]
-    loading: Loading
+    systems: Sequence[SystemSpec]
+    load: LoadOptions
     out: Path
     metrics: Sequence[Metric]
     fid: Callable[[], Fid] | None = None
-    """Makes the FID with its reference set; only called when the images are there."""
     batch: int = 8
     command: str = ""
     progress: Progress | None = None
 
     def run(self) -> list[Row]:
-        """All of it. Under torchrun each process takes its share, and the last to finish writes the report."""
-        if len({spec.slug for spec in self.specs}) != len(self.specs):
+        """Draw, score and report what is missing; returns [] if other processes of torchrun are not done yet."""
+        if len({spec.slug for spec in self.systems}) != len(self.systems):
             raise InvalidRequest("two systems have the same name")
-        settle(self.out, self.suite, self.loading)
+        check_folder(self.out, self.suite, self.load)
         exact = next((metric for metric in self.metrics if isinstance(metric, Faithfulness)), None)
-        scorer = None if exact is None else lambda prompt, image: exact.one(prompt, image).value
-        for spec in self.specs:
-            draw(self.suite, spec, self.loading, self.out, batch=self.batch, scorer=scorer, progress=self.progress)
+        scorer = None if exact is None else lambda prompt, image: exact.score_image(prompt, image).value
+        for spec in self.systems:
+            draw_images(self.suite, spec, self.load, self.out, batch=self.batch, scorer=scorer, progress=self.progress)
             for metric in self.metrics:
-                score_all(metric, self.suite, spec, self.out, progress=self.progress)
-        if not self._whole():
-            # Other processes are still at it: the one that finds everything there writes the report.
-            return []
-        return self.report()
+                score_images(metric, self.suite, spec, self.out, progress=self.progress)
+        return self.report() if self._is_complete() else []
 
-    def _whole(self) -> bool:
-        if Place.here().world == 1:
+    def _is_complete(self) -> bool:
+        if rank_and_world_size()[1] == 1:
             return True
-        return all(
-            image_path(self.out, spec, prompt).exists() for spec in self.specs for prompt in self.suite.prompts
-        ) and all(
-            len(read_scores(self.out, metric.name, spec)) >= len(self.suite.prompts)
-            for spec in self.specs
+        prompts = self.suite.prompts
+        return all(image_path(self.out, spec, prompt).exists() for spec in self.systems for prompt in prompts) and all(
+            len(read_scores(self.out, metric.name, spec)) >= len(prompts)
+            for spec in self.systems
             for metric in self.metrics
         )
 
     def report(self) -> list[Row]:
-        scores = {
-            spec.text: {metric.name: read_scores(self.out, metric.name, spec) for metric in self.metrics}
-            for spec in self.specs
-        }
+        """Write the report of a complete run."""
         about = {metric.name: metric.about for metric in self.metrics}
-        numbers: dict[str, dict[str, float]] = {spec.text: {} for spec in self.specs}
-        if self.fid is not None:
-            fid = self.fid()
+        fid = self.fid() if self.fid is not None else None
+        if fid is not None:
             about["fid"] = fid.about
-            for spec in self.specs:
-                numbers[spec.text]["fid"] = fid.of(image for _, image in read_images(self.suite, spec, self.out))
-        rows, baseline = [], scores[self.specs[0].text]
-        for spec in self.specs:
+        rows: list[Row] = []
+        baseline = None
+        for spec in self.systems:
+            scores = {metric.name: read_scores(self.out, metric.name, spec) for metric in self.metrics}
+            numbers = {}
+            if fid is not None:
+                numbers["fid"] = fid.compute(read_images(self.suite.prompts, spec, self.out))
             facts = json.loads((self.out / "images" / spec.slug / "system.json").read_text("utf-8"))
-            first = spec is self.specs[0]
-            rows.append(
-                make_row(
-                    spec.text,
-                    facts["title"],
-                    facts["steps"],
-                    self.suite.prompts,
-                    scores[spec.text],
-                    None if first else baseline,
-                    numbers[spec.text],
-                )  # fmt: skip
-            )
-        write_report(self.out, self.suite, rows, about, self.command, machine())
-        write_sheet(self.out, self.suite, self.specs, [row.title for row in rows])
+            prompts = self.suite.prompts
+            rows.append(make_row(spec.text, facts["title"], facts["steps"], prompts, scores, baseline, numbers))
+            baseline = baseline or scores
+        write_report(self.out, self.suite, rows, about, self.command)
+        write_sheet(self.out, self.suite, self.systems, [row.title for row in rows])
         return rows
 
 
-def machine() -> dict[str, Any]:
-    import diffusers
-    import torch
-
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return {
-        "device": device,
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def reference(folder_or_statistics: Path, weights: str | None, device: Any) -> Callable[[], Fid]:
-    """A folder of real images, or the .npz that `--save-statistics` wrote."""
-
-    def make() -> Fid:
-        fid = Fid(weights, device=device)
-        if folder_or_statistics.suffix == ".npz":
-            fid.load(folder_or_statistics)
-        else:
-            fid.real(folder_images(folder_or_statistics))
-        return fid
-
-    return make
+def load_fid(references: Path, weights: str | None, device: Any) -> Fid:
+    """Load the FID with a reference set: a folder of real images, or statistics written by `Fid.save` (.npz)."""
+    fid = Fid(weights, device=device)
+    if references.suffix == ".npz":
+        fid.load(references)
+    else:
+        fid.add_real(folder_images(references))
+    return fid

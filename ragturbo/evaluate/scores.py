@@ -1,8 +1,4 @@
-"""Scores of single images, kept as they come: DIR/scores/<metric>/<system>.jsonl, one line an image.
-
-A metric looks at a picture and its prompt and gives a value; questions answered, by category, go into `detail`. A run
-that was killed goes on with the images that have no line yet.
-"""
+"""Scores of single images, one line each in DIR/scores/<metric>/<system>-<rank>.jsonl; existing scores are kept."""
 
 from __future__ import annotations
 
@@ -10,95 +6,68 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from PIL import Image
 
-from ragturbo.evaluate.run import Place, Progress, image_path, json_lines
+from ragturbo.evaluate.images import Progress, json_lines, rank_and_world_size, read_images
 from ragturbo.evaluate.suites import Prompt, Suite
-from ragturbo.evaluate.systems import Spec
+from ragturbo.evaluate.systems import SystemSpec
+
+CategoryCounts = dict[str, tuple[int, int]]
+"""By category of question: (right answers, questions)."""
 
 
 @dataclass(frozen=True)
-class Scored:
+class ImageScore:
     id: str
     value: float
-    detail: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """By category: questions answered rightly, questions asked."""
+    detail: CategoryCounts = field(default_factory=dict)
 
 
 class Metric(Protocol):
-    """`name` as the table shows it; higher is better."""
+    """Scores images against their prompts; higher is better."""
 
     name: str
     about: str
-    """Which weights and library made the number."""
+    """Library and weights, for the report."""
 
-    def score(self, prompts: Sequence[Prompt], images: Sequence[Image.Image]) -> list[Scored]: ...
+    def score(self, prompts: Sequence[Prompt], images: Sequence[Image.Image]) -> list[ImageScore]: ...
 
 
-def score_all(
-    metric: Metric,
-    suite: Suite,
-    spec: Spec,
-    out: Path,
-    *,
-    batch: int = 16,
-    progress: Progress | None = None,
-    place: Place | None = None,
+def score_images(
+    metric: Metric, suite: Suite, spec: SystemSpec, out: Path, *, batch: int = 16, progress: Progress | None = None
 ) -> None:
-    place = place or Place.here()
+    """Score every image of a system that has no score yet; under torchrun, every world-size-th image."""
+    rank, world = rank_and_world_size()
     folder = out / "scores" / metric.name
     folder.mkdir(parents=True, exist_ok=True)
-    there = read_scores(out, metric.name, spec)
-    mine = place.mine(suite.prompts)
-    missing = [prompt for prompt in mine if prompt.id not in there]
-    path = folder / f"{spec.slug}-{place.rank}.jsonl"
+    scored = read_scores(out, metric.name, spec)
+    mine = suite.prompts[rank::world]
+    missing = [prompt for prompt in mine if prompt.id not in scored]
+    path = folder / f"{spec.slug}-{rank}.jsonl"
     for start in range(0, len(missing), batch):
         part = missing[start : start + batch]
-        images = []
-        for prompt in part:
-            with Image.open(image_path(out, spec, prompt)) as image:
-                images.append(image.convert("RGB"))
-        rows = metric.score(part, images)
+        rows = metric.score(part, list(read_images(part, spec, out)))
         with open(path, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
         if progress is not None:
             progress(f"{metric.name} of {spec.text}", len(mine) - len(missing) + start + len(part), len(mine))
 
 
-def read_scores(out: Path, metric: str, spec: Spec) -> dict[str, Scored]:
-    """By prompt id."""
-    found: dict[str, Scored] = {}
+def read_scores(out: Path, metric: str, spec: SystemSpec) -> dict[str, ImageScore]:
+    """Return the scores of a system by prompt id."""
+    found: dict[str, ImageScore] = {}
     for path in sorted((out / "scores" / metric).glob(f"{spec.slug}-*.jsonl")):
-        # Another system's name may begin with this one's.
+        # The glob also matches systems whose name starts with this one's.
         if not path.stem.removeprefix(f"{spec.slug}-").isdigit():
             continue
         for row in json_lines(path):
-            detail = {name: (int(right), int(asked)) for name, (right, asked) in row["detail"].items()}
-            found[row["id"]] = Scored(row["id"], row["value"], detail)
+            row["detail"] = {name: (right, asked) for name, (right, asked) in row["detail"].items()}
+            found[row["id"]] = ImageScore(**row)
     return found
 
 
-class Faithfulness:
-    """The shapes world's own exact check."""
-
-    name = "faithfulness"
-    about = "exact, by segmentation and shape matching; no learned model"
-
-    def score(self, prompts: Sequence[Prompt], images: Sequence[Image.Image]) -> list[Scored]:
-        return [self.one(prompt, image) for prompt, image in zip(prompts, images, strict=True)]
-
-    def one(self, prompt: Prompt, image: Any) -> Scored:
-        from ragturbo.evaluate.faithfulness import answers
-
-        counts: dict[str, tuple[int, int]] = {}
-        for question, answer in answers(prompt.text, image):
-            right, asked = counts.get(question.category, (0, 0))
-            counts[question.category] = (right + (answer == question.expected), asked + 1)
-        return Scored(prompt.id, share(counts), counts)
-
-
-def share(counts: dict[str, tuple[int, int]]) -> float:
-    """TIFA's score of one image: right answers of all."""
+def right_share(counts: CategoryCounts) -> float:
+    """Return the share of right answers: TIFA's score of an image."""
     return sum(right for right, _ in counts.values()) / max(1, sum(asked for _, asked in counts.values()))

@@ -1,11 +1,10 @@
-"""What is asked: a list of prompts, each with an id that is its own for ever, and how answers to them are scored."""
+"""The prompts of an evaluation. Every prompt has a permanent id, which determines its seed."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,12 @@ class Prompt:
     id: str
     text: str
     group: str = ""
-    """What the table reports apart: common and rare on shapes."""
+    """Reported separately: "common" and "rare" on the shapes suite."""
     meta: dict[str, Any] = field(default_factory=dict)
+    """What a metric needs: TIFA's questions, the folder of a class."""
 
     @property
     def seed(self) -> int:
-        """Fixed by the prompt's id: a shortened run draws the same images."""
         return int.from_bytes(hashlib.blake2b(self.id.encode(), digest_size=4).digest(), "big")
 
 
@@ -35,9 +34,7 @@ class Suite:
     prompts: list[Prompt]
     metrics: tuple[str, ...]
     total: int
-    """How many prompts the whole suite has."""
-    references: Path | None = None
-    """A folder of real images, for FID."""
+    """Number of prompts of the whole suite."""
 
     @property
     def title(self) -> str:
@@ -46,57 +43,47 @@ class Suite:
         return f"{self.name}, {len(self.prompts)} prompts"
 
     def head(self, limit: int | None) -> Suite:
-        if limit is None or limit >= len(self.prompts):
-            return self
-        if limit < 1:
+        """Return the suite with its first `limit` prompts."""
+        if limit is not None and limit < 1:
             raise InvalidRequest(f"--limit {limit} leaves no prompt")
-        return Suite(self.name, self.prompts[:limit], self.metrics, self.total, self.references)
+        return replace(self, prompts=self.prompts[:limit])
 
 
 def shapes(count: int = 1000, seed: int = 20_260) -> Suite:
-    """Unseen captions of the shapes world, the rare kinds in every other one."""
+    """Unseen captions of the shapes world; every other one names a rare kind."""
     from ragturbo.evaluate.world import sample_scenes
 
     common = sample_scenes((count + 1) // 2, seed, "eval", rare=False)
     rare = sample_scenes(count // 2, seed, "eval", rare=True)
     prompts = []
-    for i, (group, scene) in enumerate(_interleave(common, rare)):
+    for i in range(count):
+        group, scene = ("rare", rare[i // 2]) if i % 2 else ("common", common[i // 2])
         prompts.append(Prompt(f"{seed}-{i:05d}", scene.caption, group))
     return Suite("shapes", prompts, ("faithfulness",), count)
 
 
-def _interleave(common: Sequence[Any], rare: Sequence[Any]) -> Iterator[tuple[str, Any]]:
-    for i in range(len(common)):
-        yield "common", common[i]
-        if i < len(rare):
-            yield "rare", rare[i]
-
-
 def coco(captions: Path, images: Path | None = None) -> Suite:
-    """captions_val2017.json: the first caption of each image, images in the order of their ids."""
-    data = _json(captions, "COCO captions (annotations/captions_val2017.json of annotations_trainval2017.zip)")
-    first: dict[int, dict[str, Any]] = {}
+    """The first caption of each image in captions_val2017.json, ordered by image id; with `images` also FID."""
+    data = _read_json(captions, "COCO captions (annotations/captions_val2017.json of annotations_trainval2017.zip)")
+    first: dict[int, str] = {}
     try:
         for note in sorted(data["annotations"], key=lambda n: n["id"]):
-            first.setdefault(note["image_id"], note)
+            first.setdefault(note["image_id"], note["caption"])
     except (KeyError, TypeError) as error:
-        raise InvalidRequest(f"{captions} is no COCO captions file: {error!r}") from error
-    prompts = [
-        Prompt(f"{image:012d}", " ".join(note["caption"].split()), meta={"annotation_id": note["id"]})
-        for image, note in sorted(first.items())
-    ]
-    return Suite("coco", prompts, ("fid", "clip") if images else ("clip",), len(prompts), images)
+        raise InvalidRequest(f"{captions} is not a COCO captions file: {error!r}") from error
+    prompts = [Prompt(f"{image:012d}", " ".join(caption.split())) for image, caption in sorted(first.items())]
+    return Suite("coco", prompts, ("fid", "clip") if images else ("clip",), len(prompts))
 
 
 def tifa(texts: Path, questions: Path) -> Suite:
-    """tifa_v1.0_text_inputs.json and tifa_v1.0_question_answers.json, as published."""
-    rows = _json(texts, "TIFA's prompts (tifa_v1.0_text_inputs.json)")
-    asked = _json(questions, "TIFA's questions (tifa_v1.0_question_answers.json)")
+    """TIFA's published tifa_v1.0_text_inputs.json and tifa_v1.0_question_answers.json."""
+    rows = _read_json(texts, "TIFA's prompts (tifa_v1.0_text_inputs.json)")
+    asked = _read_json(questions, "TIFA's questions (tifa_v1.0_question_answers.json)")
     by_prompt: dict[str, list[dict[str, Any]]] = {}
     try:
         for question in asked:
             by_prompt.setdefault(str(question["id"]), []).append(
-                {name: question[name] for name in ("question", "choices", "answer", "element_type")}
+                {key: question[key] for key in ("question", "choices", "answer", "element_type")}
             )
         prompts = [
             Prompt(str(row["id"]), row["caption"], meta={"questions": by_prompt.get(str(row["id"]), [])})
@@ -104,29 +91,30 @@ def tifa(texts: Path, questions: Path) -> Suite:
         ]
     except (KeyError, TypeError) as error:
         raise InvalidRequest(f"{questions} and {texts} are not TIFA's files: {error!r}") from error
-    if silent := [p.id for p in prompts if not p.meta["questions"]]:
-        raise InvalidRequest(f"{questions} has no question for prompt {silent[0]} ({len(silent)} such prompts)")
+    if unasked := [p.id for p in prompts if not p.meta["questions"]]:
+        raise InvalidRequest(f"{questions} has no question for prompt {unasked[0]} ({len(unasked)} such prompts)")
     return Suite("tifa", prompts, ("tifa", "aesthetic"), max(len(prompts), TIFA_PROMPTS))
 
 
-def classes(folder: Path, template: str = "a photo of a {}", per_class: int = 4) -> Suite:
-    """A folder of class folders of real images (ImageNet, iNaturalist, CUB, Aircraft …)."""
-    kinds = sorted(child for child in _folder(folder).iterdir() if child.is_dir())
-    kinds = [kind for kind in kinds if any(path.suffix.lower() in IMAGE_SUFFIXES for path in kind.iterdir())]
+def classes(folder: Path, per_class: int = 4) -> Suite:
+    """A folder with one folder of real images per class (ImageNet, iNaturalist, CUB, Aircraft)."""
+    if not folder.is_dir():
+        raise InvalidRequest(f"{folder} is not a folder")
+    folders = sorted(child for child in folder.iterdir() if child.is_dir())
+    kinds = [kind for kind in folders if any(path.suffix.lower() in IMAGE_SUFFIXES for path in kind.iterdir())]
     if not kinds:
-        raise InvalidRequest(f"{folder} has no folders of images, one a class")
+        raise InvalidRequest(f"{folder} has no class folders with images")
     prompts = []
     for kind in kinds:
-        # "001.Black_footed_Albatross" is how CUB names a folder.
+        # CUB's folders are named like "001.Black_footed_Albatross".
         name = kind.name.split(".", 1)[-1].replace("_", " ")
-        prompts += [
-            Prompt(f"{kind.name}-{i}", template.format(name), meta={"class": str(kind)}) for i in range(per_class)
-        ]
+        text = f"a photo of a {name}"
+        prompts += [Prompt(f"{kind.name}-{i}", text, meta={"class": str(kind)}) for i in range(per_class)]
     return Suite("classes", prompts, ("clip", "class-similarity"), len(prompts))
 
 
 def text(path: Path) -> Suite:
-    """One prompt a line; empty lines and lines that begin with # are passed over."""
+    """One prompt per line; empty lines and lines that start with # are skipped."""
     try:
         lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
@@ -138,15 +126,9 @@ def text(path: Path) -> Suite:
     return Suite("text", prompts, ("clip",), len(prompts))
 
 
-def _folder(path: Path) -> Path:
-    if not path.is_dir():
-        raise InvalidRequest(f"{path} is not a folder")
-    return path
-
-
-def _json(path: Path, what: str) -> Any:
+def _read_json(path: Path, expected: str) -> Any:
     if not path.is_file():
-        raise InvalidRequest(f"{path} is not there; it should be {what}")
+        raise InvalidRequest(f"{path} does not exist; expected {expected}")
     try:
         return json.loads(path.read_text("utf-8"))
     except ValueError as error:

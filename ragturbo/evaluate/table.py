@@ -1,23 +1,21 @@
-"""From scores of images to a table: means, bootstrap intervals, and what may be called better."""
+"""The rows of a report: means of image scores with bootstrap intervals, and paired differences to the baseline."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from ragturbo.evaluate.scores import Scored
+from ragturbo.evaluate.scores import ImageScore
 from ragturbo.evaluate.suites import Prompt
 
-RESAMPLES = 2000
-SEED = 0
+RESAMPLES, SEED = 2000, 0
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over prompts with its bootstrap 95 % interval."""
+    """A mean over prompts with its 95 % bootstrap interval."""
 
     mean: float
     low: float
@@ -32,27 +30,24 @@ class Row:
     steps: int
     metrics: dict[str, Estimate] = field(default_factory=dict)
     groups: dict[str, dict[str, Estimate]] = field(default_factory=dict)
-    """By metric, by group of prompts (common and rare)."""
+    """By metric and group of prompts (common, rare)."""
     categories: dict[str, dict[str, Estimate]] = field(default_factory=dict)
-    """By metric, by category of question."""
+    """By metric and category of question."""
     differences: dict[str, Estimate] = field(default_factory=dict)
-    """By metric, to the baseline, paired prompt by prompt."""
+    """By metric: this system minus the baseline, paired by prompt."""
     numbers: dict[str, float] = field(default_factory=dict)
-    """What is one number for the whole set, such as FID."""
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+    """Values of the whole set of images, such as FID."""
 
 
 def estimate(values: Sequence[float], weights: Sequence[float] | None = None) -> Estimate:
-    """Mean of values, weighted where a value stands for several questions."""
+    """Return the mean of values, weighted by the number of questions behind each one if `weights` is given."""
     array = np.asarray(values, np.float64)
     if not len(array):
         return Estimate(float("nan"), float("nan"), float("nan"), 0)
     scale = np.ones(len(array)) if weights is None else np.asarray(weights, np.float64)
     rng = np.random.default_rng(SEED)
     picks = rng.integers(0, len(array), (RESAMPLES, len(array)))
-    # A resample that drew no question at all has no mean.
+    # Skip resamples whose weights are all zero.
     total = scale[picks].sum(1)
     means = (array * scale)[picks].sum(1)[total > 0] / total[total > 0]
     low, high = np.quantile(means, (0.025, 0.975))
@@ -60,7 +55,7 @@ def estimate(values: Sequence[float], weights: Sequence[float] | None = None) ->
 
 
 def verdict(difference: Estimate) -> str:
-    """ "better" and "worse" only where the interval of the paired difference leaves zero out."""
+    """Return "better" or "worse" if the interval of the difference excludes zero."""
     if difference.low > 0:
         return "better"
     if difference.high < 0:
@@ -73,28 +68,23 @@ def make_row(
     title: str,
     steps: int,
     prompts: Sequence[Prompt],
-    scores: dict[str, dict[str, Scored]],
-    baseline: dict[str, dict[str, Scored]] | None = None,
+    scores: dict[str, dict[str, ImageScore]],
+    baseline: dict[str, dict[str, ImageScore]] | None = None,
     numbers: dict[str, float] | None = None,
 ) -> Row:
-    """scores: by metric, by prompt id."""
+    """Summarise a system; `scores` and `baseline` are by metric and prompt id."""
     row = Row(system, title, steps, numbers=dict(numbers or {}))
     for metric, found in scores.items():
-        held = [(prompt, found[prompt.id]) for prompt in prompts if prompt.id in found]
-        row.metrics[metric] = estimate([scored.value for _, scored in held])
-        groups = sorted({prompt.group for prompt, _ in held} - {""})
-        row.groups[metric] = {g: estimate([s.value for p, s in held if p.group == g]) for g in groups}
-        row.categories[metric] = _categories([scored for _, scored in held])
+        scored = [(prompt, found[prompt.id]) for prompt in prompts if prompt.id in found]
+        row.metrics[metric] = estimate([score.value for _, score in scored])
+        groups = sorted({prompt.group for prompt, _ in scored} - {""})
+        row.groups[metric] = {g: estimate([s.value for p, s in scored if p.group == g]) for g in groups}
+        row.categories[metric] = {}
+        for name in sorted({name for _, score in scored for name in score.detail}):
+            counts = [score.detail[name] for _, score in scored if name in score.detail]
+            shares, asked = [right / asked for right, asked in counts], [asked for _, asked in counts]
+            row.categories[metric][name] = estimate(shares, weights=asked)
         if baseline is not None and metric in baseline:
-            both = [(found[p.id].value, baseline[metric][p.id].value) for p in prompts if p.id in baseline[metric]]
-            row.differences[metric] = estimate([ours - theirs for ours, theirs in both])
+            base = baseline[metric]
+            row.differences[metric] = estimate([s.value - base[p.id].value for p, s in scored if p.id in base])
     return row
-
-
-def _categories(scores: Sequence[Scored]) -> dict[str, Estimate]:
-    names = sorted({name for scored in scores for name in scored.detail})
-    out = {}
-    for name in names:
-        counts = [scored.detail[name] for scored in scores if name in scored.detail]
-        out[name] = estimate([right / asked for right, asked in counts], [asked for _, asked in counts])
-    return out

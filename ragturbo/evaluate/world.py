@@ -1,8 +1,8 @@
-"""The world of the embedded model: a few coloured shapes on a plain ground, and the sentences that describe them.
+"""The shapes world of the embedded model: coloured shapes on a plain background (`ground`), with captions.
 
-Everything a caption says is a `Meaning`; a `Scene` is a meaning, one phrasing of it and one arrangement of its things.
-Scenes are functions of a seed alone. Meanings fall into disjoint splits by their hash, so that no caption of the
-evaluation, in any phrasing, was in the training data or is in the database.
+A `Meaning` is the content of a caption; a `Scene` is a meaning with one phrasing and one arrangement of its things.
+A scene depends only on its seed. Meanings are split by their hash: no evaluation caption, in any phrasing, occurs in
+the training data or in the database.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from functools import cached_property
 
 import numpy as np
 
-from ..errors import InvalidRequest
+from ragturbo.errors import InvalidRequest
 
 SIDE = 64
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "heart", "cross", "ring")
 COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
 GROUNDS = ("white", "gray", "black", "brown")
-# Half extents in pixels. What a caption leaves unsaid has one value: medium size, white ground.
+# Half extents in pixels. Defaults where a caption says nothing: medium size, white ground.
 SIZES = {"small": 6.5, "medium": 9.0, "large": 12.5}
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 SPLITS = {"train": (0, 70), "database": (70, 90), "eval": (90, 100)}
 
-# Two colours of every shape are rare: training scenes leave them out, the database covers them.
+# Two colours of every shape are rare: excluded from most training scenes, included in the database.
 RARE = frozenset(
     (shape, COLOURS[(step * i + shift) % len(COLOURS)])
     for step, shift in ((1, 2), (3, 5))
@@ -48,7 +48,7 @@ _JOINS = ("and", "with", "beside")
 
 @dataclass(frozen=True, order=True)
 class Noun:
-    """`count` things of one kind; `size` is None where the caption does not say it."""
+    """`count` things of one kind; `size` is None if the caption does not mention it."""
 
     shape: str
     colour: str
@@ -62,7 +62,7 @@ class Noun:
 
 @dataclass(frozen=True)
 class Meaning:
-    """What a caption says. `relation` holds between the first noun and the second; `ground` is None where unsaid."""
+    """The content of a caption. `relation` is of the first noun to the second; `ground` is None if not mentioned."""
 
     nouns: tuple[Noun, ...]
     relation: str | None = None
@@ -70,7 +70,7 @@ class Meaning:
 
     @cached_property
     def canonical(self) -> str:
-        """One string for all captions that ask for the same picture."""
+        """A string shared by all captions that describe the same picture."""
         nouns, relation = self.nouns, self.relation
         if len(nouns) == 2 and _spell(nouns[1]) < _spell(nouns[0]):
             nouns, relation = (nouns[1], nouns[0]), OPPOSITE.get(relation or "")
@@ -83,7 +83,7 @@ class Meaning:
 
     @property
     def kinds(self) -> frozenset[tuple[str, str]]:
-        """The (shape, colour) pairs it names."""
+        """The (shape, colour) pairs in the caption."""
         return frozenset(noun.kind for noun in self.nouns)
 
     @property
@@ -93,7 +93,7 @@ class Meaning:
 
 @dataclass(frozen=True)
 class Thing:
-    """One drawn object: its centre in pixels (x to the right, y down), on quarters of a pixel."""
+    """One drawn object. The centre is in pixels (x to the right, y down), rounded to a quarter of a pixel."""
 
     shape: str
     colour: str
@@ -116,7 +116,7 @@ class Scene:
 def sample_scene(
     seed: int, split: str = "train", *, rare: bool | None = None, kinds: tuple[tuple[str, str], ...] | None = None
 ) -> Scene:
-    """The scene of this seed. `rare`: with (True) or without (False) a rare kind; `kinds` fixes the kinds it names."""
+    """Return the scene of a seed; `rare` requires or excludes rare kinds, `kinds` fixes its (shape, colour) pairs."""
     rng = np.random.default_rng([seed, list(SPLITS).index(split), 2 if rare is None else int(rare)])
     while True:
         meaning = _sample_meaning(rng, kinds, rare)
@@ -125,18 +125,18 @@ def sample_scene(
 
 
 def sample_scenes(count: int, seed: int, split: str, *, rare: bool | None = None) -> list[Scene]:
-    """`count` scenes; scene i is `sample_scene(seed·10⁶ + i)`."""
+    """Return `count` scenes; scene i is `sample_scene(seed * 10**6 + i)`."""
     return [sample_scene(seed * 1_000_000 + i, split, rare=rare) for i in range(count)]
 
 
 def all_kind_sets() -> list[tuple[tuple[str, str], ...]]:
-    """Every set of one or two kinds a caption can name: what a database has to cover."""
+    """Return every set of one or two kinds that a caption can name."""
     kinds = [(shape, colour) for shape in SHAPES for colour in COLOURS]
     return [(a,) for a in kinds] + [(a, b) for i, a in enumerate(kinds) for b in kinds[i + 1 :]]
 
 
 def phrase(meaning: Meaning, rng: np.random.Generator) -> str:
-    """One of the sentences with this meaning."""
+    """Return one of the captions with this meaning."""
     nouns = list(meaning.nouns)
     relation = meaning.relation
     if len(nouns) == 2 and rng.random() < 0.5:
@@ -152,7 +152,7 @@ def phrase(meaning: Meaning, rng: np.random.Generator) -> str:
 
 
 def arrange(meaning: Meaning, rng: np.random.Generator) -> tuple[Thing, ...]:
-    """Places for the things: apart from each other and from the border, so that a picture has one reading."""
+    """Place the things apart from each other and from the border, so that the picture is unambiguous."""
     nouns = [noun for noun in meaning.nouns for _ in range(noun.count)]
     radii = [SIZES[noun.size or "medium"] for noun in nouns]
     while True:
@@ -166,7 +166,7 @@ def arrange(meaning: Meaning, rng: np.random.Generator) -> tuple[Thing, ...]:
 
 
 def parse(caption: str) -> Meaning:
-    """The meaning of a caption of this world; raises InvalidRequest, naming the caption, where it is none."""
+    """Parse a caption of this world; raises InvalidRequest for any other text."""
     text = " ".join(caption.lower().replace(",", " ").replace(".", " ").split())
     ground = re.search(rf"\b(?:on|with|against) an? ({'|'.join(GROUNDS)}) (?:background|ground)\b", text)
     if ground:
@@ -178,8 +178,8 @@ def parse(caption: str) -> Meaning:
     nouns = tuple(Noun(m[4], m[3], _SIZE_WORDS.get(m[2]), _COUNTS[m[1]]) for m in found)
     if not 1 <= len(nouns) <= 2 or sum(n.count for n in nouns) > 3:
         raise InvalidRequest(
-            f"{caption!r} is not a caption of the shapes world: it takes one or two phrases such as "
-            "'a small red circle' or 'two blue stars', three things at most"
+            f"{caption!r} is not a caption of the shapes world: expected one or two phrases such as "
+            "'a small red circle' or 'two blue stars', with at most three things"
         )
     relation = None
     if len(found) == 2:
@@ -189,7 +189,7 @@ def parse(caption: str) -> Meaning:
 
 
 def vocabulary() -> list[str]:
-    """Every word a caption can contain, sorted."""
+    """Return every word that a caption can contain, sorted."""
     words = {*_COUNTS, *_SIZE_WORDS, *COLOURS, *GROUNDS, *_JOINS, *SHAPES, *map(_plural, SHAPES)}
     for phrases in (_OPENINGS, _GROUND_PHRASES, *_RELATION_PHRASES.values()):
         words.update(word for text in phrases for word in text.split() if word != "{}")

@@ -1,4 +1,4 @@
-"""Each metric on a small model, against the same number made by hand."""
+"""Each metric on a small model, against an independent computation."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ragturbo.errors import InvalidRequest, ModelError
-from ragturbo.evaluate.aesthetics import Aesthetic, Head
-from ragturbo.evaluate.clipscore import ClipScore
+from ragturbo.evaluate.feature_metrics import Aesthetic, AestheticHead, ClipScore
 from ragturbo.evaluate.fid import Fid, folder_images
 from ragturbo.evaluate.suites import Prompt
-from ragturbo.evaluate.tifa import HuggingFaceVQA, Tifa, choice
+from ragturbo.evaluate.tifa import HuggingFaceVQA, Tifa, nearest_choice
 
 
 def pictures(count: int, seed: int = 0, noise: float = 0.0) -> list[Image.Image]:
@@ -55,11 +54,11 @@ def test_the_clip_score_is_the_raw_cosine_of_open_clips_own_features(clip):
 
 def test_the_aesthetic_score_is_the_published_heads_layers_on_the_unit_feature(clip, tmp_path):
     torch.manual_seed(1)
-    head = Head()
+    head = AestheticHead()
     save_file({name: value.contiguous() for name, value in head.state_dict().items()}, tmp_path / "head.safetensors")
     assert sorted(head.state_dict())[:2] == ["layers.0.bias", "layers.0.weight"]
     found = [s.value for s in Aesthetic(head, clip).score(PROMPTS, pictures(3))]
-    x = clip.images(pictures(3)).numpy()
+    x = clip.image_features(pictures(3)).numpy()
     for i in (0, 2, 4, 6, 7):
         layer = head.layers[i]
         x = x @ layer.weight.detach().numpy().T + layer.bias.detach().numpy()
@@ -76,7 +75,7 @@ def test_what_a_metric_lacks_is_named_with_where_to_put_it(tmp_path):
     with pytest.raises(ModelError, match="--clip-weights"):
         ClipScore.load("ViT-B-32", tmp_path / "nowhere.safetensors")
     with pytest.raises(ModelError, match="--vqa"):
-        HuggingFaceVQA.load(tmp_path)
+        HuggingFaceVQA(tmp_path)
 
 
 class Features(nn.Module):
@@ -94,20 +93,20 @@ class Features(nn.Module):
 
 def test_fid_of_a_set_with_itself_is_zero_and_grows_with_noise(tmp_path):
     fid = Fid(features=Features(), size=32)
-    fid.real(pictures(200))
-    values = [fid.of(pictures(200, noise=level)) for level in (0, 20, 60, 120)]
+    fid.add_real(pictures(200))
+    values = [fid.compute(pictures(200, noise=level)) for level in (0, 20, 60, 120)]
     assert values[0] == pytest.approx(0, abs=1e-6)
     assert values == sorted(values) and values[3] > values[1] > 1e-3
     fid.save(tmp_path / "real.npz")
     again = Fid(features=Features(), size=32)
     again.load(tmp_path / "real.npz")
-    assert again.of(pictures(200, noise=60)) == pytest.approx(values[2], rel=1e-9)
+    assert again.compute(pictures(200, noise=60)) == pytest.approx(values[2], rel=1e-9)
 
 
 def test_fid_of_gaussians_is_the_formula():
     fid = Fid(features=Features(), size=32)
     real, drawn = pictures(300, seed=1), pictures(250, seed=2, noise=30)
-    fid.real(real)
+    fid.add_real(real)
     a, b = (
         Features()(torch.stack([torch.from_numpy(np.array(i)).permute(2, 0, 1) for i in images])).numpy()
         for images in (real, drawn)
@@ -116,16 +115,16 @@ def test_fid_of_gaussians_is_the_formula():
     # The trace of a matrix's root is the sum of the roots of its eigenvalues.
     roots = np.sqrt(np.linalg.eigvals(covariances[0] @ covariances[1]).real.clip(0)).sum()
     by_hand = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(covariances[0] + covariances[1]) - 2 * roots
-    assert fid.of(drawn) == pytest.approx(by_hand, rel=1e-4)
+    assert fid.compute(drawn) == pytest.approx(by_hand, rel=1e-4)
 
 
 def test_statistics_of_another_network_and_folders_without_images_are_refused(tmp_path):
     np.savez(tmp_path / "other.npz", sum=np.zeros(3), outer=np.zeros((3, 3)), count=5)
     fid = Fid(features=Features(), size=32)
-    with pytest.raises(InvalidRequest, match="of 3 features, the network has 16"):
+    with pytest.raises(InvalidRequest, match="3 features, the network has 16"):
         fid.load(tmp_path / "other.npz")
     (tmp_path / "junk.npz").write_bytes(b"junk")
-    with pytest.raises(InvalidRequest, match="no FID statistics"):
+    with pytest.raises(InvalidRequest, match="does not contain FID statistics"):
         fid.load(tmp_path / "junk.npz")
     with pytest.raises(InvalidRequest, match="has no images"):
         list(folder_images(tmp_path))
@@ -137,7 +136,7 @@ class Scripted:
     def __init__(self, replies: dict[str, str]) -> None:
         self.replies = replies
 
-    def ask(self, images, questions, choices):
+    def answer(self, images, questions, choices):
         return [self.replies[question] for question in questions]
 
 
@@ -156,9 +155,9 @@ def test_tifa_on_a_scripted_model_gives_the_value_counted_by_hand():
 
 
 def test_a_free_answer_is_taken_for_the_nearest_choice():
-    assert choice(" Blue ", ["red", "blue"]) == "blue"
-    assert choice("it is red", ["red", "blue"]) == "red"
-    assert choice("bluish", ["red", "blue"]) == "blue"
+    assert nearest_choice(" Blue ", ["red", "blue"]) == "blue"
+    assert nearest_choice("it is red", ["red", "blue"]) == "red"
+    assert nearest_choice("bluish", ["red", "blue"]) == "blue"
 
 
 def test_a_real_blip_of_small_size_answers_every_question(tmp_path):
@@ -185,6 +184,6 @@ def test_a_real_blip_of_small_size_answers_every_question(tmp_path):
     folder = tmp_path / "blip"
     BlipForQuestionAnswering(config).save_pretrained(folder)
     BlipProcessor(BlipImageProcessor(size={"height": 32, "width": 32}), tokenizer).save_pretrained(folder)
-    model = HuggingFaceVQA.load(folder, batch=2)
-    replies = model.ask(pictures(3), ["what colour is it ?"] * 3, [["red", "blue"]] * 3)
+    model = HuggingFaceVQA(folder, batch=2)
+    replies = model.answer(pictures(3), ["what colour is it ?"] * 3, [["red", "blue"]] * 3)
     assert len(replies) == 3 and all(isinstance(reply, str) for reply in replies)

@@ -227,6 +227,6 @@ def test_the_embedded_parts_can_be_adopted_where_only_the_unets_are_to_be_traine
     # The drawing stage numbers words as the adopted encoder knows them.
     recipe["networks"].tokenizer_in(tmp_path / "tokenizer", s)
     assert (tmp_path / "tokenizer" / "vocab.json").read_bytes() == vocabulary
-    texts = recipe["sampling"].Texts(tmp_path)
+    texts = recipe["sampling"].TextStates(tmp_path)
     assert texts.states(["a red circle"]).dtype == torch.float32
     assert json.loads((tmp_path / "text.jsonl").read_text())["step"] > 0

@@ -1,4 +1,4 @@
-"""A whole evaluation on a small model: what is kept, what a kill loses (nothing), what the pages say."""
+"""A whole evaluation on a small model: stored files, interrupted runs, report and contact sheet."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from PIL import Image
 from ragturbo import Database, Generator
 from ragturbo.errors import InvalidRequest
 from ragturbo.evaluate.evaluation import Evaluation
-from ragturbo.evaluate.run import draw, image_path, read_notes
-from ragturbo.evaluate.scores import Faithfulness, Scored
+from ragturbo.evaluate.faithfulness import Faithfulness
+from ragturbo.evaluate.images import draw_images, image_path, read_notes
+from ragturbo.evaluate.scores import ImageScore
 from ragturbo.evaluate.suites import Suite, shapes, text
-from ragturbo.evaluate.systems import Loading, open_system, parse_spec
+from ragturbo.evaluate.systems import LoadOptions, open_system, parse_system
 from ragturbo.model.adapter import HSpaceAdapter
 from ragturbo.retrieval import Geometry, Record
 
@@ -66,12 +67,12 @@ class Brightness:
     about = "mean of all bytes"
 
     def score(self, prompts, images):
-        return [Scored(p.id, float(np.asarray(i).mean()) / 255) for p, i in zip(prompts, images, strict=True)]
+        return [ImageScore(p.id, float(np.asarray(i).mean()) / 255) for p, i in zip(prompts, images, strict=True)]
 
 
 def evaluation(suite: Suite, names: list[str], model: Path, out: Path) -> Evaluation:
-    specs = [parse_spec(name) for name in names]
-    return Evaluation(suite, specs, Loading(str(model), device="cpu"), out, [Brightness()], command="test")
+    specs = [parse_system(name) for name in names]
+    return Evaluation(suite, specs, LoadOptions(str(model), device="cpu"), out, [Brightness()], command="test")
 
 
 def test_every_system_of_ours_draws_with_the_seeds_it_is_given(model, suite, tmp_path):
@@ -81,7 +82,7 @@ def test_every_system_of_ours_draws_with_the_seeds_it_is_given(model, suite, tmp
     assert [row.system for row in rows] == names
     assert by_name["teacher@steps=2+guidance=3"].steps == 2 and by_name["student"].steps == 1
     drawn = {
-        name: [np.asarray(Image.open(image_path(tmp_path / "out", parse_spec(name), p))) for p in suite.prompts]
+        name: [np.asarray(Image.open(image_path(tmp_path / "out", parse_system(name), p))) for p in suite.prompts]
         for name in names
     }
     with Generator.from_pretrained(model, adapter=False, device="cpu") as gen:
@@ -90,7 +91,7 @@ def test_every_system_of_ours_draws_with_the_seeds_it_is_given(model, suite, tmp
     # Neighbours, right or wrong, each make an image of their own.
     for name in ("slerp@w=0.5+k=2", "adapter", "wrong"):
         assert any(not np.array_equal(a, b) for a, b in zip(drawn[name], drawn["none"], strict=True)), name
-    assert read_notes(tmp_path / "out", parse_spec("adapter"))["000000"]["neighbors"] == ["a red circle"]
+    assert read_notes(tmp_path / "out", parse_system("adapter"))["000000"]["neighbors"] == ["a red circle"]
 
 
 def test_the_report_has_the_table_and_the_sheet_escapes_what_prompts_hold(model, suite, tmp_path):
@@ -120,13 +121,13 @@ def test_by_default_a_model_is_asked_for_what_it_can_do(model, tiny_sd21):
 
 
 def test_an_image_that_is_there_is_not_drawn_again_and_a_missing_one_is(model, suite, tmp_path):
-    loading, spec, out = Loading(str(model), device="cpu"), parse_spec("student"), tmp_path / "out"
-    draw(suite, spec, loading, out, batch=3)
+    loading, spec, out = LoadOptions(str(model), device="cpu"), parse_system("student"), tmp_path / "out"
+    draw_images(suite, spec, loading, out, batch=3)
     paths = [image_path(out, spec, p) for p in suite.prompts]
     before = [p.read_bytes() for p in paths]
     paths[2].unlink()
     stamps = [p.stat().st_mtime_ns for i, p in enumerate(paths) if i != 2]
-    draw(suite, spec, loading, out)
+    draw_images(suite, spec, loading, out)
     assert [p.stat().st_mtime_ns for i, p in enumerate(paths) if i != 2] == stamps
     # Drawn alone now, in another bucket: the same picture, to a rounding.
     again = np.asarray(Image.open(paths[2])).astype(int)
@@ -152,14 +153,14 @@ def test_processes_share_the_work_and_the_last_one_reports(model, suite, tmp_pat
 
 
 def test_a_best_of_system_keeps_what_scores_best(model, suite):
-    loading = Loading(str(model), device="cpu")
+    loading = LoadOptions(str(model), device="cpu")
 
     def score(i: int, image: Image.Image) -> float:
         return float(np.asarray(image).mean())
 
     prompts, seeds = [p.text for p in suite.prompts], [p.seed for p in suite.prompts]
-    best = open_system(parse_spec("slerp-best"), loading)
-    fixed = open_system(parse_spec("slerp@w=0.3"), loading)
+    best = open_system(parse_system("slerp-best"), loading)
+    fixed = open_system(parse_system("slerp@w=0.3"), loading)
     try:
         chosen, plain = best.draw(prompts, seeds, score), fixed.draw(prompts, seeds, score)
     finally:
@@ -169,19 +170,19 @@ def test_a_best_of_system_keeps_what_scores_best(model, suite):
     assert all(re.fullmatch(r"w=0\.[1-9]", c.chosen) for c in chosen)
 
 
-def test_an_unknown_option_of_a_system_is_refused(model):
+def test_an_unknown_option_of_a_system_is_refused():
     with pytest.raises(InvalidRequest, match="has no option 'lam'"):
-        open_system(parse_spec("slerp@lam=1"), Loading(str(model), device="cpu"))
+        parse_system("slerp@lam=1")
 
 
 def test_the_exact_score_of_true_pictures_is_high_and_of_other_captions_low():
-    from ragturbo.evaluate.drawing import render
+    from ragturbo.evaluate.rendering import render
     from ragturbo.evaluate.world import sample_scenes
 
     suite, metric = shapes(60), Faithfulness()
     scenes = {s.caption: s for s in [*sample_scenes(30, 20_260, "eval", rare=False)]}
     prompts = [p for p in suite.prompts if p.text in scenes]
-    images = [render(scenes[p.text]) for p in prompts]
+    images = [Image.fromarray(render(scenes[p.text])) for p in prompts]
     right = [s.value for s in metric.score(prompts, images)]
     wrong = [s.value for s in metric.score(prompts, images[1:] + images[:1])]
     assert np.mean(right) > 0.98 and np.mean(wrong) < 0.7
@@ -190,10 +191,11 @@ def test_the_exact_score_of_true_pictures_is_high_and_of_other_captions_low():
 RUN = """
 import sys
 from pathlib import Path
-from ragturbo.evaluate.run import draw
+from ragturbo.evaluate.images import draw_images
 from ragturbo.evaluate.suites import text
-from ragturbo.evaluate.systems import Loading, parse_spec
-draw(text(Path(sys.argv[1])), parse_spec("student"), Loading(sys.argv[2], device="cpu"), Path(sys.argv[3]), batch=1)
+from ragturbo.evaluate.systems import LoadOptions, parse_system
+options = LoadOptions(sys.argv[2], device="cpu")
+draw_images(text(Path(sys.argv[1])), parse_system("student"), options, Path(sys.argv[3]), batch=1)
 """
 
 
@@ -201,8 +203,8 @@ draw(text(Path(sys.argv[1])), parse_spec("student"), Loading(sys.argv[2], device
 def test_a_killed_run_ends_with_the_same_images(model, tmp_path, rng, long_count):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(f"a boat {i}" for i in range(24)))
-    suite, spec, loading = text(prompts), parse_spec("student"), Loading(str(model), device="cpu")
-    draw(suite, spec, loading, tmp_path / "whole", batch=1)
+    suite, spec, loading = text(prompts), parse_system("student"), LoadOptions(str(model), device="cpu")
+    draw_images(suite, spec, loading, tmp_path / "whole", batch=1)
     out = tmp_path / "killed"
     command = [sys.executable, "-W", "ignore", "-c", RUN, str(prompts), str(model), str(out)]
     for _ in range(long_count(10)):
@@ -214,7 +216,7 @@ def test_a_killed_run_ends_with_the_same_images(model, tmp_path, rng, long_count
         time.sleep(float(rng.uniform(0, 0.3)))
         child.send_signal(signal.SIGKILL)
         child.wait()
-    draw(suite, spec, loading, out, batch=1)
+    draw_images(suite, spec, loading, out, batch=1)
     for prompt in suite.prompts:
         assert image_path(out, spec, prompt).read_bytes() == image_path(tmp_path / "whole", spec, prompt).read_bytes()
     assert set(read_notes(out, spec)) == {p.id for p in suite.prompts}

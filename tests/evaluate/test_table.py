@@ -1,11 +1,11 @@
-"""What a table may say of two systems."""
+"""Intervals, paired differences and verdicts."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from ragturbo.evaluate.scores import Scored, share
+from ragturbo.evaluate.scores import ImageScore, right_share
 from ragturbo.evaluate.suites import Prompt
 from ragturbo.evaluate.table import estimate, make_row, verdict
 
@@ -35,8 +35,8 @@ def test_better_is_said_only_outside_the_interval():
 def test_differences_are_paired_by_prompt_and_groups_are_apart():
     prompts = [Prompt(str(i), "", "rare" if i % 2 else "common") for i in range(100)]
     base = np.random.default_rng(2).uniform(0, 1, 100)
-    theirs = {"f": {str(i): Scored(str(i), v) for i, v in enumerate(base)}}
-    ours = {"f": {str(i): Scored(str(i), v + 0.01) for i, v in enumerate(base)}}
+    theirs = {"f": {str(i): ImageScore(str(i), v) for i, v in enumerate(base)}}
+    ours = {"f": {str(i): ImageScore(str(i), v + 0.01) for i, v in enumerate(base)}}
     row = make_row("x", "X", 1, prompts, ours, theirs)
     # Unpaired, a hundredth would drown in the spread of the prompts.
     assert row.differences["f"].mean == pytest.approx(0.01) and verdict(row.differences["f"]) == "better"
@@ -45,6 +45,6 @@ def test_differences_are_paired_by_prompt_and_groups_are_apart():
 
 def test_a_category_is_the_share_of_right_answers_to_its_questions():
     prompts = [Prompt("a", ""), Prompt("b", "")]
-    scores = {"f": {"a": Scored("a", 0.5, {"colour": (1, 2)}), "b": Scored("b", 1.0, {"colour": (4, 4)})}}
+    scores = {"f": {"a": ImageScore("a", 0.5, {"colour": (1, 2)}), "b": ImageScore("b", 1.0, {"colour": (4, 4)})}}
     assert make_row("x", "X", 1, prompts, scores).categories["f"]["colour"].mean == pytest.approx(5 / 6)
-    assert share({"colour": (1, 2), "object": (2, 2)}) == 0.75
+    assert right_share({"colour": (1, 2), "object": (2, 2)}) == 0.75

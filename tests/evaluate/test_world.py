@@ -1,4 +1,4 @@
-"""The shapes world: deterministic, closed, disjoint, and one reading a picture."""
+"""The shapes world: deterministic scenes, a closed vocabulary, disjoint splits, unambiguous pictures."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ragturbo.errors import InvalidRequest
-from ragturbo.evaluate.drawing import coverage, render_array
+from ragturbo.evaluate.rendering import coverage, render
 from ragturbo.evaluate.world import (
     COLOURS,
     RARE,
@@ -33,7 +33,7 @@ splits = st.sampled_from(list(SPLITS))
 def test_a_scene_is_a_function_of_its_seed(seed, split, rare):
     one, two = (sample_scene(seed, split, rare=rare) for _ in range(2))
     assert one == two
-    assert np.array_equal(render_array(one), render_array(two))
+    assert np.array_equal(render(one), render(two))
 
 
 @given(seeds, splits)

@@ -1,5 +1,7 @@
-"""DIR/sheet.html: every prompt with each system's image and neighbours, and a blind vote between two systems. One file
-that opens without a server; the images stay where they are, beside it."""
+"""Write DIR/sheet.html: the images and neighbours of every prompt, and a blind vote between two systems.
+
+The page needs no server; it links the images in DIR/images.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +10,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from ragturbo.evaluate.run import image_path, read_notes, write_text
-from ragturbo.evaluate.suites import Suite
-from ragturbo.evaluate.systems import Spec
+from ragturbo.evaluate.images import image_path, read_notes, write_file
+from ragturbo.evaluate.suites import Prompt, Suite
+from ragturbo.evaluate.systems import SystemSpec
 
 _PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{title}</title>
@@ -70,18 +72,18 @@ show();
 """
 
 
-def write_sheet(out: Path, suite: Suite, specs: Sequence[Spec], titles: Sequence[str], limit: int = 200) -> None:
-    """The first `limit` prompts: a page of thousands of images opens slowly."""
+def write_sheet(out: Path, suite: Suite, specs: Sequence[SystemSpec], titles: Sequence[str], limit: int = 200) -> None:
+    """Write the page for the first `limit` prompts; thousands of images would load slowly."""
     prompts = suite.prompts[:limit]
     notes = [read_notes(out, spec) for spec in specs]
     rows = []
     for prompt in prompts:
         cells = [f'<td class="prompt">{html.escape(prompt.text)}<small>{html.escape(prompt.group)}</small></td>']
-        for spec, found in zip(specs, notes, strict=True):
-            note = found.get(prompt.id, {})
-            said = [f"neighbour: {caption}" for caption in note.get("neighbors", [])]
-            said += [note["chosen"]] if note.get("chosen") else []
-            small = "".join(f"<small>{html.escape(line)}</small>" for line in said)
+        for spec, by_prompt in zip(specs, notes, strict=True):
+            note = by_prompt.get(prompt.id, {})
+            captions = [f"neighbour: {caption}" for caption in note.get("neighbors", [])]
+            captions += [note["chosen"]] if note.get("chosen") else []
+            small = "".join(f"<small>{html.escape(line)}</small>" for line in captions)
             cells.append(f'<td><img loading="lazy" src="{_src(out, spec, prompt)}" alt="">{small}</td>')
         rows.append(f"<tr>{''.join(cells)}</tr>")
     data = {
@@ -93,11 +95,11 @@ def write_sheet(out: Path, suite: Suite, specs: Sequence[Spec], titles: Sequence
         title=html.escape(suite.title),
         heads="".join(f"<th>{html.escape(title)}</th>" for title in titles),
         rows="\n".join(rows),
-        # "</" would end the script wherever a prompt holds it.
+        # "</" in a prompt could end the script element.
         data=json.dumps(data).replace("</", "<\\/"),
     )
-    write_text(out / "sheet.html", page)
+    write_file(out / "sheet.html", page)
 
 
-def _src(out: Path, spec: Spec, prompt) -> str:  # type: ignore[no-untyped-def]
+def _src(out: Path, spec: SystemSpec, prompt: Prompt) -> str:
     return html.escape(image_path(out, spec, prompt).relative_to(out).as_posix(), quote=True)

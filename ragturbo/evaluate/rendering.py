@@ -1,25 +1,24 @@
-"""Pictures of the shapes world: exact coverage masks of every shape, and the renderer that composes them."""
+"""Render scenes of the shapes world from exact coverage masks of the shapes."""
 
 from __future__ import annotations
 
 from functools import lru_cache
 
 import numpy as np
-from PIL import Image
 
-from .world import SHAPES, SIDE, SIZES, Scene
+from ragturbo.evaluate.world import SHAPES, SIDE, SIZES, Scene
 
 PALETTE = {
     "red": (224, 32, 32), "orange": (255, 140, 0), "yellow": (250, 226, 30), "green": (30, 160, 50),
     "cyan": (40, 205, 225), "blue": (40, 70, 230), "purple": (140, 40, 180), "pink": (255, 130, 195),
     "white": (248, 248, 248), "gray": (128, 128, 128), "black": (14, 14, 14), "brown": (105, 65, 35),
 }  # fmt: skip
-# Samples along one side of a pixel: coverage is exact to 1/64.
+# Samples along each side of a pixel: coverage has a resolution of 1/64.
 _SAMPLES = 8
 
 
 def inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Whether (u, v), in units of the half extent with v down, lies inside the shape."""
+    """Whether (u, v) is inside the shape; in units of the half extent, v down."""
     if shape == "circle":
         return u * u + v * v <= 1
     if shape == "ring":
@@ -38,15 +37,11 @@ def inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
         return (x * x + y * y - 1) ** 3 <= x * x * y**3
     if shape == "star":
         return _inside_star(u, v)
-    raise ValueError(f"no shape {shape!r}; there are {', '.join(SHAPES)}")
+    raise ValueError(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
 
 
-def render(scene: Scene) -> Image.Image:
-    return Image.fromarray(render_array(scene))
-
-
-def render_array(scene: Scene) -> np.ndarray:
-    """(64, 64, 3) uint8, anti-aliased."""
+def render(scene: Scene) -> np.ndarray:
+    """Render a scene as (64, 64, 3) uint8, anti-aliased."""
     picture = np.empty((SIDE, SIDE, 3), np.float32)
     picture[:] = PALETTE[scene.ground]
     for thing in scene.things:
@@ -60,7 +55,7 @@ def render_array(scene: Scene) -> np.ndarray:
 
 @lru_cache(maxsize=4096)
 def coverage(shape: str, radius: float, x: float = 0.0, y: float = 0.0) -> np.ndarray:
-    """The covered part of every pixel, float32 in [0, 1]; the centre is (x, y) right of and below the mask's middle."""
+    """Return the covered fraction of every pixel, float32; the centre is offset by (x, y) from the mask's middle."""
     half = int(np.ceil(radius)) + 1
     line = (np.arange(2 * half * _SAMPLES) + 0.5) / _SAMPLES - half
     hit = inside(shape, ((line - x) / radius)[None, :], ((line - y) / radius)[:, None])
@@ -68,7 +63,7 @@ def coverage(shape: str, radius: float, x: float = 0.0, y: float = 0.0) -> np.nd
 
 
 def _inside_star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    # Five points: fold the angle into half a sector, then compare with the edge from the tip to the inner corner.
+    # Fold the angle into half a sector, then test against the edge from the tip to the inner corner.
     v = v - 0.06
     angle = np.arctan2(u, -v)
     sector = 2 * np.pi / 5
