@@ -1,4 +1,4 @@
-"""x + bias[c] + residual over channels_last images: what stands behind a convolution, in one pass."""
+"""x + bias[c] + residual over channels_last images, in one pass after a convolution."""
 
 from __future__ import annotations
 
@@ -13,14 +13,12 @@ from ragturbo.kernels.portable import cast
 
 
 @triton.jit
-def bias_residual(
-    x_ptr, bias_ptr, residual_ptr, out_ptr, N, C: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+def bias_residual(x_ptr, bias_ptr, residual_ptr, out_ptr, N, C: tl.constexpr, BLOCK: tl.constexpr):
+    """bias may be None. C is constexpr so that, as a multiple of 8, it allows wide loads of the bias."""
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m = o < N
     s = tl.load(x_ptr + o, mask=m, other=0.0).to(tl.float32)
-    if BIAS:
-        # C is a constant of the kernel: a multiple of 8 lets neighbours' biases be one wide load.
+    if bias_ptr is not None:
         s += tl.load(bias_ptr + o % C, mask=m, other=0.0).to(tl.float32)
     s += tl.load(residual_ptr + o, mask=m, other=0.0).to(tl.float32)
     tl.store(out_ptr + o, cast(s, out_ptr.dtype.element_ty), mask=m)
@@ -29,11 +27,9 @@ def bias_residual(
 def forward(x: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
     """x, residual: (B, C, H, W); bias: (C,) -> channels_last (B, C, H, W)."""
     x, residual = (t.contiguous(memory_format=torch.channels_last) for t in (x, residual))
+    bias = None if bias is None else bias.contiguous()
     out = torch.empty_like(x, memory_format=torch.channels_last)
     n, c = x.numel(), x.shape[1]
     tile = tiles.choose("bias_residual", f"N{n} C{c} {x.dtype}", x.device, {"BLOCK": 1024, "num_warps": 4})
-    launch(
-        bias_residual, (triton.cdiv(n, tile["BLOCK"]),), x, x if bias is None else bias.contiguous(), residual, out,
-        n, C=c, BIAS=bias is not None, **tile,
-    )  # fmt: skip
+    launch(bias_residual, (triton.cdiv(n, tile["BLOCK"]),), x, bias, residual, out, n, C=c, **tile)
     return out

@@ -1,7 +1,7 @@
-"""Rows of features by indices in device memory, from device memory or, over the link, from page-locked host memory.
+"""Gather rows of features by ids in device memory, from device memory or from page-locked host memory over PCIe.
 
-The base address and the row count are read from a descriptor in device memory, so that a captured graph follows a
-database swap by one copy of 16 bytes. An index outside the count, -1 for a missing neighbour included, gives zeros.
+The base address and row count are read from a descriptor in device memory, so a captured graph follows a database swap
+after a copy of 16 bytes. An id outside the table, such as -1 for a missing neighbour, gives zeros.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from ragturbo.kernels.portable import cast
 
 @triton.jit
 def gather_rows(
-    descriptor_ptr, ids_ptr, out_ptr, N, row_bytes, T, C, INT8: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr
+    descriptor_ptr, ids_ptr, out_ptr, N, row_bytes, C, INT8: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """descriptor: [address, rows]; a record is N = T·C values (int8: then T fp32 scales), row_bytes apart."""
+    """Program (chunk of a row). Records are row_bytes apart: N = T·C values, and for int8 then T fp32 scales."""
     chunks = tl.cdiv(N, BLOCK)
     i_row = (tl.program_id(0) // chunks).to(tl.int64)
     i = tl.load(ids_ptr + i_row)
     i_n = (tl.program_id(0) % chunks) * BLOCK + tl.arange(0, BLOCK)
     m = i_n < N
     count = tl.load(descriptor_ptr + 1)
-    # An id outside the table reads nothing.
+    # Read nothing for an id outside the table.
     m_row = i_n < tl.where((i >= 0) & (i < count), N, 0)
     address = tl.load(descriptor_ptr) + i * row_bytes
     if INT8:
-        # An address out of memory says nothing of its alignment; records are aligned to 128 bytes at least.
+        # The compiler cannot know the alignment of a loaded address. Records are aligned to at least 128 bytes.
         p_row = tl.multiple_of(address.to(tl.pointer_type(tl.int8), bitcast=True), VECTOR)
         x = tl.load(p_row + i_n, mask=m_row, other=0, eviction_policy="evict_first").to(tl.float32)
         p_scale = tl.multiple_of((address + N).to(tl.pointer_type(tl.float32), bitcast=True), 4)
@@ -50,6 +50,6 @@ def forward(descriptor: Tensor, ids: Tensor, row_bytes: int, tokens: int, channe
     tile = {**tile, "BLOCK": min(tile["BLOCK"], tiles.power_of_2(n))}
     grid = (triton.cdiv(n, tile["BLOCK"]) * ids.numel(),)
     vector = 16 if row_bytes % 16 == 0 else 2
-    args = descriptor, ids.contiguous(), out, n, row_bytes, tokens, channels
+    args = descriptor, ids.contiguous(), out, n, row_bytes, channels
     launch(gather_rows, grid, *args, INT8=int8, VECTOR=vector, **tile)
     return out

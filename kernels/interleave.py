@@ -1,4 +1,4 @@
-"""Four phases of an image, side by side in the channels of channels_last memory, to the image of twice the size."""
+"""Four phases, side by side in the channels of a channels_last image, to one image of twice the size."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ from ragturbo.kernels.launch import launch
 
 @triton.jit
 def interleave(x_ptr, out_ptr, H, W, C: tl.constexpr, BLOCK: tl.constexpr):
-    """One program: BLOCK elements of one row of the output, which has 2W pixels."""
+    """Program (row of the output, block of its 2W·C elements). C is constexpr: a multiple of 8 allows 16-byte loads."""
     i_row = tl.program_id(0)
     i_b, y = i_row // (2 * H), i_row % (2 * H)
     o = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m = o < 2 * W * C
-    # C is a constant of the kernel: a multiple of 8 allows 16-byte loads.
     i_x = o // C
     p_row = x_ptr + (i_b * (H + 1) + (y + 1) // 2).to(tl.int64) * (W + 1) * (4 * C) + (y % 2) * (2 * C)
     v = tl.load(p_row + ((i_x + 1) // 2) * (4 * C) + (i_x % 2) * C + o % C, mask=m)
@@ -33,6 +32,6 @@ def forward(phases: Tensor) -> Tensor:
     out = torch.empty(shape, dtype=phases.dtype, device=phases.device, memory_format=torch.channels_last)
     default = {"BLOCK": 4096, "num_warps": 4}
     tile = tiles.choose("interleave", f"R{2 * batch * h} S{2 * w * c} C{c} {phases.dtype}", phases.device, default)
-    # Rows are the grid's first axis: the others end at 65,535.
+    # Rows are the first axis of the grid: the others are limited to 65,535.
     launch(interleave, (2 * batch * h, triton.cdiv(2 * w * c, tile["BLOCK"])), phases, out, h, w, C=c, **tile)
     return out

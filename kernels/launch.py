@@ -1,4 +1,4 @@
-"""The one door through which every Triton kernel is launched: run it, count it, or only compile it."""
+"""The single entry point for launching Triton kernels, which can also count them or only compile them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-# Triton's decorators read this when the kernels' modules are imported: it cannot change afterwards.
+# Triton's decorators read this when the kernels are imported; it cannot change later.
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 Runner = Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], None]
 
 
 def _run(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
-    # Triton launches on the current device, wherever the tensors are.
+    # Triton launches on the current device, whatever device the tensors are on.
     device = args[0].device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
@@ -30,10 +30,13 @@ _runner: ContextVar[Runner] = ContextVar("ragturbo_kernel_runner", default=_run)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, fuse_multiply_add: bool = True, **options: Any) -> None:
-    """Launch `kernel` over `grid`. args[0] is a tensor; options: the kernel's constexprs, num_warps, num_stages.
+    """Launch `kernel` over `grid`.
 
-    Contraction of a·b + c into one rounding is decided here, launch by launch, and not by Triton's default, which
-    changes between releases. It is on, being faster and closer, but where bits must equal another library's.
+    Args:
+        args: the kernel's arguments; the first is a tensor.
+        fuse_multiply_add: contract a·b + c to an FMA: faster and more accurate, but not bit-identical to a library that
+            rounds twice. Set explicitly because Triton's default changes between releases.
+        options: the kernel's constexprs, num_warps, num_stages.
     """
     _runner.get()(kernel, grid, args, {**options, "enable_fp_fusion": fuse_multiply_add})
 
@@ -54,7 +57,7 @@ def counted() -> Iterator[list[str]]:
 
 @contextmanager
 def replaced(runner: Runner) -> Iterator[None]:
-    """Hand every launch inside the block to `runner` in place of the device."""
+    """Call `runner` for every launch inside the block, instead of launching."""
     token = _runner.set(runner)
     try:
         yield

@@ -1,4 +1,4 @@
-"""LayerNorm over the last dimension: a row in one program, read once."""
+"""LayerNorm over the last dimension. A row is read once, by one program."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from ragturbo.kernels.portable import cast, divide, inverse_sqrt
 
 @triton.jit
 def layer_norm(x_ptr, weight_ptr, bias_ptr, out_ptr, M, N, stride, eps, BM: tl.constexpr, BN: tl.constexpr):
+    """Program (BM rows), with all N columns in registers."""
     i_m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     i_n = tl.arange(0, BN)
     m_n = i_n < N
@@ -21,8 +22,7 @@ def layer_norm(x_ptr, weight_ptr, bias_ptr, out_ptr, M, N, stride, eps, BM: tl.c
     x = tl.load(x_ptr + i_m[:, None] * stride + i_n[None, :], mask=m, other=0.0).to(tl.float32)
     mean = divide(tl.sum(x, axis=1), N)
     d = tl.where(m_n[None, :], x - mean[:, None], 0.0)
-    # The sum of a row far from zero is rounded at its own size, and the row's every output is off by that: what the
-    # differences still average to is taken from them.
+    # If the mean is large, its rounding error shifts every output of the row: subtract the mean of the differences too.
     d = tl.where(m_n[None, :], d - divide(tl.sum(d, axis=1), N)[:, None], 0.0)
     rstd = inverse_sqrt(divide(tl.sum(d * d, axis=1), N) + eps)
     w = tl.load(weight_ptr + i_n, mask=m_n, other=0.0).to(tl.float32)

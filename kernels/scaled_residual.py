@@ -1,4 +1,4 @@
-"""Eq. 5's h + λ[b]·delta on the GPU, forward and backward, λ read from device memory."""
+"""Eq. 5 on the GPU, h + λ[b]·delta, forward and backward, with λ read from device memory."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from ragturbo.kernels.portable import cast
 
 @triton.jit
 def scaled_residual(h_ptr, delta_ptr, lam_ptr, out_ptr, N, BLOCK: tl.constexpr):
+    """Program (sample, block of its N elements)."""
     i_b = tl.program_id(0).to(tl.int64)
     o = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m = o < N
     lam = tl.load(lam_ptr + i_b).to(tl.float32)
     h = tl.load(h_ptr + i_b * N + o, mask=m)
     delta = tl.load(delta_ptr + i_b * N + o, mask=m).to(tl.float32)
-    # A sum with 0·delta would change -0.0 and let a NaN in.
+    # Adding 0·delta would change -0.0 and propagate NaN.
     out = tl.where(lam == 0, h, cast(h.to(tl.float32) + lam * delta, h.dtype))
     tl.store(out_ptr + i_b * N + o, out, mask=m)
 
 
 @triton.jit
 def scaled_residual_backward(g_ptr, delta_ptr, lam_ptr, d_delta_ptr, d_lam_ptr, N, BLOCK: tl.constexpr):
-    """λ·g, and this chunk's share of ⟨g, delta⟩ in d_lam[b, chunk]; both 0 where λ is 0."""
+    """Program (sample, block): λ·g, and the block's share of ⟨g, delta⟩ -> d_lam[b, block]; both 0 if λ is 0."""
     i_b = tl.program_id(0).to(tl.int64)
     o = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m = o < N
@@ -40,7 +41,7 @@ def scaled_residual_backward(g_ptr, delta_ptr, lam_ptr, d_delta_ptr, d_lam_ptr, 
 
 
 def _dense_by_sample(h: Tensor) -> bool:
-    """Whether each sample's elements are one gapless run of memory, in whatever order: contiguous or channels_last."""
+    """Whether each sample is one dense block of memory in some order of dimensions: contiguous or channels_last."""
     n = 1
     for size, stride in sorted(zip(h.shape[1:], h.stride()[1:], strict=True), key=lambda dim: dim[1]):
         if size != 1:
@@ -74,7 +75,7 @@ def forward(h: Tensor, delta: Tensor, lam: Tensor, inplace: bool = False) -> Ten
 
 
 def backward(g: Tensor, delta: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of delta (in its dtype) and lam (fp32) from the gradient g of the sum."""
+    """The gradients of delta (in its dtype) and lam (fp32) from the output's gradient g."""
     d_delta = torch.empty_like(delta)
     if not _dense_by_sample(d_delta):
         dense, d_lam = backward(g, delta.contiguous(), lam)

@@ -1,4 +1,4 @@
-"""softmax(scale·scores) of fp32 scores, row by row, into the model's type: the middle of an attention of wide heads."""
+"""softmax(scale·scores) of fp32 scores, row by row, into the model's type: for attention with wide heads."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def softmax(x_ptr, out_ptr, L, scale, BLOCK: tl.constexpr):
+    """Program (row), held in registers."""
     i_row = tl.program_id(0).to(tl.int64)
     o = tl.arange(0, BLOCK)
     m = o < L
@@ -26,7 +27,7 @@ def softmax(x_ptr, out_ptr, L, scale, BLOCK: tl.constexpr):
 
 
 def forward(scores: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """scores: (…, L) fp32, L at most 16,384: a row is held in registers -> contiguous (…, L) of `dtype`."""
+    """scores: (…, L) fp32, L at most 16,384 -> contiguous (…, L) of `dtype`."""
     scores = scores.contiguous()
     length = scores.shape[-1]
     out = torch.empty(scores.shape, dtype=dtype, device=scores.device)

@@ -1,14 +1,13 @@
-"""Which tile sizes, warps and stages a kernel uses for a shape: measured for this GPU, or a sound default.
+"""Tile sizes, warps and stages of a kernel for a shape: tuned for this GPU, or the launcher's default.
 
-All that was measured of a GPU lives in configs/<gpu>.json, to which four tools add their sections:
-* `python -m ragturbo.kernels.tune`: "tiles" {kernel: {shape: {name: int}}}, "microseconds" {kernel: {shape: {"tuned",
+Measurements of a GPU are stored in configs/<gpu>.json. Four tools write their sections there:
+* `python -m benchmarks.tune`: "tiles" {kernel: {shape: {name: int}}}, "microseconds" {kernel: {shape: {"tuned",
   "default"}}};
-* `python -m ragturbo.bench.fastest`: "fastest" {op: {"impl", "microseconds": {impl: …}}}, what `impl="auto"` takes;
-* `python -m ragturbo.engine.attention`: "attention" {impl: seconds of an image's}, what `attention="auto"` takes;
-* `python -m ragturbo.engine.upsampling`: "upsampling" {name: seconds of an image's}, what the VAE's decoder takes.
-"made_on" says of each tool on what and at which commit it measured.
-Nothing asks the GPU's name before the first launch on it. In the interpreter and when compiling for a GPU that is not
-there, defaults hold.
+* `python -m benchmarks.fastest`: "fastest" {op: {"impl", "microseconds": {impl: …}}}, used by `impl="auto"`;
+* `python -m benchmarks.model_races attention`: "attention" {impl: seconds per image}, used by `attention="auto"`;
+* `python -m benchmarks.model_races upsampling`: "upsampling" {name: seconds per image}, used by the VAE's decoder.
+"made_on" records each tool's machine and commit. The GPU's name is not queried before the first launch on it. The
+interpreter and offline compilation use the defaults.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ def power_of_2(n: int, least: int = 1) -> int:
 
 
 def file_name(gpu: str) -> str:
-    """The file of a GPU: nvidia_h200.json for "NVIDIA H200"."""
+    """nvidia_h200.json for "NVIDIA H200"."""
     return re.sub(r"[^a-z0-9]+", "_", gpu.lower()).strip("_") + ".json"
 
 
@@ -58,23 +57,23 @@ def made_on(context: dict[str, Any]) -> dict[str, Any]:
 
 
 def known(path: Path) -> dict[str, Any]:
-    """A GPU's file, or one without an entry."""
+    """The contents of a GPU's file, or those of an empty one."""
     return _load(path) if path.is_file() else {"made_on": {}, "tiles": {}}
 
 
 def note(path: Path, tool: str, machine: dict[str, Any], **sections: Any) -> None:
-    """Puts a tool's sections into a GPU's file, in place of its earlier ones; those of other tools stay."""
+    """Replace a tool's sections in a GPU's file; other tools' sections are kept."""
     found = known(path)
     found |= {"made_on": {**found.get("made_on", {}), tool: machine}, **sections}
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Readers and a kill find the old file or the new one, never a part.
+    # Written whole and renamed: a reader never sees part of a file, even after a kill.
     part = path.with_name(f"{path.name}.{os.getpid()}")
     part.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     part.replace(path)
 
 
 def _load(path: Path) -> dict[str, Any]:
-    again = "make it anew by `python -m ragturbo.kernels.tune`"
+    again = "recreate it with `python -m benchmarks.tune`"
     try:
         data = json.loads(path.read_text("utf-8"))
     except ValueError as error:
@@ -85,33 +84,33 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def read(path: Path) -> dict[str, dict[str, Tile]]:
-    """The tiles of one file, kernel -> shape -> tile. Raises InvalidRequest, naming what is wrong."""
+    """The tiles of one file: kernel -> shape -> tile. Raises InvalidRequest if an entry is malformed."""
     found = _load(path)["tiles"]
     for kernel, shapes in found.items():
         for shape, tile in shapes.items() if isinstance(shapes, dict) else [("", shapes)]:
             if not isinstance(tile, dict) or not all(type(n) is int and n > 0 for n in tile.values()):
-                raise InvalidRequest(f"{path}: the tile of {kernel!r} for {shape!r} is {tile!r}, not numbers by name")
+                raise InvalidRequest(f"{path}: the tile of {kernel!r} for {shape!r} is {tile!r}, not integers by name")
     return found
+
+
+def _section(device: int | torch.device, name: str) -> dict[str, Any]:
+    path = _file(device)
+    return _load(path).get(name, {}) if path else {}
 
 
 def fastest(device: int) -> dict[str, str]:
     """op -> the implementation measured fastest on this GPU."""
-    path = _file(device)
-    return {op: row["impl"] for op, row in _load(path).get("fastest", {}).items()} if path else {}
+    return {op: row["impl"] for op, row in _section(device, "fastest").items()}
 
 
 def attention_seconds(device: torch.device) -> dict[str, float]:
-    """implementation -> seconds of all attentions of an image, as measured on this GPU."""
-    path = _file(device)
-    found: dict[str, float] = _load(path).get("attention", {}) if path else {}
-    return found
+    """implementation -> seconds of all attention layers of one image, as measured on this GPU."""
+    return _section(device, "attention")
 
 
 def upsampling_seconds(device: torch.device) -> dict[str, float]:
-    """Name ("nearest", "phases") -> seconds of the VAE's upsamplers of an image, as measured on this GPU."""
-    path = _file(device)
-    found: dict[str, float] = _load(path).get("upsampling", {}) if path else {}
-    return found
+    """Name ("nearest", "phases") -> seconds of the VAE's upsamplers for one image, as measured on this GPU."""
+    return _section(device, "upsampling")
 
 
 def _file(device: int | torch.device) -> Path | None:
@@ -127,7 +126,7 @@ def _measured(device: int) -> dict[str, dict[str, Tile]]:
 
 
 def choose(kernel: str, shape: str, device: torch.device, default: Tile) -> Tile:
-    """The tile for `kernel` on `shape` (a name such as "N81920 torch.float16"): forced, measured, or the default."""
+    """The tile of `kernel` for `shape` (such as "N81920 torch.float16"): forced, tuned, or the default."""
     asked = _asked.get()
     if asked is not None:
         asked.append((kernel, shape))
@@ -142,7 +141,7 @@ def choose(kernel: str, shape: str, device: torch.device, default: Tile) -> Tile
 
 @contextmanager
 def recorded() -> Iterator[list[tuple[str, str]]]:
-    """The (kernel, shape) of every tile asked for inside the block."""
+    """The (kernel, shape) of every `choose` inside the block."""
     asked: list[tuple[str, str]] = []
     token = _asked.set(asked)
     try:
@@ -153,7 +152,7 @@ def recorded() -> Iterator[list[tuple[str, str]]]:
 
 @contextmanager
 def forced(kernel: str, tile: Tile) -> Iterator[None]:
-    """Use `tile` for `kernel` inside the block: how the tuner tries its candidates."""
+    """Use `tile` for `kernel` inside the block, for the tuner and tests."""
     token = _forced.set({**(_forced.get() or {}), kernel: tile})
     try:
         yield

@@ -1,4 +1,4 @@
-"""Decoded images to bytes: (B, C, H, W) of any strides to (B, H, W, C) uint8, rounded as diffusers' image processor.
+"""Decoded images to bytes: (B, C, H, W) of any strides to (B, H, W, C) uint8, bit for bit as diffusers' processor.
 
 diffusers computes x/2 + 1/2 and the clamp in the tensor's own type, then 255·y in fp32, rounded half to even.
 """
@@ -14,7 +14,7 @@ from ragturbo.kernels import tiles
 from ragturbo.kernels.launch import launch
 from ragturbo.kernels.portable import cast
 
-# Adding and taking away 1.5·2²³ rounds an fp32 below 2²² to the nearest integer, ties to even.
+# Adding and subtracting 1.5·2²³ rounds an fp32 below 2²² to the nearest integer, ties to even.
 _ROUND = tl.constexpr(12582912.0)
 
 
@@ -22,6 +22,7 @@ _ROUND = tl.constexpr(12582912.0)
 def to_uint8(
     x_ptr, out_ptr, C, H, W, stride_b, stride_c, stride_h, stride_w, SIGNED: tl.constexpr, BLOCK: tl.constexpr
 ):
+    """Program (block of H·W·C output elements, image)."""
     i_b = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m = i < H * W * C
@@ -31,7 +32,7 @@ def to_uint8(
     y = x.to(tl.float32)
     if SIGNED:
         y = cast(y * 0.5 + 0.5, x.dtype).to(tl.float32)
-    # NaN is no colour: black, and the engine's finite check reports it.
+    # NaN becomes black; the engine's finite check reports it.
     y = tl.where(y == y, tl.minimum(tl.maximum(y, 0.0), 1.0), 0.0)
     y = (y * 255.0 + _ROUND) - _ROUND
     tl.store(out_ptr + i_b * H * W * C + i, y.to(tl.uint8), mask=m)
@@ -43,7 +44,7 @@ def forward(images: Tensor, signed: bool) -> Tensor:
     out = torch.empty(batch, h, w, c, dtype=torch.uint8, device=images.device)
     tile = tiles.choose("to_uint8", f"H{h} W{w} {images.dtype}", images.device, {"BLOCK": 1024, "num_warps": 4})
     grid = (triton.cdiv(c * h * w, tile["BLOCK"]), batch)
-    # 255·y must be rounded before the sum: contracted, ties would fall elsewhere than diffusers'.
     args = images, out, c, h, w, *images.stride()
+    # 255·y must be rounded before the sum: contraction to an FMA would break ties differently from diffusers.
     launch(to_uint8, grid, *args, SIGNED=signed, **tile, fuse_multiply_add=False)
     return out

@@ -13,12 +13,12 @@ from ragturbo.kernels.launch import launch
 
 @triton.jit
 def upsample(x_ptr, out_ptr, row_size, C: tl.constexpr, BLOCK: tl.constexpr):
-    """One program: BLOCK elements of one row of pixels; row_size = W·C."""
+    """Program (row, block of its row_size = W·C elements). C is constexpr: a multiple of 8 allows 16-byte stores."""
     i_row = tl.program_id(0).to(tl.int64)
     o = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m = o < row_size
     x = tl.load(x_ptr + i_row * row_size + o, mask=m)
-    # Pixel j goes to the pixels 2j and 2j + 1. C is a constant of the kernel: a multiple of 8 allows 16-byte stores.
+    # Pixel j goes to pixels 2j and 2j + 1 of rows 2i and 2i + 1.
     p_out = out_ptr + i_row * 4 * row_size + (o // C) * (2 * C) + o % C
     tl.store(p_out, x, mask=m)
     tl.store(p_out + C, x, mask=m)
@@ -34,6 +34,6 @@ def forward(x: Tensor) -> Tensor:
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     default = {"BLOCK": 2048, "num_warps": 4}
     tile = tiles.choose("upsample", f"R{batch * h} S{w * c} C{c} {x.dtype}", x.device, default)
-    # Rows are the grid's first axis: the others end at 65,535.
+    # Rows are the first axis of the grid: the others are limited to 65,535.
     launch(upsample, (batch * h, triton.cdiv(w * c, tile["BLOCK"])), x, out, w * c, C=c, **tile)
     return out

@@ -1,4 +1,4 @@
-"""The operations of the method: one file an op, with its contract, its plain-torch reference and what may run it."""
+"""The ops: one file each, with its contract, its plain-torch reference and its implementations."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ from ragturbo.ops.geglu import geglu
 from ragturbo.ops.group_norm import group_norm, group_norm_and_sum
 from ragturbo.ops.interleave import interleave
 from ragturbo.ops.layer_norm import layer_norm
-from ragturbo.ops.linear import Norm, linear
+from ragturbo.ops.linear import linear
 from ragturbo.ops.project_attention import project_attention
 from ragturbo.ops.scaled_residual import scaled_residual
 from ragturbo.ops.slerp import slerp
 from ragturbo.ops.softmax import softmax
 from ragturbo.ops.to_uint8 import to_uint8
-from ragturbo.ops.topk import topk, topk_into
+from ragturbo.ops.topk import topk
 from ragturbo.ops.upsample import upsample
 
 __all__ = [
-    "Norm",
     "Rows",
     "attention_adapter",
     "bias_residual",
@@ -42,7 +41,6 @@ __all__ = [
     "softmax",
     "to_uint8",
     "topk",
-    "topk_into",
     "transformer_adapter",
     "upsample",
 ]

@@ -1,7 +1,7 @@
 """The H-space adapter of Eqs. 4–5 as fused launches: 3 for kind "attention", 14 for kind "transformer".
 
-K and V depend on h_retr alone: `retrieved_kv` is the launch that runs beside the UNet's encoder. Forward only; training
-goes through the module's own torch code.
+K and V depend on h_retr alone, so `retrieved_kv` is a launch of its own that can overlap the UNet's encoder. Forward
+only; training uses the module's own torch code.
 """
 
 from __future__ import annotations
@@ -19,33 +19,31 @@ from ragturbo.ops.project_attention import project_attention
 
 Weights = Mapping[str, Tensor]
 
-# diffusers' Transformer2DModel: the GroupNorm in front and the block's three LayerNorms.
+# As in diffusers' Transformer2DModel.
 GROUP_NORM_EPS = 1e-6
 LAYER_NORM_EPS = 1e-5
 _BLOCK = "transformer_blocks.0."
 
 
 def retrieved_kv(h_retr: Tensor, to_k: Tensor, to_v: Tensor, impl: str = "auto") -> tuple[Tensor, Tensor]:
-    """h_retr: (B, k, S, C_retr); to_k, to_v: (C, C_retr) -> K, V of Eq. 4, two views (B, k, S, C). One launch."""
+    """K and V of Eq. 4 in one launch. h_retr: (B, k, S, C_retr); to_k, to_v: (C, C_retr) -> two views (B, k, S, C)."""
     kv = linear(h_retr.flatten(1, 2), [to_k, to_v], impl=impl).unflatten(1, h_retr.shape[1:3])
     k, v = kv.chunk(2, dim=-1)
     return k, v
 
 
 def attention_adapter(
-    h_tgt: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lam: Tensor,
-    valid: Tensor | None,
-    weights: Weights,
-    *,
-    heads: int,
-    impl: str = "auto",
-) -> Tensor:
-    """Eqs. 4–5, kind "attention". h_tgt: (B, T, C); k, v: (B, n, S, C); lam: (B,), 0 where nothing is valid.
+    h_tgt: Tensor, k: Tensor, v: Tensor, lam: Tensor, valid: Tensor | None, weights: Weights,
+    *, heads: int, impl: str = "auto",
+) -> Tensor:  # fmt: skip
+    """Eqs. 4–5 of kind "attention" in two launches -> (B, T, C).
 
-    Two launches. weights: to_q.weight, proj_out.weight, proj_out.bias.
+    Args:
+        h_tgt: (B, T, C).
+        k, v: (B, n, S, C).
+        lam: (B,), 0 for a sample without valid neighbours.
+        valid: (B, n) bool.
+        weights: to_q.weight, proj_out.weight, proj_out.bias.
     """
     attended = project_attention(h_tgt, _get(weights, "to_q.weight"), k, v, valid, heads=heads, impl=impl)
     out, bias = _get(weights, "proj_out.weight"), _get(weights, "proj_out.bias")
@@ -53,20 +51,12 @@ def attention_adapter(
 
 
 def transformer_adapter(
-    h_tgt: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lam: Tensor,
-    valid: Tensor | None,
-    weights: Weights,
-    *,
-    heads: int,
-    groups: int = 32,
-    impl: str = "auto",
-) -> Tensor:
-    """Eqs. 4–5, kind "transformer": h_tgt + λ·g(h_tgt, h_retr). Shapes as `attention_adapter`.
+    h_tgt: Tensor, k: Tensor, v: Tensor, lam: Tensor, valid: Tensor | None, weights: Weights,
+    *, heads: int, groups: int = 32, impl: str = "auto",
+) -> Tensor:  # fmt: skip
+    """Eqs. 4–5 of kind "transformer" in 13 launches: h_tgt + λ·g(h_tgt, h_retr). Shapes as in `attention_adapter`.
 
-    13 launches. weights: a diffusers Transformer2DModel's of one block with linear projections, under its names.
+    weights: those of a diffusers Transformer2DModel of one block with linear projections, under its names.
     """
 
     def get(name: str) -> Tensor:
@@ -75,8 +65,8 @@ def transformer_adapter(
     def normed(x: Tensor, i: int) -> Tensor:
         return layer_norm(x, get(f"norm{i}.weight"), get(f"norm{i}.bias"), LAYER_NORM_EPS, impl=impl)
 
-    # Normalisations are launches of their own: inside `linear` each program would take the statistics anew, and could
-    # not copy a tile of x to shared memory while it multiplies another.
+    # Normalisations are separate launches: inside `linear` every program would compute the statistics again, and could
+    # not copy tiles of x to shared memory asynchronously.
     norm, norm_bias = _get(weights, "norm.weight"), _get(weights, "norm.bias")
     image = h_tgt.transpose(1, 2).unsqueeze(-1)
     x = group_norm(image, groups, norm, norm_bias, GROUP_NORM_EPS, impl=impl).squeeze(-1).transpose(1, 2)
@@ -103,4 +93,4 @@ def _get(weights: Weights, name: str) -> Tensor:
     try:
         return weights[name]
     except KeyError:
-        raise InvalidRequest(f"the adapter's weights lack {name!r}; they have {sorted(weights)[:5]} …") from None
+        raise InvalidRequest(f"the adapter's weights have no {name!r}, only {sorted(weights)[:5]} …") from None

@@ -1,7 +1,7 @@
-"""What stands behind a ResNet block's last convolution: its bias and the block's residual.
+"""The bias of a ResNet block's last convolution and the block's residual, in one pass.
 
-Torch's convolutions on a GPU add a bias in a launch of their own, and cuDNN's one fused addition that torch reaches
-ends in a ReLU: bias and residual together are one pass here, where they are two.
+On a GPU torch adds a convolution's bias in a separate launch, and the only fused addition of cuDNN that torch exposes
+ends in a ReLU.
 """
 
 from __future__ import annotations

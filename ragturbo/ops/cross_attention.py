@@ -1,4 +1,4 @@
-"""The attention core of Eq. 4: softmax(Q Kᵀ / √d) V over the tokens of every valid neighbour, side by side."""
+"""The attention of Eq. 4: softmax(Q Kᵀ / √d) V over the concatenated tokens of the valid neighbours."""
 
 from __future__ import annotations
 
@@ -18,23 +18,18 @@ def cross_attention(
 ) -> Tensor:
     """Eq. 4. q: (B, T, C); k, v: (B, n, S, C), n neighbours of S tokens; valid: (B, n) bool -> (B, T, C) of q's dtype.
 
-    Neighbours that are not valid get no attention, whatever their memory holds; a sample with none gets zeros.
+    Invalid neighbours are ignored, and their memory may be uninitialised. A sample without valid ones gets zeros.
     """
     check(q, k, v, valid, heads)
     name = dispatch.choose("cross_attention", impl, q.device.type, q.dtype)
     if name == "triton":
         return _triton(q, k, v, valid, heads)[0]
-    if name == "sdpa":
-        return sdpa(q, k, v, valid, heads)
-    if name == "xformers":
-        return xformers(q, k, v, valid, heads)
-    if name == "compile":
-        return _compiled()(q, k, v, valid, heads)
-    return reference(q, k, v, valid, heads)
+    run = _compiled() if name == "compile" else {"reference": reference, "sdpa": sdpa, "xformers": xformers}[name]
+    return run(q, k, v, valid, heads)
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, heads: int) -> None:
-    """Raises InvalidRequest unless the shapes are those of `cross_attention`."""
+    """Raise InvalidRequest unless the shapes are those of `cross_attention`."""
     batch, _, channels = q.shape if q.ndim == 3 else (-1, -1, -1)
     if q.ndim != 3 or k.ndim != 4 or k.shape != v.shape or k.shape[0] != batch or k.shape[3] != channels:
         raise InvalidRequest(
@@ -54,8 +49,8 @@ def _split(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def _side_by_side(k: Tensor, v: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(B, n, S, C) -> (B, n·S, C), and the mask (B, 1, 1, n·S). Invalid rows may be uninitialised: zeroed."""
+def _concatenated(k: Tensor, v: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(B, n, S, C) -> (B, n·S, C), with invalid neighbours zeroed, and the mask (B, 1, 1, n·S)."""
     if valid is None:
         return k.flatten(1, 2), v.flatten(1, 2), None
     keep = valid[:, :, None, None]
@@ -66,11 +61,11 @@ def _side_by_side(k: Tensor, v: Tensor, valid: Tensor | None) -> tuple[Tensor, T
 def reference(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, heads: int) -> Tensor:
     """Eq. 4 in plain torch, computed in fp32 (fp64 for fp64)."""
     dtype = dispatch.compute_dtype(q.dtype)
-    k, v, mask = _side_by_side(k.to(dtype), v.to(dtype), valid)
+    k, v, mask = _concatenated(k.to(dtype), v.to(dtype), valid)
     query, key, value = (_split(x, heads) for x in (q.to(dtype), k, v))
     scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
     if mask is not None:
-        # A finite floor rather than -inf: a row with nothing valid stays free of NaN, also in its gradient.
+        # Not -inf: softmax of a fully masked row would be NaN, and so would its gradient.
         scores = scores.masked_fill(~mask, torch.finfo(dtype).min)
     weights = torch.softmax(scores, dim=-1)
     if mask is not None:
@@ -80,8 +75,8 @@ def reference(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, heads: int)
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, heads: int) -> Tensor:
     """Eq. 4 by torch's scaled_dot_product_attention, in the storage dtype."""
-    k, v, mask = _side_by_side(k, v, valid)
-    # A row with nothing valid attends to everything, which is zeros: its values were zeroed above.
+    k, v, mask = _concatenated(k, v, valid)
+    # Without a valid neighbour, attend to all of them: their values were zeroed above.
     if mask is not None:
         mask = mask | ~mask.any(-1, keepdim=True)
     out = F.scaled_dot_product_attention(_split(q, heads), _split(k, heads), _split(v, heads), attn_mask=mask)
@@ -92,7 +87,7 @@ def xformers(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, heads: int) 
     """Eq. 4 by xformers' memory-efficient attention, in the storage dtype."""
     from xformers.ops import memory_efficient_attention
 
-    k, v, mask = _side_by_side(k, v, valid)
+    k, v, mask = _concatenated(k, v, valid)
     bias = None
     if mask is not None:
         allowed = (mask | ~mask.any(-1, keepdim=True)).expand(-1, heads, q.shape[1], -1)
@@ -100,20 +95,20 @@ def xformers(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, heads: int) 
     try:
         out = memory_efficient_attention(*(x.unflatten(-1, (heads, -1)) for x in (q, k, v)), attn_bias=bias)
     except NotImplementedError as error:
-        # It installs, and imports, beside a torch that its kernels were not built for.
-        raise InvalidRequest(f"cross_attention(impl='xformers'): this xformers has no kernel here: {error}") from error
+        # xformers can be imported with a torch that its kernels were not built for.
+        raise InvalidRequest(f"cross_attention(impl='xformers'): xformers has no kernel here: {error}") from error
     return out.flatten(2)
 
 
 @functools.cache
 def _compiled() -> Callable[..., Tensor]:
-    # On demand: torch.compile imports its compiler, which takes seconds.
+    # On first use: torch.compile imports its compiler, which takes seconds.
     return torch.compile(reference)
 
 
 @torch.library.custom_op("ragturbo::cross_attention", mutates_args=())
 def _triton(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, heads: int) -> tuple[Tensor, Tensor]:
-    """The attention's output, and for backward each query's greatest score and 1 / Σ p, (B, heads, 2, T)."""
+    """The output, and for backward each query's maximum score and 1 / Σ p, (B, heads, 2, T)."""
     from ragturbo.kernels import cross_attention as kernels
 
     return kernels.forward(q, k, v, valid, heads)

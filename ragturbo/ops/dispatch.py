@@ -1,7 +1,7 @@
-"""Which implementation an op runs, and why.
+"""Choice of an op's implementation.
 
-A named implementation runs or raises; only `auto` chooses. Everything here is decided without touching a GPU, so that
-the same answer holds under torch.compile, under FakeTensorMode and while a CUDA graph is captured.
+A named implementation runs or raises; only "auto" chooses. No decision touches the GPU, so that it is the same under
+torch.compile, under FakeTensorMode and during CUDA graph capture.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from torch import Tensor
 
 from ragturbo.errors import InvalidRequest
 
-# Every environment variable the ops and kernels read. Each is read once, at import.
+# Every environment variable the ops and kernels read, once, at import.
 ENVIRONMENT: dict[str, str] = {
-    "RAGTURBO_IMPL": "what impl='auto' takes: one name for all ops, or 'slerp=reference,cross_attention=sdpa'",
-    "RAGTURBO_KERNEL_CONFIGS": "a folder of <gpu>.json tile choices, read before the ones installed with ragturbo",
+    "RAGTURBO_IMPL": "what impl='auto' uses: one name for all ops, or 'slerp=reference,cross_attention=sdpa'",
+    "RAGTURBO_KERNEL_CONFIGS": "a folder of <gpu>.json tile choices, searched before those installed with ragturbo",
     "TRITON_INTERPRET": "1 runs the Triton kernels in Triton's CPU interpreter: for tests, thousands of times slower",
 }
 
@@ -31,32 +31,26 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "linear": ("reference", "triton"),
     "project_attention": ("reference", "triton"),
     "cross_attention": ("reference", "triton", "sdpa", "xformers", "compile"),
-    "group_norm": ("reference", "triton"),
-    "layer_norm": ("reference", "triton"),
-    "geglu": ("reference", "triton"),
-    "bias_residual": ("reference", "triton"),
-    "upsample": ("reference", "triton"),
-    "interleave": ("reference", "triton"),
-    "softmax": ("reference", "triton"),
-    "to_uint8": ("reference", "triton"),
+    **dict.fromkeys(
+        ("group_norm", "layer_norm", "geglu", "bias_residual", "upsample", "interleave", "softmax", "to_uint8"),
+        ("reference", "triton"),
+    ),
     "gather_rows": ("reference", "triton", "cuda"),
     "topk": ("reference", "triton", "cuda"),
 }
-
-
-# Kernels without a backward. Where a gradient is wanted, `auto` takes the reference.
+# Ops whose kernels have no backward. If a gradient is needed, "auto" uses the reference.
 FORWARD_ONLY = frozenset(IMPLEMENTATIONS) - {"slerp", "scaled_residual", "cross_attention"}
 
 
 def installed(module: str) -> bool:
-    """Whether a module can be found. Finding is not importing: this stays cheap and has no side effects."""
+    """Whether a module can be found, without importing it."""
     try:
         return importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):
         return False
 
 
-# What the kernels read and write; they accumulate in fp32.
+# Storage types of the kernels; they accumulate in fp32.
 STORAGE = (torch.float32, torch.float16, torch.bfloat16)
 
 HAS_TRITON = installed("triton")
@@ -66,7 +60,7 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 @functools.cache
 def native() -> Any:
-    """ragturbo._native, or None where it was not built."""
+    """ragturbo._native, or None if it was not built."""
     try:
         return importlib.import_module("ragturbo._native")
     except ImportError:
@@ -74,12 +68,12 @@ def native() -> Any:
 
 
 def _forced(text: str) -> dict[str, str]:
-    """RAGTURBO_IMPL as a table op -> implementation; the op "" stands for all."""
+    """RAGTURBO_IMPL as op -> implementation; the op "" means all."""
     table: dict[str, str] = {}
     for item in filter(None, (part.strip() for part in text.split(","))):
         op, _, name = item.rpartition("=")
         if op and name not in IMPLEMENTATIONS.get(op, ()):
-            raise InvalidRequest(f"RAGTURBO_IMPL={text!r}: there is no {item!r}; known: {IMPLEMENTATIONS}")
+            raise InvalidRequest(f"RAGTURBO_IMPL={text!r}: unknown {item!r}; known: {IMPLEMENTATIONS}")
         table[op] = name
     return table
 
@@ -101,7 +95,7 @@ def refusal(op: str, impl: str, device: str, dtype: torch.dtype = torch.float16)
             return f"the Triton kernels store fp32, fp16 and bf16, not {dtype}"
     if impl == "cuda":
         if not hasattr(native(), "gather_rows"):
-            return "ragturbo._native was built without its CUDA part (nvcc was not there)"
+            return "ragturbo._native was built without its CUDA part (nvcc was not found)"
         if device != "cuda":
             return f"CUDA kernels run on a GPU, the tensors are on {device!r}"
     if impl == "xformers":
@@ -113,7 +107,7 @@ def refusal(op: str, impl: str, device: str, dtype: torch.dtype = torch.float16)
 
 
 def _auto(op: str, device: str, dtype: torch.dtype = torch.float16) -> tuple[str, str]:
-    """What `auto` takes for `op` on `device`, and the reason."""
+    """What "auto" uses for `op` on `device`, and why."""
     name = FORCED.get(op, FORCED.get("", ""))
     if name and name in IMPLEMENTATIONS[op]:
         return name, f"RAGTURBO_IMPL={os.environ['RAGTURBO_IMPL']}"
@@ -125,16 +119,16 @@ def _auto(op: str, device: str, dtype: torch.dtype = torch.float16) -> tuple[str
     fastest = _fastest().get(op, "triton")
     if fastest != "triton" and refusal(op, fastest, device, dtype) is None:
         return fastest, "the fastest measured on this GPU: kernels/configs"
-    return "triton", "a GPU and triton are there"
+    return "triton", "a GPU and triton are available"
 
 
 _measured: dict[str, str] | None = None
 
 
 def _fastest() -> dict[str, str]:
-    """op -> implementation, as `python -m ragturbo.bench.fastest` noted for this GPU; empty where nothing is known."""
+    """op -> implementation, as measured on this GPU by `python -m benchmarks.fastest`; empty if it was not."""
     global _measured
-    # A compiler that traces this finds what was read before it came, and reads no file.
+    # torch.compile must not trace the file access; it sees what was read before.
     if _measured is None and not torch.compiler.is_compiling():
         from ragturbo.kernels import tiles
 
@@ -150,19 +144,26 @@ def choose(
     *inputs: Tensor | None,
     limits: Mapping[str, str | None] | None = None,
 ) -> str:
-    """The implementation that runs. Raises InvalidRequest if the one named cannot. inputs: what may want a gradient.
+    """The implementation that runs.
 
-    limits: why an implementation cannot take these sizes, by its name. One so limited is passed over by `auto`.
+    Args:
+        impl: "auto" or the name of an implementation.
+        device: "cpu" or "cuda".
+        inputs: tensors that may require a gradient.
+        limits: implementation -> why it cannot take these sizes, or None. "auto" skips those that cannot.
+
+    Raises:
+        InvalidRequest: the named implementation cannot run.
     """
     limits = limits or {}
     name = _auto(op, device, dtype)[0] if impl == "auto" else impl
     if impl == "auto" and limits.get(name):
         able = [n for n in IMPLEMENTATIONS[op] if not limits.get(n) and refusal(op, n, device, dtype) is None]
-        # The reference is the last resort: on a GPU it is slow, or cannot read what lies there.
+        # The reference comes last: on a GPU it is slow, or cannot read device memory at all.
         name = next((n for n in able if n != "reference"), "reference")
     if op in FORWARD_ONLY and name != "reference" and wants_grad(*inputs):
         if impl != "auto":
-            raise InvalidRequest(f"{op}(impl={impl!r}) has no backward: take 'reference', or torch.no_grad()")
+            raise InvalidRequest(f"{op}(impl={impl!r}) has no backward: use 'reference' or torch.no_grad()")
         return "reference"
     why_not = refusal(op, name, device, dtype) or limits.get(name)
     if why_not is not None:
@@ -172,7 +173,7 @@ def choose(
 
 @dataclass(frozen=True)
 class Explanation:
-    """One line of `ragturbo info`: what `auto` takes for an op on this machine, why, and why not the others."""
+    """A line of `ragturbo info`: what "auto" uses for an op, why, and why other implementations cannot run."""
 
     op: str
     impl: str
@@ -181,7 +182,7 @@ class Explanation:
 
 
 def explain(device: str | None = None) -> list[Explanation]:
-    """What `auto` takes for every op on `device`; by default a GPU if torch sees one, else the CPU."""
+    """What "auto" uses for every op on `device`; by default a GPU if torch sees one, else the CPU."""
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     rows = []
     for op, names in IMPLEMENTATIONS.items():
@@ -197,5 +198,5 @@ def wants_grad(*tensors: Tensor | None) -> bool:
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The references compute in fp32 whatever the storage; fp64 stays fp64, for gradcheck."""
+    """fp32 for the references, whatever the storage; fp64 for fp64, for gradcheck."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,4 +1,4 @@
-"""Rows of H-space features by ids in device memory, from device memory or page-locked host memory."""
+"""Gather rows of H-space features by ids in device memory, from device memory or page-locked host memory."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ragturbo.ops import dispatch
 
 
 class Rows(NamedTuple):
-    """Where records lie. The kernels read the address and the count from `descriptor` each time they run.
+    """A table of records, row_bytes apart: T·C fp16 values, or T·C int8 values and then T fp32 scales.
 
-    A record is T·C fp16, or T·C int8 and then T fp32 scales; records lie row_bytes apart. Whoever makes the descriptor
-    keeps that memory alive, and moves a database by copying a new descriptor into it.
+    The kernels read address and count from `descriptor` at each run, so copying a new one into it swaps the database.
+    The caller must keep the table's memory alive.
     """
 
     descriptor: Tensor
@@ -32,12 +32,12 @@ class Rows(NamedTuple):
 
 
 def describe(address: int, count: int, device: torch.device | str) -> Tensor:
-    """The descriptor of `count` records (or keys) from `address`, as the device sees it: int64 [address, count]."""
+    """The descriptor of `count` records or keys at `address`, an address valid on `device`: int64 [address, count]."""
     return torch.tensor([address, count], dtype=torch.int64, device=device)
 
 
 def gather_rows(rows: Rows, ids: Tensor, impl: str = "auto") -> Tensor:
-    """ids: (…,) int64 -> (…, T, C) fp16, dequantised. An id outside the table, -1 for a missing one, gives zeros."""
+    """ids: (…,) int64 -> (…, T, C) fp16, dequantised. An id outside the table, such as -1, gives zeros."""
     if rows.stored not in ("float16", "int8") or rows.row_bytes < rows.record_bytes or rows.row_bytes % 2:
         raise InvalidRequest(
             f"a record of {rows.stored} ({rows.tokens}, {rows.channels}) is {rows.record_bytes} bytes, "
@@ -56,7 +56,7 @@ def gather_rows(rows: Rows, ids: Tensor, impl: str = "auto") -> Tensor:
 
 
 def _cuda_limit(rows: Rows, ids: Tensor) -> str | None:
-    """Why csrc/gather.cu cannot: it reads records by 16 bytes, a block column a row."""
+    """Why csrc/gather.cu cannot run, if so: it reads records by 16 bytes, with one block column per row."""
     lane = 16 if rows.stored == "int8" else 8
     if rows.channels % lane or rows.row_bytes % 16:
         return (
@@ -102,17 +102,10 @@ def _cuda(descriptor: Tensor, ids: Tensor, row_bytes: int, tokens: int, channels
     out = torch.empty(*ids.shape, tokens, channels, dtype=torch.float16, device=ids.device)
     with torch.cuda.device(ids.device):
         dispatch.native().gather_rows(
-            base_at=descriptor.data_ptr(),
-            count_at=descriptor.data_ptr() + 8,
-            ids=ids.data_ptr(),
-            n=ids.numel(),
-            tokens=tokens,
-            channels=channels,
-            stride=row_bytes,
-            stored="int8" if int8 else "float16",
-            out=out.data_ptr(),
-            stream=torch.cuda.current_stream().cuda_stream,
-        )
+            base_at=descriptor.data_ptr(), count_at=descriptor.data_ptr() + 8, ids=ids.data_ptr(), n=ids.numel(),
+            tokens=tokens, channels=channels, stride=row_bytes, stored="int8" if int8 else "float16",
+            out=out.data_ptr(), stream=torch.cuda.current_stream().cuda_stream,
+        )  # fmt: skip
     return out
 
 

@@ -1,4 +1,4 @@
-"""GEGLU behind a projection of somebody else's: value · gelu(gate), the projection's bias included."""
+"""GEGLU after a projection: value · gelu(gate), with the projection's bias."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ragturbo.ops import dispatch
 
 
 def geglu(x: Tensor, bias: Tensor | None = None, impl: str = "auto") -> Tensor:
-    """x: (…, 2F), values before gates; bias: (2F,) -> (…, F) of x's dtype. gelu is the exact one. Forward only."""
+    """x: (…, 2F), values before gates; bias: (2F,) -> (…, F) of x's dtype, with the exact gelu. Forward only."""
     if x.ndim < 1 or x.shape[-1] % 2 or (bias is not None and bias.shape != x.shape[-1:]):
         raise InvalidRequest(f"geglu: x {tuple(x.shape)}, bias {None if bias is None else tuple(bias.shape)}")
     if dispatch.choose("geglu", impl, x.device.type, x.dtype, x, bias) == "triton":

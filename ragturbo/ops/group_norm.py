@@ -1,4 +1,4 @@
-"""GroupNorm with SiLU behind it and the ResNet block's additions before it."""
+"""GroupNorm with the ResNet block's additions before it and SiLU after it."""
 
 from __future__ import annotations
 
@@ -41,22 +41,11 @@ def group_norm_and_sum(
     add_bias: Tensor | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """As `group_norm`, and the sum x + add + add_bias[c] itself: a ResNet block's output and the next one's input."""
+    """`group_norm`, and the sum x + add + add_bias[c]: a ResNet block's output, which is the next one's input."""
     return _run(x, groups, weight, bias, eps, silu, add, add_bias, True, impl)
 
 
-def _run(
-    x: Tensor,
-    groups: int,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    silu: bool,
-    add: Tensor | None,
-    add_bias: Tensor | None,
-    keep_sum: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor]:
+def _run(x, groups, weight, bias, eps, silu, add, add_bias, keep_sum, impl) -> tuple[Tensor, Tensor]:
     if x.ndim != 4 or x.shape[1] % groups or weight.shape != x.shape[1:2] or bias.shape != x.shape[1:2]:
         raise InvalidRequest(
             f"group_norm: x {tuple(x.shape)}, {groups} groups, weight {tuple(weight.shape)}, bias {tuple(bias.shape)}"
@@ -69,15 +58,9 @@ def _run(
 
 
 def reference(
-    x: Tensor,
-    groups: int,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    silu: bool,
-    add: Tensor | None,
-    add_bias: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float,
+    silu: bool, add: Tensor | None, add_bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The same in plain torch, computed in fp32 (fp64 for fp64); the sum is rounded to the storage type."""
     dtype = dispatch.compute_dtype(x.dtype)
     total = x.to(dtype)
@@ -92,20 +75,13 @@ def reference(
 
 @torch.library.custom_op("ragturbo::group_norm", mutates_args=())
 def _triton(
-    x: Tensor,
-    groups: int,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    silu: bool,
-    add: Tensor | None,
-    add_bias: Tensor | None,
-    keep_sum: bool,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float,
+    silu: bool, add: Tensor | None, add_bias: Tensor | None, keep_sum: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     from ragturbo.kernels import group_norm as kernels
 
     out, total = kernels.forward(x, groups, weight, bias, eps, silu, add, add_bias, keep_sum)
-    return out, total if keep_sum else x.new_empty(0)
+    return out, x.new_empty(0) if total is None else total
 
 
 @_triton.register_fake

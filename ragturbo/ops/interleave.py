@@ -1,4 +1,4 @@
-"""The four phases of an image of twice the size, as one convolution of the small image gives them, to that image."""
+"""Interleave the four phases of an upsampled image, as one convolution of the small image computes them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ragturbo.ops import dispatch
 def interleave(phases: Tensor, impl: str = "auto") -> Tensor:
     """phases: (B, 4C, H + 1, W + 1) -> (B, C, 2H, 2W), the same bits.
 
-    Channels 2·C·y + C·x and the next C - 1 hold the pixels of odd or even rows (y = 1, 0) and columns (x = 1, 0): pixel
-    (2i + y, 2j + x) is at (i + y, j + x). The kernel reads and writes channels_last. Forward only.
+    Pixel (2i + y, 2j + x) of the output, y and x in {0, 1}, is phases[:, (2y + x)·C :][:, :C, i + y, j + x]. The kernel
+    reads and writes channels_last. Forward only.
     """
     if phases.ndim != 4 or phases.shape[1] % 4 or min(phases.shape[2:]) < 2:
         raise InvalidRequest(f"interleave takes phases (B, 4C, H + 1, W + 1), got {tuple(phases.shape)}")

@@ -1,4 +1,4 @@
-"""The λ-scaled residual of Eq. 5: h + λ·Δh, one λ a sample, read from device memory."""
+"""The λ-scaled residual of Eq. 5: h + λ·Δh, with one λ per sample, read from device memory."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from ragturbo.ops import dispatch
 
 
 def scaled_residual(h: Tensor, delta: Tensor, lam: Tensor | float, impl: str = "auto", inplace: bool = False) -> Tensor:
-    """Eq. 5: h + lam[b]·delta. h, delta: (B, …), contiguous or channels_last; lam: float or (B,) -> as h.
+    """Eq. 5: h + lam[b]·delta. h, delta: (B, …); lam: float or (B,) -> h's shape, dtype and memory order.
 
-    λ = 0 returns h's bits exactly, whatever delta holds. `inplace` writes into h and returns it.
+    λ = 0 returns h bit for bit, even if delta is NaN. `inplace` writes into h and returns it.
     """
     if h.shape != delta.shape or h.ndim < 2:
         raise InvalidRequest(f"scaled_residual: h is {tuple(h.shape)}, delta is {tuple(delta.shape)}")
     if h.device != delta.device:
         raise InvalidRequest(f"scaled_residual: h is on {h.device}, delta on {delta.device}")
-    scale = _scale(h, lam)
+    scale = per_sample("lam", lam, h)
     if dispatch.choose("scaled_residual", impl, h.device.type, h.dtype) == "triton":
         if inplace and not dispatch.wants_grad(h, delta, scale):
             _triton_inplace(h, delta, scale)
@@ -29,19 +29,20 @@ def scaled_residual(h: Tensor, delta: Tensor, lam: Tensor | float, impl: str = "
     return h.copy_(out) if inplace else out
 
 
-def _scale(h: Tensor, lam: Tensor | float) -> Tensor:
-    if not isinstance(lam, Tensor):
-        return torch.full((h.shape[0],), lam, dtype=dispatch.compute_dtype(h.dtype), device=h.device)
-    if lam.shape != (h.shape[0],):
-        raise InvalidRequest(f"lam has shape {tuple(lam.shape)}, one λ a sample is ({h.shape[0]},)")
-    return lam
+def per_sample(name: str, value: Tensor | float, h: Tensor) -> Tensor:
+    """A scalar argument as one number per sample of h, (B,)."""
+    if not isinstance(value, Tensor):
+        return torch.full((h.shape[0],), value, dtype=dispatch.compute_dtype(h.dtype), device=h.device)
+    if value.shape != (h.shape[0],):
+        raise InvalidRequest(f"{name} has shape {tuple(value.shape)}, one per sample is ({h.shape[0]},)")
+    return value
 
 
 def reference(h: Tensor, delta: Tensor, lam: Tensor) -> Tensor:
     """Eq. 5 in plain torch, computed in fp32 (fp64 for fp64)."""
     dtype = dispatch.compute_dtype(h.dtype)
     scale = lam.to(dtype).reshape(-1, *[1] * (h.ndim - 1))
-    # A sum with 0·delta would turn -0.0 into 0.0 and let a NaN in: where λ is 0, h itself.
+    # Adding 0·delta would turn -0.0 into 0.0 and propagate NaN.
     return torch.where(scale == 0, h, (h.to(dtype) + scale * delta.to(dtype)).to(h.dtype))
 
 

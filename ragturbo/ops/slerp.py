@@ -2,8 +2,8 @@
 
     out = sin((1-w)Ω)/sin Ω · h_retr  +  sin(wΩ)/sin Ω · h_tgt,      Ω = arccos ⟨h_retr/|h_retr|, h_tgt/|h_tgt|⟩
 
-Ω comes from the unit vectors, since the arccos of anything else means nothing; the blend is of the raw features, so
-that w = 1 gives h_tgt and w = 0 gives h_retr, norms included.
+Ω is the angle of the unit vectors. The raw features are blended, so that w = 1 gives h_tgt and w = 0 gives h_retr,
+norms included.
 """
 
 from __future__ import annotations
@@ -13,43 +13,34 @@ from torch import Tensor
 
 from ragturbo.errors import InvalidRequest
 from ragturbo.ops import dispatch
+from ragturbo.ops.scaled_residual import per_sample
 
-# Nearer than this to parallel (1 - cos Ω), slerp and lerp agree to fp32 rounding, and lerp has no 0/0.
+# Below this 1 - cos Ω, slerp and lerp agree to fp32 rounding, and lerp has no 0/0.
 PARALLEL = 1e-6
-# Nearer than this to opposite (1 + cos Ω), the great circle is not unique and 1/sin Ω amplifies rounding: lerp too.
+# Below this 1 + cos Ω, the great circle is nearly undefined and 1/sin Ω amplifies rounding: also lerp.
 ANTIPODAL = 1e-3
 
 
 def slerp(h_tgt: Tensor, h_retr: Tensor, w: Tensor | float, per: str = "sample", impl: str = "auto") -> Tensor:
     """Eq. 3. h_tgt, h_retr: (B, …, C); w: float or (B,) in [0, 1], the weight of the target -> (B, …, C).
 
-    per "sample": one Ω over all tokens and channels of an image; "token": one Ω for each token's C channels.
-    Where Ω is undefined or useless (parallel, opposite, a zero vector) the blend is linear. NaN in, NaN out.
+    per "sample": one Ω over all tokens and channels of an image; "token": one Ω per token. For (nearly) parallel,
+    opposite or zero vectors the blend is linear. NaN propagates within its sample or token.
     """
     if h_tgt.shape != h_retr.shape or h_tgt.ndim < 2:
-        raise InvalidRequest(
-            f"slerp blends equal grids: h_tgt is {tuple(h_tgt.shape)}, h_retr is {tuple(h_retr.shape)}"
-        )
+        raise InvalidRequest(f"slerp: h_tgt is {tuple(h_tgt.shape)}, h_retr is {tuple(h_retr.shape)}")
     if h_tgt.dtype != h_retr.dtype or h_tgt.device != h_retr.device:
         raise InvalidRequest(
             f"slerp: h_tgt is {h_tgt.dtype} on {h_tgt.device}, h_retr is {h_retr.dtype} on {h_retr.device}"
         )
     if per not in ("sample", "token"):
         raise InvalidRequest(f"slerp: per={per!r}; known: 'sample', 'token'")
-    weight = _weight(h_tgt, w)
+    if not isinstance(w, Tensor) and not 0.0 <= w <= 1.0:
+        raise InvalidRequest(f"slerp: w={w} is outside [0, 1]")
+    weight = per_sample("w", w, h_tgt)
     if dispatch.choose("slerp", impl, h_tgt.device.type, h_tgt.dtype) == "triton":
         return _triton(h_tgt, h_retr, weight, per == "token")
     return reference(h_tgt, h_retr, weight, per)
-
-
-def _weight(h: Tensor, w: Tensor | float) -> Tensor:
-    if not isinstance(w, Tensor):
-        if not 0.0 <= w <= 1.0:
-            raise InvalidRequest(f"w={w} is outside [0, 1]: it is the weight of the target feature")
-        return torch.full((h.shape[0],), w, dtype=dispatch.compute_dtype(h.dtype), device=h.device)
-    if w.shape != (h.shape[0],):
-        raise InvalidRequest(f"w has shape {tuple(w.shape)}, one weight a sample is ({h.shape[0]},)")
-    return w
 
 
 def reference(h_tgt: Tensor, h_retr: Tensor, w: Tensor, per: str = "sample") -> Tensor:
@@ -68,15 +59,14 @@ def reference(h_tgt: Tensor, h_retr: Tensor, w: Tensor, per: str = "sample") -> 
 
 def coefficients(tt: Tensor, rr: Tensor, tr: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     """The weights (of h_retr, of h_tgt) of Eq. 3 from the inner products ⟨t,t⟩, ⟨r,r⟩, ⟨t,r⟩."""
-    # A squared norm below the normal numbers has lost its digits, and a GPU may take it for 0.
+    # A subnormal squared norm has lost digits, and a GPU may flush it to 0.
     tiny = torch.finfo(tt.dtype).tiny
     zero = (tt < tiny) | (rr < tiny)
     one = torch.ones_like(tt)
-    # √tt·√rr rather than √(tt·rr): the product of two squared norms leaves fp32 where the norms do not. And √1 in place
-    # of √0, whose gradient is infinite.
+    # √tt·√rr, because tt·rr can overflow fp32; and √1 instead of √0, whose gradient is infinite.
     cos = tr / (torch.where(zero, one, tt).sqrt() * torch.where(zero, one, rr).sqrt())
     linear = zero | (cos > 1 - PARALLEL) | (cos < ANTIPODAL - 1)
-    # A harmless angle where the blend is linear keeps infinities out of the gradient of the other branch.
+    # With Ω = π/2 in place of the linear cases, the branch not taken has no infinite gradient.
     safe = torch.where(linear, torch.zeros_like(cos), cos)
     omega = torch.acos(safe)
     sin = torch.sin(omega)

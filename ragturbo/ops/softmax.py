@@ -1,4 +1,4 @@
-"""The softmax of an attention whose scores were computed in fp32 and whose probabilities multiply in 16 bits."""
+"""Softmax of fp32 attention scores, with the probabilities in the model's type."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _LONGEST = 16384
 def softmax(scores: Tensor, scale: float, dtype: torch.dtype, impl: str = "auto") -> Tensor:
     """scores: (…, L) fp32; scale > 0 -> softmax(scale·scores) over L, rounded once to `dtype`. Forward only."""
     if scores.ndim < 1 or scores.numel() == 0 or scores.dtype != torch.float32 or scale <= 0:
-        raise InvalidRequest(f"softmax takes fp32 scores and a positive scale, got {scores.dtype} of "
-                             f"{tuple(scores.shape)} and {scale}")  # fmt: skip
+        got = f"{scores.dtype} of {tuple(scores.shape)} and {scale}"
+        raise InvalidRequest(f"softmax takes fp32 scores and a positive scale, got {got}")
     length = scores.shape[-1]
     limits = {"triton": f"rows of at most {_LONGEST}, not {length}" if length > _LONGEST else None}
     if dispatch.choose("softmax", impl, scores.device.type, dtype, scores, limits=limits) == "triton":

@@ -1,4 +1,4 @@
-"""Decoded images to bytes, equal to diffusers' image processor bit for bit."""
+"""Decoded images to bytes, bit for bit as diffusers' image processor."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from ragturbo.ops import dispatch
 def to_uint8(images: Tensor, *, signed: bool = True, impl: str = "auto") -> Tensor:
     """images: (B, C, H, W) of any strides, in [-1, 1] if signed, else in [0, 1] -> (B, H, W, C) uint8, contiguous.
 
-    x/2 + 1/2 and the clamp in the images' own type, 255·y in fp32, half to even: diffusers' order. NaN is black.
+    As in diffusers, x/2 + 1/2 and the clamp are computed in the images' type and 255·y in fp32, rounded half to even.
+    NaN becomes 0.
     """
     if images.ndim != 4 or not images.is_floating_point():
         raise InvalidRequest(f"to_uint8 takes float images (B, C, H, W), got {images.dtype} of {tuple(images.shape)}")

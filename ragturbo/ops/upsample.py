@@ -1,4 +1,4 @@
-"""Nearest-neighbour upsampling by two, in front of the convolutions that enlarge a UNet's or a VAE's feature maps."""
+"""Nearest-neighbour upsampling by two, before the convolutions in a UNet's or VAE's upsamplers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ragturbo.ops import dispatch
 
 
 def upsample(x: Tensor, impl: str = "auto") -> Tensor:
-    """x: (B, C, H, W) -> (B, C, 2H, 2W): every pixel four times, the same bits.
+    """x: (B, C, H, W) -> (B, C, 2H, 2W).
 
     The kernel reads and writes channels_last. Forward only.
     """
