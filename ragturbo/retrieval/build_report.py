@@ -1,4 +1,4 @@
-"""What a build did: how many pairs it stored, which it skipped and why."""
+"""The report of a build: how many pairs it stored, which it skipped and why."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FILE = "build-report.json"
 
 @dataclass
 class BuildReport:
-    """`skipped` has an entry an item: its number in the input, its source and the reason."""
+    """`skipped` has one entry per item: its number in the input, its source and the reason."""
 
     path: str
     generation: int
@@ -23,7 +23,7 @@ class BuildReport:
     skipped: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
     encoded: int = 0
-    """Pairs encoded in this run; the others were done before it resumed, or by other processes."""
+    """Pairs encoded in this run, not in an earlier one or by another process."""
 
     @property
     def rate(self) -> float:
@@ -37,10 +37,10 @@ class BuildReport:
             body = json.loads(raw)
             return cls(str(folder), body["generation"], body["pairs"], body["skipped"])
         except (ValueError, KeyError, TypeError) as error:
-            raise DatabaseCorrupt(f"{folder / FILE}: not a build's report: {error}") from error
+            raise DatabaseCorrupt(f"{folder / FILE}: not the report of a build: {error}") from error
 
     def save(self, folder: Path) -> None:
-        """Beside CURRENT. Without times, so that a resumed build leaves the same bytes as an unbroken one."""
+        """Write the report, without times: a resumed build must leave the same bytes as an uninterrupted one."""
         body = {"generation": self.generation, "pairs": self.pairs, "skipped": self.skipped}
         durable.write_file(folder / FILE, (json.dumps(body, indent=1, sort_keys=True) + "\n").encode())
         durable.sync_folder(folder)
