@@ -39,12 +39,7 @@ _FREE = {f"loop.{name}" for name in _FREE_LOOP} | {"data.prefetch", "data.held_o
 
 
 def save(folder: Path, step: int, states: dict[str, dict[str, Tensor]], facts: dict[str, Any], keep: int) -> Path:
-    """Write the checkpoint of `step` and delete all but the newest `keep`.
-
-    Args:
-        states: tensors by file name and parameter name.
-        facts: JSON values for state.json.
-    """
+    """Write `states`, a file each, and `facts` as state.json; then delete all but the newest `keep` checkpoints."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():
         # Left behind by a killed process.

@@ -14,13 +14,8 @@ from typing import Any
 
 from ragturbo.config import one_of
 from ragturbo.errors import InvalidRequest
-from ragturbo.train.extras import require
+from ragturbo.train import require
 
-MODES = ("adapter", "student")
-ADAPTERS = ("transformer", "attention", "none")
-PRECISIONS = ("fp32", "bf16")
-NEIGHBORS = ("nearest", "random")
-REALS = ("all", "images")
 DECODER_TARGETS = (
     r"up_blocks\..*\.(to_q|to_k|to_v|to_out\.0|proj_in|proj_out|ff\.net\.0\.proj|ff\.net\.2|conv1|conv2|conv_shortcut)"
 )
@@ -38,8 +33,7 @@ class LoRAConfig:
     """A regular expression over module names. It may match decoder modules only."""
 
     def __post_init__(self) -> None:
-        _at_least("student.lora", self, rank=0, alpha=0)
-        _in_unit("student.lora.dropout", self.dropout)
+        _check_range("student.lora", self, rank=0, alpha=0, dropout=(0, 1))
 
 
 @dataclass(frozen=True)
@@ -48,7 +42,6 @@ class StudentConfig:
     """n of T_n, 1 to 4."""
     adapter: str = "transformer"
     heads: int | None = None
-    """Attention heads of the adapter; None: its default for the model's width."""
     num_neighbors: int = 1
     lam: float | None = None
     """λ of Eq. 5; None: the cosine of the prompt's key and the neighbour's, as in the paper."""
@@ -59,15 +52,9 @@ class StudentConfig:
     lora: LoRAConfig = field(default_factory=LoRAConfig)
 
     def __post_init__(self) -> None:
-        one_of("student.adapter", self.adapter, ADAPTERS)
-        one_of("student.neighbors", self.neighbors, NEIGHBORS)
-        _in_unit("student.retrieval_dropout", self.retrieval_dropout)
-        if not 1 <= self.steps <= 4:
-            raise InvalidRequest(f"student.steps={self.steps}: a student has one to four steps")
-        if not 1 <= self.num_neighbors <= 64:
-            raise InvalidRequest(f"student.num_neighbors={self.num_neighbors} must be from 1 to 64")
-        if self.lam is not None:
-            _in_unit("student.lam", self.lam)
+        one_of("student.adapter", self.adapter, ("transformer", "attention", "none"))
+        one_of("student.neighbors", self.neighbors, ("nearest", "random"))
+        _check_range("student", self, steps=(1, 4), num_neighbors=(1, 64), lam=(0, 1), retrieval_dropout=(0, 1))
 
 
 @dataclass(frozen=True)
@@ -81,16 +68,13 @@ class OptimConfig:
     clip: float = 1.0
     """Largest gradient norm; 0: no clipping."""
     warmup: int = 0
-    """Updates of linear warm-up."""
     decay: str = "none"
-    """"cosine": down to a fiftieth of the rate at loop.max_steps. A run resumed with another max_steps continues at
-    the rate of the new schedule."""
+    """"cosine": to a fiftieth of the rate at loop.max_steps; a resumed run follows the schedule of its max_steps."""
 
     def __post_init__(self) -> None:
-        _at_least("optim", self, lr=0, eps=0, weight_decay=0, clip=0, warmup=0)
-        if self.decay not in ("none", "cosine"):
-            raise InvalidRequest(f"optim.decay={self.decay!r} must be none or cosine")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+        _check_range("optim", self, lr=0, eps=0, weight_decay=0, clip=0, warmup=0)
+        one_of("optim.decay", self.decay, ("none", "cosine"))
+        if not all(0 <= beta < 1 for beta in self.betas):
             raise InvalidRequest(f"optim.betas={self.betas} must be two numbers in [0, 1)")
 
     def rate(self, update: int, steps: int) -> float:
@@ -119,13 +103,13 @@ class DiscriminatorConfig:
     """The samples D takes as real: "all", as in the paper, or only "images", those without a noise of their own. A
     student soon resembles its teacher's latents, and D then has nothing to learn from them."""
     shared_fake: bool = True
-    """Use one backbone pass of the fakes for both D and G, a third fewer passes. False: D runs its own pass, batched
-    with the real samples and without gradients. The gradients are the same."""
+    """Use one backbone pass of the fakes for both D and G. False: D runs its own, batched with the real samples and
+    without gradients. The gradients are the same."""
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     def __post_init__(self) -> None:
-        one_of("discriminator.real", self.real, REALS)
-        _at_least("discriminator", self, width=1, r1=0)
+        one_of("discriminator.real", self.real, ("all", "images"))
+        _check_range("discriminator", self, width=1, r1=0)
 
 
 @dataclass(frozen=True)
@@ -141,8 +125,7 @@ class LossConfig:
     """Probability of each augmentation before the LPIPS network."""
 
     def __post_init__(self) -> None:
-        _at_least("loss", self, adversarial=0, alpha=0, beta=0)
-        _in_unit("loss.augment", self.augment)
+        _check_range("loss", self, adversarial=0, alpha=0, beta=0, augment=(0, 1))
 
 
 @dataclass(frozen=True)
@@ -167,7 +150,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not self.sources:
             raise InvalidRequest("data.sources is empty: add a folder made by `ragturbo data teacher` or `data encode`")
-        _at_least("data", self, prefetch=1)
+        _check_range("data", self, prefetch=1)
 
 
 @dataclass(frozen=True)
@@ -189,7 +172,6 @@ class LoopConfig:
     """Steps between measurements of data.held_out; a multiple of log_every."""
     save_every: int = 500
     keep: int = 2
-    """Checkpoints kept."""
     sample_every: int = 500
     """Steps between sample grids; 0: none."""
     samples: int = 8
@@ -198,10 +180,10 @@ class LoopConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        one_of("loop.precision", self.precision, PRECISIONS)
-        ones = ("batch", "micro_batch", "max_steps", "max_skipped", "log_every", "save_every", "keep", "samples",
-                "held_out_every")  # fmt: skip
-        _at_least("loop", self, **dict.fromkeys(ones, 1), sample_every=0, dead_after=1)
+        one_of("loop.precision", self.precision, ("fp32", "bf16"))
+        ones = ("batch", "micro_batch", "max_steps", "max_skipped", "log_every", "held_out_every", "save_every", "keep",
+                "samples", "dead_after")  # fmt: skip
+        _check_range("loop", self, **dict.fromkeys(ones, 1), sample_every=0)
         if not 0 <= self.ema < 1:
             raise InvalidRequest(f"loop.ema={self.ema} must be in [0, 1)")
         if self.batch % self.micro_batch:
@@ -218,10 +200,7 @@ class LoopConfig:
 
 @dataclass(frozen=True)
 class LADDConfig:
-    """A training run.
-
-    mode "adapter" trains an adapter and a decoder LoRA on a frozen student (Sec. 3.4); "student" a whole UNet.
-    """
+    """mode "adapter": train an adapter and a decoder LoRA on a frozen student (Sec. 3.4). "student": a whole UNet."""
 
     model: str
     data: DataConfig
@@ -239,7 +218,7 @@ class LADDConfig:
     loop: LoopConfig = field(default_factory=LoopConfig)
 
     def __post_init__(self) -> None:
-        one_of("mode", self.mode, MODES)
+        one_of("mode", self.mode, ("adapter", "student"))
         student, loop = self.student, self.loop
         no_adapter = student.adapter == "none" and student.lora.rank == 0
         if self.mode == "adapter" and no_adapter:
@@ -267,14 +246,10 @@ class LADDConfig:
 
 
 def load_config(source: str | Path, changes: Sequence[str] = ()) -> LADDConfig:
-    """Read a configuration.
+    """Read a YAML file or a built-in configuration ("paper", "one-gpu", "shapes").
 
     Args:
-        source: a YAML file, or the name of a built-in configuration ("paper", "one-gpu", "shapes").
         changes: settings to replace, such as "loop.batch=64"; values are YAML.
-
-    Raises:
-        InvalidRequest: an unknown setting, a wrong type or a value out of range; the message names the setting.
     """
     yaml = require("yaml")
     path = find_config(source)
@@ -389,13 +364,11 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
     return value
 
 
-def _at_least(group: str, config: Any, **least: float) -> None:
-    for name, low in least.items():
+def _check_range(group: str, config: Any, **bounds: float | tuple[float, float]) -> None:
+    """bounds: the least value of a setting, or the least and the greatest. None is allowed."""
+    for name, bound in bounds.items():
         value = getattr(config, name)
-        if not value >= low:
-            raise InvalidRequest(f"{group}.{name}={value!r} must be at least {low}")
-
-
-def _in_unit(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise InvalidRequest(f"{name}={value!r} must be between 0 and 1")
+        low, high = bound if isinstance(bound, tuple) else (bound, math.inf)
+        if value is not None and not low <= value <= high:
+            wanted = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+            raise InvalidRequest(f"{group}.{name}={value!r} must be {wanted}")

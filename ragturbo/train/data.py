@@ -24,7 +24,6 @@ from ragturbo.train.shards import NeighborTable, Shards
 if TYPE_CHECKING:
     from ragturbo.retrieval.database import Database
 
-# Samples per block. Every block has the exact share of each source.
 _BLOCK = 1024
 
 
@@ -66,9 +65,9 @@ class Batch:
 
 
 class Mixture:
-    """Mixes sources by weight: sample number -> (source, index).
+    """Sample number -> (source, index), by weight. Every epoch of a source has a new order.
 
-    Each block of 1,024 samples has every source's share in random order. A source is read in a new order every epoch.
+    Each block of 1,024 samples has the exact share of every source, in random order.
     """
 
     def __init__(self, lengths: Sequence[int], weights: Sequence[float], seed: int) -> None:
@@ -115,12 +114,7 @@ class TrainingData:
         num_neighbors: int = 0,
         random_neighbors: bool = False,
     ) -> None:
-        """random_neighbors: draw random rows instead of the precomputed neighbours.
-
-        Raises:
-            InvalidRequest: latents of different shapes, or missing or too few precomputed neighbours.
-            DatabaseMismatch: the neighbours were computed with another database.
-        """
+        """random_neighbors: draw random rows instead of the precomputed neighbours."""
         self.sources, self.seed = list(sources), seed
         self.mixture = Mixture([len(source) for source in sources], weights, seed)
         self.database, self.num_neighbors = database, num_neighbors if database is not None else 0

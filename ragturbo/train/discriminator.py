@@ -54,10 +54,14 @@ class Backbone:
         Args:
             unet: a UNet2DConditionModel.
             stages: "down_0", … and "mid"; None: all of them.
-            shared: the UNet also generates and is left as it is. False: its up blocks are dropped.
+            shared: use `unet` as it is. False: use a copy that shares its encoder weights and has no up blocks, so that
+                the decoder can be freed.
         """
         if not shared:
-            unet = encoder_only(unet).requires_grad_(False).eval()
+            # The copy keeps the number of upsamplers, which HSpaceUNet reads.
+            names, unet = ("up_blocks", "conv_out"), copy.copy(unet)
+            unet._modules = {name: module for name, module in unet._modules.items() if name not in names}
+            unet.requires_grad_(False).eval()
         self.unet = HSpaceUNet(unet)
         model = self.unet.unet
         self.checkpointing = False
@@ -101,10 +105,6 @@ class Discriminator(nn.Module):
         stages = zip(backbone.stages, backbone.channels, strict=True)
         self.heads = nn.ModuleDict({name: Head(channels, width, spectral, normalise) for name, channels in stages})
 
-    @property
-    def stages(self) -> list[str]:
-        return list(self.heads)
-
     def features(self, z_s: Tensor, s: Tensor, text: Tensor) -> list[Tensor]:
         return self.backbone(z_s, s, text)
 
@@ -116,16 +116,11 @@ class Discriminator(nn.Module):
         """The logits for G's loss: gradients reach the features but not the heads, and spectral norm's buffers are not
         updated."""
         was_training = self.training
-        self.eval()
-        flags = [(p, p.requires_grad) for p in self.parameters()]
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
+        self.eval().requires_grad_(False)
         try:
             return self(features)
         finally:
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
-            self.train(was_training)
+            self.train(was_training).requires_grad_(True)
 
 
 class NoiseSchedule:
@@ -148,14 +143,6 @@ class NoiseSchedule:
     def noised(self, z0: Tensor, noise: Tensor, s: Tensor) -> Tensor:
         """z0, noise: (B, c, H, W) fp32; s: (B,) int64."""
         return self.alpha[s].view(-1, 1, 1, 1) * z0 + self.sigma[s].view(-1, 1, 1, 1) * noise
-
-
-def encoder_only(unet: Any) -> Any:
-    """A UNet without up blocks that shares the encoder weights of `unet`, so that the decoder can be freed."""
-    # The copy keeps the number of upsamplers, which HSpaceUNet reads.
-    half = copy.copy(unet)
-    half._modules = {name: module for name, module in unet._modules.items() if name not in ("up_blocks", "conv_out")}
-    return half
 
 
 def accuracy(real: Sequence[Tensor], fake: Sequence[Tensor], real_weight: Tensor | None = None) -> Tensor:

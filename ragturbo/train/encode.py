@@ -6,7 +6,7 @@ import io
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -45,19 +45,9 @@ def make_encoded_data(
     precision: str | None = None,
     device: str | None = None,
 ) -> int:
-    """Write the missing shards of this process's share. Call it again to continue an interrupted run.
+    """Write the missing shards of this process's share; returns their number. The arguments are the command's options.
 
-    Args:
-        pairs: any source a database is built from.
-        min_size: skip images with a shorter side in pixels.
-        score_column, min_score: skip pairs with a lower score. Set both or neither.
-        size: images become centred squares of this side; None: the model's default.
-        dtype: storage type of latents and text states.
-        store_text: also store text states and keys, so that training needs no text encoder.
-        precision: type the models run in; None: the default for the device.
-
-    Returns:
-        The number of shards written.
+    Call it again to continue an interrupted run.
     """
     if (score_column is None) != (min_score is None):
         raise InvalidRequest("--score-column and --min-score belong together")
@@ -83,9 +73,11 @@ def make_encoded_data(
     plan = Plan("encoded", total, shard_size, made_by)
     folder = Path(out)
     plan.write_or_check(folder)
-    todo = remaining(folder, plan.shards, *rank_and_world())
+    todo = set(remaining(folder, plan.shards, *rank_and_world()))
     skipped: Counter[str] = Counter()
-    for shard, items in track(_by_shard(source.items(), plan, set(todo)), len(todo), "encode"):
+    by_shard = groupby(enumerate(source.items()), lambda numbered: numbered[0] // shard_size)
+    # The images of other shards are not read.
+    for shard, items in track((group for group in by_shard if group[0] in todo), len(todo), "encode"):
         pixels: list[np.ndarray] = []
         records: list[dict[str, Any]] = []
         for number, item in items:
@@ -101,18 +93,6 @@ def make_encoded_data(
     for why, count in skipped.most_common():
         log.info("%d images left out: %s", count, why)
     return len(todo)
-
-
-def _by_shard(items: Iterator[Item], plan: Plan, todo: set[int]) -> Iterator[tuple[int, list[tuple[int, Item]]]]:
-    """The numbered items of the shards in `todo`, in order. The images of other shards are not read."""
-    group: list[tuple[int, Item]] = []
-    for number, item in enumerate(items):
-        shard, last = number // plan.shard_size, number + 1
-        if shard in todo:
-            group.append((number, item))
-        if (last % plan.shard_size == 0 or last == plan.inputs) and shard in todo:
-            yield shard, group
-            group = []
 
 
 def _prepare(

@@ -38,23 +38,13 @@ SD21: dict[str, Any] = {
     "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
     "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
 }
-SD21_SCHEDULE: dict[str, Any] = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "prediction_type": "epsilon",
-    "timestep_spacing": "trailing",
-}
 _TEXT_TOKENS = 77
 
 
 def estimate(config: LADDConfig, out: str | Path | None = None, processes: int = 1) -> dict[str, Any]:
     """Parameters by module, memory of one process and FLOPs, from one training step traced on meta tensors.
 
-    Args:
-        out: folder of a run; its median samples/s is reported if it has statistics.
-        processes: number of processes that share a batch.
+    If `out` is the folder of a run, its median samples/s is reported too.
     """
     unet_config, notes = _unet_config(config)
     vgg_width = _vgg_width(config)
@@ -118,7 +108,7 @@ def _build(
         unet, teacher = (UNet2DConditionModel.from_config(unet_config) for _ in range(2))
     # nn.Module.to, because diffusers' own `to` warns about an empty list of fp32 modules.
     nn.Module.to(unet, dtype), nn.Module.to(teacher, dtype)
-    student = Student(HSpaceUNet(unet), EulerDiscreteScheduler(**SD21_SCHEDULE), config).to("meta")
+    student = Student(HSpaceUNet(unet), EulerDiscreteScheduler(timestep_spacing="trailing"), config).to("meta")
     for parameter in student.parameters():
         parameter.data = parameter.data.to(dtype)
     teacher = None if config.teacher == "self" else teacher
@@ -130,11 +120,7 @@ def _build(
 
 
 def _trace(
-    config: LADDConfig,
-    student: Student,
-    discriminator: Discriminator,
-    lpips: LatentLPIPS | None,
-    dtype: torch.dtype,
+    config: LADDConfig, student: Student, discriminator: Discriminator, lpips: LatentLPIPS | None, dtype: torch.dtype
 ) -> tuple[dict[str, int], int]:
     """FLOPs per sample and part, and the bytes that one micro-batch stores for its backward pass."""
     model, size = student.unet.config, config.loop.micro_batch
@@ -147,7 +133,7 @@ def _trace(
     text = empty(_TEXT_TOKENS, student.hspace.text_width, dtype=dtype)
     i = torch.zeros(size, dtype=torch.int64, device="meta")
     grid = student.hspace.grid(side, side)
-    retrieved: tuple[Tensor, ...] = ()
+    retrieved = None
     if student.adapter is not None:
         k = config.student.num_neighbors
         rows = empty(k, grid[0] * grid[1], student.hspace.channels, dtype=dtype)
@@ -159,7 +145,7 @@ def _trace(
     attention = nullcontext if config.loop.gradient_checkpointing else _FlashAttention
     with attention(), _stored(weights) as kept:
         with _counted(flops, "student forward"):
-            z0_hat = student(student.noisy(z0, noise, i), i, text, *retrieved)
+            z0_hat = student(student.noisy(z0, noise, i), i, text, retrieved)
         with _counted(flops, "discriminator backbone forward"):
             with torch.no_grad():
                 real = discriminator.features(z0, i, text)
@@ -216,9 +202,7 @@ def _stored(weights: set[int]) -> Iterator[list[int]]:
 
 
 def _measured(out: str | Path | None) -> float | None:
-    """Median samples/s of the run in `out`."""
-    path = None if out is None else Path(out) / STATS
-    if path is None or not path.is_file():
+    if out is None or not (path := Path(out) / STATS).is_file():
         return None
     rates = [json.loads(line)["samples_per_s"] for line in path.read_text("utf-8").splitlines() if line]
     return sorted(rates)[len(rates) // 2] if rates else None

@@ -23,9 +23,8 @@ def export_adapter(
 ) -> None:
     """Write adapter.safetensors and decoder_lora/, for `adapter=folder`.
 
-    Args:
-        values: the trained parameters by name, as in `student.trainable()`.
-        whole: also write the rest of the student and a copy of `database`, for `from_pretrained(folder)`.
+    values: the trained parameters by name, as in `student.trainable()`. whole: also write the rest of the student and a
+    copy of `database`, for `from_pretrained(folder)`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with _with_values(student, values):

@@ -12,20 +12,12 @@ import torch
 from torch import Tensor
 
 from ragturbo.errors import InvalidRequest, NonFiniteOutput
-from ragturbo.train import checkpoint
+from ragturbo.train import checkpoint, models, require
 from ragturbo.train.config import LADDConfig, to_dict, to_yaml
 from ragturbo.train.data import Batch, Prefetcher
 from ragturbo.train.discriminator import NoiseSchedule
-from ragturbo.train.extras import require
-from ragturbo.train.models import (
-    load_models,
-    make_adamw,
-    make_discriminator,
-    make_lpips,
-    open_data,
-    open_database,
-    open_held_out,
-)
+from ragturbo.train.export import export_adapter, export_student
+from ragturbo.train.monitor import sample_grid
 from ragturbo.train.objective import Objective
 from ragturbo.train.stats import HeadWatch, StatsWriter
 from ragturbo.train.student import EMA, Masters, Student
@@ -46,9 +38,6 @@ class LADDTrainer:
             out: folder for the configuration, checkpoints, statistics, sample grids and the export.
             device: None: the one the launcher assigned to this process.
             resume: continue from the newest checkpoint in `out`, if there is one.
-
-        Raises:
-            InvalidRequest: `out` holds checkpoints and resume is False, or was trained with other settings.
         """
         self.config, self.out = config, Path(out)
         # Processes.
@@ -64,13 +53,13 @@ class LADDTrainer:
         # Models. The seed is the same in all processes, and so are the initial weights.
         torch.manual_seed(config.seed)
         dtype = torch.bfloat16 if config.loop.precision == "bf16" else torch.float32
-        teacher, scheduler, self.bundle = load_models(config, self.device, dtype)
+        teacher, scheduler, self.bundle = models.load_models(config, self.device, dtype)
         self.student = Student(self.bundle.unet, self.bundle.scheduler, config).to(self.device)
         self.masters = Masters(self.student.trainable())
         for parameter in self.student.parameters():
             parameter.data = parameter.data.to(dtype)
-        self.discriminator = make_discriminator(teacher, self.student, config).to(self.device)
-        lpips = make_lpips(config, self.bundle.vae.channels)
+        self.discriminator = models.make_discriminator(teacher, self.student, config).to(self.device)
+        lpips = models.make_lpips(config, self.bundle.vae.channels)
         if lpips is not None:
             lpips.to(self.device, dtype)
         self.ema = EMA(self.masters, config.loop.ema) if config.loop.ema else None
@@ -78,29 +67,28 @@ class LADDTrainer:
         self.objective = Objective(config, self.student, self.discriminator, noise, lpips, self.bundle.text.encode)
 
         # Data.
-        database = open_database(config, self.bundle)
-        self.data, self.held_out = open_data(config, database), open_held_out(config, database)
+        self.data, self.held_out = models.open_data(config, models.open_database(config, self.bundle))
 
         # Optimisers.
-        self.optimizer_g = make_adamw(self.masters.parameters.values(), config.optim)
-        self.optimizer_d = make_adamw(self.discriminator.parameters(), config.discriminator.optim)
+        self.optimizer_g = models.make_adamw(self.masters.parameters.values(), config.optim)
+        self.optimizer_d = models.make_adamw(self.discriminator.parameters(), config.discriminator.optim)
 
         self.step = self.updates = self.skipped = self.skipped_in_a_row = 0
         self._sums: dict[str, Tensor] = {}
         self._micro_batches = 0
-        self._watch = HeadWatch(self.discriminator.stages, config.loop.dead_after)
+        self._watch = HeadWatch(self.discriminator.backbone.stages, config.loop.dead_after)
         if newest:
             self._load_checkpoint(newest)
 
     def train(self, max_steps: int | None = None) -> Path:
-        """Run until optimiser step `max_steps` (loop.max_steps by default), counted from the start of the run.
-
-        Returns:
-            The folder of the exported adapter or student.
-        """
+        """Run until step `max_steps` of the run (loop.max_steps by default); returns the folder of the export."""
         loop = self.config.loop
         last = loop.max_steps if max_steps is None else max_steps
-        stats = self._open_stats(last)
+        stats = None
+        if self.processes.is_main_process:
+            self.out.mkdir(parents=True, exist_ok=True)
+            (self.out / CONFIG).write_text(to_yaml(self.config), "utf-8")
+            stats = StatsWriter(self.out, last, tensorboard=loop.tensorboard, start=self.step)
         prefetcher = Prefetcher(self.load_batch, self.sample_numbers(last), self.config.data.prefetch)
         try:
             while self.step < last:
@@ -171,11 +159,8 @@ class LADDTrainer:
     def export(self, folder: str | Path, *, whole: bool = False) -> Path:
         """Write the trained weights (their moving average, if one is kept) as a folder that a Generator loads.
 
-        Args:
-            whole: in adapter mode, write the student, its adapter and the database, not only the adapter and LoRA.
+        whole: in adapter mode, write the student with the database, not only the adapter and LoRA.
         """
-        from ragturbo.train.export import export_adapter, export_student
-
         folder, config = Path(folder), self.config
         if self.processes.is_main_process:
             values = self.masters.state() if self.ema is None else self.ema.values
@@ -221,13 +206,6 @@ class LADDTrainer:
             value = value.float()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
-    def _open_stats(self, last: int) -> StatsWriter | None:
-        if not self.processes.is_main_process:
-            return None
-        self.out.mkdir(parents=True, exist_ok=True)
-        (self.out / CONFIG).write_text(to_yaml(self.config), "utf-8")
-        return StatsWriter(self.out, last, tensorboard=self.config.loop.tensorboard, start=self.step)
-
     def _log(self, stats: StatsWriter | None) -> None:
         """Write the means since the last line, over all processes."""
         means = {name: value / max(1, self._micro_batches) for name, value in self._sums.items()}
@@ -240,8 +218,8 @@ class LADDTrainer:
             return
         losses, accuracies = means.pop("head").tolist(), means.pop("accuracy").tolist()
         values: dict[str, Any] = {name: value.item() for name, value in means.items()}
-        values["d_heads"] = dict(zip(self.discriminator.stages, losses, strict=True))
-        values["d_accuracy"] = dict(zip(self.discriminator.stages, accuracies, strict=True))
+        values["d_heads"] = dict(zip(self.discriminator.backbone.stages, losses, strict=True))
+        values["d_accuracy"] = dict(zip(self.discriminator.backbone.stages, accuracies, strict=True))
         values["dead_heads"] = self._watch.check(self.step, losses)
         values |= {"skipped": self.skipped, "lr": self.optimizer_g.param_groups[0]["lr"]}
         if self.held_out is not None and self.step % self.config.loop.held_out_every == 0:
@@ -250,8 +228,6 @@ class LADDTrainer:
         stats.write(self.step, self.config.loop.batch, values)
 
     def _save_samples(self) -> None:
-        from ragturbo.train.samples import sample_grid
-
         if self.processes.is_main_process:
             path = self.out / SAMPLES / f"{self.step:06d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)

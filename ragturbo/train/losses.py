@@ -12,14 +12,10 @@ from torch.nn import functional as F
 def hinge_d(
     real: Sequence[Tensor], fake: Sequence[Tensor], weight: Tensor | None = None, real_weight: Tensor | None = None
 ) -> Tensor:
-    """Eq. 6 per head: E[max(0, 1 − D_k(z_s))] + E[max(0, 1 + D_k(ẑ_s))] -> (K,). Its sum is D's loss.
+    """Eq. 6 per head: E[max(0, 1 − D_k(z_s))] + E[max(0, 1 + D_k(ẑ_s))] -> (K,). D's loss is the sum.
 
-    A head that outputs 0 everywhere has a loss of 2, whatever the weights.
-
-    Args:
-        real, fake: logits of each head. `fake` may hold more samples than `real` (misaligned pairs).
-        weight: (K, B_fake), weight of each fake sample for each head; None weights all equally.
-        real_weight: (B,), weight of each real sample.
+    weight (K, B_fake) and real_weight (B,) weigh the samples; `fake` may hold more samples than `real` (misaligned
+    pairs). A head that outputs 0 everywhere has a loss of 2, whatever the weights.
     """
     weights = [None] * len(real) if weight is None else list(weight)
     return torch.stack(
@@ -57,11 +53,7 @@ def total(
 
 
 def masked_mean(per_sample: Tensor, mask: Tensor) -> Tensor:
-    """Σ mask·loss / B.
-
-    The denominator is the whole batch, not the unmasked samples, so the result does not depend on how a batch is
-    split into micro-batches and processes.
-    """
+    """Σ mask·loss / B: over the whole batch, so that it does not depend on the split into micro-batches."""
     # torch.where, not a product: a masked sample may be NaN.
     return torch.where(mask, per_sample, torch.zeros_like(per_sample)).mean()
 

@@ -15,8 +15,8 @@ from ragturbo.train.augment import Augmentation
 from ragturbo.train.config import LADDConfig, OptimConfig
 from ragturbo.train.data import TrainingData
 from ragturbo.train.discriminator import Backbone, Discriminator
-from ragturbo.train.held_out import HeldOut
 from ragturbo.train.lpips import LatentLPIPS, load_lpips
+from ragturbo.train.monitor import HeldOut
 from ragturbo.train.shards import Shards
 from ragturbo.train.student import Student, trailing_euler
 from ragturbo.train.teacher import load_teacher
@@ -98,30 +98,22 @@ def open_database(config: LADDConfig, bundle: Bundle) -> Database | None:
     return database
 
 
-def open_data(config: LADDConfig, database: Database | None) -> TrainingData:
-    sources = [Shards(source.path) for source in config.data.sources]
+def open_data(config: LADDConfig, database: Database | None) -> tuple[TrainingData, HeldOut | None]:
+    """The mixture of data.sources, and data.held_out if it is set."""
+    student, settings = config.student, config.data
+    options: Any = {
+        "seed": config.seed,
+        "database": database,
+        "num_neighbors": student.num_neighbors,
+        "random_neighbors": student.neighbors == "random",
+    }
+    sources = [Shards(source.path) for source in settings.sources]
     if config.discriminator.real == "images" and all("noise" in source.fields for source in sources):
         raise InvalidRequest(
             "discriminator.real=images, but no source of data.sources has images: all hold teacher latents. Add a "
             "folder made by `ragturbo data encode`, or set discriminator.real=all"
         )
-    return _training_data(config, sources, [source.weight for source in config.data.sources], database)
-
-
-def open_held_out(config: LADDConfig, database: Database | None) -> HeldOut | None:
-    if config.data.held_out is None:
-        return None
-    return HeldOut(_training_data(config, [Shards(config.data.held_out)], [1.0], database))
-
-
-def _training_data(
-    config: LADDConfig, sources: list[Shards], weights: list[float], database: Database | None
-) -> TrainingData:
-    return TrainingData(
-        sources,
-        weights,
-        config.seed,
-        database=database,
-        num_neighbors=config.student.num_neighbors,
-        random_neighbors=config.student.neighbors == "random",
-    )
+    data = TrainingData(sources, [source.weight for source in settings.sources], **options)
+    if settings.held_out is None:
+        return data, None
+    return data, HeldOut(TrainingData([Shards(settings.held_out)], [1.0], **options))

@@ -40,16 +40,10 @@ def make_neighbors(
     retriever: str = "auto",
     device: str | None = None,
 ) -> int:
-    """Write the missing tables of this process's share of the shards.
+    """Write the missing tables of this process's share of the shards; returns their number.
 
     A sample's own record and its duplicates are excluded, or the student would learn to copy: rows with the same
-    caption (ignoring case and spaces), image or source.
-
-    Args:
-        max_cosine: also exclude rows whose key has at least this cosine with the sample's.
-
-    Returns:
-        The number of tables written.
+    caption (ignoring case and spaces), image or source, or a key with a cosine of at least `max_cosine`.
     """
     from ragturbo.retrieval.database import Database
 
@@ -66,7 +60,7 @@ def make_neighbors(
     todo = [i for i in range(rank, len(shards.files), world) if not (folder / shards.files[i].name).is_file()]
     search = NeighborSearch(db, k, max_cosine)
     for shard in track(todo, len(todo), "neighbors"):
-        records = list(shards.records(shard))
+        records = shards.records(shard)
         ids, lam = [torch.zeros(0, k, dtype=torch.int64)], [torch.zeros(0, k)]
         for start in range(0, len(records), batch):
             keys = _keys(bundle, shards, shard, slice(start, start + batch), records[start : start + batch])
@@ -85,8 +79,7 @@ class NeighborSearch:
 
     def __init__(self, database: Database, k: int, max_cosine: float | None = None) -> None:
         self.database, self.k, self.max_cosine = database, k, max_cosine
-        self.short = 0
-        """Samples that got fewer than k neighbours."""
+        self.short = 0  # samples that got fewer than k neighbours
         tables = [pairs.text() for pairs in database.snapshot.segments.pairs]
         self._marks = {
             name: np.array([_mark(name, v) for table in tables for v in table.column(name).to_pylist()], np.int64)

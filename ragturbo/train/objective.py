@@ -39,11 +39,8 @@ class Objective:
     def backward(self, batch: Batch, generator: torch.Generator | None, accumulation: int = 1) -> dict[str, Tensor]:
         """Add the gradients of one of `accumulation` micro-batches to D's heads and the student.
 
-        D and G are differentiated at the same D, so accumulation over micro-batches does not change the gradients.
-
-        Args:
-            batch: on the device of the models.
-            generator: on the same device, draws noise, timesteps and augmentations.
+        D and G are differentiated at the same D, so that accumulation does not change the gradients. `generator`, on
+        the device of the batch, draws noise, timesteps and augmentations.
 
         Returns:
             Detached losses, the hinge loss of every head ("head") and its accuracy ("accuracy").
@@ -101,7 +98,7 @@ class Objective:
 
     def _denoise(self, batch: Batch, noise: Tensor, i: Tensor, text: TextStates, drop: Tensor) -> Tensor:
         x = self.student.noisy(batch.z0, noise, i)
-        return self._student(x, i, text.hidden_states, *self.retrieved(batch, text.key, drop))
+        return self._student(x, i, text.hidden_states, self.retrieved(batch, text.key, drop))
 
     @torch.no_grad()
     def text(self, batch: Batch) -> TextStates:
@@ -109,10 +106,10 @@ class Objective:
             return TextStates(batch.text, batch.key)
         return self.encode_text(batch.input_ids)
 
-    def retrieved(self, batch: Batch, key: Tensor, drop: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def retrieved(self, batch: Batch, key: Tensor, drop: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         """h_retr (B, k, S, C), λ (B,) and valid (B, k), as in a Generator. Samples in `drop` (B,) get no neighbours."""
         if batch.h_retr is None:
-            return None, None, None
+            return None
         assert batch.ids is not None and batch.scores is not None and batch.retr_keys is not None
         fixed = self.config.student.lam
         lam = None if fixed is None else torch.full_like(key[:, 0], fixed)

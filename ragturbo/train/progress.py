@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import TypeVar
+
+import torch
 
 T = TypeVar("T")
 
@@ -17,17 +19,13 @@ def rank_and_world() -> tuple[int, int]:
 
 def local_device() -> str:
     """This process's GPU, or "cpu"."""
-    import torch
-
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
-def track(items: Iterable[T], total: int, what: str) -> Iterator[T]:
+def track(items: Iterable[T], total: int, what: str) -> Iterable[T]:
     """Iterate over `items` with a progress bar on stderr, if that is a terminal and this is the first process."""
-    if not sys.stderr.isatty() or rank_and_world()[0]:
-        yield from items
-        return
     from rich.console import Console
     from rich.progress import track as bar
 
-    yield from bar(items, description=what, total=total, console=Console(stderr=True))
+    hidden = not sys.stderr.isatty() or rank_and_world()[0] > 0
+    return bar(items, description=what, total=total, console=Console(stderr=True), disable=hidden)

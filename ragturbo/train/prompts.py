@@ -19,12 +19,9 @@ def read_prompts(
     min_score: float | None = None,
     limit: int | None = None,
 ) -> list[str]:
-    """Return the prompts of a .txt, .jsonl, .csv or .parquet file, without surrounding spaces.
+    """Return the first `limit` prompts of a .txt, .jsonl, .csv or .parquet file.
 
-    Args:
-        caption: column of the prompts.
-        score_column, min_score: skip rows whose score is lower or missing. Set both or neither.
-        limit: return at most this many.
+    Rows of a table with a score below `min_score`, or none, are skipped.
     """
     if (score_column is None) != (min_score is None):
         raise InvalidRequest("--score-column and --min-score belong together")

@@ -12,12 +12,12 @@ it is complete.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import hashlib
 import json
 import os
-import threading
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,8 +61,7 @@ class Plan:
 
     def write_or_check(self, folder: Path) -> None:
         """Write index.json, or check that an unfinished folder was started with the same settings."""
-        values = {"format": FORMAT, "kind": self.kind, "inputs": self.inputs, "shard_size": self.shard_size}
-        write_or_check_index(folder, {**values, "made_by": self.made_by})
+        write_or_check_index(folder, {"format": FORMAT, **dataclasses.asdict(self)})
 
 
 def write_or_check_index(folder: Path, values: dict[str, Any]) -> None:
@@ -96,12 +95,7 @@ def remaining(folder: Path, shards: int, rank: int = 0, world: int = 1) -> list[
 
 
 def write_shard(folder: Path, shard: int, tensors: dict[str, Tensor], records: Sequence[dict[str, Any]]) -> None:
-    """Write a shard, which may be empty.
-
-    Args:
-        tensors: (N, …) each.
-        records: N, each at least with "caption".
-    """
+    """tensors: (N, …) each; records: N, each at least with "caption". N may be 0."""
     blobs = [json.dumps(record, ensure_ascii=False, default=str).encode() for record in records]
     offsets = torch.tensor(np.cumsum([0, *map(len, blobs)]), dtype=torch.int64)
     text = torch.frombuffer(bytearray(b"".join(blobs) or b"\0"), dtype=torch.uint8)
@@ -117,12 +111,15 @@ class Shards:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder).expanduser()
-        self.plan = _read_plan(self.folder)
+        if not (self.folder / INDEX).is_file():
+            raise DatabaseError(f"{self.folder} is not a folder of training samples: it has no {INDEX}")
+        values = _read_json(self.folder / INDEX)
+        if (found := values.pop("format", None)) != FORMAT:
+            raise DatabaseError(f"{self.folder / INDEX} has format {found!r}; this version reads {FORMAT}")
+        self.plan = Plan(**values)
         self.files = [shard_path(self.folder, i) for i in range(self.plan.shards)]
         _check_complete(self.folder, self.files)
-        self._handles: OrderedDict[Path, Any] = OrderedDict()
-        # The handles are used by the prefetching thread and by others.
-        self._lock = threading.Lock()
+        self._open = functools.lru_cache(_OPEN)(open_safetensors)
         counts = [int((self._open(path).metadata() or {}).get("samples", -1)) for path in self.files]
         if -1 in counts:
             raise DatabaseCorrupt(f"{self.files[counts.index(-1)]} is not a shard of training samples")
@@ -145,22 +142,13 @@ class Shards:
     def read(self, index: int, name: str) -> Tensor:
         """A field of one sample."""
         shard, row = self.locate(index)
-        return self._row(self.files[shard], name, row)
+        return self.row(self.files[shard], name, row)
 
-    def record(self, index: int) -> dict[str, Any]:
-        """{"caption": …, "source": …, …}"""
-        shard, row = self.locate(index)
-        file = self._open(self.files[shard])
-        start, stop = file.get_slice("record_offsets")[row : row + 2].tolist()
-        return json.loads(bytes(file.get_slice("record_bytes")[start:stop].tolist()))
-
-    def records(self, shard: int) -> Iterator[dict[str, Any]]:
-        """The records of one file."""
-        file = self._open(self.files[shard])
-        offsets = file.get_tensor("record_offsets").tolist()
-        blob = file.get_tensor("record_bytes").numpy().tobytes()
-        for start, stop in zip(offsets, offsets[1:], strict=False):
-            yield json.loads(blob[start:stop])
+    def records(self, shard: int) -> list[dict[str, Any]]:
+        """The records of one file: {"caption": …, "source": …, …}."""
+        offsets = self.tensor(shard, "record_offsets").tolist()
+        blob = self.tensor(shard, "record_bytes").numpy().tobytes()
+        return [json.loads(blob[start:stop]) for start, stop in zip(offsets, offsets[1:], strict=False)]
 
     def tensor(self, shard: int, name: str) -> Tensor:
         """A field of all samples of one file."""
@@ -170,19 +158,8 @@ class Shards:
         folder = self.folder / NEIGHBORS
         return NeighborTable(self, folder) if (folder / INDEX).is_file() else None
 
-    def _row(self, path: Path, name: str, row: int) -> Tensor:
+    def row(self, path: Path, name: str, row: int) -> Tensor:
         return self._open(path).get_slice(name)[row : row + 1][0]
-
-    def _open(self, path: Path) -> Any:
-        with self._lock:
-            handle = self._handles.get(path)
-            if handle is None:
-                handle = self._handles[path] = open_safetensors(path)
-                while len(self._handles) > _OPEN:
-                    self._handles.popitem(last=False)
-            else:
-                self._handles.move_to_end(path)
-            return handle
 
 
 class NeighborTable:
@@ -199,14 +176,14 @@ class NeighborTable:
         """(ids (k,), lam (k,)) of a sample."""
         shard, row = self._shards.locate(index)
         path = self.files[shard]
-        return self._shards._row(path, "ids", row), self._shards._row(path, "lam", row)
+        return self._shards.row(path, "ids", row), self._shards.row(path, "lam", row)
 
 
 def digest(items: Sequence[Any]) -> str:
     """sha256 of a list of inputs."""
     total = hashlib.sha256()
     for item in items:
-        total.update(str(item).encode() + b"\n")
+        total.update(f"{item}\n".encode())
     return total.hexdigest()
 
 
@@ -216,16 +193,6 @@ def _check_complete(folder: Path, files: Sequence[Path]) -> None:
             f"{folder} is unfinished: {len(missing)} of {len(files)} shards are missing ({missing[0]} …). Run the "
             "command that made it again; it continues where it stopped."
         )
-
-
-def _read_plan(folder: Path) -> Plan:
-    path = folder / INDEX
-    if not path.is_file():
-        raise DatabaseError(f"{folder} is not a folder of training samples: it has no {INDEX}")
-    values = _read_json(path)
-    if values.get("format") != FORMAT:
-        raise DatabaseError(f"{path} has format {values.get('format')!r}; this version reads {FORMAT}")
-    return Plan(values["kind"], values["inputs"], values["shard_size"], values["made_by"])
 
 
 def _read_json(path: Path) -> dict[str, Any]:

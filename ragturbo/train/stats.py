@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ragturbo.train.extras import require
+from ragturbo.train import require
 
 log = logging.getLogger("ragturbo")
 

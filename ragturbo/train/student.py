@@ -14,8 +14,8 @@ from ragturbo.model.adapter import HSpaceAdapter
 from ragturbo.model.inject import inject
 from ragturbo.model.onestep import EulerSchedule, make_schedule
 from ragturbo.model.unet import HSpaceUNet
+from ragturbo.train import require
 from ragturbo.train.config import LADDConfig, LoRAConfig
-from ragturbo.train.extras import require
 
 
 class Student(nn.Module):
@@ -40,11 +40,10 @@ class Student(nn.Module):
             self.adapter = HSpaceAdapter(unet.channels, config.student.heads, config.student.adapter)
         if config.mode == "adapter" and config.student.lora.rank:
             add_lora(self.unet, config.student.lora)
-        self._set_schedule(scheduler, config.student.steps)
         if config.loop.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
 
-    def _set_schedule(self, scheduler: Any, steps: int) -> None:
+        steps = config.student.steps
         schedule = make_schedule(scheduler, steps, distilled=True)
         if not isinstance(schedule, EulerSchedule):
             raise ModelError(
@@ -70,10 +69,6 @@ class Student(nn.Module):
     def steps(self) -> int:
         return len(self.timesteps)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.hspace.dtype
-
     def trainable(self) -> dict[str, nn.Parameter]:
         """The trainable parameters by name: "adapter.…" and "unet.….lora_A.…", or all of "unet.…"."""
         return {name: value for name, value in self.named_parameters() if value.requires_grad}
@@ -83,23 +78,22 @@ class Student(nn.Module):
         return _each(self.from_z0, i) * z0 + _each(self.from_noise, i) * noise
 
     def forward(
-        self,
-        x: Tensor,
-        i: Tensor,
-        text: Tensor,
-        h_retr: Tensor | None = None,
-        lam: Tensor | None = None,
-        valid: Tensor | None = None,
+        self, x: Tensor, i: Tensor, text: Tensor, retrieved: tuple[Tensor, Tensor, Tensor] | None = None
     ) -> Tensor:
-        """x: (B, c, H, W) fp32 from `noisy`; i: (B,); text: (B, L, D); h_retr: (B, k, S, C) -> ẑ_0, fp32 as x."""
-        sample = (_each(self.to_input, i) * x).to(self.dtype)
-        text = text.to(self.dtype)
+        """ẑ_0, fp32 as x.
+
+        x: (B, c, H, W) fp32 from `noisy`; i: (B,); text: (B, L, D); retrieved: h_retr (B, k, S, C), λ (B,) and valid
+        (B, k).
+        """
+        dtype = self.hspace.dtype
+        sample, text = (_each(self.to_input, i) * x).to(dtype), text.to(dtype)
         # The frozen encoder stores no activations.
         with torch.no_grad() if self.config.mode == "adapter" else nullcontext():
             state = self.hspace.encode(sample, self.timesteps[i], text)
         h = state.h
-        if self.adapter is not None and h_retr is not None:
-            h = inject("adapter", h, h_retr.to(self.dtype), lam=lam, valid=valid, adapter=self.adapter)
+        if self.adapter is not None and retrieved is not None:
+            h_retr, lam, valid = retrieved
+            h = inject("adapter", h, h_retr.to(dtype), lam=lam, valid=valid, adapter=self.adapter)
         out = self.hspace.decode(state, h)
         return _each(self.x0_from_x, i) * x + _each(self.x0_from_out, i) * out.float()
 

@@ -69,15 +69,9 @@ def make_teacher_data(
     precision: str | None = None,
     device: str | None = None,
 ) -> int:
-    """Write the missing shards of this process's share. Call it again to continue an interrupted run.
+    """Write the missing shards of this process's share; returns their number. The arguments are the command's options.
 
-    Args:
-        dtype: storage type of latents, noise and text states.
-        store_text: also store text states and keys, so that training needs no text encoder.
-        precision: type the models run in; None: the default for the device.
-
-    Returns:
-        The number of shards written.
+    Call it again to continue an interrupted run.
     """
     if not prompts:
         raise InvalidRequest("no prompts given")
@@ -105,7 +99,9 @@ def make_teacher_data(
     empty = bundle.text.encode(bundle.text.tokenize([""]).input_ids.to(bundle.device)).hidden_states
 
     def generate(numbers: Sequence[int]) -> dict[str, Tensor]:
-        draws = [torch.randn(shape, generator=torch.Generator().manual_seed(_seed(seed, n))) for n in numbers]
+        # The seed of a prompt's noise does not depend on process or shard.
+        seeds = [(seed * 0x9E3779B97F4A7C15 + n) % 2**63 for n in numbers]
+        draws = [torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
         # Rounded before use, so that the stored noise is exactly what the latents were made from.
         noise = torch.stack(draws).to(storage)
         ids = bundle.text.tokenize([prompts[n] for n in numbers]).input_ids
@@ -146,8 +142,3 @@ def load_teacher(model: str, device: str, precision: str | None) -> tuple[Bundle
             "guidance with 50 steps needs the undistilled model"
         )
     return bundle, bundle.unet.unet
-
-
-def _seed(seed: int, number: int) -> int:
-    """The noise seed of a prompt, independent of process and shard."""
-    return (seed * 0x9E3779B97F4A7C15 + number) % 2**63

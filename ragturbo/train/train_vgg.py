@@ -40,19 +40,15 @@ def train_vgg(
     seed: int = 0,
     device: str | None = None,
 ) -> dict[str, float]:
-    """Train a LatentVGG and write it to `out` (safetensors).
-
-    Args:
-        data: a folder of training samples. Every 16th sample is held out.
-        width: channels of the first block; 64 in VGG16.
-        words: size of the vocabulary.
+    """Train a LatentVGG on all but every 16th sample and write it to `out` (safetensors).
 
     Returns:
         "average_precision" of the words of held-out captions, the same "by_frequency" alone, and the number of "words".
     """
     place = torch.device(device or local_device())
     shards = Shards(data)
-    captions = [_words(record["caption"]) for shard in range(len(shards.files)) for record in shards.records(shard)]
+    records = [record for shard in range(len(shards.files)) for record in shards.records(shard)]
+    captions = [set(re.findall(r"\w+", record["caption"].casefold())) for record in records]
     vocabulary = most_informative_words(captions, words)
     if len(vocabulary) < 2:
         raise InvalidRequest(f"{data}: its {len(captions)} captions have no words in common that distinguish them")
@@ -118,7 +114,3 @@ def _scores(vgg: LatentVGG, head: nn.Module, shards: Shards, rows: Tensor, batch
         z = torch.stack([shards.read(int(i), "latents") for i in chunk]).float()
         parts.append(head(vgg(z.to(next(vgg.parameters()).device))[-1].mean((2, 3))).cpu())
     return torch.cat(parts)
-
-
-def _words(caption: str) -> set[str]:
-    return set(re.findall(r"\w+", caption.casefold()))

@@ -17,8 +17,8 @@ import torch
 
 import ragturbo.train.export  # noqa: F401
 import ragturbo.train.ladd
+from ragturbo.train import require
 from ragturbo.train.config import from_dict
-from ragturbo.train.extras import require
 
 torch.set_num_threads(1)
 for name in ("peft", "accelerate", "diffusers", "transformers"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ragturbo.errors import InvalidRequest
-from ragturbo.train.discriminator import Backbone, Discriminator, Head, NoiseSchedule, encoder_only
+from ragturbo.train.discriminator import Backbone, Discriminator, Head, NoiseSchedule
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +54,10 @@ def test_a_backbone_knows_which_of_its_stages_have_read_the_prompt(unet, tiny):
 
 
 def test_the_teachers_decoder_is_not_kept_and_the_given_unet_stays_whole(unet):
-    half = encoder_only(unet)
+    half = Backbone(unet).unet.unet
     assert not any(name.startswith(("up_blocks", "conv_out")) for name, _ in half.named_parameters())
     assert half.conv_in is unet.conv_in and len(unet.up_blocks) == 4
-    backbone = Backbone(unet)
-    assert not any(p.requires_grad for p in backbone.unet.unet.parameters())
+    assert not any(p.requires_grad for p in half.parameters())
 
 
 def test_d_depends_on_the_text_and_on_s(unet):

@@ -134,7 +134,7 @@ def test_without_the_extra_the_error_names_it():
     program = (
         "import sys; sys.modules.update(peft=None, accelerate=None)\n"
         "from ragturbo.train import LADDConfig\n"
-        "from ragturbo.train.extras import require\n"
+        "from ragturbo.train import require\n"
         "from ragturbo.errors import ModelError\n"
         "for name in ('peft', 'accelerate'):\n"
         "    try: require(name)\n"
