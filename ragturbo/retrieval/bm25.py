@@ -1,4 +1,4 @@
-"""BM25 over captions: the retriever that needs no key, for comparison and for names that embeddings miss."""
+"""BM25 over captions: search by words, for comparison and for names that embeddings miss."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from ragturbo.retrieval.snapshot import Snapshot
 
 
 class Bm25Retriever:
-    """Scores are BM25's own: not a cosine, comparable within one query only. Captions with no word in common are
-    missing.
-    """
+    """Scores are comparable within one query only. Captions without a common word are not found."""
 
     name = "bm25"
     query_kind = "text"
@@ -33,7 +31,7 @@ class Bm25Retriever:
             self._index.index(tokens, show_progress=False)
 
     def search(self, keys: Any, k: int, *, exclude: Any = None) -> tuple[np.ndarray, np.ndarray]:
-        """keys: prompts, a list of str. Returns ids (B, k) int64 and scores (B, k) float32."""
+        """keys: B prompts."""
         check_k(k)
         prompts = text_queries(keys, "retriever 'bm25'")
         banned = excluded_ids(exclude, len(prompts))
@@ -67,10 +65,10 @@ _importing = threading.Lock()
 
 
 def _bm25s() -> ModuleType:
-    """The package, imported as where JAX is not installed.
+    """Import bm25s as if JAX were not installed.
 
-    Where it is, bm25s runs a top-k of JAX's at import, and the first operation of JAX on a GPU reserves three quarters
-    of the card. That top-k is not used here. An import of JAX by another thread fails in these milliseconds.
+    Otherwise bm25s runs a JAX operation at import, and the first one on a GPU reserves three quarters of its memory.
+    While it is imported, importing JAX in another thread fails.
     """
     with _importing:
         if "bm25s" in sys.modules:

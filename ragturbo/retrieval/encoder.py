@@ -1,4 +1,4 @@
-"""What turns pairs into keys and features: a protocol, and the model of a bundle behind it."""
+"""Encoders of pairs into keys and features: the protocol, and its implementation by a model bundle."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 class PairEncoder(Protocol):
-    """Images in, keys and H-space features out. The same batch must give the same bits."""
+    """Encodes images and captions. The same batch must give the same bits."""
 
     size: int
-    """Side of the square images it takes, in pixels."""
+    """Side of the images in pixels."""
     height: int
     width: int
     channels: int
-    """The grid and width of its features: T = height · width tokens."""
+    """Grid and width of the features: T = height · width tokens."""
     key_dim: int
     key_kind: str
     fingerprints: dict[str, str]
@@ -33,7 +33,7 @@ class PairEncoder(Protocol):
 
 
 class BundleEncoder:
-    """Sec. 3.2 with the parts of a bundle: VAE mean, then the UNet's encoder at t = 0 with the pair's own caption."""
+    """Sec. 3.2: VAE mean, then the UNet's encoder at t = 0 with the caption of the pair."""
 
     def __init__(self, bundle: Bundle, *, size: int | None = None, key: str | None = None) -> None:
         from ragturbo.model.text import TextEncoder
@@ -41,7 +41,7 @@ class BundleEncoder:
         self.bundle = bundle
         self.text = bundle.text
         if key == "clip" and bundle.text.key_kind != "clip":
-            raise ModelError(f"{bundle.name} has no clip_key.safetensors: its key is 'pooled'")
+            raise ModelError(f"{bundle.name} has no clip_key.safetensors: use key='pooled'")
         if key == "pooled" and bundle.text.key_kind != "pooled":
             self.text = TextEncoder(bundle.text.tokenizer, bundle.text.text_encoder)
         if key not in (None, "pooled", "clip"):
@@ -78,6 +78,6 @@ def load_encoder(model: Any, *, key: str | None = None, size: int | None = None,
 
             if torch.cuda.is_available():
                 options["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
-        # The database holds the encoder's output: an adapter or a decoder's LoRA has no part in it.
+        # Features do not depend on an adapter or a decoder LoRA.
         model = Bundle.load(model, adapter=False, **options)
     return BundleEncoder(model, size=size, key=key)

@@ -1,4 +1,4 @@
-"""Exact search: blocked matmul and top-k over every key, on the CPU or a GPU. The oracle that recall is measured by."""
+"""Exact search: matrix product and top-k over every key, on the CPU or a GPU. The reference for recall."""
 
 from __future__ import annotations
 
@@ -8,26 +8,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ragturbo.errors import InvalidRequest
 from ragturbo.ops import describe, topk
 from ragturbo.retrieval.retriever import check_k, check_keys, excluded_ids, like, to_host
 from ragturbo.retrieval.snapshot import Snapshot
 
-# Rows converted to fp32 at a time on the CPU: 8 MB at 1,024 wide, which stays in the caches.
+# Rows converted to fp32 at a time on the CPU: 8 MB at 1,024 wide, which fits the caches.
 _BLOCK = 2048
 
 
 class ExactRetriever:
-    """Cosine with every stored key, in fp32. `device` other than the CPU holds all keys there in fp16."""
+    """Cosine with every stored key, in fp32. A `device` other than the CPU holds all keys in fp16."""
 
     name = "exact"
     query_kind = "key"
 
     def __init__(self, snapshot: Snapshot, *, device: str | torch.device = "cpu", centred: bool = False) -> None:
-        self.snapshot, self.centred = snapshot, centred
+        self.snapshot = snapshot
         self.device = torch.device(device)
-        self._dim = snapshot.geometry.key_dim
-        # torch shares the memory of the snapshot's keys on the CPU.
+        # On the CPU, torch shares the memory of the snapshot's keys.
         self.keys = torch.from_numpy(snapshot.keys).to(self.device)
         self.ids = torch.from_numpy(np.ascontiguousarray(snapshot.ids)).to(self.device)
         self.dead = torch.from_numpy(~snapshot.alive).to(self.device)
@@ -42,14 +40,12 @@ class ExactRetriever:
 
     def search(self, keys: Any, k: int, *, exclude: Any = None) -> tuple[Any, Any]:
         check_k(k)
-        query = keys.detach().to(self.device, torch.float32) if isinstance(keys, Tensor) else torch.from_numpy(
-            to_host(keys)
-        ).to(self.device)  # fmt: skip
-        # Where the keys are on a GPU a check would wait for it; NaN is refused after the search instead.
-        check_keys(query.cpu().numpy(), self._dim)
+        host = to_host(keys)
+        check_keys(host, self.snapshot.geometry.key_dim)
+        query = keys.detach().float() if isinstance(keys, Tensor) else torch.from_numpy(host)
         banned = excluded_ids(exclude, len(query))
         hidden = None if banned is None else [self._rows(ids) for ids in banned]
-        ids, scores = self._search(query, k, hidden)
+        ids, scores = self._search(query.to(self.device), k, hidden)
         if isinstance(keys, Tensor):
             return ids.to(keys.device), scores.to(keys.device)
         return like(keys, ids.cpu().numpy(), scores.cpu().numpy())
@@ -58,21 +54,10 @@ class ExactRetriever:
         rows = self.snapshot.rows_of(ids)
         return torch.from_numpy(rows[rows >= 0]).to(self.device)
 
-    def search_into(self, keys: Tensor, ids: Tensor, scores: Tensor) -> None:
-        """As `search`, into ids and scores (B, k) on the retriever's device: no host round trip, so it can be
-        captured.
-        """
-        if keys.device != self.device:
-            raise InvalidRequest(f"search_into needs keys on {self.device}, not {keys.device}")
-        found_ids, found_scores = self._search(keys.float(), ids.shape[1], None)
-        ids.copy_(found_ids)
-        scores.copy_(found_scores)
-
     def _one_pass(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The kernel that reads every key once; a removed pair's key is NaN there, and NaN is never returned."""
+        """Search with the kernel that reads every key once. Removed keys are NaN, which it never returns."""
         rows, scores = topk(self._descriptor, query, k)
-        there = rows >= 0
-        return torch.where(there, self.ids[rows.clamp(min=0)], -1), scores
+        return torch.where(rows >= 0, self.ids[rows.clamp(min=0)], -1), scores
 
     def _search(self, query: Tensor, k: int, hidden: list[Tensor] | None) -> tuple[Tensor, Tensor]:
         query = torch.nn.functional.normalize(query, dim=1)
@@ -80,37 +65,32 @@ class ExactRetriever:
             return self._one_pass(query, k)
         offset = None
         if self._mean is not None:
-            query = query - self._mean
-            query = torch.nn.functional.normalize(query, dim=1)
+            query = torch.nn.functional.normalize(query - self._mean, dim=1)
             offset = query @ self._mean
         rows = len(self.keys)
         width = min(k, rows)
         block = rows if self.device.type != "cpu" else _BLOCK
-        best: tuple[Tensor, Tensor] | None = None
+        best_scores = torch.empty(len(query), 0, device=self.device)
+        best_rows = torch.empty(len(query), 0, dtype=torch.int64, device=self.device)
         for start in range(0, rows, max(block, 1)):
             part = slice(start, start + block)
             scores = _products(self.keys[part], query)
             if offset is not None and self._scale is not None:
                 scores = (scores - offset[:, None]) * self._scale[part]
             scores.masked_fill_(self.dead[part], float("-inf"))
-            if hidden is not None:
-                for row, banned in zip(scores, hidden, strict=True):
-                    local = banned[(banned >= start) & (banned < start + scores.shape[1])] - start
-                    row[local] = float("-inf")
-            values, where = scores.topk(min(width, scores.shape[1]), dim=1)
-            candidate = (values, where + start)
-            if best is not None:
-                candidate = (torch.cat([best[0], candidate[0]], 1), torch.cat([best[1], candidate[1]], 1))
-                # Stable: equal scores keep the lower id, which came first.
-                order = candidate[0].argsort(dim=1, descending=True, stable=True)[:, :width]
-                candidate = (candidate[0].gather(1, order), candidate[1].gather(1, order))
-            best = candidate
+            for row, banned in zip(scores, hidden or (), strict=hidden is not None):
+                local = banned[(banned >= start) & (banned < start + scores.shape[1])] - start
+                row[local] = float("-inf")
+            values, places = scores.topk(min(width, scores.shape[1]), dim=1)
+            best_scores, best_rows = torch.cat([best_scores, values], 1), torch.cat([best_rows, places + start], 1)
+            # Stable: of equal scores, the lower id stays first.
+            order = best_scores.argsort(dim=1, descending=True, stable=True)[:, :width]
+            best_scores, best_rows = best_scores.gather(1, order), best_rows.gather(1, order)
         ids = torch.full((len(query), k), -1, dtype=torch.int64, device=self.device)
         out = torch.full((len(query), k), float("nan"), dtype=torch.float32, device=self.device)
-        if best is not None:
-            found = best[0] != float("-inf")
-            ids[:, :width] = torch.where(found, self.ids[best[1]], -1)
-            out[:, :width] = torch.where(found, best[0], float("nan"))
+        found = best_scores != float("-inf")
+        ids[:, :width] = torch.where(found, self.ids[best_rows], -1)
+        out[:, :width] = torch.where(found, best_scores, float("nan"))
         return ids, out
 
 
@@ -118,7 +98,7 @@ def _products(keys: Tensor, query: Tensor) -> Tensor:
     """(N, K) fp16, (B, K) fp32 -> (B, N) fp32, as if both were fp32."""
     if keys.device.type != "cuda":
         return query @ keys.float().T
-    # The keys are read once, in fp16: the query goes in as two fp16 halves whose sum is its fp32 value.
+    # The keys are read once, in fp16. The query is split into two fp16 parts whose sum is its fp32 value.
     high = query.half()
     low = ((query - high.float()) * 2048).half()
     both = torch.mm(torch.cat([high, low]), keys.T, out_dtype=torch.float32)

@@ -180,36 +180,38 @@ class FeatureCache:
         if len(rows) > table.count:
             raise InvalidRequest(f"{len(rows)} rows at once do not fit in the {table.count} of the host tier")
         deadline = time.monotonic() + _PATIENCE
+        # The slot pinned for each row. A slot changes if the request that was reading it fails.
+        pinned = np.full(len(rows), -1, np.int64)
         with table.lock:
             self._wanted.add(rows)
-            while True:
-                self._release_completed()
+        while True:
+            self._release_completed()
+            with table.lock:
                 slots = table.row_slot[rows]
-                missing, held = rows[slots < 0], slots[slots >= 0]
+                missing, held = slots < 0, slots[(slots >= 0) & (slots != pinned)]
                 # Rows in memory are pinned before any slot is given away.
                 table.pin(held)
-                if table.can_place(len(missing)):
-                    break
-                # All or nothing: two requests that each hold half of what both need would deadlock.
-                table.unpin(held)
-                table.wait(deadline, f"{len(missing)} rows found no free slot among {table.count}")
-            lease.host_pins.append(held)
-            self.stats.host_hits += len(held)
-            placed = self._place(lease, missing)
-        self._read(missing, placed)
-        self._await_others(lease, rows, deadline)
-
-    def _place(self, lease: Lease, rows: np.ndarray) -> np.ndarray:
-        slots = self._table.place(rows, self._wanted)
-        lease.host_pins.append(slots)
-        self.stats.disk_reads += len(rows)
-        self.stats.evicted, self.stats.passed = self._table.evicted, self._table.passed
-        return slots
+                if not table.can_place(int(missing.sum())):
+                    # All or nothing: two requests that each hold half of what both need would deadlock.
+                    table.unpin(held)
+                    table.wait(deadline, f"{missing.sum()} rows found no free slot among {table.count}")
+                    continue
+                lease.host_pins.append(held)
+                self.stats.host_hits += len(held)
+                pinned = slots.astype(np.int64)
+                if not missing.any():
+                    if table.ready[slots].all():
+                        return
+                    table.wait(deadline, "another request's read did not end")
+                    continue
+                pinned[missing] = table.place(rows[missing], self._wanted)
+                lease.host_pins.append(pinned[missing])
+                self.stats.disk_reads += len(rows[missing])
+                self.stats.evicted, self.stats.passed = table.evicted, table.passed
+            self._read(rows[missing], pinned[missing])
 
     def _read(self, rows: np.ndarray, slots: np.ndarray) -> None:
         table = self._table
-        if not len(rows):
-            return
         try:
             self._snapshot.segments.read_into(rows, self._host, slots=slots, **self._read_options)
         except BaseException:
@@ -219,24 +221,6 @@ class FeatureCache:
         with table.lock:
             table.ready[slots] = True
             table.lock.notify_all()
-
-    def _await_others(self, lease: Lease, rows: np.ndarray, deadline: float) -> None:
-        """Wait for rows that other requests are reading. If such a read fails, read them here."""
-        table = self._table
-        while True:
-            with table.lock:
-                slots = table.row_slot[rows]
-                lost = rows[slots < 0]
-                if not len(lost):
-                    if table.ready[slots].all():
-                        return
-                    table.wait(deadline, "another request's read did not end")
-                    continue
-                if not table.can_place(len(lost)):
-                    table.wait(deadline, f"{len(lost)} rows found no free slot among {table.count}")
-                    continue
-                placed = self._place(lease, lost)
-            self._read(lost, placed)
 
     def _pin_device_rows(self, lease: Lease, rows: np.ndarray) -> None:
         table = self._hot

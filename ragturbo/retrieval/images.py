@@ -1,4 +1,4 @@
-"""From any picture to the square the encoder takes, by one policy for builds and for requests."""
+"""Load images as squares for the encoder, in the same way for builds and for requests."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from PIL import Image, ImageOps
 
 from ragturbo.errors import InvalidRequest
 
-# A compressed file of a few kilobytes can claim billions of pixels. The size is read before any pixel is decoded.
+# A file of a few kilobytes can claim billions of pixels. The size is checked before pixels are decoded.
 MAX_PIXELS = 100_000_000
 MAX_BYTES = 256 << 20
 THUMBNAIL = 128
 
 
 def load(image: Any, size: int | None = None) -> Image.Image:
-    """PIL image, path or bytes -> RGB, upright, transparency on white, the first frame of several.
+    """PIL image, path or bytes -> RGB, upright by EXIF, transparency on white, the first frame.
 
-    With `size`, a JPEG is decoded at the smallest scale of 1, 1/2, 1/4, 1/8 that keeps both sides at twice `size`.
+    With `size`, a JPEG is decoded at the smallest of 1, 1/2, 1/4 and 1/8 that keeps both sides ≥ 2 · `size`.
     """
     try:
         with warnings.catch_warnings():
@@ -38,17 +38,21 @@ def load(image: Any, size: int | None = None) -> Image.Image:
             return _rgb(picture)
     except InvalidRequest:
         raise
-    # Pillow's decoders fail in many ways on hostile bytes: OSError, ValueError, SyntaxError, struct.error, …
+    # Pillow raises many types on damaged files: OSError, ValueError, SyntaxError, struct.error, …
     except Exception as error:
         raise InvalidRequest(f"the image cannot be read: {type(error).__name__}: {str(error)[:200]}") from error
+
+
+def _check_size(path: str | os.PathLike[str]) -> None:
+    if (size := os.path.getsize(path)) > MAX_BYTES:
+        raise InvalidRequest(f"{size} bytes are more than {MAX_BYTES}")
 
 
 def _open(image: Any) -> Image.Image:
     if isinstance(image, Image.Image):
         return image
     if isinstance(image, (str, os.PathLike)):
-        if os.path.getsize(image) > MAX_BYTES:
-            raise InvalidRequest(f"{os.path.getsize(image)} bytes are more than {MAX_BYTES}")
+        _check_size(image)
         return Image.open(image)
     if isinstance(image, (bytes, bytearray, memoryview)):
         return Image.open(io.BytesIO(image))
@@ -57,7 +61,7 @@ def _open(image: Any) -> Image.Image:
 
 def _rgb(picture: Image.Image) -> Image.Image:
     if picture.mode.startswith("I;16") or picture.mode == "I":
-        # 16 bits a channel: Pillow's own conversion would clip at 255 instead of scaling.
+        # 16 bits per channel: Pillow would clip at 255 instead of scaling.
         return Image.fromarray((np.asarray(picture).clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
@@ -67,9 +71,7 @@ def _rgb(picture: Image.Image) -> Image.Image:
 
 
 def square(image: Any, size: int) -> np.ndarray:
-    """PIL image, path or bytes -> (size, size, 3) uint8: the largest centred square, resized with antialiased
-    bicubic.
-    """
+    """PIL image, path or bytes -> (size, size, 3) uint8: the centred square, resized with antialiased bicubic."""
     return _square(load(image, size), size)
 
 
@@ -83,15 +85,13 @@ def _square(picture: Image.Image, size: int) -> np.ndarray:
 
 
 def prepare(image: Any, size: int, thumbnail: bool) -> tuple[np.ndarray, str, bytes | None]:
-    """The square, the SHA-256 of the file (of the pixels for a PIL image), and a WebP of at most 128 pixels a side."""
+    """Return the square, the SHA-256 of the file (of the pixels of a PIL image), and a WebP of at most 128 pixels."""
     if isinstance(image, (str, os.PathLike)):
-        path = Path(image)
         try:
-            if path.stat().st_size > MAX_BYTES:
-                raise InvalidRequest(f"{path.stat().st_size} bytes are more than {MAX_BYTES}")
-            image = path.read_bytes()
+            _check_size(image)
+            image = Path(image).read_bytes()
         except OSError as error:
-            raise InvalidRequest(f"{path}: {error.strerror}") from error
+            raise InvalidRequest(f"{image}: {error.strerror}") from error
     picture = load(image, size)
     data = image if isinstance(image, (bytes, bytearray, memoryview)) else picture.tobytes()
     small = None

@@ -1,4 +1,4 @@
-"""What `db.info` and `ragturbo db info` say about a database."""
+"""Facts about a database for `db.info` and `ragturbo db info`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class DatabaseInfo:
     key_kind: str
     key_dim: int
     key_mean_norm: float
-    """Near 1: the keys bunch together, and centring may help."""
+    """Near 1 if the keys are close to each other; then centring may help."""
     centred: bool
     bytes: int
     encoder: dict[str, Any]

@@ -1,4 +1,4 @@
-"""What a retriever is, so that a remote vector database can take the place of the built-in ones."""
+"""The interface of a retriever, and the checks that the built-in ones share."""
 
 from __future__ import annotations
 
@@ -9,25 +9,33 @@ import numpy as np
 
 from ragturbo.errors import InvalidRequest
 
-# Below this, brute force is both exact and as fast as an index.
+# Below this number of pairs, exact search is as fast as an index.
 EXACT_BELOW = 20_000
 
 
 @runtime_checkable
 class Retriever(Protocol):
-    """Anything with this search can be passed as `retriever=`.
+    """Any object with this method can be passed as `retriever=`, for example a client of a vector database.
 
-    keys: (B, K) floats, normalised by the caller, as a numpy array or a torch tensor. Returns ids (B, k) int64 and
-    scores (B, k) float32, best first, on the keys' device; a missing neighbour is id -1 with score NaN. `exclude` is
-    (m,) ids that no row may return, or (B, m) with -1 as padding. A retriever with the attribute `query_kind =
-    "text"` is given the prompts themselves, a list of str, in the place of keys.
+    With the attribute `query_kind = "text"`, it gets the prompts, a list of str, instead of keys.
     """
 
-    def search(self, keys: Any, k: int, *, exclude: Any = None) -> tuple[Any, Any]: ...
+    def search(self, keys: Any, k: int, *, exclude: Any = None) -> tuple[Any, Any]:
+        """Find the k nearest pairs of each key.
+
+        Args:
+            keys: (B, K) floats, normalised, a numpy array or a tensor.
+            exclude: ids that are not returned, (m,) for all keys or (B, m) padded with -1.
+
+        Returns:
+            ids (B, k) int64 and scores (B, k) float32 on the device of the keys, best first; a missing neighbour is
+            id -1 with score NaN.
+        """
+        ...
 
 
 def to_host(keys: Any) -> np.ndarray:
-    """Keys as float32 on the host, without a copy where they are there already."""
+    """Return keys as float32 on the host, without a copy if they are that already."""
     if isinstance(keys, np.ndarray):
         return keys if keys.dtype == np.float32 else keys.astype(np.float32)
     if hasattr(keys, "detach"):
@@ -36,7 +44,7 @@ def to_host(keys: Any) -> np.ndarray:
 
 
 def like(keys: Any, ids: np.ndarray, scores: np.ndarray) -> tuple[Any, Any]:
-    """Results where and what the keys were: numpy for numpy, tensors on the keys' device for tensors."""
+    """Return results as the keys came: numpy arrays, or tensors on the device of the keys."""
     if not hasattr(keys, "detach"):
         return ids, scores
     import torch
@@ -45,10 +53,10 @@ def like(keys: Any, ids: np.ndarray, scores: np.ndarray) -> tuple[Any, Any]:
 
 
 def check_keys(keys: np.ndarray, dim: int) -> None:
-    """Refuses what has no neighbours: another width, NaN, infinity, or no direction at all."""
+    """Raise InvalidRequest for keys of another width, or that are NaN, infinite or zero."""
     if keys.ndim != 2 or keys.shape[1] != dim:
         raise InvalidRequest(f"keys must be (B, {dim}) for this database, not {tuple(keys.shape)}")
-    # One pass: a NaN or an infinity anywhere makes its row's squared length not finite.
+    # A NaN or infinity makes the squared length of its row not finite.
     squares = np.einsum("bk,bk->b", keys, keys)
     bad = ~(np.isfinite(squares) & (squares > 0))
     if bad.any():
@@ -62,7 +70,7 @@ def check_k(k: int) -> None:
 
 
 def excluded_ids(exclude: Any, batch: int) -> list[np.ndarray] | None:
-    """exclude as one array of ids a query, or None."""
+    """Return `exclude` as one array of ids per query, or None."""
     if exclude is None:
         return None
     ids = to_ids(exclude)
@@ -74,7 +82,7 @@ def excluded_ids(exclude: Any, batch: int) -> list[np.ndarray] | None:
 
 
 def to_ids(ids: Any) -> np.ndarray:
-    """Ids of any kind as int64 on the host; floats are refused rather than cut."""
+    """Return ids of any kind as int64 on the host. Raises InvalidRequest for floats."""
     array = np.asarray(ids.detach().cpu() if hasattr(ids, "detach") else (list(ids) if isinstance(ids, set) else ids))
     if array.size == 0:
         return array.astype(np.int64)
@@ -84,7 +92,7 @@ def to_ids(ids: Any) -> np.ndarray:
 
 
 def check_results(ids: Any, scores: Any, batch: int, k: int, who: str) -> None:
-    """A retriever of the user's own must keep the contract before anything is read by its ids."""
+    """Check the shapes that a user's own retriever returned."""
     for name, value in (("ids", ids), ("scores", scores)):
         if tuple(getattr(value, "shape", ())) != (batch, k):
             raise InvalidRequest(f"{who} gave {name} of shape {tuple(getattr(value, 'shape', ()))}, not {(batch, k)}")

@@ -1,4 +1,4 @@
-"""Approximate search with ScaNN, configured by the database's size, saved with the generation it belongs to."""
+"""Approximate search with ScaNN. An index is configured by the size of the database and saved with its generation."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ import numpy as np
 
 from ragturbo.errors import DatabaseCorrupt, DatabaseError, InvalidRequest
 from ragturbo.retrieval import durable, store
-from ragturbo.retrieval.manifest import IndexEntry, Manifest
+from ragturbo.retrieval.manifest import IndexEntry
 from ragturbo.retrieval.npy import read_ids
 from ragturbo.retrieval.retriever import EXACT_BELOW, check_k, check_keys, excluded_ids, like, to_host
 from ragturbo.retrieval.snapshot import Snapshot
 
 IDS = "ids.npy"
-# ScaNN unpickles this file if it finds it. We never write it and never let it be read.
+# ScaNN unpickles this file if it exists. We never write it, and refuse an index that has it.
 _PICKLE = "scann_docids.pkl"
-# How many neighbours leaves_to_search and reorder are meant for.
+# leaves_to_search and reorder are tuned for this many neighbours.
 _SHALLOW = 16
 _FLOAT32 = np.dtype(np.float32)
 _ASSET = re.compile(r'asset_path:\s*"([^"]*)"')
@@ -32,13 +32,13 @@ _ASSET = re.compile(r'asset_path:\s*"([^"]*)"')
 
 @dataclass(frozen=True)
 class ScannConfig:
-    """How an index is built and searched. `by_size` gives what was measured to reach recall@10 of 0.95 and more."""
+    """Settings of an index. Those of `by_size` were measured to reach a recall@10 of at least 0.95."""
 
     leaves: int
     """Partitions of the tree; 0: no tree."""
     leaves_to_search: int
     reorder: int
-    """Candidates scored again by their bfloat16 vectors."""
+    """Candidates rescored with their bfloat16 vectors."""
     dims_per_block: int = 4
     soar: bool = True
     anisotropic: float = 0.2
@@ -47,7 +47,7 @@ class ScannConfig:
 
     def __post_init__(self) -> None:
         if self.leaves < 0 or self.reorder < 1 or self.dims_per_block < 1 or self.training_sample < 1:
-            raise InvalidRequest(f"{self} has a count below its least value")
+            raise InvalidRequest(f"{self} has a count below its minimum")
         if self.leaves and not 1 <= self.leaves_to_search <= self.leaves:
             raise InvalidRequest(f"leaves_to_search={self.leaves_to_search} must be from 1 to leaves={self.leaves}")
 
@@ -56,7 +56,7 @@ class ScannConfig:
         if rows < 100_000:
             return cls(0, 0, 100, soar=False, centred=centred)
         leaves = round(math.sqrt(rows))
-        # Twice the leaves found no more at 630,000 and took 1.7 times as long: the reorder count bounds the recall.
+        # At 630,000 pairs, twice the leaves took 1.7 times as long for the same recall: the reorder count bounds it.
         return cls(leaves, max(20, round(leaves / 40)), 100, centred=centred)
 
 
@@ -74,7 +74,7 @@ def _scann() -> Any:
 
 
 def build_searcher(keys: np.ndarray, config: ScannConfig, threads: int = 0) -> Any:
-    """keys (N, K) float32, normalised. Not reproducible: compare indexes by recall, never by bytes."""
+    """keys: (N, K) float32, normalised. The result is not reproducible: compare indexes by recall, not by bytes."""
     from scann.scann_ops.py.scann_builder import ReorderType
 
     rows = len(keys)
@@ -94,7 +94,7 @@ def build_searcher(keys: np.ndarray, config: ScannConfig, threads: int = 0) -> A
 
 
 def vectors(snapshot: Snapshot, rows: np.ndarray, centred: bool) -> np.ndarray:
-    """Keys of `rows` as an index takes them: fp32, of length 1, without their mean where centred."""
+    """Return the keys of `rows` for an index: (n, K) fp32, of length 1, centred if asked."""
     out = np.empty((len(rows), snapshot.geometry.key_dim), np.float32)
     for start in range(0, len(rows), 16384):
         part = rows[start : start + 16384]
@@ -106,10 +106,10 @@ def vectors(snapshot: Snapshot, rows: np.ndarray, centred: bool) -> np.ndarray:
 
 
 def build_index(snapshot: Snapshot, config: ScannConfig, folder: Path, threads: int = 0) -> IndexEntry:
-    """Builds the index of all live pairs and saves it in `folder`, which is there and empty."""
+    """Build the index of all live pairs and save it in `folder`, which must be empty."""
     rows = np.flatnonzero(snapshot.alive)
     if len(rows) < 16:
-        raise InvalidRequest(f"{len(rows)} pairs are too few for ScaNN; search them exactly")
+        raise InvalidRequest(f"{len(rows)} pairs are too few for ScaNN; use exact search")
     try:
         searcher = build_searcher(vectors(snapshot, rows, config.centred), config, threads)
         searcher.serialize(str(folder), relative_path=True)
@@ -129,7 +129,7 @@ def build_index(snapshot: Snapshot, config: ScannConfig, folder: Path, threads: 
 
 
 def check_files(folder: Path, index: IndexEntry) -> None:
-    """Size and CRC-32 of every file of the index, and no file besides."""
+    """Raise DatabaseCorrupt unless the folder has exactly the files of the index, with their sizes and CRC-32s."""
     if _PICKLE in index.files:
         raise DatabaseCorrupt(f"{folder}: an index with {_PICKLE} is refused: it is a pickle")
     try:
@@ -156,50 +156,53 @@ def check_files(folder: Path, index: IndexEntry) -> None:
 
 
 class ScannRetriever:
-    """The saved index of a generation. Pairs newer than it are searched exactly and merged; removed ones are left
-    out.
-    """
+    """The saved index of a generation. Newer pairs are searched exactly and merged; removed ones are left out."""
 
     name = "scann"
     query_kind = "key"
 
     def __init__(self, snapshot: Snapshot, before: ScannRetriever | None = None) -> None:
-        """before: the retriever of an earlier generation, whose loaded index is shared if it is still the same."""
-        manifest: Manifest = snapshot.manifest
-        if manifest.index is None:
-            raise DatabaseError(f"{snapshot.folder} has no ScaNN index; make one with `ragturbo db reindex`")
-        self.snapshot = snapshot
-        self.folder = snapshot.folder / manifest.generation_folder / manifest.index.kind
+        """before: the retriever of an earlier generation, whose loaded index is used if it is the same."""
+        self.snapshot, index = snapshot, snapshot.manifest.index
+        assert index is not None
+        self.folder = snapshot.folder / snapshot.manifest.generation_folder / index.kind
         try:
-            self.config = ScannConfig(**manifest.index.config)
+            self.config = ScannConfig(**index.config)
         except (TypeError, InvalidRequest) as error:
-            raise DatabaseCorrupt(f"{self.folder}: the manifest's configuration is not ScaNN's: {error}") from error
+            raise DatabaseCorrupt(f"{self.folder}: the configuration in the manifest is invalid: {error}") from error
         self.index_ids: np.ndarray
         self.searcher: Any
-        if before is not None and before.snapshot.manifest.index == manifest.index:
+        if before is not None and before.snapshot.manifest.index == index:
             self.index_ids, self.searcher = before.index_ids, before.searcher
         else:
-            self.index_ids, self.searcher = self._load(manifest.index)
+            self.index_ids, self.searcher = self._load(index)
         rows = snapshot.rows_of(self.index_ids)
         self._hidden = (rows < 0) | ~snapshot.alive[np.maximum(rows, 0)] if len(snapshot.alive) else rows < 0
-        self._any_hidden = bool(self._hidden.any())
+        self._hidden_count = int(self._hidden.sum())
         last = int(self.index_ids[-1])
         self._tail = np.flatnonzero((snapshot.ids > last) & snapshot.alive)
-        # fp32 once, so that the newest pairs cost a matrix product and no conversion.
+        # Converted to fp32 once: a search of the newest pairs is one matrix product.
         self._tail_keys = vectors(snapshot, self._tail, self.config.centred)
-        self._live = int((~self._hidden).sum())
         self._dim = snapshot.geometry.key_dim
-        # The searcher below ScaNN's Python wrapper, bound once: at half a millisecond a query, attribute chains show.
+        # The searcher without ScaNN's Python wrapper: at half a millisecond per query, attribute look-ups matter.
         self._one = self.searcher.searcher.search
         self._one_key = (1, self._dim)
-        plain = not (self._any_hidden or len(self._tail) or self.config.centred)
+        plain = not (self._hidden_count or len(self._tail) or self.config.centred)
         self._shallow = min(_SHALLOW, self.config.reorder) if plain else 0
 
     def _load(self, index: IndexEntry) -> tuple[np.ndarray, Any]:
         pybind = _scann()
         check_files(self.folder, index)
-        self._check_assets()
-        ids = self._load_ids(index.rows)
+        for name in _ASSET.findall((self.folder / "scann_assets.pbtxt").read_text(errors="replace")):
+            if name not in index.files:
+                raise DatabaseCorrupt(f"{self.folder}/scann_assets.pbtxt: {name!r} is not a file of the index")
+        path = self.folder / IDS
+        try:
+            ids = read_ids(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise DatabaseCorrupt(f"{path}: not an array of ids: {error}") from error
+        if ids.shape != (index.rows,) or index.rows == 0 or np.any(np.diff(ids) <= 0):
+            raise DatabaseCorrupt(f"{path}: must be {index.rows} ascending int64 ids")
         try:
             searcher = pybind.load_searcher(str(self.folder))
             size = searcher.size()
@@ -208,22 +211,6 @@ class ScannRetriever:
         if size != len(ids):
             raise DatabaseCorrupt(f"{self.folder}: the index holds {size} vectors, {IDS} has {len(ids)}")
         return ids, searcher
-
-    def _check_assets(self) -> None:
-        text = (self.folder / "scann_assets.pbtxt").read_text(errors="replace")
-        for name in _ASSET.findall(text):
-            if name not in (self.snapshot.manifest.index.files if self.snapshot.manifest.index else {}):
-                raise DatabaseCorrupt(f"{self.folder}/scann_assets.pbtxt: {name!r} is not a file of the index")
-
-    def _load_ids(self, rows: int) -> np.ndarray:
-        path = self.folder / IDS
-        try:
-            ids = read_ids(path.read_bytes())
-        except (OSError, ValueError) as error:
-            raise DatabaseCorrupt(f"{path}: not an array of ids: {error}") from error
-        if ids.shape != (rows,) or rows == 0 or np.any(np.diff(ids) <= 0):
-            raise DatabaseCorrupt(f"{path}: must be {rows} ascending int64 ids")
-        return ids
 
     def search(self, keys: Any, k: int, *, exclude: Any = None) -> tuple[Any, Any]:
         query = to_host(keys)
@@ -241,8 +228,8 @@ class ScannRetriever:
         return like(keys, np.stack([ids for ids, _ in rows]), np.stack([scores for _, scores in rows]))
 
     def search_one(self, keys: Any, k: int) -> tuple[np.ndarray, np.ndarray] | None:
-        """keys (1, K) float32 on the host, nothing to hide and nothing to merge. None where that is not so, or where
-        the index found fewer than k: `search` is the long way."""
+        """Search one float32 key (1, K) if no pair must be hidden or merged. Returns None if one must, or if the index
+        found fewer than k; then use `search`."""
         if type(keys) is not np.ndarray or keys.shape != self._one_key or keys.dtype is not _FLOAT32:
             return None
         if type(k) is not int or not 0 < k <= self._shallow:
@@ -259,14 +246,14 @@ class ScannRetriever:
         return self.index_ids.take(where)[None], scores[None]
 
     def _merged(self, query: np.ndarray, k: int, banned: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        """One prepared key against the index and the pairs newer than it."""
-        hidden = self._hidden
-        blocked: np.ndarray | None = None
+        """Search one prepared key in the index and in the newer pairs."""
+        hidden, visible, spare = self._hidden, len(self.index_ids) - self._hidden_count, 16 if self._hidden_count else 0
         if banned is not None:
             at = np.searchsorted(self.index_ids, banned).clip(max=len(self.index_ids) - 1)
-            blocked = np.unique(at[self.index_ids[at] == banned])
-        want = min(k, self._live - (0 if blocked is None else int((~hidden[blocked]).sum())))
-        where, scores = self._from_index(query, max(want, 0), hidden, blocked)
+            blocked = np.unique(at[(self.index_ids[at] == banned) & ~hidden[at]])
+            hidden, visible, spare = hidden.copy(), visible - len(blocked), spare + len(blocked)
+            hidden[blocked] = True
+        where, scores = self._from_index(query, min(k, visible), spare, hidden)
         ids = self.index_ids[where]
         if len(self._tail):
             new_scores = self._tail_keys @ query
@@ -284,53 +271,43 @@ class ScannRetriever:
         return out_ids, out_scores
 
     def _from_index(
-        self, query: np.ndarray, want: int, hidden: np.ndarray, blocked: np.ndarray | None
+        self, query: np.ndarray, want: int, spare: int, hidden: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The best `want` visible vectors of the index, looking further until they are found."""
-        total = len(self.index_ids)
+        """The best `want` vectors of the index that are not hidden. Asks for `spare` more, then for more still."""
         if not want:
             return np.empty(0, np.int64), np.empty(0, np.float32)
-        ask = min(total, want + (0 if blocked is None else len(blocked)) + (16 if self._any_hidden else 0))
-        # Tuned for the first few neighbours: deeper ones lie in more leaves, and behind more candidates.
+        total = len(self.index_ids)
+        ask = min(total, want + spare)
+        # Tuned for the first few neighbours: more of them lie in more leaves and behind more candidates.
         deeper = -(-ask // _SHALLOW)
         reorder = self.config.reorder * deeper
         leaves = min(self.config.leaves, self.config.leaves_to_search * deeper)
         while True:
-            # ScaNN caps k silently at the reorder count: it is raised with k.
+            # ScaNN silently caps k at the reorder count.
             reorder = min(total, max(reorder, 2 * ask))
             where, scores = self._one(query, ask, reorder, leaves if self.config.leaves else -1)
-            # A NaN score is padding, whatever index stands beside it.
-            good = ~np.isnan(scores)
-            where, scores = where[good].astype(np.int64), scores[good]
+            # Results with a NaN score are padding, whatever their index.
+            visible = ~np.isnan(scores)
+            where, scores = where[visible].astype(np.int64), scores[visible]
             visible = ~hidden[where]
-            if blocked is not None:
-                visible &= ~np.isin(where, blocked)
-            if visible.sum() >= want or (ask >= total and leaves >= self.config.leaves):
+            if visible.sum() >= want:
+                return where[visible][:want], scores[visible][:want]
+            if ask >= total and leaves >= self.config.leaves:
                 break
             ask, leaves = min(total, 4 * ask), min(self.config.leaves, 4 * leaves)
-        where, scores = where[visible][:want], scores[visible][:want]
-        if len(where) < want:
-            return self._brute(query, want, hidden, blocked)
-        return where, scores
-
-    def _brute(
-        self, query: np.ndarray, want: int, hidden: np.ndarray, blocked: np.ndarray | None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """What the index cannot give (SOAR and hidden pairs can exhaust it): the same vectors, one by one."""
-        open_ = np.flatnonzero(~hidden)
-        if blocked is not None:
-            open_ = np.setdiff1d(open_, blocked)
-        rows = self.snapshot.rows_of(self.index_ids[open_])
+        # SOAR and hidden pairs can exhaust the index: score the visible vectors one by one.
+        visible = np.flatnonzero(~hidden)
+        rows = self.snapshot.rows_of(self.index_ids[visible])
         scores = np.concatenate([
             vectors(self.snapshot, rows[i : i + 16384], self.config.centred) @ query
             for i in range(0, len(rows), 16384)
         ])  # fmt: skip
         top = np.argsort(-scores, kind="stable")[:want]
-        return open_[top], scores[top]
+        return visible[top], scores[top]
 
 
 def advised(rows: int, newer: int, hidden: int) -> str | None:
-    """When an index should be made, or made again."""
+    """Return the advice to rebuild an index with this many newer and removed pairs, or None."""
     if rows >= EXACT_BELOW and newer + hidden > max(2000, rows // 50):
         return f"{newer} pairs are newer than the index and {hidden} in it are removed: run `ragturbo db reindex`"
     return None

@@ -1,4 +1,4 @@
-"""What becomes of a retriever's candidates: a minimum score, near-duplicates dropped, diversity."""
+"""Selection among a retriever's candidates: minimum score, near-duplicates, diversity."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from ragturbo.retrieval.snapshot import Snapshot
 
 @dataclass(frozen=True)
 class Selection:
-    """min_score: the least score of the retriever's own kind. max_similarity: a candidate whose key has at least this
-    cosine with one chosen before it is a near-duplicate and is dropped. diversity: 0 for the best scores, 1 for the
-    most different ones (MMR, with λ = 1 - diversity)."""
+    """Options of a search.
+
+    min_score: on the scale of the retriever.
+    max_similarity: drop candidates whose key has at least this cosine with a better one.
+    diversity: 0 selects the best scores, 1 the most different keys (maximal marginal relevance, λ = 1 - diversity).
+    """
 
     min_score: float | None = None
     max_similarity: float | None = None
@@ -30,14 +33,14 @@ class Selection:
 
     @property
     def compares(self) -> bool:
-        """Whether candidates are compared with each other, and more of them than k are needed."""
+        """Whether candidates are compared with each other, which needs more than k of them."""
         return self.max_similarity is not None or self.diversity > 0
 
     def candidates(self, k: int) -> int:
         return max(4 * k, k + 32) if self.compares else k
 
     def apply(self, ids: np.ndarray, scores: np.ndarray, k: int, snapshot: Snapshot) -> tuple[np.ndarray, np.ndarray]:
-        """ids, scores (B, n ≥ k), best first -> (B, k)."""
+        """ids, scores (B, n), n ≥ k, best first -> (B, k)."""
         out_ids = np.full((len(ids), k), -1, np.int64)
         out_scores = np.full((len(ids), k), np.nan, np.float32)
         for row in range(len(ids)):
@@ -53,10 +56,10 @@ class Selection:
         return out_ids, out_scores
 
     def _choose(self, ids: np.ndarray, scores: np.ndarray, k: int, snapshot: Snapshot) -> list[int]:
-        """Greedy maximal marginal relevance: (1 - d)·score - d·(greatest cosine with what is chosen)."""
+        """Greedy maximal marginal relevance: (1 - d)·score - d·(largest cosine with the chosen ones)."""
         keys = snapshot.keys[snapshot.rows(ids)].astype(np.float32)
         cosines = keys @ keys.T
-        # A retriever's scores may be of any size (BM25): diversity weighs them on the scale of a cosine.
+        # Scores may be of any size (BM25) and are scaled down to that of a cosine.
         spread = max(float(np.abs(scores).max()), 1.0)
         relevance = scores / spread
         left = np.ones(len(ids), bool)
