@@ -52,7 +52,7 @@ bench: install
 # Nothing here depends on the machine: FLOPs, bytes, launches and allocations against committed counts, and the page of
 # measured results against its raw data.
 bench-check: install
-	$(BIN)/python -m ragturbo.bench.check
+	$(BIN)/python -m benchmarks.check_counts
 	$(PYTEST) tests/engine/test_capture.py -q -k operations
 	$(BIN)/ragturbo bench report --check
 

@@ -1,15 +1,15 @@
-"""What every benchmark shares: context in each record, verify before time, percentiles, and rows that say why not.
+"""Fixtures of the benchmarks: verify before timing, percentiles, and the machine's description in each record.
 
 A benchmark takes the fixture `measure`:
 
     def test_slerp(measure, device):
         measure(slerp, inputs=[(h, r, w), ...], verify=lambda: assert_close(...), cost=..., dtype="float16")
 
-`device` is "cpu" or "cuda"; a row marked `gpu` is skipped, with the reason, where there is none. Rows of torch.compile
-are marked `compiled`: compiling may take minutes, and `-m "not compiled"` runs all that is quick first.
+`device` is "cpu" or "cuda"; rows marked `gpu` are skipped without a GPU. Rows of torch.compile are marked `compiled`,
+because compiling may take minutes.
 
-With --benchmark-json=F every row that passes, and why one fails, is also a line of the file Fl (or of the one
-RAGTURBO_ROWS names) as soon as it is known: see `ragturbo.bench.suite_rows`. RAGTURBO_INSTANT=1 prints failures then.
+With --benchmark-json=F every row and failure is also written to the file Fl (or $RAGTURBO_ROWS) when it finishes: see
+`benchmarks.suite_rows`. RAGTURBO_INSTANT=1 prints failures at once.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from typing import Any
 import pytest
 import torch
 
-from ragturbo.bench.ceilings import ceilings
-from ragturbo.bench.roofline import Work
-from ragturbo.bench.suite_rows import append
-from ragturbo.bench.timing import CAPTURE_BELOW, in_bulk, once, rotating, summary, synchronized
+from benchmarks.ceilings import ceilings
+from benchmarks.roofline import Work
+from benchmarks.suite_rows import append
+from benchmarks.timing import CAPTURE_BELOW, in_bulk, once, rotating, summary, synchronized
 from ragturbo.machine import describe, gpu_state, no_gpu_reason, now
 
 MAX_ROUNDS = 1000
@@ -34,32 +34,30 @@ _STARTED = time.monotonic()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--scale", choices=["default", "paper"], default="default", help="paper: 0.63M keys to search")
+    parser.addoption("--scale", choices=["default", "paper"], default="default", help="paper: search 630,000 keys")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "quick: one row of each kind; `-m quick` takes under a minute")
-    config.addinivalue_line("markers", "compiled: a row of torch.compile, which may take minutes to be compiled")
+    config.addinivalue_line("markers", "compiled: a row of torch.compile, which may compile for minutes")
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    # RAGTURBO_BENCH_THREADS fixes the number of CPU threads.
     if count := os.environ.get("RAGTURBO_BENCH_THREADS"):
         torch.set_num_threads(int(count))
-    # Kept from here on: commit and threads are those the run began with.
+    # Cached, so that commit and threads are those at the start of the run.
     describe()
     if (path := rows_path(session.config)) is not None:
         if "RAGTURBO_ROWS" not in os.environ:
-            # As the JSON beside it, the file is this run's alone.
             path.unlink(missing_ok=True)
         append(path, machine_info={"ragturbo": describe()}, datetime=now())
 
 
 def rows_path(config: pytest.Config) -> Path | None:
-    """Where rows are kept as they finish; None where nobody asked for a file."""
+    """Return the file for finished rows, or None."""
     if named := os.environ.get("RAGTURBO_ROWS"):
         return Path(named)
-    # A path, or in older versions of pytest-benchmark the file itself.
+    # A path, or the open file in older versions of pytest-benchmark.
     out = config.getoption("benchmark_json")
     return Path(f"{getattr(out, 'name', out) if hasattr(out, 'write') else out}l") if out else None
 
@@ -80,7 +78,7 @@ def pytest_runtest_makereport(
             try:
                 torch.cuda.synchronize()
             except RuntimeError as error:
-                # After an illegal access every row fails: the rest of the suite's time is worth more elsewhere.
+                # After an illegal access every later row would fail.
                 item.session.shouldstop = f"the CUDA context was lost in {report.nodeid}: {error}"
     benchmark = getattr(item, "funcargs", {}).get("benchmark")
     if path is not None and call.when == "call" and report.passed and getattr(benchmark, "stats", None) is not None:
@@ -99,7 +97,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    # pytest-benchmark's own description carries the node's name, which is nobody's business.
+    # The node's name is private.
     machine_info.pop("node", None)
     machine_info["ragturbo"] = describe()
 
@@ -108,10 +106,9 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_
     told = [entry["extra_info"] for entry in output_json["benchmarks"]]
     devices = {"cpu" if no_gpu_reason() else "cuda", *(info["device"] for info in told if "floor_s" in info)}
     output_json["ceilings"] = {device: ceilings(device) for device in sorted(devices)}
-    # How long all of it took, models and databases included.
     output_json["wall_s"] = round(time.monotonic() - _STARTED, 1)
     if not config.getoption("benchmark_save_data"):
-        # Percentiles are in extra_info; a thousand times a row is for those who ask.
+        # Percentiles are in extra_info.
         for entry in output_json["benchmarks"]:
             entry["stats"].pop("data", None)
 
@@ -138,7 +135,7 @@ def device() -> str:
 
 @pytest.fixture
 def measure(benchmark: Any, request: pytest.FixtureRequest, device: str) -> Callable[..., None]:
-    """Verifies, then times: see `Measure.__call__`."""
+    """Verify and time a call: see `Measure.__call__`."""
     return Measure(benchmark, request, device)
 
 
@@ -162,20 +159,24 @@ class Measure:
         rounds: int | None = None,
         extra: dict[str, Any] | None = None,
     ) -> None:
-        """Times `call(*inputs[i])`, rotating over `inputs`.
+        """Time `call(*inputs[i])`, rotating over `inputs`.
 
-        verify: raises where the result is wrong, and then there is no time. cost: bytes and FLOPs of one call, as
-        `ragturbo.bench.roofline` counts them. device: "cpu" for host work on a machine with a GPU. capture: GPU work
-        of a few milliseconds is captured and replayed in bulk; False for calls that wait for the host themselves.
+        Args:
+            verify: raises if the result is wrong; then nothing is timed.
+            cost: bytes and FLOPs of one call, as `benchmarks.roofline` counts them.
+            device: "cpu" for host work on a machine with a GPU.
+            capture: capture GPU work of a few milliseconds and replay it in bulk. False for calls that wait for the
+                device themselves.
+            rounds: number of rounds, by default from the time limit.
+            extra: more entries for extra_info.
         """
         if verify is not None:
-            # A wrong op has no time.
             verify()
         cuda = (device or self._device) == "cuda"
         run = rotating(call, inputs)
         run = synchronized(run) if cuda else run
         if cuda:
-            # The first call loads code and makes handles, which is no measure of the calls after it.
+            # The first call loads code and creates handles.
             run()
         each = once(run)
         slow = each > 0.5
@@ -188,7 +189,7 @@ class Measure:
             each = once(run)
         least = 3 if slow else 5
         count = rounds or max(least, min(MAX_ROUNDS, int(self._seconds / max(each, 1e-9))))
-        # Host calls shorter than the clock's own cost are looped.
+        # Loop over host calls that are short compared to the clock's overhead.
         loops = 1 if cuda else max(1, min(10_000, int(20e-6 / max(each, 1e-9))))
         if loops > 1:
             count = max(5, min(MAX_ROUNDS, int(self._seconds / (each * loops))))
@@ -197,7 +198,7 @@ class Measure:
 
         def look() -> None:
             nonlocal seen
-            # Between rounds, outside the clock: while the card is busy is when it is held back.
+            # Between rounds, while the GPU is busy and may be throttled.
             if cuda and seen in (0, count // 2, count - 1):
                 states.append(gpu_state())
             seen += 1
@@ -220,7 +221,7 @@ class Measure:
         }
         if bench.stats is not None:
             data = bench.stats.stats.data
-            # One replay holds many calls: the table and the JSON speak of one.
+            # One replay holds many calls.
             data[:] = [seconds / calls for seconds in data]
             info |= summary(data, states) | {"calls_a_round": calls * loops}
             if cuda:
@@ -231,18 +232,18 @@ class Measure:
 
 
 def row_seconds(config: pytest.Config) -> float:
-    """--benchmark-max-time; half a second where nobody gave it, so that all rows fit ten minutes of two cores."""
+    """Return --benchmark-max-time if given, else half a second, with which all rows take ten minutes on two cores."""
     given = any(str(argument).startswith("--benchmark-max-time") for argument in config.invocation_params.args)
     return float(config.getoption("benchmark_max_time")) if given else 0.5
 
 
 def request_op(request: pytest.FixtureRequest) -> str:
-    """One op, one file: test_bench_slerp.py measures slerp."""
+    """Return the op: test_bench_slerp.py measures slerp."""
     return request.node.path.stem.removeprefix("test_bench_")
 
 
 def _cost(cost: Any) -> dict[str, Any]:
-    """A `roofline.Work`, or bytes and flops by name."""
+    """cost: a `roofline.Work`, or bytes and flops by name."""
     if cost is None:
         return {}
     if isinstance(cost, Work):
@@ -251,9 +252,9 @@ def _cost(cost: Any) -> dict[str, Any]:
 
 
 def floor_seconds(info: dict[str, Any], best: dict[str, Any]) -> float | None:
-    """The largest of bytes over bandwidth, bytes over the host's link and FLOPs over the dtype's rate."""
+    """Return the largest of bytes over bandwidth, bytes over the host link and FLOPs over the dtype's rate."""
     rates = best["flops_per_s"]
-    # A CPU computes fp16 at no rate of its own.
+    # fp16 has no rate of its own on a CPU.
     rate = rates.get(info["dtype"] or "float32", rates["float32"] if info["device"] == "cpu" else None)
     if rate is None:
         return None
@@ -263,7 +264,7 @@ def floor_seconds(info: dict[str, Any], best: dict[str, Any]) -> float | None:
 
 @pytest.fixture(scope="session")
 def bundle(device: str) -> Any:
-    """What is measured end to end: SD 2.1's size on a GPU; the embedded model, a CPU's own, elsewhere."""
+    """The model of end-to-end rows: SD 2.1's size on a GPU, the embedded model on a CPU."""
     from ragturbo.bench.models import make_bundle
     from ragturbo.errors import RagTurboError
     from ragturbo.model.bundle import Bundle
@@ -273,13 +274,13 @@ def bundle(device: str) -> Any:
     try:
         return Bundle.load("shapes", device="cpu")
     except RagTurboError:
-        # A checkout whose model was not built: the record carries the model's name.
+        # The embedded model is missing. The record has the model's name.
         return make_bundle("rehearsal", "cpu", torch.float32)
 
 
 @pytest.fixture(scope="session")
 def sd21(device: str, request: pytest.FixtureRequest) -> Any:
-    """SD 2.1's configuration with random weights: fp16 on a GPU, where it is `bundle` itself, fp32 on a CPU."""
+    """SD 2.1's configuration with random weights: fp16 on a GPU, where it is `bundle`, fp32 on a CPU."""
     from ragturbo.bench.models import make_bundle
 
     return request.getfixturevalue("bundle") if device == "cuda" else make_bundle("sd21", device, torch.float32)
@@ -298,7 +299,7 @@ def database(bundle: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="session")
 def make_generator(bundle: Any, database: Any) -> Iterator[Callable[..., Any]]:
-    """`make_generator(engine="eager", …)`: Generators over one bundle and database, made once an option set."""
+    """`make_generator(engine="reference", …)`: Generators over one bundle and database, one per set of options."""
     from ragturbo import Generator
     from ragturbo.config import GeneratorConfig
 
@@ -318,11 +319,11 @@ def make_generator(bundle: Any, database: Any) -> Iterator[Callable[..., Any]]:
 
 @pytest.fixture(autouse=True)
 def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Every record has torch's threads; a test that leaves another number would slow or speed up all after it."""
+    """Record torch's number of threads, and fail a benchmark that changes it."""
     before = torch.get_num_threads()
     if "benchmark" in request.fixturenames:
         request.getfixturevalue("benchmark").extra_info["torch_threads"] = before
     yield
     if (left := torch.get_num_threads()) != before:
         torch.set_num_threads(before)
-        pytest.fail(f"this benchmark found torch with {before} threads and left it with {left}")
+        pytest.fail(f"the number of torch threads was {before} before this benchmark and {left} after it")

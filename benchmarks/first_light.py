@@ -1,11 +1,10 @@
-"""The first minute on a GPU: which kernels are right, which forms capture, and where one image's time goes.
+"""The first minute on a GPU: check kernels against fp64 and captured forms against calls, and profile an image.
 
     python benchmarks/first_light.py --out first_light.jsonl      # on a GPU, about a minute
     TRITON_INTERPRET=1 python benchmarks/first_light.py --rehearse # the same code at small sizes, on any machine
 
-One process, one JSON line a check, flushed as it comes. A check that raises leaves its traceback and the next one runs.
-After an error that leaves the CUDA context unusable, or a check that hangs, the process replaces itself by a fresh one
-that goes on with the next check.
+Each check writes one JSON line. A check that raises writes its traceback and the next one runs. If the CUDA context is
+unusable or a check hangs, the process restarts itself with the next check.
 """
 
 from __future__ import annotations
@@ -32,13 +31,14 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from ragturbo.bench import oracles  # noqa: E402
-from ragturbo.bench.timing import captured, in_bulk, percentiles, sample  # noqa: E402
+from benchmarks import kernel_oracles  # noqa: E402
+from benchmarks.kernel_cases import CASES, Case  # noqa: E402
+from benchmarks.timing import captured, in_bulk, once, sample  # noqa: E402
+from ragturbo.bench.timing import percentiles  # noqa: E402
 from ragturbo.kernels import tiles  # noqa: E402
-from ragturbo.kernels.cases import CASES, Case  # noqa: E402
 from ragturbo.machine import describe, gpu_state, no_gpu_reason  # noqa: E402
 
-# Checked by items of their own, on data that is not zero.
+# Ops with checks of their own, because the data of their cases are zero.
 OWN_CHECK = ("gather_rows", "topk")
 # Small enough for Triton's interpreter.
 REHEARSED = {"slerp": "b1 per sample", "slerp backward": "b8 per token", "scaled_residual": "b1",
@@ -58,14 +58,15 @@ HANGS_AFTER = 60.0
 
 @dataclass(frozen=True)
 class Check:
+    """poisoned: whether torch.empty is filled with NaN during the check."""
+
     name: str
     run: Callable[[Bench], dict[str, Any]]
     poisoned: bool = False
-    """Whether torch.empty gives NaN meanwhile."""
 
 
 class Bench:
-    """What several checks share, made when the first of them asks."""
+    """Objects shared by several checks, created on first use."""
 
     def __init__(self, rehearse: bool) -> None:
         self.rehearse = rehearse
@@ -87,15 +88,16 @@ class Bench:
 
         return make_database(self.bundle, self.folder / "db", 64)
 
-    def generator(self, engine: str, **options: Any) -> Any:
+    def generator(self, capture: bool = True, **options: Any) -> Any:
         from ragturbo.config import GeneratorConfig
         from ragturbo.generate import Generator
 
-        config = GeneratorConfig(engine="auto" if self.rehearse else engine, batch_sizes=(1,), **options)
+        engine = {} if self.rehearse else {"engine": "graph", "capture": capture}
+        config = GeneratorConfig(**engine, batch_sizes=(1,), **options)
         return Generator(self.bundle, database=self.database, config=config)
 
     def seconds(self, call: Callable[..., Any], inputs: list[tuple[Any, ...]]) -> dict[str, float]:
-        """Percentiles of one call: inside a CUDA graph on a GPU, by itself in a rehearsal."""
+        """Return percentiles of one call: in a CUDA graph on a GPU, uncaptured in a rehearsal."""
         if self.rehearse:
             return percentiles(sample(lambda: call(*inputs[0]), seconds=0.0, least=2))
         run, calls = in_bulk(call, inputs)
@@ -105,8 +107,8 @@ class Bench:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("first_light.jsonl"))
-    parser.add_argument("--seconds", type=float, default=60.0, help="no check is begun after these")
-    parser.add_argument("--only", nargs="+", default=[], help="checks whose names begin so")
+    parser.add_argument("--seconds", type=float, default=60.0, help="start no check after this time")
+    parser.add_argument("--only", nargs="+", default=[], help="only checks whose names begin with these")
     parser.add_argument("--rehearse", action="store_true", help="small sizes on a CPU, kernels in the interpreter")
     parser.add_argument("--resume", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--begun", type=float, default=STARTED, help=argparse.SUPPRESS)
@@ -126,7 +128,7 @@ class Runner:
         self._bench = Bench(options.rehearse)
         self._now = options.resume
         self._since = time.monotonic()
-        # The watchdog and the main thread both end a check: only one of them may write its line.
+        # The watchdog or the main thread ends a check; only one of them writes its line.
         self._lock = threading.Lock()
 
     def run(self) -> int:
@@ -140,11 +142,11 @@ class Runner:
                 self._write(check.name, {"ok": False, "skipped": "the time was used up"})
                 continue
             try:
-                # What a kernel forgets to write is NaN. Not where times are taken: filling takes launches of its own.
+                # Uninitialized memory is NaN, except in timed checks, because filling it takes launches.
                 torch.use_deterministic_algorithms(check.poisoned, warn_only=True)
                 with torch.no_grad():
                     found = check.run(self._bench)
-            except BaseException as error:  # a kernel's compiler may exit; every other check is still worth its time
+            except BaseException as error:  # a kernel's compiler may exit
                 found = {"ok": False, "error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
             with self._lock:
                 self._write(check.name, {"ok": True, **found})
@@ -166,7 +168,7 @@ class Runner:
                     self._restart(self._now + 1)
 
     def _usable(self) -> bool:
-        """Whether the CUDA context still works: an illegal access makes every later call fail."""
+        """Return whether the CUDA context still works; after an illegal access every call fails."""
         if self._options.rehearse:
             return True
         try:
@@ -176,7 +178,7 @@ class Runner:
             return False
 
     def _restart(self, index: int) -> None:
-        arguments = [a for a in sys.argv[1:]]
+        arguments = sys.argv[1:]
         for flag in ("--resume", "--begun"):
             if flag in arguments:
                 at = arguments.index(flag)
@@ -187,7 +189,7 @@ class Runner:
     def _write(self, name: str, found: dict[str, Any]) -> None:
         line = {"check": name, "seconds": round(time.monotonic() - self._since, 3), **found}
         if not self._options.rehearse and found["ok"]:
-            # Context, modules and graphs: what torch's own figures do not show.
+            # Context, modules and graphs.
             free, total = torch.cuda.mem_get_info()
             line["outside_torch_bytes"] = total - free - torch.cuda.memory_reserved()
         with self._options.out.open("a", encoding="utf-8") as file:
@@ -200,7 +202,7 @@ class Runner:
 
 def plan(rehearse: bool) -> list[Check]:
     halves, others = [torch.float16], [torch.bfloat16, torch.float32]
-    # The form that serves comes first: what the minute may be too short for comes last.
+    # The usual form first; the least important checks last, because the time may run out.
     usual, *further_forms = FORMS
     wanted = [c for c in CASES if c.op not in OWN_CHECK and (not rehearse or REHEARSED.get(c.op) == c.label)]
 
@@ -219,7 +221,7 @@ def plan(rehearse: bool) -> list[Check]:
         Check("profile", profile),
         *(Check(f"pairs {run.__name__}", run) for run in (group_norm, topk_variants, gather_rate)),
         *(Check(f"form {name}", partial(form, name)) for name in further_forms),
-        # A rehearsal computes in fp32 whatever the type: once is enough.
+        # A rehearsal always computes in fp32.
         *([] if rehearse else cases(others)),
     ]
 
@@ -241,7 +243,7 @@ def _native() -> Any:
 
 
 def case(case: Case, dtype: torch.dtype, bench: Bench) -> dict[str, Any]:
-    """One launch against fp64, and how long the first one took, compilation included."""
+    """Compare one launch with fp64, and time the first one including compilation."""
     if bench.rehearse and dtype == torch.float16:
         dtype = torch.float32
     torch.manual_seed(0)
@@ -250,8 +252,8 @@ def case(case: Case, dtype: torch.dtype, bench: Bench) -> dict[str, Any]:
     call()
     _wait(bench)
     first = time.monotonic() - start
-    found = oracles.compare(case.op, call)
-    within = 0.0 if case.op == "to_uint8" else oracles.WITHIN[dtype]
+    found = kernel_oracles.compare(case.op, call)
+    within = 0.0 if case.op == "to_uint8" else kernel_oracles.WITHIN[dtype]
     error, control = found["relative_error"], found["control"]
     good = error <= within and control > 10 * max(within, error)
     say = "" if good else f"error {error:.2e}, allowed {within:.0e}, control {control:.2e}"
@@ -259,7 +261,7 @@ def case(case: Case, dtype: torch.dtype, bench: Bench) -> dict[str, Any]:
 
 
 def bits(bench: Bench) -> dict[str, Any]:
-    """What is promised to the bit: slerp at w = 0 and 1, the scaled residual at λ = 0."""
+    """Check exact results: slerp at w = 0 and 1, the scaled residual at λ = 0."""
     from ragturbo.ops import scaled_residual, slerp
 
     wrong = []
@@ -282,7 +284,7 @@ def bits(bench: Bench) -> dict[str, Any]:
 
 
 def gather(bench: Bench) -> dict[str, Any]:
-    """Rows of random bytes from page-locked and device memory, against indexing, to the bit."""
+    """Compare gathered rows, from page-locked and device memory, with indexing."""
     from ragturbo.ops import Rows, describe, gather_rows
 
     wrong, count = [], 32 if bench.rehearse else 512
@@ -311,7 +313,7 @@ def _rows(table: Tensor, ids: Tensor, stored: str) -> Tensor:
 
 
 def topk(bench: Bench) -> dict[str, Any]:
-    """Exact search over 630,000 keys against fp64."""
+    """Compare exact search over 630,000 keys with fp64."""
     from ragturbo.ops import describe
     from ragturbo.ops import topk as search
 
@@ -328,7 +330,7 @@ def topk(bench: Bench) -> dict[str, Any]:
 
 
 def split_k(bench: Bench) -> dict[str, Any]:
-    """2,000 split-K linears on two streams at once: every one has the first one's bits."""
+    """Check that 2,000 split-K linears on two streams all give the same bits."""
     from ragturbo.kernels import linear
 
     n, k = (32 if bench.rehearse else CHANNELS), 4 * CHANNELS
@@ -348,8 +350,8 @@ def split_k(bench: Bench) -> dict[str, Any]:
 
 
 def adapter(bench: Bench) -> dict[str, Any]:
-    """The adapter in a graph over eight sets of weights, more than the L2 holds: a replay gives the eager bits."""
-    from ragturbo.model import HSpaceAdapter
+    """Compare graph replays of the adapter with eager calls, over eight sets of weights, which exceed the L2."""
+    from ragturbo.model.adapter import HSpaceAdapter
 
     width = 64 if bench.rehearse else CHANNELS
     dtype = torch.float32 if bench.rehearse else torch.float16
@@ -388,8 +390,8 @@ def adapter(bench: Bench) -> dict[str, Any]:
 
 
 def form(name: str, bench: Bench) -> dict[str, Any]:
-    """A Generator's replays against the same steps called, bit for bit, and against plain torch."""
-    from ragturbo.bench.peers import equal, latent_agreement
+    """Compare a Generator's replays with the uncaptured steps, bit for bit, and with plain torch."""
+    from ragturbo.bench.agreement import disagreement, latent_agreement
 
     mode, options = FORMS[name]
     words = ["a boat on the water with a lighthouse", "a red fox beside a river"]
@@ -397,20 +399,20 @@ def form(name: str, bench: Bench) -> dict[str, Any]:
     def draw(gen: Any, i: int) -> Any:
         return gen(words[i % 2], seed=i, mode=mode, output_type="uint8")
 
-    with bench.generator("eager", **options) as called:
+    with bench.generator(capture=False, **options) as called:
         expected = [draw(called, i).images for i in range(3)]
-        eager_s = percentiles([_once(lambda: draw(called, 3)) for _ in range(3)])["p50"]
-        with bench.generator("graph", **options) as gen:
+        eager_s = percentiles([once(lambda: draw(called, 3)) for _ in range(3)])["p50"]
+        with bench.generator(**options) as gen:
             start = time.monotonic()
             got = [draw(gen, i).images for i in range(3)]
             recorded = time.monotonic() - start
             same = all((a == b).all() for a, b in zip(got, expected, strict=True))
             ways = gen.info["ways"]
             plain = {} if bench.rehearse else ways["plain batches"]
-            times = percentiles([_once(lambda i=i: draw(gen, i)) for i in range(3 if bench.rehearse else 40)])
+            times = percentiles([once(lambda i=i: draw(gen, i)) for i in range(3 if bench.rehearse else 40)])
             stages = dict(draw(gen, 1).timings)
             agreement = latent_agreement(bench.bundle, gen, mode, words)
-    why = equal(agreement, bench.bundle.dtype)
+    why = disagreement(agreement, bench.bundle.dtype)
     say = f"{1e3 * times['p50']:.2f} ms, bits equal: {same}, latents {agreement['error']:.1e} from plain torch"
     return {"ok": bool(same and not plain and why is None), "replay_equals_call": bool(same), "plain": plain,
             "agreement": agreement, "why_not": why, "p50_s": times, "eager_p50_s": eager_s, "recorded_s": recorded,
@@ -418,11 +420,11 @@ def form(name: str, bench: Bench) -> dict[str, Any]:
 
 
 def profile(bench: Bench) -> dict[str, Any]:
-    """Every kernel of three images, by name, from torch's profiler."""
+    """Profile three images by kernel."""
     from ragturbo.engine import profile as profiling
 
     trace = bench.folder / "trace.json"
-    with bench.generator("graph", retriever="exact") as gen:
+    with bench.generator(retriever="exact") as gen:
         words = ["a boat", "a fox", "a castle"]
         profiling.run(gen, words, 3, mode="adapter")
         with profiling.traced(gen, trace):
@@ -431,7 +433,7 @@ def profile(bench: Bench) -> dict[str, Any]:
 
 
 def group_norm(bench: Bench) -> dict[str, Any]:
-    """The VAE's largest GroupNorms, against a copy of the same tensor and against torch."""
+    """Time the VAE's largest GroupNorms beside torch's and a copy of the same tensor."""
     from torch.nn import functional as F
 
     from ragturbo.ops import group_norm as op
@@ -451,12 +453,12 @@ def group_norm(bench: Bench) -> dict[str, Any]:
         theirs = bench.seconds(lambda x, w=w, b=b: F.silu(F.group_norm(x, 32, w, b)), inputs)
         copy = bench.seconds(lambda x, target=target: target.copy_(x), inputs)
         out[f"{channels}×{size}²"] = {"error": error, "ours": ours, "torch": theirs, "copy": copy}
-    good = all(row["error"] <= oracles.WITHIN[dtype] for row in out.values())
+    good = all(row["error"] <= kernel_oracles.WITHIN[dtype] for row in out.values())
     return {"ok": good, "rows": out, "say": _medians(out, "ours", "torch", "copy")}
 
 
 def topk_variants(bench: Bench) -> dict[str, Any]:
-    """Exact search with several tiles, by csrc's CUDA kernel and as a matrix product, against one read of the keys."""
+    """Time exact search with several tiles, by the CUDA kernel and as a matrix product, beside one read of the keys."""
     from ragturbo.ops import describe
     from ragturbo.ops import topk as search
 
@@ -465,13 +467,8 @@ def topk_variants(bench: Bench) -> dict[str, Any]:
     inputs = [(torch.nn.functional.normalize(_random(bench, 1, KEY_WIDTH), dim=-1),) for _ in range(8)]
     rows: dict[str, Any] = {"default": {}}
     if not bench.rehearse:
-        for bn, bd, warps, programs in (
-            (16, 1024, 8, 2),
-            (8, 1024, 4, 4),
-            (8, 1024, 4, 7),
-            (4, 1024, 4, 8),
-            (8, 1024, 8, 2),
-        ):
+        variants = (16, 1024, 8, 2), (8, 1024, 4, 4), (8, 1024, 4, 7), (4, 1024, 4, 8), (8, 1024, 8, 2)
+        for bn, bd, warps, programs in variants:
             tile = {"BN": bn, "BD": bd, "num_warps": warps, "PER_PROCESSOR": programs}
             rows[f"BN {bn} BD {bd} warps {warps} programs {programs}"] = {"tile": tile}
     expected = search(descriptor, inputs[0][0], 4, impl="triton")[0]
@@ -492,7 +489,7 @@ def topk_variants(bench: Bench) -> dict[str, Any]:
 
 
 def gather_rate(bench: Bench) -> dict[str, Any]:
-    """Random rows from page-locked memory, against a copy of the same bytes from there."""
+    """Time gathering random rows from page-locked memory beside a copy of as many bytes."""
     from ragturbo.ops import Rows, describe, gather_rows
 
     record, count = 2 * TOKENS * CHANNELS, 64 if bench.rehearse else 6000
@@ -541,12 +538,6 @@ def _random(bench: Bench, *shape: int, dtype: torch.dtype = torch.float32) -> Te
 def _wait(bench: Bench) -> None:
     if not bench.rehearse:
         torch.cuda.synchronize()
-
-
-def _once(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -1,11 +1,11 @@
-"""Measures a GPU step by step, each a process of its own within a time box.
+"""Measure a GPU in steps, each in a process of its own with a time limit.
 
-    bash benchmarks/gpu.sh first      # make gpu: is it right, and how long takes an image
-    bash benchmarks/gpu.sh more       # make gpu-more: what else a budget asks for
-    bash benchmarks/gpu.sh STEP…      # these alone; --list names them
+    bash benchmarks/gpu.sh first      # make gpu: correctness, and the time of an image
+    bash benchmarks/gpu.sh more       # make gpu-more: the other GPU budgets
+    bash benchmarks/gpu.sh STEP…      # single steps; --list prints them
 
-A step that fails, hangs, is killed or gives wrong numbers costs its box and no other step its result: what a step has
-found is in the results folder while it still runs. `--rehearse` runs the same steps at tiny sizes without a GPU.
+A step that fails, hangs, is killed or gives wrong results does not affect the others. Results are written to the
+results folder while a step runs. `--rehearse` runs the same steps at tiny sizes without a GPU.
 """
 
 from __future__ import annotations
@@ -29,24 +29,25 @@ STARTED = time.monotonic()
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from ragturbo.bench import boxed  # noqa: E402
-from ragturbo.bench.boxed import Step  # noqa: E402
+from benchmarks import step_process  # noqa: E402
+from benchmarks.step_process import Step  # noqa: E402
+from ragturbo.machine import no_gpu_reason  # noqa: E402
 
 NEEDED = ("diffusers", "transformers", "safetensors", "pyarrow", "PIL", "scann", "bm25s", "peft", "accelerate",
           "pytest", "xdist", "pytest_benchmark", "hypothesis", "pynvml", "typer", "rich")  # fmt: skip
-# What a lent machine is asked for, in the order of what would be missed most.
+# The most important steps first.
 SETS = {
     "first": ("first-light", "smoke", "upsampling", "image", "parts", "tail", "engine-tests", "kernel-tests"),
     "more": ("added", "cold", "compiled-peer", "train"),
 }
-# Seconds of a set, installation included.
+# Time limit of a set in seconds, including the installation.
 SECONDS = {"first": 500.0, "more": 270.0}
-# Suites with a peer that torch.compile tunes, for minutes where its cache is cold: those rows are a step of their own.
+# Suites whose torch.compile rows autotune for minutes with a cold cache: those rows are a separate step.
 COMPILED = ("adapter", "cross_attention")
 BUNDLES = ("stages", "generate", "serve", "train", "retrieval", "features", "import")
-# A rehearsal asks whether every line runs, on whatever slow and shared machine it runs on.
+# Factor on all time limits of a rehearsal, which may run on a slow machine.
 REHEARSAL_PATIENCE = 6
-# What a run leaves under these names.
+# Files of a run, renamed before the next run in the same folder.
 RECORDS = ("engine.json", "suite.json", "kernels-suite.json", "breakdown.json", "first_light.jsonl")
 
 
@@ -54,16 +55,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("steps", nargs="*", default=["first"], help="first, more, or steps by name")
     parser.add_argument("--results", type=Path, default=Path("gpu-results"))
-    parser.add_argument("--seconds", type=float, help="of the whole run; 500 for first, 270 for more, else none")
-    parser.add_argument("--spent", type=float, default=0.0, help="seconds of these that are gone already")
-    parser.add_argument("--rehearse", action="store_true", help="tiny sizes, no GPU: does every line run?")
-    parser.add_argument("--list", action="store_true", help="the steps, and what each takes at most")
+    parser.add_argument("--seconds", type=float, help="time limit of the run; 500 for first, 270 for more, else none")
+    parser.add_argument("--spent", type=float, default=0.0, help="seconds of the limit already used")
+    parser.add_argument("--rehearse", action="store_true", help="run the steps at tiny sizes without a GPU")
+    parser.add_argument("--list", action="store_true", help="print the steps and their time limits")
     parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
         return measure(options.measure, options.rehearse, options.out)
-    # Ends the step that runs, as Ctrl-C does: it has a session of its own and would go on.
+    # End the running step, which has a session of its own, as Ctrl-C does.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with tempfile.TemporaryDirectory(prefix="ragturbo-gpu-") as scratch:
         steps = plan(options.results.resolve(), Path(scratch), rehearse=options.rehearse)
@@ -73,40 +74,33 @@ def main() -> int:
             return 0
         chosen = [name for given in options.steps for name in SETS.get(given, (given,))]
         if options.rehearse:
-            # Some steps are nothing but work for a GPU.
+            # Some steps exist only with a GPU.
             chosen = [name for name in chosen if name in steps or name not in sum(SETS.values(), ())]
         if unknown := [name for name in chosen if name not in steps]:
-            parser.error(f"no step {unknown[0]!r}; there are: {', '.join([*SETS, *steps])}")
-        if not options.rehearse and (why := no_gpu()):
-            print(f"gpu: nothing to measure: {why} (--rehearse runs the same lines without one)", file=sys.stderr)
+            parser.error(f"no step {unknown[0]!r}; choose from: {', '.join([*SETS, *steps])}")
+        if not options.rehearse and (why := no_gpu_reason()):
+            print(f"gpu: {why} (--rehearse runs the same steps without a GPU)", file=sys.stderr)
             return 4
         seconds = options.seconds or sum(SECONDS.get(given, float("inf")) for given in options.steps)
         patience = REHEARSAL_PATIENCE if options.rehearse else 1
         deadline = STARTED + seconds * patience - options.spent
         options.results.mkdir(parents=True, exist_ok=True)
         if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-            print(f"gpu: not installed, and what needs them is skipped: {', '.join(missing)}", flush=True)
+            print(f"gpu: not installed, steps that need them are skipped: {', '.join(missing)}", flush=True)
         run([steps[name] for name in chosen], options.results, deadline, rehearsal=options.rehearse, patience=patience)
     print((options.results / "summary.md").read_text("utf-8"))
     return 0
 
 
-def no_gpu() -> str | None:
-    from ragturbo.machine import no_gpu_reason
-
-    return no_gpu_reason()
-
-
 def plan(results: Path, scratch: Path, *, rehearse: bool) -> dict[str, Step]:
-    """Every step by name."""
+    """Return every step by name."""
     python, tests = sys.executable, ROOT / "tests"
-    # What an earlier step measured of this GPU is taken by the later ones.
+    # Later steps use what earlier steps measured on this GPU.
     environment = {
         "RAGTURBO_KERNEL_CONFIGS": str(results / "configs"),
         "RAGTURBO_CEILINGS": str(scratch / "ceilings.json"),
         "RAGTURBO_INSTANT": "1",
     }
-    # Processes beside one another: each one's maths stays on its own core.
     one_thread = {"OMP_NUM_THREADS": "1"}
     found: dict[str, Step] = {}
 
@@ -135,11 +129,10 @@ def plan(results: Path, scratch: Path, *, rehearse: bool) -> dict[str, Step]:
     own("image", 100)
     own("parts", 60)
     own("tail", 60)
-    # The same in one process, which spares three start-ups of 15 s each: to look again after a change.
+    # The same in one process, which saves three start-ups of 15 s each.
     together = scratch / "together"
     command = [python, str(Path(__file__)), "--measure", "image", "parts", "added", "tail", "--out", str(together)]
     add("together", [*command, *["--rehearse"] * rehearse], 200, "diffusers", result=together)
-    # Replays against calls bit for bit, and 10,000 requests over which memory must stay flat.
     lanes = tests / "engine" / "test_gpu_graphs.py"
     add("engine-tests", pytest(engine, lanes, workers=6), 110, "pytest", "diffusers", RAGTURBO_LONG="1", **one_thread)
     ops = [tests / "ops" / "test_dispatch.py"] if rehearse else [tests / "ops", tests / "native" / "test_cuda.py"]
@@ -149,8 +142,8 @@ def plan(results: Path, scratch: Path, *, rehearse: bool) -> dict[str, Step]:
 
     configs = ["--out", str(results / "configs")]
     if not rehearse:
-        add("attention", [python, "-m", "ragturbo.engine.attention", *configs], 45, "triton")
-        add("upsampling", [python, "-m", "ragturbo.engine.upsampling", *configs], 40, "triton")
+        add("attention", [python, "-m", "benchmarks.model_races", "attention", *configs], 45, "triton")
+        add("upsampling", [python, "-m", "benchmarks.model_races", "upsampling", *configs], 40, "triton")
     own("added", 70)
     own("cold", 50)
     own("compiled-peer", 130)
@@ -163,13 +156,13 @@ def plan(results: Path, scratch: Path, *, rehearse: bool) -> dict[str, Step]:
         suite(file, "train" if name == "train" else f"suite:{name}", box, quick)
         if name in COMPILED and not rehearse:
             suite(file, f"suite:{name}-compiled", 150, "compiled")
-    tune = [python, "-m", "ragturbo.kernels.tune", *configs, "--label", "b1", "UNet", "VAE", "1"]
+    tune = [python, "-m", "benchmarks.tune", *configs, "--label", "b1", "UNet", "VAE", "1"]
     add("tune", [*tune, "--op", "linear", "project_attention", "cross_attention", "group_norm", "topk", "gather_rows",
                  "--seconds", "200", *["--dry-run"] * rehearse], 240, "triton")  # fmt: skip
     if not rehearse:
         suites = str(results / "kernels-suite.json")
-        add("fastest", [python, "-m", "ragturbo.bench.fastest", suites, *configs], 30)
-        # torch's caching allocator would hide what lies beyond a tensor.
+        add("fastest", [python, "-m", "benchmarks.fastest", suites, *configs], 30)
+        # torch's caching allocator would hide out-of-bounds accesses.
         add("sanitizer", ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "1",
                           *pytest(*ops, *collected, f"--ignore={tests / 'ops' / 'test_capture.py'}",
                                   "-k", "gather or topk or slerp or shared_by")],
@@ -178,7 +171,7 @@ def plan(results: Path, scratch: Path, *, rehearse: bool) -> dict[str, Step]:
 
 
 def run(steps: Sequence[Step], results: Path, deadline: float, *, rehearsal: bool, patience: float = 1) -> None:
-    """The steps within their time. The record and the summary are written anew while and after each runs."""
+    """Run the steps until the deadline; update the record and the summary during and after each."""
     set_aside(results)
     records = Records(results, rehearsal)
     with (results / "logs.txt").open("a", encoding="utf-8") as log:
@@ -187,9 +180,9 @@ def run(steps: Sequence[Step], results: Path, deadline: float, *, rehearsal: boo
             box = Step(**{**vars(step), "box": step.box * patience})
             try:
                 records.update(step, {"outcome": "running"})
-                found = boxed.run(box, deadline - time.monotonic(), log, cwd=ROOT,
-                                  poll=lambda step=step: records.update(step, {"outcome": "running"}))  # type: ignore[misc]  # fmt: skip
-            except Exception as error:  # no such program, a full disk: the other steps are still worth their time
+                found = step_process.run(box, deadline - time.monotonic(), log, cwd=ROOT,
+                                  poll=lambda step=step: records.update(step, {"outcome": "running"}))  # fmt: skip
+            except Exception as error:  # such as a missing program or a full disk
                 found = {"outcome": f"did not run: {type(error).__name__}: {error}"}
             try:
                 outcome = records.update(step, found)
@@ -201,8 +194,7 @@ def run(steps: Sequence[Step], results: Path, deadline: float, *, rehearsal: boo
 
 
 def set_aside(results: Path) -> None:
-    """Numbers the records of an earlier run in this folder. It may be of another card or commit, and of other steps:
-    its rows are not to be mixed with this run's, nor its figures lost."""
+    """Rename the records of an earlier run in this folder, which may be of another GPU or commit."""
     earlier = [path for name in RECORDS if (path := results / name).exists()]
     number = 1
     while any(path.with_stem(f"{path.stem}-{number}").exists() for path in earlier):
@@ -212,7 +204,7 @@ def set_aside(results: Path) -> None:
 
 
 class Records:
-    """What the steps have found, in the files that `ragturbo bench report` reads."""
+    """The results of the steps, in the files that `ragturbo bench report` reads."""
 
     def __init__(self, results: Path, rehearsal: bool) -> None:
         self._results, self._rehearsal = results, rehearsal
@@ -221,9 +213,9 @@ class Records:
         self._own: dict[str, dict[str, Any]] = {}
 
     def update(self, step: Step, found: dict[str, Any]) -> str:
-        """Takes in what a step has left so far, and returns its outcome in words."""
+        """Merge what a step has written so far, and return its outcome."""
         if step.result is not None and step.result.is_dir():
-            # Steps that share a process: each has its own entry, and the process one without figures.
+            # Steps that share a process have an entry each; the process has one without figures.
             for path in sorted(step.result.glob("*.json")):
                 self.update(Step(path.stem, step.command, step.box, path), {"outcome": found["outcome"]})
         content = step.result.read_bytes() if step.result is not None and step.result.is_file() else b""
@@ -236,10 +228,10 @@ class Records:
                 self._take_suite(step, content)
             elif content:
                 entry |= self._take(step.name, json.loads(content))
-        except Exception as error:  # a result that is half written, or not what it should be
+        except Exception as error:  # a partial or malformed result
             entry["outcome"] += f"; its result cannot be read: {type(error).__name__}: {error}"
         if "withheld" in entry:
-            entry["outcome"] += f"; refused: {entry['withheld']}"
+            entry["outcome"] += f"; withheld: {entry['withheld']}"
         for key, why in entry.get("unverified_because", {}).items():
             entry["outcome"] += f"; {key} unverified: {why}"
         self._steps[step.name] = entry
@@ -254,7 +246,7 @@ class Records:
         return {**result, "figures": list(result.get("measured", {}))}
 
     def _take_suite(self, step: Step, content: bytes) -> None:
-        from ragturbo.bench.suite_rows import rows_to_json
+        from benchmarks.suite_rows import rows_to_json
 
         assert step.result is not None
         new = rows_to_json(step.result)
@@ -270,43 +262,43 @@ class Records:
         replace_json(path, merged)
 
     def _write(self) -> None:
-        from ragturbo.bench.summary import summary
+        from benchmarks.summary import summary
         from ragturbo.machine import describe, now
 
-        every = [result for result in self._own.values()]
+        results = self._own.values()
         record = {
             "kind": "engine", "datetime": now(), "context": describe(), "rehearsal": self._rehearsal,
-            "measured": {key: value for result in every for key, value in result.get("measured", {}).items()},
-            "unverified": {key: value for result in every for key, value in result.get("unverified", {}).items()},
+            "measured": {key: value for result in results for key, value in result.get("measured", {}).items()},
+            "unverified": {key: value for result in results for key, value in result.get("unverified", {}).items()},
             "flags": [f"{name}: {flag}" for name, result in self._own.items() for flag in result.get("flags", [])],
             "steps": self._steps,
         }  # fmt: skip
         replace_json(self._results / "engine.json", record)
         try:
             text = summary(self._results)
-        except Exception as error:  # a file that is no result: the records of the steps stand all the same
+        except Exception as error:  # such as another file in the folder
             text = f"No summary: {type(error).__name__}: {error}\n"
         replace_text(self._results / "summary.md", text)
 
 
 def replace_json(path: Path, data: Any) -> None:
     text = json.dumps(data, indent=1, default=str) + "\n"
-    # A record says what was measured, not where things lay on that machine.
+    # Remove the machine's paths.
     for place in (f"{ROOT}/", *(f"{folder}/" for folder in (*site.getsitepackages(), sys.prefix))):
         text = text.replace(place, "")
     replace_text(path, re.sub(rf"(?:/dev/shm|{tempfile.gettempdir()})/[\w.-]+/", "", text))
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Whoever reads it, at whatever moment, reads the old or the new one whole."""
+    """Write atomically: a reader sees the old or the new file."""
     new = path.with_name(f".{path.name}.new")
     new.write_text(text, "utf-8")
     os.replace(new, path)
 
 
 def measure(names: Sequence[str], rehearse: bool, out: Path) -> int:
-    """A step's measurement, in the step's own process; of several, each leaves its file in the folder `out`."""
-    from ragturbo.bench import gpu_steps
+    """Run steps in this process. The result of one goes to the file `out`, results of several to the folder `out`."""
+    from benchmarks import gpu_steps, projection
     from ragturbo.bench.breakdown import Settings, breakdown
 
     scale, failed = gpu_steps.Scale(rehearse), 0
@@ -315,15 +307,17 @@ def measure(names: Sequence[str], rehearse: bool, out: Path) -> int:
         for name in names:
             try:
                 gpu_steps.measure(name.replace("-", " "), scale, out / f"{name}.json")
-            except Exception:  # the others are still worth their time
+            except Exception:
                 traceback.print_exc()
                 failed += 1
         return failed
     (name,) = names
     if name == "breakdown":
-        small = {"prompts": 3, "teacher_prompts": 1, "teacher_steps": 3, "pairs": 64, "keys": 200, "quick": True}
+        small = {"prompts": 3, "teacher_prompts": 1, "teacher_steps": 3, "pairs": 64, "keys": 200}
         settings = Settings(scale.config, scale.device, **(small if rehearse else {}))
-        replace_json(out, breakdown(settings, out=out))
+        record = breakdown(settings, lambda profile, kind, part: replace_json(out, part))
+        replace_json(out, record)
+        replace_json(out, {**record, "projection": projection.to_l40s(record, scale.config)})
     else:
         gpu_steps.measure(name.replace("-", " "), scale, out)
     return 0

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from ragturbo.bench import roofline
-from ragturbo.bench.timing import normal, rotation
-from ragturbo.model import HSpaceAdapter
+from benchmarks import roofline
+from benchmarks.timing import normal, rotation
+from ragturbo.model.adapter import HSpaceAdapter
 
 TOKENS, CHANNELS, HEADS = 64, 1280, 20
 GPU = pytest.mark.gpu

@@ -20,8 +20,9 @@ import numpy as np
 import pytest
 import torch
 
-from ragturbo.bench import roofline
-from ragturbo.bench.timing import once, percentiles, summary
+from benchmarks import roofline
+from benchmarks.timing import once, summary
+from ragturbo.bench.timing import percentiles
 from ragturbo.retrieval import Database, FeatureCache, Geometry, Record
 from ragturbo.retrieval.store import PreadStore
 
@@ -120,7 +121,7 @@ def reader(name: str, rows: Rows) -> Any:
         )  # fmt: skip
 
         def pread(ids: np.ndarray) -> np.ndarray:
-            assert not twin.read_into(np.zeros(len(ids), np.int32), ids, out[: len(ids)], threads=2)
+            assert not twin.read_into(ids, out[: len(ids)], threads=2)
             return out[: len(ids)]
 
         return pread

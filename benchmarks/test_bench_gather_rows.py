@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from ragturbo.bench import roofline
-from ragturbo.bench.timing import rotation
+from benchmarks import roofline
+from benchmarks.timing import rotation
 from ragturbo.ops import Rows, describe, gather_rows
 
 TOKENS, CHANNELS = 64, 1280

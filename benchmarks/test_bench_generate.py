@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from ragturbo.bench.overhead import by_hand, pairs
-from ragturbo.bench.peers import Diffusers, agreement, equal, latent_agreement, refused
+from benchmarks.diffusers_peer import Diffusers, agreement
+from benchmarks.overhead import by_hand, pairs
+from ragturbo.bench.agreement import disagreement, engine_mismatch, latent_agreement
 from ragturbo.bench.prompts import prompts
 
 WORDS = prompts(128)
@@ -41,14 +42,14 @@ def verify(gen: Any, bundle: Any, mode: str) -> None:
         if mode == "none"
         else latent_agreement(bundle, gen, mode, WORDS)
     )
-    why = equal(found, bundle.dtype)
+    why = disagreement(found, bundle.dtype)
     assert why is None, f"{why}: {found}"
 
 
 def check_engine(gen: Any, bundle: Any) -> None:
     """Raises where batches fell back to plain torch, or the VAE to fp32: their time is not the engine's."""
-    captured = bundle.device.type == "cuda" and gen.config.engine != "eager"
-    why = refused(gen.info, "graph" if captured else "auto", bundle.dtype)
+    expected = "graph" if bundle.device.type == "cuda" and gen.config.engine != "reference" else "auto"
+    why = engine_mismatch(gen.info, expected, bundle.dtype)
     assert why is None, why
 
 
@@ -93,9 +94,9 @@ def test_generate_in_batches(measure, bundle, make_generator, mode, batch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("batch", [1, 8])
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("engine", ["eager", "graph"])
-def test_generate_by_engine(measure, bundle, make_generator, engine, mode, batch):
-    record(measure, bundle, make_generator(engine=engine), mode, batch)
+@pytest.mark.parametrize("capture", [False, True])
+def test_generate_by_capture(measure, bundle, make_generator, capture, mode, batch):
+    record(measure, bundle, make_generator(engine="graph", capture=capture), mode, batch)
 
 
 @pytest.mark.quick
@@ -124,7 +125,7 @@ def test_peer_diffusers_compiled(measure, sd21):
 
     def same() -> None:
         # One prompt a call, as it is timed: another batch would compile anew, for minutes.
-        why = equal(agreement(peer, reference, WORDS[:1], WORDS[1:2]), sd21.dtype)
+        why = disagreement(agreement(peer, reference, WORDS[:1], WORDS[1:2]), sd21.dtype)
         assert why is None, why
 
     def call() -> Any:
@@ -141,7 +142,7 @@ def test_peer_diffusers_compiled(measure, sd21):
 @pytest.mark.quick
 def test_library_overhead(measure, bundle, make_generator):
     """The same modules called by hand, without requests, queue or checks: what the library adds is the difference."""
-    gen, hand = make_generator(engine="eager"), by_hand(bundle)
+    gen, hand = make_generator(engine="reference"), by_hand(bundle)
     turn = itertools.count()
 
     def library(prompt: str, seed: int) -> np.ndarray:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ragturbo.bench import roofline
-from ragturbo.bench.timing import normal, rotation
+from benchmarks import roofline
+from benchmarks.timing import normal, rotation
 from ragturbo.ops import group_norm, group_norm_and_sum
 from ragturbo.ops.group_norm import reference
 

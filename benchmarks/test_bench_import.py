@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from ragturbo.bench.cold import empty_package_time, first_image, import_time
-from ragturbo.bench.timing import percentiles, summary
+from benchmarks.startup import empty_package_time, first_image, import_time
+from benchmarks.timing import summary
+from ragturbo.bench.timing import percentiles
 
 
 def record(benchmark: Any, seconds: list[float], **extra: Any) -> None:

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ragturbo.bench.timing import interleaved, percentiles, summary
+from benchmarks.timing import interleaved, summary
+from ragturbo.bench.timing import percentiles
 from ragturbo.retrieval import Database, Geometry, Record, ScannConfig
 from ragturbo.retrieval.scann import build_searcher
 
@@ -201,7 +202,10 @@ def test_open_beyond_the_indexs_own_load(benchmark: Any, keys: SearchSet) -> Non
     import scann.scann_ops.py.scann_ops_pybind as pybind
 
     folder = str(keys.database.retriever("scann").folder)  # type: ignore[attr-defined]
-    runs = {"open": lambda: Database.open(keys.folder / "db"), "index alone": lambda: pybind.load_searcher(folder)}
+    runs = {
+        "open": lambda: Database.open(keys.folder / "db").retriever(),
+        "index alone": lambda: pybind.load_searcher(folder),
+    }
     times = interleaved(runs, rounds=3)
     found = {name: percentiles(data) for name, data in times.items()}
     beyond = found["open"]["p50"] - found["index alone"]["p50"]

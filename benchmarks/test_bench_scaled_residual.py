@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from ragturbo.bench import roofline
-from ragturbo.bench.timing import normal, rotation
+from benchmarks import roofline
+from benchmarks.timing import normal, rotation
 from ragturbo.ops import scaled_residual
 from ragturbo.ops.scaled_residual import reference
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from ragturbo.bench.load import after_idling, closed_loop, open_loop
+from benchmarks.load_generator import after_idling, closed_loop, open_loop
+from benchmarks.timing import sample, summary
 from ragturbo.bench.prompts import prompts
-from ragturbo.bench.timing import percentiles, sample, summary
+from ragturbo.bench.timing import percentiles
 from ragturbo.machine import gpu_state, throttled
 
 WORDS = prompts(256)

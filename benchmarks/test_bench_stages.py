@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from ragturbo.bench.counts import stage_counts
+from benchmarks.counts import stage_counts
 from ragturbo.bench.prompts import prompts
 from ragturbo.model.inject import inject
 

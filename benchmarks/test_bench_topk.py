@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from ragturbo.bench import roofline
+from benchmarks import roofline
 from ragturbo.ops import describe, topk
 
 WIDTH, ROTATE = 1024, 8

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ragturbo.bench import roofline
-from ragturbo.bench.timing import normal, rotation
+from benchmarks import roofline
+from benchmarks.timing import normal, rotation
 from ragturbo.ops import upsample
 
 GPU = pytest.mark.gpu

@@ -1,6 +1,6 @@
-"""The budgets: what a figure must be, what we want it to be, and under which name a measurement gives it.
+"""The performance budgets: a limit, an aim, and the name under which a measurement reports its figure.
 
-Each is a benchmark with a number, never a timed test. A budget nobody has measured says so.
+A budget is a benchmark with a number, never a timed test. A budget without a figure is listed as not measured.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Figure:
-    """One measurement of a budget, and the record it stands in."""
+    """One measurement of a budget, and the file it comes from. rounds: 0 if the record does not say."""
 
     value: float
     source: str
@@ -20,12 +20,15 @@ class Figure:
     gpu: str | None = None
     cores: int | None = None
     rounds: int = 0
-    """0 where the record does not tell."""
     flags: tuple[str, ...] = ()
+
+    @property
+    def machine(self) -> str:
+        return self.gpu or f"{self.cores} CPU cores"
 
 
 def best(figures: Sequence[Figure]) -> Figure:
-    """That of the most rounds; of equals the newest."""
+    """Return the figure with the most rounds, of equals the newest."""
     return max(figures, key=lambda figure: (figure.rounds, figure.when, figure.source))
 
 
@@ -33,66 +36,59 @@ CARDS = ("H200", "H100")
 
 
 def card(gpu: str | None) -> str | None:
-    """Which of `CARDS` a GPU's name says it is. A GH200 is another machine, and so is a slice of a card."""
+    """Return which of `CARDS` a GPU's name means; None for others, such as a GH200 or a MIG slice."""
     words = (gpu or "").split()
     return next((name for name in CARDS if name in words and "MIG" not in words), None)
 
 
 @dataclass(frozen=True)
 class Budget:
+    """
+    Args:
+        where: "gpu", or "cpu" for a machine without a GPU.
+        scale: measured values are in SI units and shown times this.
+        cores: of the CPU that the limits are for, if they depend on it.
+        h100: limit and aim for an H100, if they differ from an H200's.
+    """
+
     key: str
     what: str
     where: str
-    """"gpu", or "cpu", a machine without a GPU."""
     must: float
     aim: float
     unit: str
     scale: float = 1.0
-    """Measured values are in SI units; shown times this."""
     at_most: bool = True
     digits: int = 2
     cores: int | None = None
-    """Of the CPU that the limits are for, where they are for one."""
     h100: tuple[float, float] | None = None
-    """must and aim of an H100, where they are not those of an H200."""
 
     @property
     def places(self) -> tuple[str, ...]:
-        """What the limits are for, each judged by itself."""
-        return CARDS if self.where == "gpu" else (_cores(self.cores),)
+        """The machines that the limits are for; each is judged by its own figures."""
+        return CARDS if self.where == "gpu" else ("CPU" if self.cores is None else f"{self.cores} CPU cores",)
 
     def place(self, figure: Figure) -> str | None:
-        """Of `places`, the one that the figure was measured on."""
+        """Return which of `places` the figure was measured on, or None."""
         if self.where == "gpu":
             return card(figure.gpu)
-        return _cores(self.cores) if figure.gpu is None and self.cores in (None, figure.cores) else None
-
-    def kind(self, figure: Figure) -> bool:
-        return (self.where == "gpu") == (figure.gpu is not None)
+        return self.places[0] if figure.gpu is None and self.cores in (None, figure.cores) else None
 
     def bounds(self, place: str) -> tuple[float, float]:
-        """must and aim."""
+        """Return limit and aim."""
         return self.h100 if place == "H100" and self.h100 else (self.must, self.aim)
 
     def met(self, value: float, place: str) -> str:
         must, aim = self.bounds(place)
-        better = value <= aim if self.at_most else value >= aim
-        enough = value <= must if self.at_most else value >= must
-        return "aim met" if better else "met" if enough else "not met"
+        sign = 1 if self.at_most else -1
+        return "aim met" if sign * value <= sign * aim else "met" if sign * value <= sign * must else "not met"
 
     def show(self, value: float) -> str:
         return f"{value * self.scale:.{self.digits}f}{self.unit}"
 
     def limits(self, place: str) -> str:
-        must, aim = self.bounds(place)
-        return f"{'≤' if self.at_most else '≥'} {self._short(must)}, aim {self._short(aim)}"
-
-    def _short(self, value: float) -> str:
-        return f"{value * self.scale:g}{self.unit}"
-
-
-def _cores(cores: int | None) -> str:
-    return "CPU" if cores is None else f"{cores} CPU cores"
+        must, aim = (f"{value * self.scale:g}{self.unit}" for value in self.bounds(place))
+        return f"{'≤' if self.at_most else '≥'} {must}, aim {aim}"
 
 
 BUDGETS = (
@@ -123,43 +119,44 @@ BUDGETS = (
 )  # fmt: skip
 
 
-def table(measured: Mapping[str, Sequence[Figure]], places: Sequence[str] | None = None) -> list[str]:
-    """Markdown rows: a budget is judged on every card that has limits, each by its own figures and limits alone.
+def table(measured: Mapping[str, Sequence[Figure]]) -> list[str]:
+    """Return Markdown: a row per budget and measured machine, and lists of what is not measured.
 
-    What another card measured is shown and not judged. places: only of these, such as the card of one run.
+    A figure is judged by the limits of its machine. A figure of a machine without limits is shown and not judged.
     """
     out = ["| budget | on | limit | measured | | from | flags |", "|---|---|---|--:|---|---|---|"]
+    missing: dict[str, list[str]] = {}
     for budget in BUDGETS:
-        figures = [figure for figure in measured.get(budget.key, ()) if budget.kind(figure)]
+        by_place: dict[str | None, dict[str, list[Figure]]] = {}
+        for figure in measured.get(budget.key, ()):
+            if (budget.where == "gpu") == (figure.gpu is not None):
+                machines = by_place.setdefault(budget.place(figure), {})
+                machines.setdefault(figure.machine, []).append(figure)
         for place in budget.places:
-            if places is not None and place not in places:
+            if place not in by_place:
+                missing.setdefault(place, []).append(f"{budget.what} ({budget.limits(place)})")
                 continue
-            limit = budget.limits(place)
-            found = [figure for figure in figures if budget.place(figure) == place]
-            if not found:
-                out.append(f"| {budget.what} | {place} | {limit} | | not measured | | |")
-                continue
-            figure = best(found)
-            out.append(_row(budget, figure, figure.gpu or place, limit, budget.met(figure.value, place)))
-        others: dict[str, list[Figure]] = {}
-        for figure in figures:
-            if budget.place(figure) is None:
-                others.setdefault(figure.gpu or f"{figure.cores} CPU cores", []).append(figure)
-        out += [_row(budget, best(found), place, "", "not judged") for place, found in sorted(others.items())]
+            figure = best([figure for found in by_place[place].values() for figure in found])
+            out.append(_row(budget, figure, budget.limits(place), budget.met(figure.value, place)))
+        out += [_row(budget, best(found), "", "not judged") for _, found in sorted(by_place.get(None, {}).items())]
+    for place, names in missing.items():
+        out += ["", f"Not measured on {place}: {'; '.join(names)}."]
     return out
 
 
-def _row(budget: Budget, figure: Figure, place: str, limit: str, verdict: str) -> str:
+def _row(budget: Budget, figure: Figure, limit: str, verdict: str) -> str:
     source = f"{figure.source}, {figure.commit}" + (f", {figure.rounds:,} rounds" if figure.rounds else "")
-    value, flags = budget.show(figure.value), "; ".join(figure.flags)
-    return f"| {budget.what} | {place} | {limit} | {value} | {verdict} | {source} | {flags} |"
+    return (
+        f"| {budget.what} | {figure.machine} | {limit} | {budget.show(figure.value)} | {verdict} | {source} "
+        f"| {'; '.join(figure.flags)} |"
+    )
 
 
 def unverified(measured: Mapping[str, Sequence[Figure]]) -> list[str]:
-    """Markdown rows of figures whose results were not found to be right, with the reason: never judged."""
+    """Return Markdown rows of figures whose results were not found to be correct, with the reason."""
     rows = [
-        f"| {budget.what} | {figure.gpu or f'{figure.cores} CPU cores'} | {budget.show(figure.value)} "
-        f"| {figure.source}, {figure.commit} | {'; '.join(figure.flags)} |"
+        f"| {budget.what} | {figure.machine} | {budget.show(figure.value)} | {figure.source}, {figure.commit} "
+        f"| {'; '.join(figure.flags)} |"
         for budget in BUDGETS
         for figure in measured.get(budget.key, ())
     ]

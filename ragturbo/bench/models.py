@@ -1,11 +1,10 @@
-"""Models to measure without a checkpoint: published configurations with random weights, made where they will run.
+"""Bundles and databases of published configurations with random weights, created on the device.
 
-Latency does not depend on the values of weights, and every output that shows such a number says that they are random.
+Latency does not depend on the values of weights; every output that shows such a number says that they are random.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +16,6 @@ import torch
 if TYPE_CHECKING:
     from ragturbo.model.bundle import Bundle
     from ragturbo.retrieval import Database
-
-log = logging.getLogger("ragturbo")
 
 _DOWN = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
 _UP = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
@@ -38,43 +35,48 @@ _SD_UNET = {
     "sample_size": 64,
 }
 _SD_VAE = {**_VAE, "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "sample_size": 512}
+_SD_TEXT = {"vocab_size": 49408, "max_position_embeddings": 77}
+_TINY_UNET = {**_SD_UNET, "block_out_channels": (32, 32, 64, 64), "cross_attention_dim": 32, "norm_num_groups": 8,
+              "sample_size": 16, "layers_per_block": 1}  # fmt: skip
+_TINY_VAE = {**_VAE, "block_out_channels": (8, 8, 16, 16), "norm_num_groups": 4, "sample_size": 128}
+_TINY_TEXT = {"hidden_size": 32, "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 600,
+              "max_position_embeddings": 77}  # fmt: skip
 
-# "sd21" is the configuration of SD 2.1-base and sd-turbo; "lcm" that of the Latent Consistency Model, an SD 1.5 with a
-# guidance embedding; "rehearsal" has sd21's blocks at a size on which every line of a benchmark runs in seconds.
+# "sd21" is the configuration of SD 2.1-base and sd-turbo, "lcm" that of the Latent Consistency Model (an SD 1.5 with a
+# guidance embedding). "rehearsal" has sd21's blocks at a tiny size, to test the benchmarks.
 CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
     "sd21": {
         "unet": {**_SD_UNET, "cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20),
                  "use_linear_projection": True},
-        "text": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16,
-                 "vocab_size": 49408, "max_position_embeddings": 77, "hidden_act": "gelu"},
+        "text": {**_SD_TEXT, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23,
+                 "num_attention_heads": 16, "hidden_act": "gelu"},
         "vae": _SD_VAE,
     },
     "lcm": {
         "unet": {**_SD_UNET, "cross_attention_dim": 768, "attention_head_dim": 8, "time_cond_proj_dim": 256},
-        "text": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-                 "vocab_size": 49408, "max_position_embeddings": 77, "hidden_act": "quick_gelu"},
+        "text": {**_SD_TEXT, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+                 "num_attention_heads": 12, "hidden_act": "quick_gelu"},
         "vae": _SD_VAE,
     },
     "rehearsal": {
-        "unet": {**_SD_UNET, "block_out_channels": (32, 32, 64, 64), "cross_attention_dim": 32, "norm_num_groups": 8,
-                 "attention_head_dim": (2, 2, 4, 4), "use_linear_projection": True, "sample_size": 16,
-                 "layers_per_block": 1},
-        "text": {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
-                 "vocab_size": 600, "max_position_embeddings": 77, "hidden_act": "gelu"},
-        "vae": {**_VAE, "block_out_channels": (8, 8, 16, 16), "norm_num_groups": 4, "sample_size": 128},
+        "unet": {**_TINY_UNET, "attention_head_dim": (2, 2, 4, 4), "use_linear_projection": True},
+        "text": {**_TINY_TEXT, "num_hidden_layers": 3, "hidden_act": "gelu"},
+        "vae": _TINY_VAE,
     },
     "rehearsal-lcm": {
-        "unet": {**_SD_UNET, "block_out_channels": (32, 32, 64, 64), "cross_attention_dim": 32, "norm_num_groups": 8,
-                 "attention_head_dim": 4, "sample_size": 16, "layers_per_block": 1, "time_cond_proj_dim": 16},
-        "text": {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-                 "vocab_size": 600, "max_position_embeddings": 77, "hidden_act": "quick_gelu"},
-        "vae": {**_VAE, "block_out_channels": (8, 8, 16, 16), "norm_num_groups": 4, "sample_size": 128},
+        "unet": {**_TINY_UNET, "attention_head_dim": 4, "time_cond_proj_dim": 16},
+        "text": {**_TINY_TEXT, "num_hidden_layers": 2, "hidden_act": "quick_gelu"},
+        "vae": _TINY_VAE,
     },
 }  # fmt: skip
 
 
 def modules(config: str, special: dict[str, Any] | None = None) -> dict[str, Any]:
-    """text, unet, vae and adapter of a configuration on the meta device: shapes without storage."""
+    """Return text encoder, UNet, VAE and adapter of a configuration on the meta device.
+
+    Args:
+        special: ids of the tokenizer's special tokens.
+    """
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -93,7 +95,7 @@ def modules(config: str, special: dict[str, Any] | None = None) -> dict[str, Any
 def make_bundle(
     config: str, device: str | torch.device, dtype: torch.dtype, *, seed: int = 0, adapter: bool = True
 ) -> Bundle:
-    """A Bundle of random weights. Its adapter's output projection is not zero: another neighbour changes the image."""
+    """Return a Bundle with random weights, whose adapter's output projection is not zero."""
     from diffusers import EulerDiscreteScheduler
 
     from ragturbo.model.bundle import Bundle
@@ -130,25 +132,25 @@ SCHEDULE: dict[str, Any] = {
 
 @torch.no_grad()
 def fill(module: Any, device: str | torch.device, dtype: torch.dtype, generator: torch.Generator) -> Any:
-    """A module built on the meta device, on `device`, with weights as torch's layers draw them and norms at one."""
-    # torch's own `to`: diffusers' warns about a list of fp32 modules that is empty.
+    """Move a module from the meta device to `device`, with weights drawn as by torch's layers and norms at one."""
+    # torch's `to`: diffusers' own warns about an empty list of fp32 modules.
     module = torch.nn.Module.to(module, dtype).to_empty(device=device)
     for name, parameter in module.named_parameters():
         if parameter.ndim == 1:
-            # A norm's scale is its only one-dimensional weight.
+            # The only one-dimensional weights are norm scales.
             parameter.fill_(1.0 if name.endswith("weight") else 0.0)
         else:
             bound = 1 / math.sqrt(parameter[0].numel())
             parameter.uniform_(-bound, bound, generator=generator)
     for name, buffer in module.named_buffers():
         if not name.endswith("position_ids"):
-            raise RuntimeError(f"{type(module).__name__} has a buffer {name} that random weights cannot stand for")
+            raise RuntimeError(f"{type(module).__name__} has a buffer {name} that cannot be initialized")
         buffer.copy_(torch.arange(buffer.shape[-1], device=device).expand(buffer.shape))
     return module.requires_grad_(False).eval()
 
 
 def byte_tokenizer(length: int = 77) -> Any:
-    """CLIP's own tokenizer without its merges: every letter is a token, and real prompts fill most of the context."""
+    """Return CLIP's tokenizer without merges: every letter is a token, so that prompts fill most of the context."""
     from transformers import CLIPTokenizer
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -157,29 +159,8 @@ def byte_tokenizer(length: int = 77) -> Any:
     return CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=[], model_max_length=length)
 
 
-def diffusers_pipeline(bundle: Bundle) -> Any:
-    """diffusers' own pipeline over the same modules: equal work, and the reference our images are held against."""
-    from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
-
-    pipe: Any = StableDiffusionPipeline(
-        vae=bundle.vae.module,
-        text_encoder=bundle.text.text_encoder,
-        tokenizer=bundle.text.tokenizer,
-        unet=bundle.unet.unet,
-        scheduler=EulerDiscreteScheduler.from_config(bundle.scheduler.config),
-        safety_checker=None,
-        feature_extractor=None,  # type: ignore[arg-type]
-        requires_safety_checker=False,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 def make_database(bundle: Bundle, folder: str | Path, count: int, *, seed: int = 0) -> Database:
-    """`count` random pairs in the bundle's own geometry, all rows distinct, written and opened by the library.
-
-    Keys come in clusters, as captions do; an index over evenly spread ones would be a harder and stranger problem.
-    """
+    """Write and open a database of `count` random pairs, with distinct rows and clustered keys."""
     from ragturbo.retrieval import Database
     from ragturbo.retrieval.format import Geometry
 
@@ -200,7 +181,7 @@ def _batches(geometry: Any, count: int, rng: np.random.Generator) -> Iterator[An
 
     keys = clustered_keys(count, geometry.key_dim, rng)
     values = geometry.tokens * geometry.channels
-    # One pool of noise, and each row a window into it that starts elsewhere: distinct rows at the speed of a copy.
+    # Rows are windows into one pool of noise: distinct, and as fast to make as a copy.
     pool = rng.standard_normal(values + 1_000_003, dtype=np.float32).astype(np.float16)
     for start in range(0, count, 256):
         stop = min(start + 256, count)
@@ -210,7 +191,7 @@ def _batches(geometry: Any, count: int, rng: np.random.Generator) -> Iterator[An
 
 
 def clustered_keys(count: int, width: int, rng: np.random.Generator) -> np.ndarray:
-    """(count, width) fp32 unit vectors about random centres, one centre to 64 keys."""
+    """Return (count, width) fp32 unit vectors around random centres, 64 keys to a centre on average."""
     centres = rng.standard_normal((max(1, count // 64), width), dtype=np.float32)
     out = np.empty((count, width), np.float32)
     for start in range(0, count, 65536):

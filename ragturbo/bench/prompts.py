@@ -1,4 +1,4 @@
-"""Prompts that differ from call to call: the same list on every machine, so that runs compare."""
+"""A fixed list of different prompts, the same on every machine."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _STYLES = ("", ", a photograph", ", oil on canvas", ", watercolour", ", studio l
 
 
 def prompts(count: int) -> list[str]:
-    """`count` different prompts, neighbours in the list as unlike as the grammar makes them."""
+    """Return `count` different prompts; consecutive ones differ in subject, place and style."""
     total = len(_SUBJECTS) * len(_PLACES) * len(_STYLES)
     if not 0 < count <= total:
         raise ValueError(f"there are {total} prompts, not {count}")
     every = [f"{s} {p}{t}" for t, p, s in itertools.product(_STYLES, _PLACES, _SUBJECTS)]
-    # 485 shares no factor with the total: each prompt comes once.
+    # 485 is coprime to the total, so each prompt occurs once.
     return [every[i * 485 % total] for i in range(count)]

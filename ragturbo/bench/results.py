@@ -1,4 +1,4 @@
-"""Raw results: the JSON files of each machine, whichever tool wrote them, as rows and as figures for the budgets."""
+"""Read the raw result files of each machine, as benchmark rows and as figures of the budgets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ragturbo.bench.budgets import Figure
 from ragturbo.errors import InvalidRequest
 
 PAPER_ROWS = 630_000
-# Above this share of its roofline a row is flagged: ceilings are measured too, and err by a few percent.
+# A row above this share of its roofline is flagged. Ceilings are measured and err by a few percent.
 ROOFLINE_LIMIT = 1.05
 
 
@@ -27,9 +27,7 @@ class Run:
 
     @property
     def context(self) -> dict[str, Any]:
-        if self.kind == "suite":
-            return self.data["machine_info"]["ragturbo"]
-        return self.data["context"]
+        return self.data["machine_info"]["ragturbo"] if self.kind == "suite" else self.data["context"]
 
     @property
     def when(self) -> str:
@@ -37,13 +35,9 @@ class Run:
 
     @property
     def commit(self) -> str:
-        return commit_of(self.context)
-
-
-def commit_of(context: dict[str, Any]) -> str:
-    """Nine digits, and a + where the sources had changes."""
-    commit = context.get("commit")
-    return f"{commit[:9]}{'+' if context.get('dirty') else ''}" if commit else "unknown"
+        """Nine digits, and a + if the sources had uncommitted changes."""
+        commit = self.context.get("commit")
+        return f"{commit[:9]}{'+' if self.context.get('dirty') else ''}" if commit else "unknown"
 
 
 @dataclass
@@ -53,9 +47,10 @@ class Machine:
     folder: Path = Path()
 
     def table(self, belongs: Callable[[dict[str, Any]], bool]) -> list[tuple[Run, list[dict[str, Any]]]]:
-        """The benchmarks of one table, file by file: rows of two runs are not to be compared.
+        """Return the benchmarks of one table by file, because rows of two runs cannot be compared.
 
-        First the file that has most of them, of equals the newest; then what only others have, each by its file.
+        The first is the file with the most rows, of equals the newest. The others follow with the rows that only they
+        have.
         """
         suites = sorted((r for r in self.runs if r.kind == "suite"), key=lambda r: (r.when, r.path.name), reverse=True)
         found = [(run, [b for b in run.data["benchmarks"] if belongs(b["extra_info"])]) for run in suites]
@@ -69,39 +64,37 @@ class Machine:
         return out
 
     def figures(self) -> dict[str, list[Figure]]:
-        """Budget key -> what the runs measured of it."""
-        out: dict[str, list[Figure]] = {}
-        for run in self.runs:
-            for key, figure in figures(run):
-                out.setdefault(key, []).append(figure)
-        return out
+        """Return the measured figures by budget key."""
+        return _grouped(figure for run in self.runs for figure in _figures(run))
 
     def unverified(self) -> dict[str, list[Figure]]:
-        """Budget key -> figures of what was timed without being found right; the reason is their only flag."""
-        out: dict[str, list[Figure]] = {}
-        for run in self.runs:
-            for key, figure in unverified(run):
-                out.setdefault(key, []).append(figure)
-        return out
+        """Return figures of steps whose results were not verified; their flag is the reason."""
+        return _grouped(figure for run in self.runs for figure in _unverified(run))
+
+
+def _grouped(figures: Iterator[tuple[str, Figure]]) -> dict[str, list[Figure]]:
+    out: dict[str, list[Figure]] = {}
+    for key, figure in figures:
+        out.setdefault(key, []).append(figure)
+    return out
 
 
 def _identity(benchmark: dict[str, Any]) -> tuple[str, Any]:
-    """One benchmark at two scales is two measurements."""
+    # One benchmark at two scales is two measurements.
     return benchmark["fullname"], benchmark["extra_info"].get("sizes", {}).get("rows")
 
 
 def read(folder: Path) -> list[Machine]:
-    """Every machine under a results folder, by name."""
+    """Return every machine under a results folder, by name. Raises InvalidRequest for a rehearsal's files."""
     places = sorted(p for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
     machines = [machine for machine in map(read_folder, places) if machine.runs]
     for run in (run for machine in machines for run in machine.runs):
         if run.data.get("rehearsal"):
-            raise InvalidRequest(f"{run.path} is a rehearsal at tiny sizes, no result: delete it")
+            raise InvalidRequest(f"{run.path} is a rehearsal at tiny sizes, not a result: delete it")
     return machines
 
 
 def read_folder(place: Path) -> Machine:
-    """One machine's files."""
     return Machine(place.name, [read_run(path) for path in sorted(place.glob("*.json"))], place)
 
 
@@ -118,20 +111,12 @@ def read_run(path: Path) -> Run:
 
 
 def rounds(benchmark: dict[str, Any]) -> int | None:
-    """How many measurements its percentiles are of; None where an older record does not tell."""
-    info = benchmark["extra_info"]
-    if "rounds" in info:
-        return int(info["rounds"])
-    # Records from before each row said so.
-    if "rounds" in info.get("sizes", {}):
-        return int(info["sizes"]["rounds"])
-    if "requests" in info:
-        return int(info["requests"] - info.get("rejected", 0))
-    return int(benchmark["stats"]["rounds"]) if "calls_a_round" in info else None
+    """Return the number of measurements behind the percentiles, or None if an older record does not say."""
+    return benchmark["extra_info"].get("rounds")
 
 
 def flags(run: Run, benchmark: dict[str, Any]) -> list[str]:
-    """What the row was flagged with, and that it beat its own floor."""
+    """Return the row's own flags, and one if it is faster than its floor."""
     info = benchmark["extra_info"]
     found = list(info.get("flags") or [])
     if info.get("fraction_of_roofline", 0) > ROOFLINE_LIMIT:
@@ -141,21 +126,18 @@ def flags(run: Run, benchmark: dict[str, Any]) -> list[str]:
     return found
 
 
-def figures(run: Run) -> Iterator[tuple[str, Figure]]:
-    """The budgets a run has measured, each with where and how."""
+def _figures(run: Run) -> Iterator[tuple[str, Figure]]:
     place = _place(run)
     if run.kind != "suite":
         modes = run.data["modes"].values() if run.kind == "overhead" else ()
         made = replace(place, rounds=min((m["rounds"] for m in modes), default=0))
-        yield from (
-            (key, replace(made, value=float(value), flags=_flags_of(run, key)))
-            for key, value in run.data.get("measured", {}).items()
-        )
+        for key, value in run.data.get("measured", {}).items():
+            yield key, replace(made, value=float(value), flags=_flags_of(run, key))
         return
     for entry in run.data["benchmarks"]:
         info, sizes = entry["extra_info"], entry["extra_info"].get("sizes", {})
         made = replace(place, rounds=rounds(entry) or 0, flags=tuple(flags(run, entry)))
-        # A benchmark names the budget it measures, or its row is known by its sizes.
+        # A benchmark names the budget it measures, or is recognized by its sizes.
         yield from ((key, replace(made, value=float(value))) for key, value in info.get("measured", {}).items())
         if "seconds" not in info:
             continue
@@ -167,24 +149,22 @@ def figures(run: Run) -> Iterator[tuple[str, Figure]]:
 
 
 def _flags_of(run: Run, key: str) -> tuple[str, ...]:
-    """Those of the step that gave the figure; of a record without steps all."""
+    """Return the flags of the step that gave the figure; all of them if the record has no steps."""
     steps = run.data.get("steps")
     if not steps:
         return tuple(run.data.get("flags", []))
     return tuple(flag for found in steps.values() if key in found.get("figures", []) for flag in found.get("flags", []))
 
 
-def unverified(run: Run) -> Iterator[tuple[str, Figure]]:
-    """What the steps of a part have timed and not verified."""
+def _unverified(run: Run) -> Iterator[tuple[str, Figure]]:
     for step in run.data.get("steps", {}).values():
         because = step.get("unverified_because", {})
         for key, value in step.get("unverified", {}).items():
-            why = str(because.get(key, "not compared"))
-            yield key, replace(_place(run), value=float(value), flags=(why,))
+            yield key, replace(_place(run), value=float(value), flags=(str(because.get(key, "not compared")),))
 
 
 def _place(run: Run) -> Figure:
-    """A figure of this run, without its value."""
+    """Return a figure of this run without its value."""
     context = run.context
     return Figure(
         0.0, f"{run.path.parent.name}/{run.path.name}", run.commit, run.when,

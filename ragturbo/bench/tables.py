@@ -1,112 +1,60 @@
-"""The tables of raw rows, as Markdown lines: each tells how many rounds its percentiles are of, and its flags."""
+"""Markdown tables of benchmark rows, each with its number of rounds and its flags."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from ragturbo.bench.results import Run, flags, rounds
 
-# Of fewer rounds than this a percentile is its largest value by another name.
+# Rounds below which a percentile is left blank.
 LEAST = {"p50": 1, "p95": 20, "p99": 100}
+# Heading -> cell of a benchmark's extra_info. Numbers are aligned right by a trailing colon in the heading.
+Columns = dict[str, Callable[[dict[str, Any]], str]]
+
+GENERATE: Columns = {
+    "model": lambda info: str(info["sizes"].get("model")),
+    "CPU threads:": lambda info: str(info.get("threads", "")),
+    "batch:": lambda info: str(info["sizes"].get("batch")),
+    "images/s:": lambda info: f"{info['images_a_call'] / info['seconds']['p50']:.2f}",
+}
+SERVE: Columns = {
+    "model": lambda info: str(info["sizes"].get("model")),
+    "rate, 1/s:": lambda info: f"{info['rate']:.2f}" if info.get("rate") else "",
+    "requests:": lambda info: str(info.get("requests", "")),
+    "images/s:": lambda info: f"{info['images_per_s']:.2f}" if "images_per_s" in info else "",
+}
+RETRIEVAL: Columns = {
+    "by": lambda info: info["sizes"]["retriever"],
+    "pairs:": lambda info: f"{info['sizes']['rows']:,}",
+    "recall@10:": lambda info: "" if info.get("recall") is None else f"{info['recall']:.3f}",
+}
+FEATURES: Columns = {
+    "reader": lambda info: info["sizes"]["reader"],
+    "rows a request:": lambda info: str(info["sizes"]["rows"]),
+    "GB/s:": lambda info: f"{info['sizes']['rows'] * info['sizes']['row_bytes'] / info['seconds']['p50'] / 1e9:.1f}",
+}
 
 
-def ops(run: Run, found: list[dict[str, Any]]) -> list[str]:
-    lines = ["| benchmark | dtype | sizes | p50 | p95 | rounds | of roofline | flags |",
-             "|---|---|---|--:|--:|--:|--:|---|"]  # fmt: skip
+def table(columns: Columns, run: Run, found: list[dict[str, Any]]) -> list[str]:
+    """Return a table with the name, the columns, percentiles, rounds and flags of each benchmark that has times."""
+    heads = ["benchmark", *columns, "p50:", "p95:", "p99:", "rounds:", "flags"]
+    lines = [_line(head.rstrip(":") for head in heads)]
+    lines.append("|" + "".join("--:|" if head.endswith(":") else "---|" for head in heads))
     for b in found:
         info = b["extra_info"]
         if "seconds" not in info:
             continue
-        share = info.get("fraction_of_roofline")
-        # Beside rows that replay a graph.
-        launches = ["launches included"] if info.get("captured") is False else []
-        lines.append(
-            f"| {b['name']} | {info.get('dtype') or ''} | {_sizes(info)} | {_spread(b, 'p50', 'p95')} "
-            f"| {'' if share is None else f'{share:.0%}'} | {_flags(run, b, launches)} |"
-        )
+        count = rounds(b)
+        spread = [_time(info["seconds"][name]) if (count or 1) >= least else "" for name, least in LEAST.items()]
+        notes = [*flags(run, b), *([info["note"]] if info.get("note") else [])]
+        cells = [b["name"], *(cell(info) for cell in columns.values()), *spread]
+        lines.append(_line([*cells, "" if count is None else f"{count:,}", "; ".join(notes)]))
     return lines
 
 
-def retrieval(run: Run, found: list[dict[str, Any]]) -> list[str]:
-    lines = ["| what | by | pairs | p50 | p95 | p99 | rounds | recall@10 | flags |",
-             "|---|---|--:|--:|--:|--:|--:|--:|---|"]  # fmt: skip
-    for b in sorted(found, key=lambda b: (b["group"] or "", b["extra_info"]["sizes"]["rows"])):
-        info = b["extra_info"]
-        recall, notes = info.get("recall"), [info["note"]] if info.get("note") else []
-        lines.append(
-            f"| {b['group']} | {info['sizes']['retriever']} | {info['sizes']['rows']:,} "
-            f"| {_spread(b, 'p50', 'p95', 'p99')} | {'' if recall is None else f'{recall:.3f}'} "
-            f"| {_flags(run, b, notes)} |"
-        )
-    return lines
-
-
-def features(run: Run, found: list[dict[str, Any]]) -> list[str]:
-    lines = ["| reader | rows a request | p50 | p95 | rounds | GB/s | flags |", "|---|--:|--:|--:|--:|--:|---|"]
-    for b in sorted(found, key=lambda b: (b["extra_info"]["sizes"]["rows"], b["group"])):
-        sizes, s = b["extra_info"]["sizes"], b["extra_info"]["seconds"]
-        rate = sizes["rows"] * sizes["row_bytes"] / s["p50"] / 1e9
-        lines.append(
-            f"| {sizes['reader']} | {sizes['rows']} | {_spread(b, 'p50', 'p95')} | {rate:.1f} | {_flags(run, b)} |"
-        )
-    return lines
-
-
-def generate(run: Run, found: list[dict[str, Any]]) -> list[str]:
-    lines = ["| benchmark | model | dtype | CPU threads | batch | p50 | p95 | p99 | rounds | images/s | flags |",
-             "|---|---|---|--:|--:|--:|--:|--:|--:|--:|---|"]  # fmt: skip
-    for b in found:
-        info = b["extra_info"]
-        if "seconds" not in info:
-            continue
-        lines.append(
-            f"| {b['name']} | {info['sizes'].get('model')} | {info.get('dtype') or ''} | {info.get('threads', '')} "
-            f"| {info['sizes'].get('batch')} | {_spread(b, 'p50', 'p95', 'p99')} "
-            f"| {info['images_a_call'] / info['seconds']['p50']:.2f} | {_flags(run, b)} |"
-        )
-    return lines
-
-
-def serve(run: Run, found: list[dict[str, Any]]) -> list[str]:
-    lines = ["| benchmark | model | rate, 1/s | requests | p50 | p95 | p99 | rounds | images/s | flags |",
-             "|---|---|--:|--:|--:|--:|--:|--:|--:|---|"]  # fmt: skip
-    for b in found:
-        info = b["extra_info"]
-        if "seconds" not in info:
-            continue
-        rate, served = info.get("rate"), info.get("images_per_s")
-        lines.append(
-            f"| {b['name']} | {info['sizes'].get('model')} | {f'{rate:.2f}' if rate else ''} "
-            f"| {info.get('requests', '')} | {_spread(b, 'p50', 'p95', 'p99')} "
-            f"| {'' if served is None else f'{served:.2f}'} | {_flags(run, b)} |"
-        )
-    return lines
-
-
-def start(run: Run, found: list[dict[str, Any]]) -> list[str]:
-    lines = ["| benchmark | p50 | rounds | parts | flags |", "|---|--:|--:|---|---|"]
-    for b in found:
-        info = b["extra_info"]
-        parts = {k.removesuffix("_s"): v for k, v in info.get("parts", {}).items()}
-        parts |= {k.removesuffix("_s"): info[k] for k in ("added_s", "empty_s") if k in info}
-        told = ", ".join(f"{name} {_time(value)}" for name, value in parts.items())
-        lines.append(f"| {b['name']} | {_spread(b, 'p50')} | {told} | {_flags(run, b)} |")
-    return lines
-
-
-def _spread(b: dict[str, Any], *names: str) -> str:
-    """The percentiles that so many rounds bear, and how many they are."""
-    seconds, count = b["extra_info"]["seconds"], rounds(b)
-    cells = [_time(seconds[name]) if (count or 1) >= LEAST[name] else "" for name in names]
-    return " | ".join([*cells, "" if count is None else f"{count:,}"])
-
-
-def _flags(run: Run, b: dict[str, Any], more: list[str] | None = None) -> str:
-    return "; ".join([*flags(run, b), *(more or [])])
-
-
-def _sizes(info: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in info.get("sizes", {}).items() if value is not None)
+def _line(cells: Any) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _time(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""`ragturbo bench …`: the paper's Fig. 6 on this machine, and the pages made from the raw results."""
+"""`ragturbo bench`: measure the paper's Fig. 6 on this machine, and generate docs/performance.md."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(help="Measure this machine, and make the pages of measured results.", no_args_is_help=True)
-JsonFlag = Annotated[bool, typer.Option("--json", help="For machines.")]
+app = typer.Typer(help="Measure the paper's Fig. 6, and generate the page of measured results.", no_args_is_help=True)
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command()
@@ -19,34 +19,35 @@ def breakdown(
         typer.Option(help='"sd21" (random weights), "rehearsal" (small ones), "shapes", a folder or a hub id.'),
     ] = "sd21",
     device: Annotated[str | None, typer.Option(help="cuda or cpu; by default a GPU if there is one.")] = None,
-    prompts: Annotated[int, typer.Option(help="Different prompts, one image each.")] = 100,
-    teacher_prompts: Annotated[int, typer.Option(help="Prompts for the 50-step teacher.")] = 5,
-    pairs: Annotated[int, typer.Option(help="Pairs in the database rows are read from, for random weights.")] = 4096,
-    keys: Annotated[int, typer.Option(help="Keys that are searched.")] = 630_000,
+    prompts: Annotated[int, typer.Option(help="Number of prompts, one image each.")] = 100,
+    teacher_prompts: Annotated[int, typer.Option(help="Number of prompts for the 50-step teacher.")] = 5,
+    pairs: Annotated[int, typer.Option(help="Size of the database, with random weights.")] = 4096,
+    keys: Annotated[int, typer.Option(help="Number of keys to search.")] = 630_000,
     profile: Annotated[list[str] | None, typer.Option(help="paper, turbo; both by default.")] = None,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="A folder for JSON and bar chart.")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder for the JSON and the bar chart.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """The paper's Fig. 6: teacher, LCM, SD Turbo and ours, in the paper's way and in ragturbo's."""
+    """Measure the paper's Fig. 6: teacher, LCM, SD Turbo and ours, as eager modules and by ragturbo."""
     from ragturbo.cli.terminal import interactive, quiet_libraries
 
     quiet_libraries()
     import torch
 
-    from ragturbo.bench.breakdown import LABELS, Settings
+    from ragturbo.bench.breakdown import PROFILES, Settings
     from ragturbo.bench.breakdown import breakdown as measure
-    from ragturbo.bench.chart import bars, markdown
+    from ragturbo.bench.fig6 import bars, markdown
+    from ragturbo.bench.paper import LABELS
     from ragturbo.errors import InvalidRequest
 
-    chosen = tuple(profile or ("paper", "turbo"))
-    if unknown := sorted(set(chosen) - {"paper", "turbo"}):
-        raise InvalidRequest(f"profile {unknown[0]!r} is neither paper nor turbo")
+    chosen = tuple(profile or PROFILES)
+    if unknown := sorted(set(chosen) - set(PROFILES)):
+        raise InvalidRequest(f"profile {unknown[0]!r} must be paper or turbo")
     settings = Settings(
         config=model, device=device or ("cuda" if torch.cuda.is_available() else "cpu"), prompts=prompts,
         teacher_prompts=teacher_prompts, pairs=pairs, keys=keys, profiles=chosen,
     )  # fmt: skip
 
-    def tell(profile: str, kind: str) -> None:
+    def tell(profile: str, kind: str, record: dict[str, Any]) -> None:
         if interactive():
             typer.echo(f"{profile}: {LABELS[kind]} …", err=True)
 
@@ -60,17 +61,17 @@ def breakdown(
 
 @app.command()
 def report(
-    results: Annotated[Path, typer.Option(help="Folder of raw results, one folder a machine.")] = Path(
+    results: Annotated[Path, typer.Option(help="Folder of raw results, one subfolder per machine.")] = Path(
         "benchmarks/results"
     ),
-    page: Annotated[Path, typer.Option(help="The page whose marked sections are made from them.")] = Path(
-        "docs/performance.md"
-    ),
-    check: Annotated[bool, typer.Option("--check", help="Change nothing; exit 3 on disagreement.")] = False,
+    page: Annotated[Path, typer.Option(help="Page whose marked sections are generated.")] = Path("docs/performance.md"),
+    check: Annotated[
+        bool, typer.Option("--check", help="Change nothing; exit with 3 if out of date.")
+    ] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Make the tables and plots of docs/performance.md from the raw JSON, or check that they agree."""
-    from ragturbo.bench.report import update
+    """Generate the tables of docs/performance.md from the raw JSON, or check that they are up to date."""
+    from ragturbo.bench.performance_page import update
 
     changed: list[str] = update(results, page, write=not check)
     told: dict[str, Any] = {"page": str(page), "stale": changed if check else [], "written": [] if check else changed}
@@ -83,20 +84,3 @@ def report(
         typer.echo(f"{page} {verb} {', '.join(changed)}" + ("; run `ragturbo bench report`" if check else ""))
     if check and changed:
         raise typer.Exit(3)
-
-
-@app.command()
-def history(
-    files: Annotated[
-        list[Path], typer.Argument(help="Raw JSON of suites, such as older ones: `git show COMMIT:FILE`.")
-    ],
-    results: Annotated[Path, typer.Option(help="Folder of raw results, one folder a machine.")] = Path(
-        "benchmarks/results"
-    ),
-) -> None:
-    """Keep what one image took by these runs. `report` does it for those that lie in the folder."""
-    from ragturbo.bench.history import keep_file
-
-    for path in files:
-        kept = keep_file(path, results)
-        typer.echo(f"{path} -> {kept[0]}" if kept else f"{path}: what is kept is no worse")

@@ -1,4 +1,4 @@
-"""`ragturbo profile`: where an image's time goes, as a table, a Chrome trace, and command lines for nsys and ncu."""
+"""`ragturbo profile`: time by stage, a Chrome trace, and command lines for nsys and ncu."""
 
 from __future__ import annotations
 
@@ -13,22 +13,25 @@ PROMPTS = ["a red circle left of a blue square", "a green triangle", "a blue cir
 
 
 def profile(
-    prompts: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT…]", help="Taken in turn.")] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The Chrome trace.")] = Path("ragturbo-trace.json"),
-    requests: Annotated[int, typer.Option(min=1, help="How many are profiled.")] = 5,
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT…]", help="Used in turn.")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Chrome trace to write.")] = Path("ragturbo-trace.json"),
+    requests: Annotated[int, typer.Option(min=1, help="Number of profiled requests.")] = 5,
     model: Annotated[str, typer.Option(help='"shapes" (embedded), a local folder or a hub id.')] = "shapes",
     database: Annotated[str | None, typer.Option(help="A database folder.")] = None,
     mode: Annotated[str | None, typer.Option(help="adapter, slerp, lerp or none.")] = None,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 1,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")] = None,
-    engine: Annotated[str, typer.Option(help="auto, eager or graph.")] = "auto",
+    engine: Annotated[str, typer.Option(help="auto, reference or graph.")] = "auto",
     ranged: Annotated[
-        bool, typer.Option("--range", help="Only mark the requests with cudaProfilerApi, for nsys and ncu.")
+        bool,
+        typer.Option(
+            "--range", help="Only mark the requests for nsys and ncu, with cudaProfilerStart."
+        ),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Report for machines.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Profile some requests after a warm-up."""
+    """Profile requests after a warm-up."""
     from ragturbo.cli.terminal import quiet_libraries
 
     quiet_libraries()
@@ -39,7 +42,7 @@ def profile(
     from ragturbo.generate import Generator
 
     if ranged and not torch.cuda.is_available():
-        raise InvalidRequest("--range marks requests for nsys and ncu, and torch sees no CUDA GPU here")
+        raise InvalidRequest("--range marks requests for nsys and ncu and needs a CUDA GPU")
     texts, options = prompts or PROMPTS, {"num_inference_steps": steps, "mode": mode}
     with Generator.from_pretrained(
         model, database=database, device=device, dtype=dtype, engine=engine, batch_sizes=(1,)
@@ -56,7 +59,7 @@ def profile(
         "device": info["device"],
         "trace": None if ranged else str(out),
         "streams": {} if ranged else profiling.summary(out),
-        "commands": profiling.commands(_same(sys.argv)),
+        "commands": profiling.commands(_arguments(sys.argv)),
     }
     if as_json:
         typer.echo(json.dumps(report, indent=2))
@@ -66,7 +69,8 @@ def profile(
         typer.echo(f"  {stage:<10}{1e3 * seconds:9.3f} ms")
     if not ranged:
         for stream, work in report["streams"].get("streams", {}).items():
-            beside = "" if work["beside_main_us"] is None else f", {work['beside_main_us']} of it beside the main one"
+            overlap = work["beside_main_us"]
+            beside = "" if overlap is None else f", overlapping the main stream for {overlap} us"
             typer.echo(f"\nstream {stream}: {work['operations']} operations, busy for {work['busy_us']} us{beside}")
             for row in work["costliest"]:
                 typer.echo(f"  {row['us']:10.1f} us {row['calls']:5} x {row['name']}")
@@ -75,7 +79,7 @@ def profile(
             typer.echo(f"\n{tool}:\n  {line}")
 
 
-def _same(argv: list[str]) -> list[str]:
-    """The arguments of this run, for a command line that repeats it."""
+def _arguments(argv: list[str]) -> list[str]:
+    """Return the arguments of this run without --range and --json, for a command line that repeats it."""
     given = argv[argv.index("profile") + 1 :] if "profile" in argv else []
     return [argument for argument in given if argument not in ("--range", "--json")]

@@ -21,9 +21,7 @@ def record() -> dict[str, Any]:
     from ragturbo.bench.breakdown import Settings, breakdown
 
     torch.set_num_threads(1)
-    settings = Settings(
-        "rehearsal", "cpu", prompts=4, teacher_prompts=1, teacher_steps=3, pairs=40, keys=120, quick=True
-    )
+    settings = Settings("rehearsal", "cpu", prompts=4, teacher_prompts=1, teacher_steps=3, pairs=40, keys=120)
     # As it will be read: through JSON.
     return json.loads(json.dumps(breakdown(settings)))
 

@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 
-from ragturbo.bench import ceilings as module
-from ragturbo.bench.ceilings import ceilings, measured
+from benchmarks import ceilings as module
+from benchmarks.ceilings import ceilings, measured
 
 
 @pytest.fixture

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from ragturbo.bench import check, counts
-from ragturbo.bench.counts import Counts, count, stage_counts
+from benchmarks import check_counts
+from benchmarks.counts import Counts, count, stage_counts
 from ragturbo.bench.models import make_bundle
 
 
@@ -29,8 +30,9 @@ def test_flops_are_those_of_torchs_counter_on_the_real_modules(stages):
 
     def counted_by_torch(run: Callable[[], Any]) -> int:
         # Its counter does not know the attention kernel of every CPU; products it always knows.
-        with sdpa_kernel(SDPBackend.MATH):
-            return counts.counted_by_torch(run)
+        with sdpa_kernel(SDPBackend.MATH), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            run()
+        return counter.get_total_flops()
 
     assert stages["encode"].total_flops == counted_by_torch(lambda: bundle.unet.encode(latents, timestep, text))
     assert stages["decode"].total_flops == counted_by_torch(lambda: bundle.unet.decode(state))
@@ -72,12 +74,12 @@ def test_views_and_empty_memory_cost_nothing():
 def test_a_count_that_moved_is_named_with_its_change():
     now = {"stages": {"vae": {"launches": 110, "least_bytes": 5}}}
     committed = {"stages": {"vae": {"launches": 100, "least_bytes": 5}, "text": {"launches": 1}}}
-    found = list(check.differences(now, committed))
+    found = list(check_counts.differences(now, committed))
     assert found == [
         "stages/vae/launches: 110, committed 100 (+10.00%)",
         "stages/text: None, committed {'launches': 1}",
     ]
-    assert list(check.differences(now, now)) == []
+    assert list(check_counts.differences(now, now)) == []
 
 
 def test_inference_mode_changes_no_count(stages):
@@ -89,15 +91,15 @@ def test_inference_mode_changes_no_count(stages):
         by_hand = count(lambda: layer(x))
     assert inside == stages
     assert by_hand.flops == {"float32": 2 * 8 * 64 * 32} and by_hand.launches == 1
-    committed = json.loads(check.FILE.read_text())["stages"]["text"]
+    committed = json.loads(check_counts.FILE.read_text())["stages"]["text"]
     with torch.inference_mode():
         assert stage_counts("sd21", torch.float16)["text"].to_dict() == committed
 
 
 def test_the_committed_counts_are_those_of_the_code(tmp_path, capsys):
-    assert check.main([]) == 0
-    changed = json.loads(check.FILE.read_text())
+    assert check_counts.main([]) == 0
+    changed = json.loads(check_counts.FILE.read_text())
     changed["stages"]["vae"]["launches"] += 1
     (tmp_path / "counts.json").write_text(json.dumps(changed))
-    assert check.main([], tmp_path / "counts.json") == 1
+    assert check_counts.main([], tmp_path / "counts.json") == 1
     assert "stages/vae/launches" in capsys.readouterr().out

@@ -15,7 +15,7 @@ SCRIPT = ROOT / "benchmarks" / "first_light.py"
 
 
 def run(script: Path, out: Path, *arguments: str) -> dict[str, dict]:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent)}
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, str(script), "--rehearse", "--out", str(out), "--seconds", "500", *arguments],
         capture_output=True, text=True, env=environment,
@@ -44,7 +44,7 @@ def test_all_of_it_runs_at_small_sizes(tmp_path):
 WRONG = """
 import os, signal, sys, time
 sys.argv[0] = __file__
-import first_light as light
+from benchmarks import first_light as light
 
 def good(bench): return {}
 def raises(bench): raise ValueError("no such kernel")

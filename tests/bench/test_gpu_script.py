@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import inspect
 import json
 import os
 import shlex
@@ -13,11 +13,11 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
+from benchmarks import gpu, gpu_steps
 from ragturbo.bench import budgets
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,16 +26,6 @@ FAULTS = ("hangs", "raises", "is killed", "is wrong")
 FILES = 8
 
 
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"ragturbo_{name}", ROOT / "benchmarks" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-gpu = load("gpu")
 SETS = [name for names in gpu.SETS.values() for name in names]
 
 
@@ -104,8 +94,8 @@ def test_a_run_that_is_killed_leaves_what_was_finished_and_the_phases_of_the_ste
     commands["image"] += "; sleep 60"
     code = f"""
 import sys, time
-sys.path[:0] = {[str(ROOT / "benchmarks"), str(ROOT)]!r}
-import gpu
+sys.path[:0] = [{str(ROOT)!r}]
+from benchmarks import gpu
 from pathlib import Path
 steps = [gpu.Step(name, ["/bin/sh", "-c", text], 60.0, Path({str(scratch)!r}) / f"{{name}}.json")
          for name, text in {commands!r}.items()]
@@ -185,15 +175,15 @@ def test_an_interrupt_ends_the_step_that_runs(tmp_path, plan):
         raise KeyboardInterrupt
 
     with (tmp_path / "log").open("w") as log, pytest.raises(KeyboardInterrupt):
-        gpu.boxed.run(step, 60.0, log, cwd=ROOT, poll=interrupted)
+        gpu.step_process.run(step, 60.0, log, cwd=ROOT, poll=interrupted)
     time.sleep(3.0)
     assert not started.exists()
 
 
 def test_a_step_that_cannot_be_ended_does_not_hold_up_the_others(tmp_path, plan, monkeypatch):
     # Nothing ends the step, as inside a driver's call that does not return.
-    monkeypatch.setattr(gpu.boxed.os, "killpg", lambda group, number: None)
-    monkeypatch.setattr(gpu.boxed, "UNKILLABLE", 0.2)
+    monkeypatch.setattr(gpu.step_process.os, "killpg", lambda group, number: None)
+    monkeypatch.setattr(gpu.step_process, "UNKILLABLE", 0.2)
     stuck = replace(stand_in(plan["image"]), command=shell("exec sleep 9 >/dev/null 2>&1"), box=0.5, result=None)
     found = run([stuck, stand_in(plan["parts"])], tmp_path / "results")
     assert "image was killed" in (tmp_path / "results" / "logs.txt").read_text()
@@ -248,15 +238,11 @@ def test_what_one_step_measures_of_the_gpu_the_later_ones_take(tmp_path, plan):
 
 
 def test_every_gpu_budget_has_a_step(plan):
-    import inspect
-
-    from ragturbo.bench.gpu_steps import STEPS
-
-    source = inspect.getsource(sys.modules["ragturbo.bench.gpu_steps"])
+    source = inspect.getsource(gpu_steps)
     for budget in budgets.BUDGETS:
         if budget.where == "gpu" and budget.key != "ladd_samples_per_s":
             assert f'"{budget.key}"' in source, budget.key
-    assert {name.replace(" ", "-") for name in STEPS} <= set(plan)
+    assert {name.replace(" ", "-") for name in gpu_steps.STEPS} <= set(plan)
 
 
 def test_an_unknown_step_is_refused_by_name():

@@ -10,14 +10,15 @@ import time
 import pytest
 import torch
 
-from ragturbo.bench import budgets, gpu_steps, rows
-from ragturbo.bench.gpu_steps import STEPS, Scale, measure
+from benchmarks import gpu_steps, large_database
+from benchmarks.gpu_steps import STEPS, Scale, measure
+from benchmarks.step_record import StepRecord
+from ragturbo.bench import budgets
+from ragturbo.bench.agreement import engine_mismatch
 from ragturbo.bench.models import make_bundle
-from ragturbo.bench.peers import refused
-from ragturbo.bench.step_record import StepRecord
 from ragturbo.config import GeneratorConfig
-from ragturbo.engine.graph_engine import GraphEngine
 from ragturbo.engine.cuda_graphs import Direct
+from ragturbo.engine.graph_engine import GraphEngine
 from ragturbo.engine.tables import DeviceKeys
 from ragturbo.generate import Generator
 
@@ -43,7 +44,7 @@ def test_every_line_of_a_step_runs_at_tiny_sizes_and_its_file_is_what_it_returns
 @pytest.mark.parametrize("name", ["image", "compiled peer", "parts", "added", "tail"])
 def test_what_differs_from_its_reference_is_timed_and_kept_out_of_the_budgets(name, monkeypatch):
     torch.set_num_threads(1)
-    monkeypatch.setattr("ragturbo.bench.peers.relative_error", lambda ours, theirs: 0.5)
+    monkeypatch.setattr("ragturbo.bench.agreement.relative_error", lambda ours, theirs: 0.5)
     monkeypatch.setattr(gpu_steps, "relative_error", lambda ours, theirs: 0.5)
     found = measure(name, Scale(rehearse=True))
     assert found["measured"] == {} and found["unverified"] and found["agreement"]
@@ -52,7 +53,9 @@ def test_what_differs_from_its_reference_is_timed_and_kept_out_of_the_budgets(na
 
 def test_an_image_that_fell_back_has_no_figure(monkeypatch):
     torch.set_num_threads(1)
-    monkeypatch.setattr(gpu_steps, "refused", lambda info, engine, dtype: "3 batches ran in plain torch: no page lock")
+    monkeypatch.setattr(
+        gpu_steps, "engine_mismatch", lambda info, engine, dtype: "3 batches ran in plain torch: no page lock"
+    )
     found = measure("image", Scale(rehearse=True))
     assert found["measured"] == {} and "unverified" not in found and "plain torch" in found["withheld"]
 
@@ -71,7 +74,7 @@ def test_a_failed_peer_costs_the_comparison_and_not_the_time_of_ours(monkeypatch
 
 def test_a_step_says_that_the_card_was_held_back_or_its_times_drifted(monkeypatch):
     states = iter([{"reasons": ["idle"]}, {"reasons": ["power cap"]}, None])
-    monkeypatch.setattr("ragturbo.bench.step_record.gpu_state", lambda: next(states))
+    monkeypatch.setattr("benchmarks.step_record.gpu_state", lambda: next(states))
 
     def work(scale, record):
         record.look()
@@ -88,7 +91,7 @@ def test_a_step_that_is_killed_leaves_the_phases_that_were_done(tmp_path):
     code = f"""
 import time
 from pathlib import Path
-from ragturbo.bench.step_record import StepRecord
+from benchmarks.step_record import StepRecord
 record = StepRecord(Path({str(out)!r}), has_gpu=False)
 record.verify(None)
 with record.phase("first"):
@@ -115,30 +118,33 @@ def test_a_figure_is_unverified_until_its_comparison_has_been_made():
     found = record.to_dict()
     assert found["measured"] == {"unet_s": 3e-3} and found["unverified"] == {"adapter_s": 1e-4}
     assert found["unverified_because"] == {"adapter_s": "error 2.1e-03"}
-    record.refuse("another engine")
-    record.refuse(None)
+    record.withhold("another engine")
+    record.withhold(None)
     assert record.to_dict()["measured"] == {} and record.to_dict()["withheld"] == "another engine"
 
 
 def test_what_did_not_run_as_asked_is_named():
     info = {"engine": "graph", "ways": {"plain batches": {}, "vae dtype": "float16"}}
-    assert refused(info, "graph", torch.float16) is None
-    assert "'eager' ran" in str(refused({**info, "engine": "eager"}, "graph", torch.float16))
-    assert refused({**info, "engine": "eager"}, "auto", torch.float16) is None
+    assert engine_mismatch(info, "graph", torch.float16) is None
+    assert "'eager' ran" in str(engine_mismatch({**info, "engine": "eager"}, "graph", torch.float16))
+    assert engine_mismatch({**info, "engine": "eager"}, "auto", torch.float16) is None
     fallen = {**info, "ways": {"plain batches": {"no page lock": 4}, "vae dtype": "float16"}}
-    assert "4 batches ran in plain torch: no page lock" in str(refused(fallen, "graph", torch.float16))
+    assert "4 batches ran in plain torch: no page lock" in str(engine_mismatch(fallen, "graph", torch.float16))
     upcast = {**info, "ways": {"plain batches": {}, "vae dtype": "float32"}}
-    assert "float32" in str(refused(upcast, "graph", torch.float16)) and refused(upcast, "graph", torch.float32) is None
+    assert (
+        "float32" in str(engine_mismatch(upcast, "graph", torch.float16))
+        and engine_mismatch(upcast, "graph", torch.float32) is None
+    )
 
 
 def test_padded_keys_are_searched_and_never_found(tmp_path):
     torch.set_num_threads(1)
     bundle = make_bundle("rehearsal", "cpu", torch.float32)
     words = [f"a boat number {i}" for i in range(20)]
-    own = rows.prompt_keys(bundle, words)
-    database = rows.write(bundle, tmp_path / "db", 100, workers=2, own=own)
+    own = large_database.prompt_keys(bundle, words)
+    database = large_database.write(bundle, tmp_path / "db", 100, workers=2, own=own)
     keys = DeviceKeys(database.snapshot, torch.device("cpu"))
-    rows.pad_keys(keys, 5000)
+    large_database.pad_keys(keys, 5000)
     assert keys.count == 5000 == len(keys.searched) == len(keys.stored) and keys.searched.dtype == torch.float16
     scores = torch.from_numpy(own) @ keys.searched.float().T
     best = scores.argmax(1)
@@ -155,7 +161,9 @@ def test_an_engine_over_padded_keys_makes_the_same_images(tmp_path, monkeypatch)
         "ragturbo.engine.build.make_engine", lambda bundle, config: GraphEngine(bundle, config, Direct(bundle.device))
     )
     bundle, words = make_bundle("rehearsal", "cpu", torch.float32), ["a boat", "a cat", "two horses"]
-    database = rows.write(bundle, tmp_path / "db", 100, workers=2, own=rows.prompt_keys(bundle, words))
+    database = large_database.write(
+        bundle, tmp_path / "db", 100, workers=2, own=large_database.prompt_keys(bundle, words)
+    )
     config = GeneratorConfig(retriever="exact", batch_sizes=(1,), host_cache=100 * database.geometry.stride)
     with Generator(bundle, database=database, config=config) as gen:
 
@@ -164,7 +172,7 @@ def test_an_engine_over_padded_keys_makes_the_same_images(tmp_path, monkeypatch)
             return [out.neighbors[0][0].id for out in outs], torch.cat([out.images for out in outs])
 
         ids, latents = made()
-        gen.call(lambda: rows.pad_keys(gen._engine._tables.keys, 3000))
+        gen.call(lambda: large_database.pad_keys(gen._engine._tables.keys, 3000))
         ids_padded, latents_padded = made()
         assert len(set(ids)) == 3 and ids == ids_padded and torch.equal(latents, latents_padded)
         assert gen.info["ways"]["keys on the device, bytes"] == 3000 * 2 * database.geometry.key_dim

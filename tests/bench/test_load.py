@@ -6,7 +6,7 @@ import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from ragturbo.bench.load import after_idling, closed_loop, open_loop
+from benchmarks.load_generator import after_idling, closed_loop, open_loop
 from ragturbo.errors import Overloaded
 
 

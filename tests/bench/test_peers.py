@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.diffusers_peer import Diffusers, agreement, psnr
+from ragturbo.bench.agreement import disagreement, latent_agreement, relative_error
 from ragturbo.bench.models import make_bundle, make_database
-from ragturbo.bench.peers import Diffusers, agreement, equal, latent_agreement, psnr, relative_error
 from ragturbo.config import GeneratorConfig
 from ragturbo.generate import Generator
 
@@ -53,24 +54,24 @@ def test_the_compiled_peer_records_graphs_without_autotuning_and_marks_each_imag
 def test_another_result_or_one_that_a_control_gives_too_is_not_the_same_work(bundle):
     peer, words, others = Diffusers(bundle), ["a boat", "a cat"], ["two horses", "a stone bridge"]
     found = agreement(peer, peer, words, others)
-    assert found["psnr"] > 100 > found["psnr_other_noise"] and equal(found, torch.float32) is None
+    assert found["psnr"] > 100 > found["psnr_other_noise"] and disagreement(found, torch.float32) is None
     assert found["error_other_prompt"] > 1e-2
     wrong = {
         "error": 1e-2, "error_other_prompt": 1e-5, "error_other_noise": 1e-5, "psnr": 39.0, "psnr_other_noise": 45.0,
     }  # fmt: skip
-    reasons = ("1e-03 is allowed", "another prompt pass", "another noise pass", "40 are needed", "other noise pass")
+    reasons = ("allowed: 1e-03", "another prompt pass", "another noise pass", "required: 40 dB", "other noise pass")
     for (name, value), reason in zip(wrong.items(), reasons, strict=True):
-        assert reason in str(equal(found | {name: value}, torch.float32))
+        assert reason in str(disagreement(found | {name: value}, torch.float32))
     broken = np.zeros((1, 2, 2, 3))
     broken[0, 0, 0, 0] = np.nan
-    assert equal(found | {"psnr": psnr(broken, np.zeros_like(broken))}, torch.float32) is not None
-    assert equal(found | {"error": float("nan")}, torch.float32) is not None
+    assert disagreement(found | {"psnr": psnr(broken, np.zeros_like(broken))}, torch.float32) is not None
+    assert disagreement(found | {"error": float("nan")}, torch.float32) is not None
 
 
 def test_images_of_random_weights_would_pass_whatever_the_prompt(bundle):
     peer = Diffusers(bundle)
     other = agreement(lambda words, seeds, output: peer(["a cat"], seeds, output), peer, ["a boat"], ["two horses"])
-    assert other["psnr"] > 40 and "latents" in str(equal(other, torch.float32))
+    assert other["psnr"] > 40 and "latents" in str(disagreement(other, torch.float32))
 
 
 @pytest.mark.parametrize("mode", ["none", "slerp", "adapter"])
@@ -78,12 +79,12 @@ def test_every_mode_is_plain_torchs_and_heeds_its_neighbour(bundle, tmp_path, mo
     database = make_database(bundle, tmp_path / "db", 8)
     with Generator(bundle, database=database, config=GeneratorConfig(batch_sizes=(1,))) as gen:
         found = latent_agreement(bundle, gen, mode, ["a boat", "a cat"])
-        assert equal(found, torch.float32) is None
+        assert disagreement(found, torch.float32) is None
         if mode != "none":
-            assert "another neighbour" in str(equal(found | {"changed_by_neighbour": 0.0}, torch.float32))
+            assert "another neighbour" in str(disagreement(found | {"changed_by_neighbour": 0.0}, torch.float32))
 
         def deaf(word, **options):
             return gen(word, **{**options, "mode": "none", "neighbors": None, "lam": None})
 
         deaf.database = database
-        assert mode == "none" or equal(latent_agreement(bundle, deaf, mode, ["a boat", "a cat"]), torch.float32)
+        assert mode == "none" or disagreement(latent_agreement(bundle, deaf, mode, ["a boat", "a cat"]), torch.float32)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ragturbo.bench.counts import Counts
-from ragturbo.bench.projection import GPUS, Datasheet, floor, fractions, held_out, known, project, project_stage
+from benchmarks.counts import Counts
+from benchmarks.projection import GPUS, Datasheet, floor, fractions, held_out, known, project, project_stage, to_l40s
 
 GPU = Datasheet(fp16=100e12, tf32=50e12, fp32=10e12, bytes_per_s=1e12)
 
@@ -63,3 +64,14 @@ def test_held_out_figures_come_with_their_error():
     "A100"), ("NVIDIA GeForce RTX 4090", "RTX 4090"), ("Tesla T4", None)])  # fmt: skip
 def test_a_driver_s_name_finds_its_datasheet_or_none(name, short):
     assert known(name) == short
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="measures the GPU")
+def test_without_a_gpu_the_projection_is_a_lower_bound_with_the_breakdowns_host_stages():
+    stages = {"search": 0.25, "tokenize": 0.5, "text": 9.0}
+    found = to_l40s({"profiles": {"paper": {"ours": {"stages": stages}}}}, "rehearsal")
+    assert "lower bound" in found["basis"] and not found["fractions"]
+    rows = found["rows"]
+    assert rows["ours"]["stages"]["search"] == 0.25 and "search" not in rows["turbo"]["stages"]
+    assert rows["turbo"]["stages"]["tokenize"] == 0.5 and rows["ours"]["stages"]["text"] < 1
+    assert rows["ours"]["seconds"] > rows["turbo"]["seconds"] and "adapter" not in rows["lcm"]["stages"]

@@ -5,10 +5,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import roofline
 from ragturbo import ops
-from ragturbo.bench import roofline
 from ragturbo.kernels import group_norm, slerp
-from ragturbo.model import HSpaceAdapter
+from ragturbo.model.adapter import HSpaceAdapter
 
 
 def matrix_flops(call):

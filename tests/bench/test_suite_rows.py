@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ragturbo.bench.suite_rows import append, rows_to_json
+from benchmarks.suite_rows import append, rows_to_json
 
 ROOT = Path(__file__).resolve().parents[2]
 OP = """

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ragturbo.bench.summary import MOST_LINES, summary
+from benchmarks.summary import MOST_LINES, summary
 
 
 def leave(folder: Path, part: str, gpu: str, steps: dict[str, Any], **more: Any) -> None:
@@ -66,6 +66,6 @@ def test_the_page_fits_a_screen_whatever_went_wrong(tmp_path):
 
 
 def test_a_rehearsal_and_an_empty_folder_judge_nothing(tmp_path):
-    assert summary(tmp_path) == "No part left a record.\n"
+    assert summary(tmp_path) == "There are no records.\n"
     leave(tmp_path, "engine", "NVIDIA H200", {}, measured={"unet_s": 1e-3}, rehearsal=True)
     assert "A rehearsal" in summary(tmp_path) and "met |" not in summary(tmp_path)

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ragturbo.bench import timing
-from ragturbo.bench.timing import bulk_calls, in_bulk, interleaved, noise, normal, percentiles, rotating, summary
+from benchmarks import timing
+from benchmarks.timing import bulk_calls, in_bulk, interleaved, normal, rotating, summary
+from ragturbo.bench.timing import noise, percentiles
 
 SECONDS = st.lists(st.floats(1e-9, 1e3), min_size=1, max_size=200)
 

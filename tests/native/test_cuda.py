@@ -18,7 +18,7 @@ KERNELS = {"gather_fp16", "gather_int8", "scan_keysILi1E", "scan_keysILi2E", "sc
 def resources() -> dict[tuple[str, str], dict[str, int]]:
     """(arch, kernel) -> REG, STACK, LOCAL, SHARED, by the cuobjdump of Triton's wheel."""
     pytest.importorskip("triton", reason="its wheel brings the cuobjdump that reads machine code")
-    from ragturbo.kernels.offline import cuobjdump
+    from benchmarks.compile_offline import cuobjdump
 
     command = [str(cuobjdump()), "--dump-resource-usage", _native.__file__]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -4,16 +4,19 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from triton.runtime.errors import PTXASError
 
+from benchmarks import tune
+from benchmarks.kernel_cases import CASES, Case
 from ragturbo.errors import InvalidRequest
-from ragturbo.kernels import scaled_residual, tiles, tune
-from ragturbo.kernels.cases import CASES, Case
+from ragturbo.kernels import scaled_residual, tiles
 from ragturbo.kernels.launch import replaced
 
+ROOT = Path(__file__).resolve().parents[2]
 BLOCKS = [{"BLOCK": 16}, {"BLOCK": 64}, {"BLOCK": 128}]
 
 
@@ -163,7 +166,7 @@ def test_a_run_that_is_out_of_time_keeps_what_it_has_and_says_so(tmp_path, monke
         "linear": {"b1 QKV": {"BM": 64}, "b1 GEGLU": {"BM": 64}},
         "topk": {"1 queries, k 1": {"BM": 64}},
     }
-    assert "topk, 1 queries, k 4 and what follows are not tuned" in capsys.readouterr().out
+    assert "topk, 1 queries, k 4 and the rest are not tuned" in capsys.readouterr().out
 
 
 READS = """
@@ -220,8 +223,8 @@ AHEAD = """
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 import torch
-from ragturbo.kernels import tune
-from ragturbo.kernels.cases import CASES
+from benchmarks import tune
+from benchmarks.kernel_cases import CASES
 if __name__ == "__main__":
     case = next(case for case in CASES if case.op == "scaled_residual")
     tune.CANDIDATES["scaled_residual"] = [{"BLOCK": 1024, "num_warps": 8}, {"BLOCK": "wrong"}]
@@ -234,6 +237,7 @@ if __name__ == "__main__":
 def test_candidates_are_compiled_ahead_without_a_gpu_and_one_that_cannot_be_stops_nothing(tmp_path):
     (tmp_path / "ahead.py").write_text(AHEAD)
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    environment["PYTHONPATH"] = str(ROOT)
     done = subprocess.run([sys.executable, str(tmp_path / "ahead.py")], env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == "[True, True, False]", done.stderr[-2000:]
     # What the timing process will find in place of a compilation.
@@ -243,9 +247,9 @@ def test_candidates_are_compiled_ahead_without_a_gpu_and_one_that_cannot_be_stop
 def test_without_a_gpu_the_command_says_so():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    done = subprocess.run(
-        [sys.executable, "-m", "ragturbo.kernels.tune"], capture_output=True, text=True, env={**os.environ}
-    )
+    done = subprocess.run([sys.executable, "-m", "benchmarks.tune"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 4 and "torch sees none" in done.stderr
-    done = subprocess.run([sys.executable, "-m", "ragturbo.kernels.tune", "--op", "x"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.tune", "--op", "x"], capture_output=True, text=True, cwd=ROOT
+    )
     assert done.returncode == 2 and "known: " in done.stderr

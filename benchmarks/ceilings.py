@@ -1,50 +1,54 @@
-"""What this machine reaches at best: copy bandwidth, matrix rates by dtype, host time a launch. Measured, never quoted.
+"""Measure this machine's copy bandwidth, matrix rates by dtype and host time per launch, for computing floors.
 
-Floors are computed from these. Random data throughout: matrices of zeros run faster than any real ones.
-
-With RAGTURBO_CEILINGS=file, processes that run one after another measure once: the first writes the file, the others
-read it if it was measured on this GPU (or CPU, with as many threads) and with this torch.
+The data are random, because matrices of zeros are multiplied faster. With RAGTURBO_CEILINGS=file the first process
+writes the file, and later ones read it if GPU (or CPU and number of threads) and torch version are the same.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ragturbo.bench.timing import percentiles, sample, synchronized
+from benchmarks.step_record import write_json
+from benchmarks.timing import sample, synchronized
+from ragturbo.bench.timing import percentiles
 from ragturbo.machine import cpu_model
 
 
 @lru_cache(maxsize=4)
 def ceilings(device: str, quick: bool = False) -> dict[str, Any]:
-    """bytes_per_s (read and written both counted), flops_per_s by dtype, launch_s. `quick`: sizes for a rehearsal."""
+    """Return bytes_per_s (reads plus writes), flops_per_s by dtype, launch_s and link_bytes_per_s.
+
+    Args:
+        quick: measure at tiny sizes, for a rehearsal; never stored.
+    """
     path = os.environ.get("RAGTURBO_CEILINGS")
-    # A rehearsal's sizes are too small for anybody else's floors.
     if not path or quick:
         return measured(device, quick)
     made_on = _made_on(device)
     stored = _read(Path(path))
     if stored.get(device, {}).get("made_on") != made_on:
         stored[device] = {"made_on": made_on, "ceilings": measured(device)}
-        _write(Path(path), stored)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_json(Path(path), stored)
     found: dict[str, Any] = stored[device]["ceilings"]
     return found
 
 
 def _made_on(device: str) -> dict[str, Any]:
-    """What the rates belong to."""
     if torch.device(device).type == "cuda":
         return {"gpu": torch.cuda.get_device_name(device), "torch": torch.__version__}
     return {"cpu": cpu_model(), "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Device -> what it was measured on, and its ceilings; empty where the file is missing or damaged."""
+    """Return the file's content by device; empty if it is missing or damaged."""
     try:
         found = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
@@ -52,27 +56,24 @@ def _read(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _write(path: Path, stored: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Replaced whole: another process may be reading.
-    half = path.with_name(f"{path.name}.{os.getpid()}")
-    half.write_text(json.dumps(stored, indent=1) + "\n", "utf-8")
-    os.replace(half, path)
-
-
 def measured(device: str, quick: bool = False) -> dict[str, Any]:
-    """As `ceilings`, measured now: under four seconds on a GPU."""
+    """Measure the ceilings now: under four seconds on a GPU."""
     cuda = torch.device(device).type == "cuda"
     seconds = 0.05 if quick else 0.2 if cuda else 0.3
-    rates = {}
-    for name, dtype, tf32 in _types(cuda):
-        rates[name] = matmul_rate(device, dtype, size=_matmul_size(cuda, quick), seconds=seconds, tf32=tf32)
+    nbytes = 1 << 20 if quick else 4 << 30 if cuda else 256 << 20
+    size = 256 if quick else 8192 if cuda else 1024
+    types = {"float32": (torch.float32, False)}
+    if cuda:
+        types |= {"float16": (torch.float16, False), "bfloat16": (torch.bfloat16, False), "tf32": (torch.float32, True)}
+    rates = {
+        name: matmul_rate(device, dtype, size=size, seconds=seconds, tf32=tf32) for name, (dtype, tf32) in types.items()
+    }
     return {
-        "bytes_per_s": copy_rate(device, nbytes=_copy_bytes(cuda, quick), seconds=seconds),
+        "bytes_per_s": copy_rate(device, nbytes=nbytes, seconds=seconds),
         "flops_per_s": rates,
         "launch_s": launch_time(device),
-        # What rows in page-locked memory come over.
-        "link_bytes_per_s": link_rate(nbytes=_copy_bytes(cuda, quick) // 16, seconds=seconds) if cuda else None,
+        # Page-locked host memory to the device.
+        "link_bytes_per_s": link_rate(nbytes=nbytes // 16, seconds=seconds) if cuda else None,
     }
 
 
@@ -87,8 +88,8 @@ def copy_rate(device: str, *, nbytes: int, seconds: float) -> float:
 
 
 def link_rate(*, nbytes: int, seconds: float) -> float:
-    """Bytes a second from page-locked host memory to the device."""
-    # Drawn on the device: a CPU takes five seconds a gigabyte.
+    """Return bytes per second from page-locked host memory to the device."""
+    # Drawn on the device: a CPU takes five seconds per gigabyte.
     target = torch.randint(0, 255, (nbytes,), dtype=torch.uint8, device="cuda")
     source = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).copy_(target)
     run = synchronized(lambda: target.copy_(source, non_blocking=True))
@@ -108,35 +109,16 @@ def matmul_rate(device: str, dtype: torch.dtype, *, size: int, seconds: float, t
 
 
 def launch_time(device: str, calls: int = 2000) -> float:
-    """Host seconds of one small eager op: what a chain of modules costs where the device has less to do than that."""
+    """Return the host time of one small eager op."""
     x = torch.zeros(8, device=device)
 
     def chain() -> None:
         for _ in range(calls):
             x.add_(1.0)
 
-    # The queue holds about a thousand launches; past that the host waits for the device, which is no slower here.
+    # The host waits when about a thousand launches are queued, but the device is not slower than the host here.
     return percentiles(sample(_waiting(chain, device), seconds=0.05))["p50"] / calls
 
 
-def _types(cuda: bool) -> list[tuple[str, torch.dtype, bool]]:
-    if not cuda:
-        return [("float32", torch.float32, False)]
-    return [
-        ("float16", torch.float16, False),
-        ("bfloat16", torch.bfloat16, False),
-        ("tf32", torch.float32, True),
-        ("float32", torch.float32, False),
-    ]
-
-
-def _matmul_size(cuda: bool, quick: bool) -> int:
-    return 256 if quick else 8192 if cuda else 1024
-
-
-def _copy_bytes(cuda: bool, quick: bool) -> int:
-    return 1 << 20 if quick else 4 << 30 if cuda else 256 << 20
-
-
-def _waiting(run: Any, device: str) -> Any:
+def _waiting(run: Callable[[], Any], device: str) -> Callable[[], Any]:
     return synchronized(run) if torch.device(device).type == "cuda" else run

@@ -1,4 +1,4 @@
-"""A run of the GPU script on one screen: each budget, met or not, and what did not finish, with the reason."""
+"""Summarize a run of the GPU script on one screen: budgets, unverified figures, failed steps and flags."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from ragturbo.bench import budgets
 from ragturbo.bench.budgets import BUDGETS, best
 from ragturbo.bench.results import Machine, Run, flags, read_folder
 
-# The page fits a screen whatever went wrong; all of it is in the files.
+# Limits of the summary's size; the files have everything.
 MOST_LINES, MOST_STEPS, MOST_UNVERIFIED, MOST_FLAGS = 60, 14, 7, 7
 LINE = 160
 
 
 def summary(results: Path) -> str:
-    """results: the folder of one run, with the JSON of its parts. At most `MOST_LINES` lines of Markdown."""
+    """Return at most `MOST_LINES` lines of Markdown about the JSON files of one run's folder."""
     machine = read_folder(results)
     if not machine.runs:
-        return "No part left a record.\n"
+        return "There are no records.\n"
     context = machine.runs[0].context
     cards = list(dict.fromkeys((run.context.get("gpu") or {}).get("name") for run in machine.runs))
     name = ", ".join(card for card in cards if card) or context["cpu"]
@@ -26,7 +26,7 @@ def summary(results: Path) -> str:
     lines = [f"# {name}, torch {context['packages'].get('torch')}, commit {commits}", ""]
     if any(run.data.get("rehearsal") for run in machine.runs):
         keys = ", ".join(sorted({**machine.figures(), **machine.unverified()}))
-        lines += [f"A rehearsal at tiny sizes: nothing here was measured. A real run would fill: {keys}.", ""]
+        lines += [f"A rehearsal at tiny sizes, not a measurement. A real run would give: {keys}.", ""]
     else:
         for card in cards:
             lines += [*_budgets(machine, card), ""]
@@ -37,7 +37,7 @@ def summary(results: Path) -> str:
 
 
 def _budgets(machine: Machine, gpu: str | None) -> list[str]:
-    """What one card measured, by the limits of that card."""
+    """Return the table of one GPU's figures and limits."""
     place = budgets.card(gpu)
     lines = [f"| {gpu or 'no GPU'} | limit{f' of an {place}' if place else ''} | measured | | flags |",
              "|---|---|--:|---|---|"]  # fmt: skip
@@ -63,7 +63,7 @@ def _unverified(machine: Machine) -> Iterator[str]:
 
 
 def _unfinished(machine: Machine) -> Iterator[str]:
-    """Steps that failed, ran out of time, were skipped or measured something else, and phases that failed in others."""
+    """Yield steps that did not finish or have no figures, and failed phases."""
     for run in machine.runs:
         for step, found in run.data.get("steps", {}).items():
             outcome = str(found.get("outcome", "done"))
@@ -76,7 +76,7 @@ def _unfinished(machine: Machine) -> Iterator[str]:
 
 
 def _limited(title: str, entries: list[str], most: int) -> list[str]:
-    """A titled list of single lines, cut with the number of those left out."""
+    """Return a titled list of at most `most` lines, and the number of lines left out."""
     if not entries:
         return []
     shown = [f"* {' '.join(entry.split())[:LINE]}" for entry in entries[:most]]

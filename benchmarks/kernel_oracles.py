@@ -1,4 +1,4 @@
-"""What each case of `ragturbo.kernels.cases` must give: the op's plain-torch reference in fp64 on the same inputs."""
+"""The expected results of `benchmarks.kernel_cases`: each op's plain torch reference in fp64 on the same inputs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from ragturbo.ops.geglu import reference as geglu
 from ragturbo.ops.group_norm import reference as group_norm
 from ragturbo.ops.interleave import reference as interleave
 from ragturbo.ops.layer_norm import reference as layer_norm
-from ragturbo.ops.linear import Norm
 from ragturbo.ops.linear import reference as linear
 from ragturbo.ops.project_attention import reference as project_attention
 from ragturbo.ops.scaled_residual import reference as scaled_residual
@@ -24,19 +23,9 @@ from ragturbo.ops.softmax import reference as softmax
 from ragturbo.ops.to_uint8 import reference as to_uint8
 from ragturbo.ops.upsample import reference as upsample
 
-# Relative error in the 2-norm. It leaves room for three roundings to the storage type and for fp32 sums of 5,120 terms.
+# Maximum relative error in the 2-norm: three roundings to the storage type, or fp32 sums of 5,120 terms.
 WITHIN = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 1e-5}
 Tensors = tuple[Tensor, ...]
-
-
-def _linear(
-    x: Any, weights: Any, bias: Any, norm: str, nw: Any, nb: Any, eps: Any, groups: Any, *after: Any
-) -> Tensors:
-    return (linear(x, weights, bias, Norm(nw, nb, eps, groups) if norm else None, *after),)
-
-
-def _project(x: Any, to_q: Any, nw: Any, nb: Any, eps: Any, k: Any, v: Any, valid: Any, heads: Any) -> Tensors:
-    return (project_attention(x, to_q, k, v, valid, heads, Norm(nw, nb, eps) if nw is not None else None),)
 
 
 def _group_norm(*arguments: Any) -> Tensors:
@@ -45,13 +34,13 @@ def _group_norm(*arguments: Any) -> Tensors:
     return out if keep_sum else out[:1]
 
 
-# op -> fp64 arguments of the case's launcher -> the results that are compared.
+# op -> function from the launcher's arguments in fp64 to the results.
 FORWARD: dict[str, Callable[..., Tensors]] = {
     "slerp": lambda t, r, w, token, *guards: (slerp(t, r, w, "token" if token else "sample"),),
     "scaled_residual": lambda *a: (scaled_residual(*a),),
-    "linear": _linear,
+    "linear": lambda *a: (linear(*a),),
     "cross_attention": lambda *a: (cross_attention(*a),),
-    "project_attention": _project,
+    "project_attention": lambda *a: (project_attention(*a),),
     "group_norm": _group_norm,
     "layer_norm": lambda *a: (layer_norm(*a),),
     "geglu": lambda *a: (geglu(*a),),
@@ -63,14 +52,16 @@ FORWARD: dict[str, Callable[..., Tensors]] = {
 
 
 def compare(op: str, call: Any) -> dict[str, float]:
-    """Runs a case's call once. relative_error: the greatest of its results' against fp64.
+    """Run a case once and compare it with fp64.
 
-    control: the same error of the results in reverse order, which a comparison that proves something must refuse.
+    Returns:
+        "relative_error", the largest of its results', and "control", the error of the reversed result, which has to be
+        too large.
     """
     found: Tensors
     exact: Tensors
     if op == "to_uint8":
-        # Bytes are promised, not closeness.
+        # The bytes have to be equal.
         found, exact = (call(),), (to_uint8(*call.args),)
     elif op.endswith(" backward"):
         found, exact = _backward(op, call)
@@ -80,10 +71,10 @@ def compare(op: str, call: Any) -> dict[str, float]:
         found = (out if isinstance(out, tuple) else (out,))[: len(exact)]
     pairs = [(a.double(), b.double()) for a, b in zip(found, exact, strict=True)]
     errors = [float((a - b).norm() / b.norm()) for a, b in pairs]
-    # A gradient of one number a sample has hardly an order: the largest result shows whether order matters.
+    # The largest result, because a gradient of one number per sample hardly changes when reversed.
     a, b = max(pairs, key=lambda pair: pair[0].numel())
     control = float((a.flatten().flip(0) - b.flatten()).norm() / b.norm())
-    # A NaN must win: `max` would keep whatever came before it.
+    # `max` would not return a NaN.
     return {"relative_error": next((e for e in errors if e != e), max(errors)), "control": control}
 
 
@@ -91,7 +82,7 @@ def compare(op: str, call: Any) -> dict[str, float]:
 def _backward(op: str, call: Any) -> tuple[Tensors, Tensors]:
     if op == "cross_attention backward":
         g, q, k, v, valid, _, _, heads = call.args
-        # The case's own `out` and `softmax` are placeholders: a gradient needs those of the forward pass.
+        # The case's `out` and `softmax` are placeholders.
         found = call.func(g, q, k, v, valid, *attention_kernels.forward(q, k, v, valid, heads), heads)
         leaves = [x.double().requires_grad_() for x in (q, k, v)]
         result = cross_attention(leaves[0], leaves[1], leaves[2], valid, heads)

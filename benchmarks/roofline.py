@@ -1,10 +1,9 @@
-"""What each op must at least move and compute, and the time no machine can beat for it.
+"""The least bytes and FLOPs of each op, and the floor of its time on a GPU.
 
-Bytes are compulsory traffic: every input read once, every output written once. Time is the greatest of bytes over
-memory bandwidth, bytes over the host's link and FLOPs over the matrix peak; launches are counted, not timed. All of
-it is arithmetic: a floor is a projection, never a measurement.
+Every input is read once and every output written once. The floor is the largest of bytes over memory bandwidth, bytes
+over the host link and FLOPs over the matrix peak, without launches. It is a projection, not a measurement.
 
-`python -m ragturbo.bench.roofline --gpu H200` prints the floors of a GPU; `--tflops 989 --bandwidth 4800` those of any.
+`python -m benchmarks.roofline --gpu H200` prints the floors of a GPU, `--tflops 989 --bandwidth 4800` those of any GPU.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Machine:
-    """A GPU by its data sheet: dense 16-bit matrix FLOP/s, bytes/s of memory, bytes/s from the host, one way."""
+    """A GPU's datasheet: dense 16-bit FLOP/s, bytes/s of memory, bytes/s from the host."""
 
     name: str
     flops: float
@@ -34,7 +33,7 @@ MACHINES = {
 
 @dataclass(frozen=True)
 class Work:
-    """What an op has to do: FLOPs, bytes through device memory, bytes over the host's link, launches as implemented."""
+    """FLOPs, bytes through device memory, bytes over the host link, and launches of our implementation."""
 
     flops: float
     memory_bytes: float
@@ -43,7 +42,6 @@ class Work:
 
     @property
     def bytes(self) -> float:
-        """All that moves, whichever way."""
         return self.memory_bytes + self.link_bytes
 
     def __add__(self, other: Work) -> Work:
@@ -55,17 +53,16 @@ class Work:
         )
 
     def seconds(self, machine: Machine) -> float:
-        """The floor on `machine`."""
-        times = self.flops / machine.flops, self.memory_bytes / machine.bandwidth, self.link_bytes / machine.link
-        return max(times)
+        """Return the floor on a machine."""
+        return max(self.flops / machine.flops, self.memory_bytes / machine.bandwidth, self.link_bytes / machine.link)
 
     def fraction(self, machine: Machine, measured: float) -> float:
-        """How much of the possible a measured time (seconds) is."""
+        """Return the floor over a measured time in seconds."""
         return self.seconds(machine) / measured
 
 
 def slerp(batch: int, tokens: int, channels: int, itemsize: int = 2, per: str = "sample") -> Work:
-    """Eq. 3: two features in, one out; 6 FLOPs an element for the inner products, 3 for the blend."""
+    """Eq. 3: two features in, one out; 6 FLOPs per element for the inner products, 3 for the blend."""
     n = batch * tokens * channels
     row = channels if per == "token" else tokens * channels
     return Work(9 * n, 3 * n * itemsize + 4 * batch, launches=1 if row <= 8192 else 2)
@@ -79,7 +76,7 @@ def scaled_residual(batch: int, tokens: int, channels: int, itemsize: int = 2) -
 def linear(
     rows: int, width: int, inner: int, itemsize: int = 2, *, geglu: bool = False, residual: bool = False
 ) -> Work:
-    """rows × inner times (width × inner)ᵀ. GEGLU: twice the weights for the same output."""
+    """(rows, inner) times (width, inner)ᵀ. GEGLU has twice the weights for the same output."""
     weights = (2 if geglu else 1) * width * inner
     moved = rows * inner + weights + (2 if residual else 1) * rows * width
     return Work(2 * rows * weights, moved * itemsize)
@@ -94,7 +91,7 @@ def cross_attention(batch: int, tokens: int, neighbours: int, retrieved: int, ch
 def attention_adapter(
     batch: int, tokens: int, neighbours: int, retrieved: int, channels: int, itemsize: int = 2
 ) -> Work:
-    """Kind "attention": 3 launches. What passes between them fits in L2 and is not counted."""
+    """Kind "attention": 3 launches. Intermediate results fit in L2 and are not counted."""
     m, keys = batch * tokens, batch * neighbours * retrieved
     flops = 2 * channels**2 * (2 * m + 2 * keys)
     core = cross_attention(batch, tokens, neighbours, retrieved, channels, itemsize).flops
@@ -105,9 +102,9 @@ def attention_adapter(
 def transformer_adapter(
     batch: int, tokens: int, neighbours: int, retrieved: int, channels: int, itemsize: int = 2
 ) -> Work:
-    """Kind "transformer", the 36M block: 14 launches. What passes between them fits in L2 and is not counted."""
+    """Kind "transformer", 36M parameters: 14 launches. Intermediate results fit in L2 and are not counted."""
     m, keys = batch * tokens, batch * neighbours * retrieved
-    # proj_in, Q, K, V, out of attention 1; Q, out of attention 2; proj_out: 8 squares of C; GEGLU 8, its way back 4.
+    # In units of C²: proj_in, Q, K, V, out, Q, out, proj_out 8; GEGLU 8; its output projection 4.
     flops = 2 * channels**2 * (20 * m + 2 * keys)
     core = cross_attention(batch, tokens, neighbours, retrieved, channels, itemsize).flops
     own = cross_attention(batch, tokens, 1, tokens, channels, itemsize).flops
@@ -116,12 +113,12 @@ def transformer_adapter(
 
 
 def transformer_parameters(channels: int) -> int:
-    """36,071,680 at 1280: 22 squares of C in matrices; biases of 5 layers and the GEGLU's 8C; 4 norms."""
+    """Return 36,071,680 at 1280: 22 C² in matrices; biases of 5 layers and the GEGLU's 8 C; 4 norms."""
     return 22 * channels**2 + (5 + 8 + 8) * channels
 
 
 def group_norm(batch: int, channels: int, pixels: int, itemsize: int = 2, *, add: bool = False) -> Work:
-    """GroupNorm and SiLU: in and out; with the residual's sum, two in and two out. 10 FLOPs an element."""
+    """GroupNorm and SiLU: one in, one out; with the residual's sum two in, two out. 10 FLOPs per element."""
     n = batch * channels * pixels
     return Work(10 * n, (4 if add else 2) * n * itemsize, launches=1 if pixels <= 512 else 3)
 
@@ -131,23 +128,23 @@ def layer_norm(rows: int, channels: int, itemsize: int = 2) -> Work:
 
 
 def geglu(rows: int, width: int, itemsize: int = 2) -> Work:
-    """Values and gates in, their product out."""
+    """Values and gates in, product out."""
     return Work(12 * rows * width, (3 * rows * width + 2 * width) * itemsize)
 
 
 def bias_residual(batch: int, channels: int, pixels: int, itemsize: int = 2) -> Work:
-    """A convolution's result and the residual in, their sum with the bias out."""
+    """Convolution output and residual in, sum with bias out."""
     n = batch * channels * pixels
     return Work(2 * n, (3 * n + channels) * itemsize)
 
 
 def upsample(batch: int, channels: int, pixels: int, itemsize: int = 2) -> Work:
-    """Nearest, by two: every pixel in once, out four times."""
+    """Nearest, by two: every pixel read once and written four times."""
     return Work(0, 5 * batch * channels * pixels * itemsize)
 
 
 def interleave(batch: int, channels: int, pixels: int, itemsize: int = 2) -> Work:
-    """pixels: of the result. In and out."""
+    """pixels: of the result."""
     return Work(0, 2 * batch * channels * pixels * itemsize)
 
 
@@ -161,7 +158,7 @@ def to_uint8(batch: int, pixels: int, itemsize: int = 2) -> Work:
 
 
 def gather_rows(rows: int, tokens: int, channels: int, stored: str = "float16", *, host: bool = True) -> Work:
-    """Records over the host's link (or from device memory) into fp16 rows."""
+    """Records over the host link, or from device memory, into fp16 rows."""
     values = tokens * channels
     record = 2 * values if stored == "float16" else values + 4 * tokens
     written = 2 * values * rows
@@ -171,12 +168,12 @@ def gather_rows(rows: int, tokens: int, channels: int, stored: str = "float16", 
 
 
 def topk(keys: int, width: int, queries: int = 1) -> Work:
-    """One read of the fp16 keys, whatever the number of queries that share it."""
+    """One read of the fp16 keys for all queries."""
     return Work(2.0 * queries * keys * width, 2 * keys * width + 4 * queries * width, launches=2)
 
 
 def main_shapes() -> dict[str, Work]:
-    """SD 2.1 at 512², fp16, batch 1: 64 tokens of 1280 channels, one neighbour; 630,000 keys of 1024."""
+    """Return the work of each op for SD 2.1 at 512², fp16, batch 1, one neighbour, 630,000 keys of 1024."""
     return {
         "slerp, per sample": slerp(1, 64, 1280),
         "slerp, per token": slerp(1, 64, 1280, per="token"),
@@ -206,7 +203,7 @@ def main_shapes() -> dict[str, Work]:
 
 
 def table(machines: Sequence[Machine]) -> str:
-    """Markdown: launches, bytes and FLOPs of each op at its main shape, and its floor on each machine."""
+    """Return Markdown with launches, bytes, FLOPs and floors of each op at its main shape."""
     heads = ["op", "launches", "MB", "GFLOP", *(f"{machine.name}, µs" for machine in machines)]
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for name, work in main_shapes().items():
@@ -217,14 +214,14 @@ def table(machines: Sequence[Machine]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m ragturbo.bench.roofline", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__.splitlines()[0])
     parser.add_argument("--gpu", nargs="+", choices=sorted(MACHINES), default=sorted(MACHINES))
-    parser.add_argument("--tflops", type=float, help="any other GPU: dense 16-bit TFLOP/s")
-    parser.add_argument("--bandwidth", type=float, help="and its memory bandwidth in GB/s")
-    parser.add_argument("--link", type=float, default=32, help="and its host link in GB/s, one way")
+    parser.add_argument("--tflops", type=float, help="of another GPU: dense 16-bit TFLOP/s")
+    parser.add_argument("--bandwidth", type=float, help="of another GPU: memory bandwidth in GB/s")
+    parser.add_argument("--link", type=float, default=32, help="of another GPU: host link in GB/s, one way")
     options = parser.parse_args(argv)
     if (options.tflops is None) != (options.bandwidth is None):
-        parser.error("a GPU of your own needs both --tflops and --bandwidth")
+        parser.error("--tflops and --bandwidth have to be given together")
     if options.tflops is not None:
         machines = [Machine("this GPU", options.tflops * 1e12, options.bandwidth * 1e9, options.link * 1e9)]
     else:

@@ -1,10 +1,10 @@
-"""Finding this GPU's tiles: `python -m ragturbo.kernels.tune` times candidates and writes configs/<gpu>.json.
+"""Tune the kernels' tiles for this GPU: `python -m benchmarks.tune` times candidates and writes configs/<gpu>.json.
 
-A candidate that does not compile, does not fit or gives another result than the default is out; of the rest the
-fastest in a CUDA graph wins, if it beats the default by more than the noise. What an image reads from cold memory is
-cold here too. The file keeps both times and what made them: GPU, driver, torch, triton and commit. The most valuable
-cases come first and each is written when done, so that `--seconds` or a kill loses no more than the last. All cores
-compile candidates while earlier cases are timed; `--dry-run` only counts them, on any machine.
+Candidates that do not compile, do not fit or give another result than the default are dropped. The fastest of the
+others in a CUDA graph is taken if it is faster than the default by more than the noise. Inputs that an image reads from
+memory are not cached here either. The file has both times, GPU, driver, torch, triton and commit. The most important
+cases come first, and each is written when done, so `--seconds` or a kill loses at most one. All cores compile
+candidates while earlier cases are timed. `--dry-run` only counts the candidates, on any machine.
 """
 
 from __future__ import annotations
@@ -28,20 +28,21 @@ from typing import Any
 import torch
 import triton
 
-from ragturbo.kernels import offline, tiles
-from ragturbo.kernels.cases import CASES, FIXED_DTYPE, Call, Case
+from benchmarks import compile_offline
+from benchmarks.kernel_cases import CASES, FIXED_DTYPE, Call, Case
+from ragturbo.kernels import tiles
 from ragturbo.kernels.launch import replaced
 
 log = logging.getLogger("ragturbo")
 
-# A win smaller than this is noise.
+# Smaller gains are noise.
 WORTHWHILE = 0.03
 
-# The cases that weigh most in one image, (op, beginning of the label), in order; the others follow as CASES has them.
+# The cases with the largest share of an image: (op, beginning of the label). The others follow in the order of CASES.
 FIRST = (
     ("linear", "b1 QKV"),
     ("linear", "b1 GEGLU"),
-    # proj_in and proj_out have the shape, and so the tile, of "out".
+    # proj_in and proj_out have the same shape and tile as "out".
     ("linear", "b1 out"),
     ("linear", "b1 FF out"),
     ("project_attention", "b1"),
@@ -52,11 +53,11 @@ FIRST = (
     ("group_norm", "UNet"),
     ("gather_rows", "16 rows fp16"),
 )
-# In an image their weights or rows come from memory: 2 GB of other weights went through L2 since they were last read.
+# Ops whose weights or rows are not in L2 when an image needs them: 2 GB of other weights are read in between.
 COLD = ("linear", "project_attention", "gather_rows")
 MOST_COPIES = 64
 
-# Calls of one case, on inputs of their own, -> seconds of one.
+# Calls of one case on different inputs -> seconds per call.
 Measure = Callable[[Sequence[Call]], float]
 
 
@@ -67,7 +68,7 @@ def _product(**choices: Sequence[int]) -> list[tiles.Tile]:
 CANDIDATES: dict[str, list[tiles.Tile]] = {
     "slerp": _product(BLOCK=(1024, 2048, 4096), ONE_PASS=(2048, 8192), num_warps=(4, 8)),
     "scaled_residual": _product(BLOCK=(512, 1024, 2048, 4096), num_warps=(2, 4, 8)),
-    # The most promising first. Those that ask for more shared memory than there is are out at their first launch.
+    # The most promising first. Those that exceed the shared memory fail at their first launch.
     "linear": [
         *_product(BM=(64,), BN=(16, 32, 64), BK=(64,), num_warps=(4,), num_stages=(8, 6)),
         *_product(BM=(64,), BN=(16, 32, 64), BK=(128,), num_warps=(4,), num_stages=(4, 5, 3)),
@@ -94,13 +95,13 @@ CANDIDATES: dict[str, list[tiles.Tile]] = {
     "softmax": _product(num_warps=(4, 8, 16)),
     "to_uint8": _product(BLOCK=(512, 1024, 2048, 4096), num_warps=(4, 8)),
     "gather_rows": _product(BLOCK=(1024, 2048, 4096, 8192), num_warps=(2, 4, 8)),
-    # At seven programs a multiprocessor the loads of one hide the search of another: no stages are needed.
+    # With seven programs per multiprocessor the loads of one overlap the search of another, so stages do not help.
     "topk": _product(BN=(4, 8, 16), BD=(512, 1024), PER_PROCESSOR=(2, 4, 7, 8), num_warps=(4, 8), num_stages=(2,)),
 }  # fmt: skip
 
 
 def graph_seconds(calls: Call | Sequence[Call], launches: int = 20, replays: int = 15) -> float:
-    """Seconds of one call inside a CUDA graph that holds each of `calls` equally often: the median of the replays."""
+    """Return the median seconds per call in a CUDA graph that holds each of `calls` equally often."""
     calls = [calls] if callable(calls) else calls
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -114,7 +115,7 @@ def graph_seconds(calls: Call | Sequence[Call], launches: int = 20, replays: int
         end.record()
     torch.cuda.current_stream().wait_stream(stream)
     end.synchronize()
-    # A replay of 5 ms is long enough, whatever one call takes.
+    # At most 5 ms per replay.
     launches = max(1, min(launches, int(5 / max(begin.elapsed_time(end) / 3, 1e-3))))
     rounds = math.ceil(launches / len(calls))
     graph = torch.cuda.CUDAGraph()
@@ -124,7 +125,7 @@ def graph_seconds(calls: Call | Sequence[Call], launches: int = 20, replays: int
                 call()
     graph.replay()
     marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(replays)]
-    # All are queued before the first is waited for: a busy host's late launches would count as the GPU's time.
+    # Queue all replays before waiting, so that late launches of a busy host do not count.
     for first, last in marks:
         first.record()
         graph.replay()
@@ -134,12 +135,12 @@ def graph_seconds(calls: Call | Sequence[Call], launches: int = 20, replays: int
 
 
 def cold_calls(case: Case, dtype: torch.dtype, device: str) -> list[Call]:
-    """The case as often as it takes for its inputs to exceed L2 twice, each time with inputs of its own."""
+    """Return calls of the case on as many different inputs as exceed twice the L2."""
     gpu = torch.device(device).type == "cuda"
     before = torch.cuda.memory_allocated() if gpu else 0
     calls = [case.make(device, dtype)]
     if gpu and case.op in COLD:
-        # Of its table a gather reads as many bytes as it writes.
+        # A gather reads as many bytes of its table as it writes.
         own = calls[0]().nbytes if case.op == "gather_rows" else torch.cuda.memory_allocated() - before
         l2 = torch.cuda.get_device_properties(device).L2_cache_size
         copies = min(MOST_COPIES, 2 * l2 // max(own, 1) + 1)
@@ -149,7 +150,7 @@ def cold_calls(case: Case, dtype: torch.dtype, device: str) -> list[Call]:
 
 @dataclass(frozen=True)
 class Tuned:
-    """The winner for one kernel and shape. default: the time of the built-in tile."""
+    """The best tile of one kernel and shape, its time, and the default tile's time."""
 
     kernel: str
     shape: str
@@ -166,7 +167,7 @@ def tune_case(
     candidates: Iterable[tiles.Tile] | None = None,
     until: float = math.inf,
 ) -> Tuned:
-    """Times the candidates of one case, after the built-in tile; at time.monotonic() = until, the best so far wins."""
+    """Time the default tile and the candidates of one case, until time.monotonic() reaches `until`."""
     calls = cold_calls(case, dtype, device)
     with tiles.recorded() as asked, tiles.forced(case.tiled, {}):
         expected = calls[0]()
@@ -180,11 +181,11 @@ def tune_case(
         if time.monotonic() >= until:
             break
         with tiles.forced(case.tiled, tile):
-            # Triton's errors have no common base: PTXASError is no CompilationError, and a tile may fail an assertion.
+            # Triton's errors have no common base class, and a tile may fail an assertion.
             try:
                 found = calls[0]()
                 if not _same(found, expected, dtype):
-                    log.warning("%s %s: tile %s gives another result and is out", case.op, shapes[0], tile)
+                    log.warning("%s %s: tile %s gives another result and is dropped", case.op, shapes[0], tile)
                     continue
                 took = measure(calls)
             except Exception as error:
@@ -198,7 +199,7 @@ def tune_case(
 
 
 def _same(found: Any, expected: Any, dtype: torch.dtype) -> bool:
-    """Equal up to the rounding another order of summation makes."""
+    """Return whether results are equal up to the rounding of another summation order."""
     if not isinstance(found, torch.Tensor):
         return expected is None or all(_same(a, b, dtype) for a, b in zip(found, expected, strict=True))
     if not found.is_floating_point():
@@ -211,7 +212,7 @@ def _same(found: Any, expected: Any, dtype: torch.dtype) -> bool:
 
 
 def write(path: Path, rows: Sequence[Tuned], machine: dict[str, Any]) -> None:
-    """Adds the rows to the file of this GPU; earlier shapes that were not tuned again stay."""
+    """Add the rows to the GPU's file, keeping other shapes."""
     known = tiles.known(path)
     chosen, times = known["tiles"], known.get("microseconds", {})
     for row in rows:
@@ -222,14 +223,13 @@ def write(path: Path, rows: Sequence[Tuned], machine: dict[str, Any]) -> None:
 
 
 def compile_candidate(case: Case, dtype: torch.dtype, capability: int, tile: tiles.Tile) -> bool:
-    """In a process of its own: leaves in Triton's cache what `tune_case` will ask for. Whether it compiled."""
-    triton.runtime.driver.set_active(offline.AbsentGPU(capability))
+    """Compile a candidate into Triton's cache, in a process of its own; return whether it compiled."""
+    triton.runtime.driver.set_active(compile_offline.AbsentGPU(capability))
     compile_only = replaced(lambda kernel, grid, args, options: kernel.warmup(*args, grid=grid, **options))
     try:
         with compile_only, tiles.forced(case.tiled, tile):
             case.make("meta", dtype)()
     except Exception as error:
-        # tune_case meets it again and says so.
         log.debug("%s %s: %s", case.op, tile, error)
         return False
     return True
@@ -238,7 +238,7 @@ def compile_candidate(case: Case, dtype: torch.dtype, capability: int, tile: til
 def compile_ahead(
     pool: ProcessPoolExecutor, wanted: Sequence[tuple[Case, torch.dtype]], capability: int
 ) -> list[list[Future[bool]]]:
-    """Queues the built-in tile and the candidates of each case; their futures, by case."""
+    """Submit the default tile and the candidates of each case; return the futures by case."""
     return [
         [pool.submit(compile_candidate, case, dtype, capability, tile) for tile in ({}, *CANDIDATES[case.tiled])]
         for case, dtype in wanted
@@ -246,7 +246,7 @@ def compile_ahead(
 
 
 def in_order(wanted: Iterable[tuple[Case, torch.dtype]]) -> list[tuple[Case, torch.dtype]]:
-    """The cases of FIRST first."""
+    """Return the cases with those of FIRST first."""
 
     def rank(entry: tuple[Case, torch.dtype]) -> int:
         case = entry[0]
@@ -257,7 +257,7 @@ def in_order(wanted: Iterable[tuple[Case, torch.dtype]]) -> list[tuple[Case, tor
 
 
 def distinct(wanted: Iterable[tuple[Case, torch.dtype]]) -> list[tuple[Case, torch.dtype]]:
-    """Of cases that share a tile, the first: a later one would cost time and overwrite what was found for it."""
+    """Return the first of the cases that share a tile."""
     found: dict[tuple[str, str], tuple[Case, torch.dtype]] = {}
     for case, dtype in wanted:
         with tiles.recorded() as asked, replaced(lambda *launch: None):
@@ -267,14 +267,14 @@ def distinct(wanted: Iterable[tuple[Case, torch.dtype]]) -> list[tuple[Case, tor
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m ragturbo.kernels.tune", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__)
     parser.add_argument("--op", nargs="+", default=[], help="only these ops")
-    parser.add_argument("--label", nargs="+", default=[""], help="only cases whose label begins so: b1 VAE")
+    parser.add_argument("--label", nargs="+", default=[""], help="only labels that begin with these, such as b1 VAE")
     parser.add_argument("--dtype", nargs="+", default=["float16"], choices=["float16", "bfloat16", "float32"])
     parser.add_argument("--out", type=Path, default=tiles.INSTALLED, help="the folder of <gpu>.json")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="stop cleanly after so long")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile ahead; 0: none")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be tuned; needs no GPU")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="stop after this time")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compiling processes; 0 for none")
+    parser.add_argument("--dry-run", action="store_true", help="list what would be tuned; needs no GPU")
     options = parser.parse_args(argv)
     unknown = set(options.op) - {case.op for case in CASES}
     if unknown:
@@ -292,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{case.op}, {case.label}, {dtype}: {len(CANDIDATES[case.tiled])} candidates")
         return 0
     if not torch.cuda.is_available():
-        sys.stderr.write("tuning times kernels on a GPU, and torch sees none here\n")
+        sys.stderr.write("tuning needs a CUDA GPU, and torch sees none\n")
         return 4
     from ragturbo.machine import describe
 
@@ -305,7 +305,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for (case, dtype), compiling in zip(wanted, ahead, strict=True):
             wait(compiling, timeout=max(0.0, min(until - time.monotonic(), threading.TIMEOUT_MAX)))
             if time.monotonic() >= until:
-                print(f"{options.seconds:.0f} s are over: {case.op}, {case.label} and what follows are not tuned")
+                print(f"stopped after {options.seconds:.0f} s: {case.op}, {case.label} and the rest are not tuned")
                 break
             row = tune_case(case, dtype, "cuda", graph_seconds, until=until)
             write(path, [row], machine)
@@ -313,7 +313,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             took = f"{row.seconds * 1e6:.2f} µs, {gain:.2f}× the default, {row.tile}"
             print(f"{case.op}, {case.label}, {dtype}: {took}", flush=True)
     finally:
-        # What is being compiled ends in seconds; nothing more is begun.
         pool.shutdown(cancel_futures=True)
     return 0
 

@@ -1,7 +1,4 @@
-"""The paper's way of making an image: eager modules one after another, an fp32 VAE, search on the CPU.
-
-This is what the 116.7 ms of the paper are made of; ragturbo's own engines are measured beside it, never through it.
-"""
+"""The paper's pipeline: eager modules in sequence, an fp32 VAE, search on the CPU."""
 
 from __future__ import annotations
 
@@ -9,56 +6,57 @@ import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from diffusers import LCMScheduler, PNDMScheduler, StableDiffusionPipeline
 from torch import Tensor
 
+from ragturbo.bench.agreement import noise_of
 from ragturbo.bench.models import SCHEDULE
-from ragturbo.bench.peers import noise_of
 from ragturbo.engine.timings import StageClock
+from ragturbo.model.bundle import Bundle
 from ragturbo.model.inject import inject
+from ragturbo.model.vae import VAE
 from ragturbo.output import to_pil
-
-if TYPE_CHECKING:
-    from ragturbo.model.bundle import Bundle
-    from ragturbo.retrieval import Database, Retriever
+from ragturbo.retrieval import Database, Retriever
 
 RETRIEVAL = ("search", "gather", "encode pair")
 PNDM: dict[str, Any] = {"skip_prk_steps": True, "steps_offset": 1, "set_alpha_to_one": False}
 
 
 @dataclass
-class Timed:
+class TimedImage:
     image: Any
     latents: Tensor
     seconds: float
     stages: dict[str, float] = field(default_factory=dict)
 
 
-class Sequence:
-    """One model of Fig. 6. `steps` evaluations, twice that many under guidance."""
+class EagerPipeline:
+    """One model of Fig. 6: `steps` evaluations, with guidance twice as many."""
 
     def __init__(
         self, bundle: Bundle, kind: str, *, steps: int, guidance: float = 0.0, search: Retriever | None = None,
         database: Database | None = None, uncached: Callable[[int], tuple[str, Tensor]] | None = None,
     ) -> None:  # fmt: skip
-        """kind: "teacher", "lcm", "turbo" or "ours". database: where ids of `search` have their features.
-
-        uncached: gives (caption, pixels (1, 3, H, W)) of an id, encoded anew for every request in place of the cache.
+        """
+        Args:
+            kind: "teacher", "lcm", "turbo" or "ours".
+            database: holds the features of the ids that `search` returns.
+            uncached: returns (caption, pixels (1, 3, H, W)) of an id; the pair is then encoded for every request
+                instead of read from the database.
         """
         self.bundle, self.kind, self.steps, self.guidance = bundle, kind, steps, guidance
         self._search, self._database, self._uncached = search, database, uncached
-        # diffusers decodes SD's latents in fp32 (force_upcast): fp16 overflows in its makers' VAE.
+        # diffusers decodes SD's latents in fp32 (force_upcast), because the original VAE overflows in fp16.
         self.vae = bundle.vae
         if bundle.dtype != torch.float32:
-            from ragturbo.model.vae import VAE
-
             self.vae = VAE(torch.nn.Module.to(copy.deepcopy(bundle.vae.module), torch.float32))
         self.scheduler = _scheduler(kind, bundle)
 
     @torch.inference_mode()
-    def __call__(self, prompt: str, seed: int) -> Timed:
+    def __call__(self, prompt: str, seed: int) -> TimedImage:
         bundle, where = self.bundle, self.bundle.device
         clock = StageClock(where)
         start = time.perf_counter()
@@ -85,7 +83,7 @@ class Sequence:
         stages = {"tokenize": tokenized, **clock.seconds()}
         if self._search is not None:
             stages["search"] = searched
-        return Timed(out, latents, seconds, stages)
+        return TimedImage(out, latents, seconds, stages)
 
     def _retrieve(self, key: Tensor, found: Tensor, clock: StageClock) -> tuple[Tensor, Tensor]:
         bundle, where = self.bundle, self.bundle.device
@@ -97,7 +95,7 @@ class Sequence:
         if self._uncached is not None:
             caption, pixels = self._uncached(int(found[0, 0]))
             with clock.stage("encode pair"):
-                # Fig. 2 without the cache: the pair goes through the text encoder, the VAE and the UNet's encoder.
+                # Fig. 2 without the cache.
                 text = bundle.text.encode(bundle.text.tokenize([caption]).input_ids.to(where)).hidden_states
                 latents = bundle.vae.encode(pixels.to(where, bundle.dtype))
                 h_retr = bundle.unet.retrieval_features(latents, text)[:, None]
@@ -110,8 +108,10 @@ class Sequence:
         x = noise_of(bundle, [seed]).to(bundle.device, bundle.dtype) * scheduler.init_noise_sigma
         conditions: dict[str, Any] = {}
         if width := bundle.unet.unet.config.time_cond_proj_dim:
-            # LCM takes its guidance as an embedding: its scale is 8.5 in the authors' own example, one pass a step.
-            conditions["timestep_cond"] = _guidance_embedding(8.5 - 1, width).to(bundle.device, bundle.dtype)
+            # LCM takes the guidance scale as an embedding; 8.5 is the scale of the authors' example.
+            embed = StableDiffusionPipeline.get_guidance_scale_embedding
+            embedding = embed(None, torch.tensor([8.5 - 1]), embedding_dim=width)  # type: ignore[arg-type]
+            conditions["timestep_cond"] = embedding.to(bundle.device, bundle.dtype)
         for timestep in scheduler.timesteps:
             sample = torch.cat([x, x]) if self.guidance > 1 else x
             sample = scheduler.scale_model_input(sample, timestep)
@@ -130,33 +130,14 @@ class Sequence:
                 options = {"generator": generator} if self.kind == "lcm" else {}
                 stepped = scheduler.step(out, timestep, x, **options)
                 x = stepped.prev_sample
-        # LCM's last step returns the denoised sample beside the one it would go on with.
+        # LCM's scheduler returns the denoised sample apart from the noised one of the next step.
         return stepped.denoised if self.kind == "lcm" else x
 
 
 def _scheduler(kind: str, bundle: Bundle) -> Any:
-    """diffusers' own: PNDM for the teacher, as SD 2.1-base ships it, LCM's, and Euler for one step."""
-    from diffusers import LCMScheduler, PNDMScheduler
-
+    """Return PNDM for the teacher, as SD 2.1-base ships it, LCM's own, and Euler for one step."""
     if kind == "teacher":
         return PNDMScheduler(**SCHEDULE, **PNDM)
     if kind == "lcm":
         return LCMScheduler(**SCHEDULE)
     return type(bundle.scheduler).from_config(bundle.scheduler.config)
-
-
-def teacher_evaluations(steps: int) -> int:
-    """PNDM evaluates its second timestep twice: 51 for 50 steps."""
-    from diffusers import PNDMScheduler
-
-    scheduler: Any = PNDMScheduler(**SCHEDULE, **PNDM)
-    scheduler.set_timesteps(steps)
-    return len(scheduler.timesteps)
-
-
-def _guidance_embedding(w: float, width: int) -> Tensor:
-    """The sinusoidal embedding of LCM's guidance scale, (1, width)."""
-    half = width // 2
-    frequencies = torch.exp(torch.arange(half) * -(torch.log(torch.tensor(10000.0)) / (half - 1)))
-    angles = w * 1000.0 * frequencies[None]
-    return torch.cat([angles.sin(), angles.cos()], dim=1)

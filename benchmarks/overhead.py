@@ -1,7 +1,7 @@
-"""`python -m ragturbo.bench.overhead`: what generate() costs over the same modules called by hand.
+"""`python -m benchmarks.overhead`: the overhead of generate() over the same modules called by hand.
 
-Both make the same images, one after the other in random order, on one thread of torch's; a pair is one image of
-each. Compared are the processor's time of the whole process (every thread, no waiting for others) and the wall's.
+Both generate the same images in pairs, in random order, with one torch thread. CPU time of the process and wall time
+are compared.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ragturbo.bench.peers import noise_of
+from benchmarks.timing import summary
+from ragturbo.bench.agreement import noise_of
 from ragturbo.bench.prompts import prompts
-from ragturbo.bench.timing import summary
-from ragturbo.engine.reference import cosine_of
 from ragturbo.machine import describe, now
-from ragturbo.model.inject import blend_weights, inject
+from ragturbo.model.inject import blend_weights, cosine, inject
 from ragturbo.model.onestep import make_schedule
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ Draw = Callable[[str, int], np.ndarray]
 
 
 def by_hand(bundle: Bundle, database: Any = None) -> Draw:
-    """Prompt and seed to uint8 (1, H, W, 3) without requests, queue or checks; with a database, mode "adapter"."""
+    """Return a function of prompt and seed to uint8 (1, H, W, 3). With a database it computes mode "adapter"."""
     schedule = make_schedule(bundle.scheduler, 1, distilled=bundle.info.distilled, device=bundle.device)
 
     @torch.inference_mode()
@@ -46,8 +45,8 @@ def by_hand(bundle: Bundle, database: Any = None) -> Draw:
             out = bundle.unet.unet(sample, schedule.timesteps[0], states.hidden_states).sample
         else:
             ids, scores = database.search(states.key, bundle.info.num_neighbors)
-            cosine = cosine_of(states.key, database.keys(ids))
-            lam, valid = blend_weights(cosine, ids, scores)
+            similarity = cosine(states.key, database.keys(ids))
+            lam, valid = blend_weights(similarity, ids, scores)
             rows = database.features(ids).to(bundle.dtype)
             state = bundle.unet.encode(sample, schedule.timesteps[0], states.hidden_states)
             out = bundle.unet.decode(
@@ -60,7 +59,7 @@ def by_hand(bundle: Bundle, database: Any = None) -> Draw:
 
 
 def pairs(library: Draw, hand: Draw, words: Sequence[str], rounds: int, warmups: int = 5) -> dict[str, Any]:
-    """Seconds of `rounds` pairs, of the processor and of the wall, and the overhead: of the medians, and its spread."""
+    """Return CPU and wall seconds of `rounds` pairs, and the overhead with its confidence interval."""
     for i in range(warmups):
         library(words[i % len(words)], i), hand(words[i % len(words)], i)
     seconds: dict[str, dict[str, list[float]]] = {clock: {"library": [], "hand": []} for clock in ("processor", "wall")}
@@ -79,13 +78,13 @@ def pairs(library: Draw, hand: Draw, words: Sequence[str], rounds: int, warmups:
     for clock, taken in seconds.items():
         hand_p50 = statistics.median(taken["hand"])
         added = [a - b for a, b in zip(taken["library"], taken["hand"], strict=True)]
-        # The median's own noise, by the order statistics of a binomial: two standard deviations of its rank.
+        # 95 % interval of the median: two standard deviations of its rank.
         ordered, half = sorted(added), len(added) ** 0.5
         low, high = (ordered[round(max(0, min(rounds - 1, rounds / 2 + sign * half)))] for sign in (-1, 1))
         out[clock] = {
             "overhead": statistics.median(added) / hand_p50,
             "overhead_95": [low / hand_p50, high / hand_p50],
-            # Of the tenth percentiles: on a machine that does other work too, the rounds it left alone.
+            # Less sensitive to other processes than the median.
             "overhead_p10": _p10(taken["library"]) / _p10(taken["hand"]) - 1,
             "library_p50_s": statistics.median(taken["library"]),
             "hand_p50_s": hand_p50,
@@ -98,7 +97,7 @@ def _p10(seconds: list[float]) -> float:
 
 
 def measure(model: str = "shapes", rounds: int = 200) -> dict[str, Any]:
-    """The record: modes "none" and "adapter" of a model on the CPU."""
+    """Measure modes "none" and "adapter" of a model on the CPU and return the record."""
     from ragturbo.generate import Generator
 
     torch.set_num_threads(1)
@@ -106,7 +105,7 @@ def measure(model: str = "shapes", rounds: int = 200) -> dict[str, Any]:
     with Generator.from_pretrained(model, device="cpu", dtype="float32", batch_sizes=(1,)) as gen:
         bundle = gen._bundle
         if gen.database is not None:
-            # Words the model knows: nothing is to be warned of.
+            # Captions of the database, so that the model knows every word.
             words = [record.caption for record in gen.database.records(gen.database.ids[:64])]
         for mode, database in (("none", None), ("adapter", gen.database)):
             if mode == "adapter" and (bundle.adapter is None or database is None):
@@ -118,7 +117,7 @@ def measure(model: str = "shapes", rounds: int = 200) -> dict[str, Any]:
                 return output.images
 
             difference = int(np.abs(library(words[0], 7).astype(int) - hand(words[0], 7).astype(int)).max())
-            assert difference <= 1, f"mode {mode}: the images differ by {difference}: not the same work"
+            assert difference <= 1, f"mode {mode}: the images differ by {difference}"
             found[mode] = pairs(library, hand, words, rounds)
     worst = max(result["wall"]["overhead"] for result in found.values())
     flags = [f"{mode}: {flag}" for mode, result in found.items()
@@ -128,10 +127,10 @@ def measure(model: str = "shapes", rounds: int = 200) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m ragturbo.bench.overhead", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=__doc__)
     parser.add_argument("--model", default="shapes")
     parser.add_argument("--rounds", type=int, default=200)
-    parser.add_argument("--out", type=Path, help="where the record goes; without it only the summary is printed")
+    parser.add_argument("--out", type=Path, help="write the record as JSON")
     options = parser.parse_args()
     record = measure(options.model, options.rounds)
     if options.out:

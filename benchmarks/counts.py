@@ -1,6 +1,6 @@
-"""What a stage must do, counted without a GPU: FLOPs by dtype, bytes, and launches. The same on every machine.
+"""Count the FLOPs by dtype, bytes, launches and allocations of each stage, without a GPU.
 
-The modules run under FakeTensorMode as if on a CUDA device: shapes and dtypes flow, nothing is computed or stored.
+The modules run under FakeTensorMode as if on a CUDA device: shapes and dtypes are propagated, nothing is computed.
 """
 
 from __future__ import annotations
@@ -11,27 +11,34 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import flop_registry
 
-STAGES = ("text", "encode", "adapter", "decode", "vae")
+from ragturbo.bench.models import CONFIGS, modules
+from ragturbo.model.unet import HSpaceUNet
+from ragturbo.model.vae import VAE
 
 
 @dataclass
 class Counts:
+    """
+    Args:
+        flops: of matrix products, convolutions and attention, by dtype.
+        eager_bytes: read and written by the eager ops.
+        least_bytes: every input read once and every result written once.
+        launches: ops that start at least one kernel; views and empty allocations do not.
+        allocations: tensors with memory of their own.
+    """
+
     flops: dict[str, int] = field(default_factory=dict)
-    """Of matrix products, convolutions and attention, by the dtype they run in."""
     eager_bytes: int = 0
-    """Read and written by the eager ops, each by itself."""
     least_bytes: int = 0
-    """Every tensor from outside read once, every result that leaves written once."""
     launches: int = 0
-    """Ops that start at least one kernel: views, shapes and empty allocations do not."""
     allocations: int = 0
-    """Tensors that take memory of their own."""
 
     @property
     def total_flops(self) -> int:
@@ -47,7 +54,7 @@ class _Counter(TorchDispatchMode):
         self.counts = Counts()
         self._inside: set[int] = set()
         self._outside: dict[int, int] = {}
-        # Storages are told apart by identity, so they must outlive the count.
+        # Storages are identified by address, so they have to outlive the count.
         self._kept: list[Any] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -77,7 +84,7 @@ class _Counter(TorchDispatchMode):
             counts.flops[name] = counts.flops.get(name, 0) + flops
 
     def attention(self, given: list[torch.Tensor], out: torch.Tensor, flops: int) -> None:
-        """One fused kernel, entered from above the dispatcher."""
+        """Count one fused kernel."""
         for tensor in given:
             self._see(tensor)
         self._own(out)
@@ -102,7 +109,7 @@ class _Counter(TorchDispatchMode):
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Without a driver torch would take attention apart into products and a softmax; on a GPU it is one kernel."""
+    """Count attention as one kernel: without a CUDA driver torch decomposes it into products and a softmax."""
 
     def __init__(self, counter: _Counter) -> None:
         super().__init__()
@@ -113,7 +120,7 @@ class _FusedAttention(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         q, k, v = args[:3] if len(args) >= 3 else (*args, *((kwargs or {})[n] for n in ("query", "key", "value")))[:3]
         out = q.new_empty((*q.shape[:-1], v.shape[-1]))
-        # Two products, two FLOPs to a multiply and add.
+        # Two products, two FLOPs per multiply-add.
         flops = 2 * q.shape[:-1].numel() * k.shape[-2] * (q.shape[-1] + v.shape[-1])
         self._counter.attention([q, k, v], out, flops)
         return out
@@ -123,7 +130,7 @@ _FREE = ("empty", "new_empty", "empty_like", "empty_strided", "detach", "lift_fr
 
 
 def launches(func: Any, made: list[torch.Tensor]) -> bool:
-    """Whether an op starts a kernel: not a view (its result shares an input's storage) and not an empty allocation."""
+    """Return whether an op starts a kernel: it is neither a view nor an empty allocation."""
     name = func._schema.name.split("::")[-1]
     return bool(made) and not func.is_view and name not in _FREE
 
@@ -133,35 +140,25 @@ def _nbytes(tensor: torch.Tensor) -> int:
 
 
 def count(call: Callable[[], Any]) -> Counts:
-    """Counts one call; tensors may be fake, but not inference tensors.
+    """Count one call. Its tensors may be fake, but not inference tensors.
 
-    In inference mode linear and conv2d reach the counter whole, and whole they are in no registry of FLOPs.
+    Inference mode is off, because in it linear and conv2d are dispatched as ops that torch's FLOP registry lacks.
     """
     with torch.inference_mode(False), torch.no_grad(), _Counter() as counter, _FusedAttention(counter):
         out = call()
     return counter.finish(out)
 
 
-def fake_cuda() -> Any:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    return FakeTensorMode(allow_non_fake_inputs=True)
-
-
 @lru_cache(maxsize=16)
 def stage_counts(config: str, dtype: torch.dtype = torch.float16, batch: int = 1, neighbors: int = 1,
                  vae_dtype: torch.dtype | None = None) -> dict[str, Counts]:  # fmt: skip
-    """Counts of each stage of one image batch in a configuration of `ragturbo.bench.models`."""
-    from ragturbo.bench.models import CONFIGS, modules
-    from ragturbo.model.unet import HSpaceUNet
-    from ragturbo.model.vae import VAE
-
+    """Return the counts of each stage for a configuration of `ragturbo.bench.models`."""
     length = CONFIGS[config]["text"]["max_position_embeddings"]
     out: dict[str, Counts] = {}
-    # Made in inference mode, the modules' own tensors would be inference tensors, counted otherwise.
+    # Modules created in inference mode would have inference tensors.
     with torch.inference_mode(False), torch.no_grad():
         parts = modules(config, {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1})
-    with torch.inference_mode(False), torch.no_grad(), fake_cuda(), torch.device("cuda"):
+    with torch.inference_mode(False), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
         for name, module in parts.items():
             precision = vae_dtype if name == "vae" and vae_dtype else dtype
             _as_if_on_cuda(module.eval(), precision)
@@ -187,7 +184,7 @@ def stage_counts(config: str, dtype: torch.dtype = torch.float16, batch: int = 1
 
 
 def _as_if_on_cuda(module: torch.nn.Module, dtype: torch.dtype) -> None:
-    """nn.Module.to swaps parameters in place, which fake ones refuse."""
+    """Do what nn.Module.to does, which fails for fake parameters."""
     for part in module.modules():
         for name, parameter in part._parameters.items():
             if parameter is not None:
@@ -196,10 +193,3 @@ def _as_if_on_cuda(module: torch.nn.Module, dtype: torch.dtype) -> None:
         for name, buffer in part._buffers.items():
             if buffer is not None:
                 part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cuda")
-
-
-def counted_by_torch(call: Callable[[], Any]) -> int:
-    """The same FLOPs by torch's own counter: what the tests hold ours against."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        call()
-    return counter.get_total_flops()

@@ -1,8 +1,8 @@
-"""Compiling kernels for a GPU that is not there, and reading from the machine code what they will use of it.
+"""Compile the kernels without a GPU and read their resource usage from the machine code.
 
-`python -m ragturbo.kernels.offline` compiles every kernel at its main shapes for sm_80, sm_89 and sm_90 and prints
-registers, shared memory and spills. The launchers run on tensors without memory, so that what is compiled is what a GPU
-would be given: the same tiles, constants and alignment.
+`python -m benchmarks.compile_offline` compiles every kernel at its main shapes for sm_80, sm_89 and sm_90 and prints
+registers, shared memory and spills. The launchers run on meta tensors, so tiles, constants and alignment are the same
+as on a GPU.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
+from benchmarks.kernel_cases import CASES, FIXED_DTYPE
 from ragturbo.kernels.launch import INTERPRET, replaced
 
-# Bytes of shared memory one block may ask for, by compute capability.
+# Maximum shared memory of a block in bytes, by compute capability.
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 
 class AbsentGPU(DriverBase):
-    """Answers what Triton's compiler asks of a driver, for one target."""
+    """A Triton driver for one target that can only compile."""
 
     def __init__(self, capability: int) -> None:
         super().__init__()
@@ -56,15 +57,21 @@ class AbsentGPU(DriverBase):
         return torch.device("meta")
 
     def map_python_to_cpp_type(self, ty: str) -> str:
-        raise NotImplementedError("nothing is launched on a GPU that is not there")
+        raise NotImplementedError("there is no GPU to launch on")
 
     def get_benchmarker(self) -> Any:
-        raise NotImplementedError("nothing is timed on a GPU that is not there")
+        raise NotImplementedError("there is no GPU to time on")
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What one kernel, compiled for one target, asks of a multiprocessor. Spilled registers show as stack or local."""
+    """Resource usage of one kernel for one target. Spilled registers count as stack or local.
+
+    Args:
+        load_bytes: the widest load from global memory.
+        matrix: the matrix instruction, if any.
+        inexact: division and square root instructions that PTX does not round correctly.
+    """
 
     kernel: str
     capability: int
@@ -75,10 +82,8 @@ class Compiled:
     shared: int
     stack: int
     local: int
-    # The widest load from global memory, in bytes; the matrix instruction, if any.
     load_bytes: int
     matrix: str
-    # Division and square root that PTX does not round correctly.
     inexact: tuple[str, ...]
 
     @property
@@ -91,12 +96,12 @@ class Compiled:
 
 
 def cuobjdump() -> Path:
-    """The one in Triton's wheel."""
+    """Return the path of the cuobjdump in Triton's wheel."""
     return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
 def resources(cubin: bytes) -> dict[str, int]:
-    """What cuobjdump says of a cubin: REG, STACK, LOCAL, SHARED and more."""
+    """Return cuobjdump's resource usage of a cubin: REG, STACK, LOCAL, SHARED and more."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -104,12 +109,12 @@ def resources(cubin: bytes) -> dict[str, int]:
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     found = {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", text)}
     if "REG" not in found:
-        raise RuntimeError(f"cuobjdump says nothing of registers:\n{text}")
+        raise RuntimeError(f"cuobjdump printed no register count:\n{text}")
     return found
 
 
 def _widest_load(ptx: str) -> int:
-    """In bytes, of plain loads and of asynchronous copies to shared memory."""
+    """Return the widest plain load or asynchronous copy to shared memory, in bytes."""
     plain = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.b(\d+)", ptx)
     copied = re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*, (0x[0-9a-f]+|\d+)\s*,", ptx)
     widths = [int(count or 1) * int(bits) // 8 for count, bits in plain] + [int(count, 0) for count in copied]
@@ -117,12 +122,10 @@ def _widest_load(ptx: str) -> int:
 
 
 def compile_op(op: str, dtype: torch.dtype, capability: int) -> list[Compiled]:
-    """Every case of one op for one target; a kernel that several cases share appears once."""
-    from ragturbo.kernels.cases import CASES
-
+    """Compile every case of one op for one target; a kernel that several cases share appears once."""
     if INTERPRET:
-        raise RuntimeError("TRITON_INTERPRET=1 leaves nothing to compile: unset it before Python starts")
-    # The driver of this process, from here on: run it in one of its own.
+        raise RuntimeError("TRITON_INTERPRET=1 disables compilation: unset it before Python starts")
+    # This replaces the driver of the whole process.
     triton.runtime.driver.set_active(AbsentGPU(capability))
     found: dict[str, tuple[Any, list[str]]] = {}
     label = ""
@@ -165,9 +168,7 @@ def _read(compiled: Any, labels: list[str], dtype: torch.dtype, capability: int)
 def compile_all(
     capabilities: Sequence[int], dtypes: Sequence[torch.dtype], ops: Sequence[str] = (), jobs: int | None = None
 ) -> list[Compiled]:
-    """Every op (or those named) × dtype × capability, in parallel processes, one op of one target each at a time."""
-    from ragturbo.kernels.cases import CASES, FIXED_DTYPE
-
+    """Compile every op (or those named) for every dtype and capability, in parallel processes."""
     names = list(dict.fromkeys(case.op for case in CASES if not ops or case.op in ops))
     tasks = [
         (op, dtype, capability)
@@ -193,19 +194,19 @@ def table(rows: Sequence[Compiled]) -> str:
 
 
 def record(rows: Sequence[Compiled]) -> dict[str, Any]:
-    """The rows and what compiled them."""
+    """Return the rows with a description of the machine and software."""
     from ragturbo.machine import describe, now
 
     return {"kind": "offline-compile", "datetime": now(), "context": describe(), "rows": [asdict(row) for row in rows]}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m ragturbo.kernels.offline", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compile_offline", description=__doc__)
     parser.add_argument("--sm", type=int, nargs="+", default=[80, 89, 90], choices=sorted(SHARED_LIMIT))
     parser.add_argument("--dtype", nargs="+", default=["float16", "bfloat16", "float32"])
-    parser.add_argument("--op", nargs="+", default=[], help="only these")
-    parser.add_argument("--jobs", type=int, help="processes; one a core by default")
-    parser.add_argument("--json", type=Path, help="also write the rows here")
+    parser.add_argument("--op", nargs="+", default=[], help="only these ops")
+    parser.add_argument("--jobs", type=int, help="processes, by default one per core")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
     options = parser.parse_args(argv)
     rows = compile_all(options.sm, [getattr(torch, name) for name in options.dtype], options.op, options.jobs)
     if options.json:

@@ -1,7 +1,4 @@
-"""What "added" is measured on: tens of thousands of distinct int8 records, and as many keys as the paper searches.
-
-Records are random bytes, as the store sees them; search, gather and blending cost the same for any.
-"""
+"""The database of the GPU step `added`: 65,000 distinct int8 records of random bytes, and 630,000 keys."""
 
 from __future__ import annotations
 
@@ -18,30 +15,33 @@ if TYPE_CHECKING:
     from ragturbo.model.bundle import Bundle
     from ragturbo.retrieval import Database
 
-# Rows: 5 GB, a hundred times what a GPU's L2 holds and written and page-locked within seconds. All 630,000 are 52 GB.
+# 5 GB, a hundred times a GPU's L2, which are written and page-locked within seconds. All 630,000 would be 52 GB.
 ROWS = 65_000
 KEYS = 630_000
-# As many segments as threads write them.
+# As many segments as writing threads.
 SEGMENT = 4096
 
 
 def where_and_how_many(
     bundle: Bundle, wanted: int, folders: tuple[str, ...] = ("/dev/shm", "/tmp")
 ) -> tuple[Path, int]:
-    """The first folder with room for all, or the one with the most, and how many records fit there and once more into
-    page-locked memory. Memory comes first: a lent machine's disk may be slow."""
+    """Return a folder, and how many records fit there and a second time into page-locked memory.
+
+    The first folder with room for all of them is taken, or the one with the most room. /dev/shm comes first, because
+    the disk may be slow.
+    """
     geometry = _geometry(bundle)
     places = [Path(f) for f in folders if Path(f).is_dir()]
     room = {p: int(0.9 * shutil.disk_usage(p).free / geometry.stride) for p in places}
     place = max(places, key=lambda p: min(room[p], wanted))
     memory = available_memory()
-    # Files of a memory file system are memory too.
+    # Files in /dev/shm use memory too.
     each = geometry.record_bytes + (geometry.stride if str(place).startswith("/dev/shm") else 0)
     return place, max(1, min(wanted, room[place], int(0.85 * memory / each)))
 
 
 def available_memory() -> int:
-    """Bytes that programs may still take, by the kernel's own estimate."""
+    """Return the kernel's estimate of available memory in bytes."""
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
@@ -49,8 +49,10 @@ def available_memory() -> int:
 
 
 def prompt_keys(bundle: Bundle, words: list[str]) -> np.ndarray:
-    """(N, K) fp32 keys of prompts. With random weights they lie close together: without rows of their own all prompts
-    would find the same few rows."""
+    """Return the (N, K) fp32 keys of prompts.
+
+    With random weights the keys are close together: without rows of their own all prompts would find the same few rows.
+    """
     parts = []
     with torch.inference_mode():
         for start in range(0, len(words), 64):
@@ -61,8 +63,7 @@ def prompt_keys(bundle: Bundle, words: list[str]) -> np.ndarray:
 
 @torch.inference_mode()
 def pad_keys(keys: DeviceKeys, count: int) -> None:
-    """Lengthens the keys on the device to `count`: all are read and scored as any other, and none is found, because
-    they are a sixteenth as long as a key of a row."""
+    """Extend the keys on the device to `count`. The new ones are searched but never found: their norm is 1/16."""
     old = keys.searched
     generator = torch.Generator(old.device).manual_seed(0)
     short = torch.randn((count - keys.count, old.shape[1]), generator=generator, device=old.device, dtype=old.dtype)
@@ -72,16 +73,18 @@ def pad_keys(keys: DeviceKeys, count: int) -> None:
     keys.stored = keys.searched if same else torch.cat([keys.stored, short])
     keys.count = count
     if old.is_cuda:
-        # The replays that read them run on other streams.
+        # The graphs that read them run on other streams.
         torch.cuda.synchronize(old.device)
 
 
 def write(
     bundle: Bundle, folder: Path, count: int, *, workers: int = 8, seed: int = 0, own: np.ndarray | None = None
 ) -> Database:
-    """`count` records under `folder`, opened without checksums on reads and with as many reading threads.
+    """Write `count` records and open them without checksums.
 
-    own: (N, K) keys that replace those of N random rows.
+    Args:
+        workers: threads for writing and reading.
+        own: (N, K) keys that replace those of N random rows.
     """
     from ragturbo.bench.models import clustered_keys
     from ragturbo.retrieval import Database, durable, writer
@@ -116,7 +119,7 @@ def _segment(folder: Path, base: Any, keys: np.ndarray, pool: np.ndarray, start:
         for i in range(first, last):
             at = i * 7919 % 1_000_003
             rows[i - first, :size] = pool[at : at + size]
-        # The scales behind a record's values are floats: any bytes will not do.
+        # The scales after a record's values have to be finite floats.
         rows[:, values:size] = np.full(geometry.tokens, 0.01, "<f4").view(np.uint8)
         out.add_encoded([Record(i, f"pair {i}") for i in range(first, last)], keys[first:last], rows)
     return Finished(*out.finish())

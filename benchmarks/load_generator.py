@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ragturbo.bench import timing
+from benchmarks import timing
 from ragturbo.errors import Overloaded
 
 Submit = Callable[[int], "Future[Any]"]
@@ -20,14 +20,18 @@ Submit = Callable[[int], "Future[Any]"]
 
 @dataclass
 class LoadResult:
+    """
+    Args:
+        rate: requested arrivals per second; 0 for a closed loop.
+        latencies: seconds from the intended arrival to the finished image, which includes the delay of a slow server.
+        late_start: maximum delay of the load generator itself; large values invalidate the run.
+    """
+
     rate: float
-    """Arrivals a second asked for; 0 for a closed loop."""
     seconds: float = 0.0
     latencies: list[float] = field(default_factory=list)
-    """From the intended arrival to the finished image: a server that falls behind cannot hide it."""
     rejected: int = 0
     late_start: float = 0.0
-    """The most by which the generator of load itself was late: large values spoil the run."""
 
     def summary(self) -> dict[str, Any]:
         out: dict[str, Any] = {
@@ -45,7 +49,7 @@ class LoadResult:
 
 
 def closed_loop(call: Callable[[int], Any], *, threads: int, seconds: float) -> LoadResult:
-    """`threads` callers, each with one request in flight, for `seconds`. Gives the capacity."""
+    """Run `threads` callers with one request in flight each. The result gives the capacity."""
     result, lock = LoadResult(rate=0.0), threading.Lock()
     turn = iter(range(10**9))
     start = time.perf_counter()
@@ -70,7 +74,7 @@ def closed_loop(call: Callable[[int], Any], *, threads: int, seconds: float) -> 
 
 
 def open_loop(submit: Submit, *, rate: float, seconds: float, seed: int = 0, least: int = 10) -> LoadResult:
-    """Poisson arrivals at `rate` a second, whether or not earlier requests have finished."""
+    """Submit Poisson arrivals at `rate` per second, whether or not earlier requests have finished."""
     rng = np.random.default_rng(seed)
     gaps = rng.exponential(1 / rate, size=max(least, int(rate * seconds)))
     arrivals = np.cumsum(gaps)
@@ -107,7 +111,7 @@ def open_loop(submit: Submit, *, rate: float, seconds: float, seed: int = 0, lea
 
 
 def after_idling(call: Callable[[int], Any], *, pauses: int, idle: float) -> list[float]:
-    """Seconds of the first request after each pause: clocks fall and caches cool while nothing runs."""
+    """Return the seconds of the first request after each pause."""
     out = []
     for i in range(pauses):
         time.sleep(idle)

@@ -1,7 +1,7 @@
-"""`python -m ragturbo.bench.check`: counts that do not depend on the machine, against the committed ones.
+"""`python -m benchmarks.check_counts`: compare machine-independent counts with the committed ones.
 
-FLOPs, bytes, launches and allocations of every stage at SD 2.1's size, and of every op at its main shape. A change that
-makes an image dearer shows here before anyone has a GPU. `--write` commits to the new counts.
+These are FLOPs, bytes, launches and allocations of every stage at SD 2.1's size, and of every op at its main shape.
+`--write` updates the committed counts.
 """
 
 from __future__ import annotations
@@ -14,18 +14,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from benchmarks import roofline
+from benchmarks.counts import stage_counts
 from ragturbo.machine import ROOT
 
 FILE = ROOT / "benchmarks" / "stage_counts.json"
 
 
 def counted() -> dict[str, Any]:
-    """{"stages": {stage: counts}, "ops": {op at its shape: counts}}, on any machine."""
-    import torch
-
-    from ragturbo.bench import roofline
-    from ragturbo.bench.counts import stage_counts
-
+    """Return {"stages": {stage: counts}, "ops": {op and shape: counts}}."""
     stages = stage_counts("sd21", torch.float16)
     return {
         "what": "eager modules in fp16, 512x512, batch 1, one neighbour; ops as roofline.py counts them",
@@ -35,7 +34,7 @@ def counted() -> dict[str, Any]:
 
 
 def differences(now: Any, committed: Any, path: str = "") -> Iterator[str]:
-    """One line for each count that is not the committed one."""
+    """Yield one line for each count that differs."""
     if isinstance(now, dict) and isinstance(committed, dict):
         for key in dict.fromkeys([*committed, *now]):
             yield from differences(now.get(key), committed.get(key), f"{path}/{key}" if path else str(key))
@@ -47,10 +46,8 @@ def differences(now: Any, committed: Any, path: str = "") -> Iterator[str]:
 
 
 def main(argv: Sequence[str] | None = None, file: Path = FILE) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m ragturbo.bench.check", description="Counts against committed ones."
-    )
-    parser.add_argument("--write", action="store_true", help="commit to the counts as they are now")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.check_counts", description=__doc__)
+    parser.add_argument("--write", action="store_true", help="update the committed counts")
     options = parser.parse_args(argv)
     now = json.loads(json.dumps(counted()))
     if options.write:
@@ -60,7 +57,7 @@ def main(argv: Sequence[str] | None = None, file: Path = FILE) -> int:
     for line in found:
         sys.stdout.write(line + "\n")
     if found:
-        sys.stdout.write(f"{len(found)} counts differ from {file}; if that is meant: --write\n")
+        sys.stdout.write(f"{len(found)} counts differ from {file}; update it with --write if this is intended\n")
     return 1 if found else 0
 
 

@@ -1,4 +1,4 @@
-"""One step of a longer run as a process of its own: a time box, a log written as it comes, all children ended."""
+"""Run a step as a process with a time limit, log its output, and kill its children."""
 
 from __future__ import annotations
 
@@ -16,35 +16,44 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-# Of one step's output: the head goes into the log as it comes, of what exceeds it the tail follows at the end.
+# Characters of a step's output that are logged: the head as it comes, and the tail at the end.
 LOG_HEAD, LOG_TAIL = 150_000, 50_000
-# The lines of a step's output that are shown while it runs.
+# Beginnings of the output lines that are also printed.
 _SHOWN = ("FAILED", "ERROR", "E   ", "first light:", "gpu:")
 MOST_SHOWN = 60
-# Seconds that a killed process is waited for.
+# Seconds to wait for a killed process.
 UNKILLABLE = 10.0
 
 
 @dataclass(frozen=True)
 class Step:
+    """
+    Args:
+        box: time limit in seconds.
+        result: the JSON file or folder that the step updates while it runs.
+        needs: programs or modules without which the step is skipped.
+    """
+
     name: str
     command: list[str]
     box: float
-    """Seconds after which it is ended."""
     result: Path | None = None
-    """JSON it leaves, complete or not, at any time while it runs."""
     needs: tuple[str, ...] = ()
-    """Programs or modules without which it is skipped."""
     environment: dict[str, str] = field(default_factory=dict)
 
 
 def run(
     step: Step, seconds: float, log: IO[str], *, cwd: Path, poll: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
-    """Runs a step for at most its box and `seconds`; what it prints goes to `log`. poll: called every second meanwhile.
+    """Run a step for at most its time limit and `seconds`.
 
-    Returns outcome ("done", "failed with N", "killed by signal N", "out of time", "skipped: why"), wall_s, box_s and,
-    of a step that did not finish, the last lines of its output as tail.
+    Args:
+        log: receives the output.
+        poll: called every second while the step runs.
+
+    Returns:
+        "outcome" ("done", "failed with N", "killed by signal N", "out of time" or "skipped: reason"), "wall_s", "box_s"
+        and, if the step did not succeed, the end of its output as "tail".
     """
     for need in step.needs:
         if shutil.which(need) is None and (not need.isidentifier() or importlib.util.find_spec(need) is None):
@@ -71,8 +80,7 @@ def run(
             except subprocess.TimeoutExpired:
                 poll()
     finally:
-        # Also after a step that ended: children that it left would run beside the next one. And where this process is
-        # interrupted: the step has a session of its own, which Ctrl-C does not reach.
+        # Also after success, when children may be left, and on an interrupt, which does not reach the step's session.
         try:
             os.killpg(process.pid, signal.SIGKILL)
         except ProcessLookupError:
@@ -80,9 +88,9 @@ def run(
     try:
         process.wait(UNKILLABLE)
     except subprocess.TimeoutExpired:
-        # Inside a driver call that does not return: the other steps do not wait for it.
+        # For example in a driver call that does not return.
         log.write(f"\n[{step.name} was killed {UNKILLABLE:.0f} s ago and has not ended]\n")
-    # A grandchild that left the process group may hold the pipe open for ever.
+    # A grandchild in another process group may keep the pipe open.
     reader.join(5.0)
     found: dict[str, Any] = {"outcome": _outcome(code), "wall_s": round(time.monotonic() - start, 2), "box_s": box}
     if code != 0:

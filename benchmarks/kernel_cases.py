@@ -1,6 +1,6 @@
-"""The shapes that matter: SD 2.1 at 512², batch 1 and 8. Compiled in tests, tuned and timed on GPUs.
+"""The kernels' main shapes: SD 2.1 at 512², batch 1 and 8. They are compiled in tests, and tuned and timed on GPUs.
 
-A case makes its inputs on any device, "meta" included, and returns a call of the launchers alone.
+A case creates its inputs on any device, including "meta", and returns a call of the launcher.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Call = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Case:
-    """One op at one shape. tiled: the name its tile goes by in configs; make(device, dtype) -> the call."""
+    """One op at one shape. tiled: name of its tile in configs. make: function of (device, dtype) to the call."""
 
     op: str
     label: str
@@ -66,17 +66,14 @@ def _scaled_residual(batch: int, backward: bool, device: str, dtype: torch.dtype
     return partial(scaled_residual.backward if backward else scaled_residual.forward, h, delta, lam)
 
 
-def _linear(m: int, n: int, k: int, parts: int, norm: str, after: str, device: str, dtype: torch.dtype) -> Call:
+def _linear(m: int, n: int, k: int, parts: int, after: str, device: str, dtype: torch.dtype) -> Call:
     batch = max(1, m // TOKENS)
     x = random((batch, m // batch, k), device, dtype)
     weights = [random((2 * n if after == "geglu" else n, k), device, dtype) * k**-0.5 for _ in range(parts)]
     bias = random((weights[0].shape[0],), device, dtype) if parts == 1 else None
-    scale, shift = (random((k,), device, dtype) for _ in range(2)) if norm else (None, None)
     residual = random((batch, m // batch, n), device, dtype) if after in ("residual", "lam") else None
     lam = torch.full((batch,), 0.5, device=device) if after == "lam" else None
-    groups = 32 if norm == "group" else 0
-    eps = 1e-5
-    return partial(linear.forward, x, weights, bias, norm, scale, shift, eps, groups, after == "geglu", residual, lam)
+    return partial(linear.forward, x, weights, bias, after == "geglu", residual, lam)
 
 
 def _attention(batch: int, n: int, heads: int, width: int, backward: bool, device: str, dtype: torch.dtype) -> Call:
@@ -90,13 +87,12 @@ def _attention(batch: int, n: int, heads: int, width: int, backward: bool, devic
     return partial(cross_attention_backward.backward, torch.ones_like(q), q, k, v, valid, out, softmax, heads)
 
 
-def _project(batch: int, n: int, normed: bool, device: str, dtype: torch.dtype) -> Call:
+def _project(batch: int, n: int, device: str, dtype: torch.dtype) -> Call:
     x = random((batch, TOKENS, CHANNELS), device, dtype)
     weight = random((CHANNELS, CHANNELS), device, dtype) * CHANNELS**-0.5
-    norm = [random((CHANNELS,), device, dtype) for _ in range(2)] if normed else [None, None]
     k, v = (random((batch, n, TOKENS, CHANNELS), device, dtype) for _ in range(2))
     valid = torch.ones(batch, n, dtype=torch.bool, device=device)
-    return partial(cross_attention.project, x, weight, *norm, 1e-5, k, v, valid, HEADS)
+    return partial(cross_attention.project, x, weight, k, v, valid, HEADS)
 
 
 def _group_norm(shape: tuple[int, ...], add: bool, silu: bool, device: str, dtype: torch.dtype) -> Call:
@@ -139,7 +135,7 @@ def _to_uint8(size: int, device: str, dtype: torch.dtype) -> Call:
 
 
 def _gather(n: int, int8: bool, device: str, dtype: torch.dtype) -> Call:
-    """From device memory; benchmarks/test_bench_gather_rows.py has the page-locked host's."""
+    """From device memory; benchmarks/test_bench_gather_rows.py reads page-locked host memory."""
     record = TOKENS * CHANNELS * (1 if int8 else 2) + (4 * TOKENS if int8 else 0)
     table = torch.zeros(256, record, dtype=torch.uint8, device=device)
     descriptor = torch.tensor([0 if device == "meta" else table.data_ptr(), 256], dtype=torch.int64, device=device)
@@ -158,10 +154,7 @@ def _topk(batch: int, k: int, device: str, dtype: torch.dtype) -> Call:
     query = random((batch, KEY_WIDTH), device, torch.float32)
 
     def call(keys: Tensor = keys) -> tuple[Tensor, Tensor]:
-        rows = torch.empty(batch, k, dtype=torch.int64, device=device)
-        scores = torch.empty(batch, k, device=device)
-        topk.search_into(descriptor, query, rows, scores)
-        return rows, scores
+        return topk.forward(descriptor, query, k)
 
     return call
 
@@ -178,21 +171,16 @@ def _cases() -> list[Case]:
         add("slerp", f"b{b} per sample", _slerp, b, False, False)
         add("slerp", f"b{b} per token", _slerp, b, True, False)
         add("scaled_residual", f"b{b}", _scaled_residual, b, False)
-        add("linear", f"b{b} proj_in", _linear, m, c, c, 1, "", "")
-        add("linear", f"b{b} QKV", _linear, m, c, c, 3, "", "")
-        add("linear", f"b{b} K and V of {NEIGHBOURS}", _linear, m * NEIGHBOURS, c, c, 2, "", "")
-        add("linear", f"b{b} out, residual", _linear, m, c, c, 1, "", "residual")
-        add("linear", f"b{b} GEGLU", _linear, m, f, c, 1, "", "geglu")
-        add("linear", f"b{b} FF out, residual", _linear, m, c, f, 1, "", "residual")
-        add("linear", f"b{b} proj_out, λ residual", _linear, m, c, c, 1, "", "lam")
+        add("linear", f"b{b} proj_in", _linear, m, c, c, 1, "")
+        add("linear", f"b{b} QKV", _linear, m, c, c, 3, "")
+        add("linear", f"b{b} K and V of {NEIGHBOURS}", _linear, m * NEIGHBOURS, c, c, 2, "")
+        add("linear", f"b{b} out, residual", _linear, m, c, c, 1, "residual")
+        add("linear", f"b{b} GEGLU", _linear, m, f, c, 1, "geglu")
+        add("linear", f"b{b} FF out, residual", _linear, m, c, f, 1, "residual")
+        add("linear", f"b{b} proj_out, λ residual", _linear, m, c, c, 1, "lam")
         add("cross_attention", f"b{b} d64 k{NEIGHBOURS}", _attention, b, NEIGHBOURS, HEADS, 64, False)
-        add("project_attention", f"b{b}", _project, b, NEIGHBOURS, False, tiled="project_cross_attention")
-    # The normalisations inside these ops; the adapter's are launches of their own.
-    add("linear", "LayerNorm, QKV", _linear, TOKENS, c, c, 3, "layer", "")
-    add("linear", "LayerNorm, GEGLU", _linear, TOKENS, f, c, 1, "layer", "geglu")
-    add("linear", "GroupNorm, proj_in", _linear, TOKENS, c, c, 1, "group", "")
-    add("project_attention", "LayerNorm", _project, 1, NEIGHBOURS, True, tiled="project_cross_attention")
-    # The self-attention of the adapter's block.
+        add("project_attention", f"b{b}", _project, b, NEIGHBOURS, tiled="project_cross_attention")
+    # Self-attention of the adapter.
     add("cross_attention", "b1 d64 k1", _attention, 1, 1, HEADS, 64, False)
     add("layer_norm", "b1 adapter", _layer_norm, TOKENS, c)
     add("cross_attention", "b1 d32", _attention, 1, 1, 40, 32, False)
@@ -233,5 +221,5 @@ def _cases() -> list[Case]:
 
 CASES = _cases()
 
-# The only storage type of what they read, whatever the model's.
+# Ops whose storage type does not depend on the model's dtype.
 FIXED_DTYPE = {"gather_rows": torch.float16, "topk": torch.float16}

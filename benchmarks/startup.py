@@ -1,16 +1,16 @@
-"""Start-up, each measurement in a process of its own: importing, and the way to the first image."""
+"""Time imports and the first image, each in a process of its own."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-# Imports another interpreter's `site` runs for everybody are paid before; what is measured is the import alone.
+# Without the interpreter's start and `site`.
 _IMPORT = "import time; t = time.perf_counter(); import {module}; print(time.perf_counter() - t)"
 _FIRST_IMAGE = """
 import json, sys, time
@@ -33,12 +33,12 @@ gen.close()
 
 
 def import_time(module: str) -> float:
-    """Seconds of `import module` in a fresh interpreter."""
+    """Return the seconds of `import module` in a fresh interpreter."""
     return float(_python(_IMPORT.format(module=module)))
 
 
 def empty_package_time() -> float:
-    """The same for a package that holds nothing: what any import costs."""
+    """Return the same for an empty package."""
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder) / "ragturbo_empty"
         package.mkdir()
@@ -47,21 +47,12 @@ def empty_package_time() -> float:
 
 
 def first_image(model: str, device: str) -> dict[str, Any]:
-    """Seconds from a fresh process to the first image, by part. The disk cache is as warm as the caller made it."""
-    import json
-
+    """Return the seconds from a fresh process to the first image, by part."""
     return json.loads(_python(_FIRST_IMAGE.format(model=model, device=device)).splitlines()[-1])
 
 
-def process_time(code: str) -> float:
-    """Wall seconds of a whole process that runs `code`."""
-    start = time.perf_counter()
-    _python(code)
-    return time.perf_counter() - start
-
-
 def _python(code: str, path: str | None = None) -> str:
-    # Run in a folder of no meaning, so that only what is installed or given can be imported.
+    # In a temporary folder, so that only installed packages and `path` can be imported.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [path, os.environ.get("PYTHONPATH")]))}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=tempfile.gettempdir(), env=environment

@@ -1,8 +1,7 @@
-"""A suite's rows as they finish, one JSON line each.
+"""Write a suite's rows as JSON lines when they finish, because pytest-benchmark writes its JSON only at the end.
 
-pytest-benchmark writes its JSON at the end of the run, which a suite that is killed does not reach. The benchmarks'
-conftest.py appends a line for every row that passed, and the end of the traceback of one that failed; `rows_to_json`
-makes of them what pytest-benchmark would write.
+benchmarks/conftest.py appends a line for every row that passes, and the end of the traceback of one that fails.
+`rows_to_json` converts the lines to pytest-benchmark's JSON.
 """
 
 from __future__ import annotations
@@ -13,22 +12,19 @@ from typing import Any
 
 
 def append(path: Path, **facts: Any) -> None:
-    """One line, on its way to the disk before this returns: SIGKILL does not take it."""
+    """Append one line and close the file, so that a killed process keeps it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(facts, default=str) + "\n")
 
 
 def rows_to_json(path: Path) -> dict[str, Any] | None:
-    """The structure of pytest-benchmark's JSON: machine_info with our context, ceilings, benchmarks, wall_s.
+    """Return the structure of pytest-benchmark's JSON, or None if there is no file or no row finished.
 
-    Rows that failed are in "failed", {name: the end of the traceback}, if there are any.
+    Failed rows are in "failed", {name: end of the traceback}.
 
     Args:
-        path: lines of one suite, or of several that ran one after another; a row that ran twice counts as it ran last.
-
-    Returns:
-        None where no row finished, or there is no file.
+        path: lines of one or several suites; of a row that ran twice the last result counts.
     """
     if not path.is_file():
         return None
@@ -39,7 +35,7 @@ def rows_to_json(path: Path) -> dict[str, Any] | None:
         try:
             facts = json.loads(line)
         except ValueError:
-            # The process was killed while it wrote.
+            # The process was killed while writing.
             continue
         if (row := facts.pop("benchmark", None)) is not None:
             rows[row["fullname"]] = row

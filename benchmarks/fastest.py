@@ -1,7 +1,7 @@
-"""Which implementation is the fastest on a GPU, from a committed suite: what `impl="auto"` then takes there.
+"""Find the fastest implementation of each op on a GPU, which `impl="auto"` then uses there.
 
-`python -m ragturbo.bench.fastest SUITE.json` reads what `pytest benchmarks/ --benchmark-json SUITE.json` left and notes
-the winner of each op that has several implementations for a GPU in kernels/configs/<gpu>.json.
+`python -m benchmarks.fastest SUITE.json` reads the JSON of `pytest benchmarks/ --benchmark-json SUITE.json` and writes
+the fastest of each op with several GPU implementations to kernels/configs/<gpu>.json.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from ragturbo.errors import InvalidRequest
 from ragturbo.kernels import tiles
 from ragturbo.ops.dispatch import IMPLEMENTATIONS
 
-# One image's request: the sizes at which the implementations race.
+# The sizes that are compared: those of one image.
 RACES: dict[str, dict[str, Any]] = {
     "cross_attention": {"batch": 1, "neighbours": 1, "heads": 20},
     "gather_rows": {"rows": 16, "where": "host", "stored": "float16"},
     "topk": {"queries": 1, "k": 1},
 }
-# An implementation has to win by more than the noise, or the kernels of this library stay.
+# Another implementation has to be faster than the Triton kernel by more than this, the noise.
 WORTHWHILE = 0.03
 
 
 def race(benchmarks: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """op -> {"impl": the fastest, "microseconds": {implementation: median}}; ops nobody raced are left out."""
+    """Return op -> {"impl": the fastest, "microseconds": {implementation: median}} of the measured ops."""
     found: dict[str, dict[str, Any]] = {}
     for op, sizes in RACES.items():
         times = {}
@@ -49,8 +49,8 @@ def race(benchmarks: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m ragturbo.bench.fastest", description=__doc__)
-    parser.add_argument("suite", type=Path, help="JSON of pytest-benchmark, made on a GPU")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.fastest", description=__doc__)
+    parser.add_argument("suite", type=Path, help="pytest-benchmark's JSON from a GPU")
     parser.add_argument("--out", type=Path, default=tiles.INSTALLED, help="the folder of <gpu>.json")
     options = parser.parse_args(argv)
     data = json.loads(options.suite.read_text("utf-8"))
@@ -58,8 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     gpu = (machine.get("gpu") or {}).get("name")
     found = race(data.get("benchmarks", []))
     if not gpu or not found:
-        raise InvalidRequest(f"{options.suite} holds no race on a GPU: it was made on {gpu or machine.get('cpu')}")
-    # The suite's machine and commit, not this process's: it may be read elsewhere and later.
+        raise InvalidRequest(f"{options.suite} compares nothing on a GPU: it is from {gpu or machine.get('cpu')}")
+    # The suite's machine and commit, which may not be this process's.
     tiles.note(options.out / tiles.file_name(gpu), "fastest", tiles.made_on(machine), fastest=found)
     for op, row in found.items():
         sys.stdout.write(f"{op}: {row['impl']} of {row['microseconds']} µs\n")

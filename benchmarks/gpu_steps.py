@@ -1,9 +1,8 @@
-"""What the GPU script measures, one function a step. Each leaves figures by budget name, their noise, and details.
+"""The steps of the GPU script: one function each, which records figures by budget, their noise and details.
 
-A step first compares what it times with a reference. What disagrees is timed all the same, and its figures are kept as
-unverified, outside the budgets (see `StepRecord`). Every step runs in a process of its own and writes what it has found
-after each phase. With `rehearse` the same lines run at tiny sizes on any machine, so that the script is known to work
-before a GPU is lent to it; a rehearsal's figures are never written among results.
+A step first compares what it times with a reference. If they disagree, its figures are recorded as unverified (see
+`StepRecord`). Every step runs in a process of its own and writes its record after each phase. With `rehearse` the same
+code runs at tiny sizes on any machine; a rehearsal's figures are never results.
 """
 
 from __future__ import annotations
@@ -20,26 +19,26 @@ from typing import Any
 
 import torch
 
-from ragturbo.bench.peers import (
+from benchmarks.diffusers_peer import Diffusers, agreement
+from benchmarks.step_record import StepRecord
+from benchmarks.timing import captured, interleaved, once, sample
+from ragturbo.bench.agreement import (
     CONTROLS_BY,
     WITHIN,
-    Diffusers,
-    agreement,
-    equal,
+    disagreement,
+    engine_mismatch,
     latent_agreement,
-    refused,
     relative_error,
 )
 from ragturbo.bench.prompts import prompts
-from ragturbo.bench.step_record import StepRecord
-from ragturbo.bench.timing import captured, interleaved, noise, once, percentiles, sample
+from ragturbo.bench.timing import noise, percentiles
 from ragturbo.engine import profile as profiling
 
-# What the UNet gives, and the adapter, lies this much farther apart by rounding than the latents made of it.
+# Rounding errors of the UNet's and the adapter's outputs are larger than those of latents by this factor.
 PARTS_BY = 5
-# Requests of `tail` take no longer than this, whatever an image takes.
+# Time limit for the requests of `tail`.
 TAIL_SECONDS = 40.0
-# Pairs of the databases whose size does not matter to what is measured.
+# Size of the database, except for `added`.
 PAIRS = 1024
 
 
@@ -62,7 +61,7 @@ class Scale:
 
     @property
     def engine(self) -> str:
-        """A rehearsal has no CUDA graphs: "auto" is then the eager engine."""
+        """The expected engine; a rehearsal takes plain torch, which "auto" chooses on a CPU."""
         return "auto" if self.rehearse else "graph"
 
     def count(self, full: int, quick: int) -> int:
@@ -70,7 +69,7 @@ class Scale:
 
 
 def measure(name: str, scale: Scale, out: Path | None = None) -> dict[str, Any]:
-    """Runs a step and returns its record. out: where the record is written after every phase, and at the end."""
+    """Run a step and return its record. out: file to write it to after every phase."""
     record = StepRecord(out, has_gpu=not scale.rehearse)
     record.look()
     STEPS[name](scale, record)
@@ -81,14 +80,14 @@ def measure(name: str, scale: Scale, out: Path | None = None) -> dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def _bundle(scale: Scale) -> Any:
-    """Steps that share a process share the model."""
+    """Steps in one process share the model."""
     from ragturbo.bench.models import make_bundle
 
     return make_bundle(scale.config, scale.device, scale.dtype)
 
 
 def _folder(needed: int = 4 << 30) -> tempfile.TemporaryDirectory[str]:
-    """A temporary folder, in memory where that has room for `needed` bytes: a lent machine's disk may be slow."""
+    """Return a temporary folder, in /dev/shm if it has room for `needed` bytes, since the disk may be slow."""
     memory = Path("/dev/shm")
     roomy = memory.is_dir() and shutil.disk_usage(memory).free > 2 * needed
     return tempfile.TemporaryDirectory(dir=memory if roomy else None)
@@ -127,20 +126,20 @@ def _peer(peer: Diffusers) -> Callable[[], Any]:
     return run
 
 
-def _refused(scale: Scale, gen: Any) -> str | None:
-    return refused(gen.info, scale.engine, scale.dtype)
+def _mismatch(scale: Scale, gen: Any) -> str | None:
+    return engine_mismatch(gen.info, scale.engine, scale.dtype)
 
 
 def _differs(found: dict[str, dict[str, float]], scale: Scale) -> str | None:
-    """Of comparisons by name, the first that fails, or whose controls do not."""
-    reasons = ((name, equal(entry, scale.dtype)) for name, entry in found.items())
+    """Return why the first failing comparison fails, or None."""
+    reasons = ((name, disagreement(entry, scale.dtype)) for name, entry in found.items())
     return next((f"{name}: {why}" for name, why in reasons if why is not None), None)
 
 
 def _compare(
     record: StepRecord, scale: Scale, bundle: Any, gen: Any, more: Callable[[], dict[str, Any]] = dict
 ) -> None:
-    """Both modes against plain torch, and what `more` compares. Where a comparison raises, nothing is verified."""
+    """Compare both modes with plain torch, and run the comparisons of `more`."""
     found: dict[str, Any] = {}
     with record.phase("comparison"):
         for mode in ("none", "adapter"):
@@ -152,7 +151,7 @@ def _compare(
 
 
 def image(scale: Scale, record: StepRecord) -> None:
-    """One image, ours with the adapter, by itself and interleaved with diffusers eager."""
+    """Time one image with the adapter, alone and interleaved with eager diffusers."""
     bundle = _bundle(scale)
     with _folder() as folder:
         database = _database(scale, bundle, folder)
@@ -168,7 +167,7 @@ def image(scale: Scale, record: StepRecord) -> None:
             with record.phase("alone"):
                 alone = sample(_requests(gen, "adapter", 200), seconds=0.1 if scale.rehearse else 5, least=3)
                 record.look()
-                record.refuse(_refused(scale, gen))
+                record.withhold(_mismatch(scale, gen))
                 p50 = percentiles(alone)
                 record.save(
                     figures={"image_p50_s": p50["p50"]}, alone=p50, noise={"alone": noise(alone)}, pairs=len(database)
@@ -188,9 +187,9 @@ def image(scale: Scale, record: StepRecord) -> None:
             with record.phase("stages"):
                 out = gen(prompts(1)[0], seed=1, mode="adapter", output_type="uint8")
                 stages = dict(out.timings)
-                record.refuse(_refused(scale, gen))
+                record.withhold(_mismatch(scale, gen))
                 record.save(stages=stages, stages_over_total=_stages_over_total(stages), info=gen.info)
-            # Last: a profiler may fail or take long, and what it slows down is no longer timed.
+            # Last, because a profiler may fail or slow down the process.
             with record.phase("trace"):
                 trace = Path(folder) / "trace.json"
                 with profiling.traced(gen, trace):
@@ -211,20 +210,20 @@ def _noises(times: dict[str, list[float]]) -> dict[str, float]:
 
 
 def _stages_over_total(stages: dict[str, float]) -> float:
-    """What follows one another, by the device's clock, over the whole call by the host's. The rest lies beside."""
+    """Return the device time of the consecutive stages over the host time of the call."""
     names = ("tokenize", "queue", "text", "encode", "adapter", "decode", "vae", "copy")
     return sum(stages.get(name, 0.0) for name in names) / stages["total"]
 
 
 def compiled_peer(scale: Scale, record: StepRecord) -> None:
-    """diffusers + torch.compile(reduce-overhead, channels_last), whose cache may be cold."""
+    """Time diffusers with torch.compile(reduce-overhead, channels_last), whose cache may be cold."""
     bundle = _bundle(scale)
     with _folder() as folder:
         database = _database(scale, bundle, folder, 256)
-        # On a CPU compiling needs a compiler and minutes: the rehearsal compiles nothing and runs the same lines.
+        # Compiling for a CPU takes minutes, so a rehearsal does not compile.
         peer = Diffusers(bundle, compile=not scale.rehearse)
         theirs = _peer(peer)
-        # The second call records its graphs, which clears cuBLAS's workspaces: before ours are recorded, not between.
+        # The second call records its graphs, which clears cuBLAS's workspaces. Ours are recorded after that.
         record.save(peer=peer.name, first_calls_s=[once(theirs) for _ in range(3)])
         with _generator(scale, bundle, database, retriever="exact", batch_sizes=(1,)) as gen:
 
@@ -236,7 +235,7 @@ def compiled_peer(scale: Scale, record: StepRecord) -> None:
             with record.phase("interleaved"):
                 times = interleaved({"ours": _requests(gen, "adapter"), "compiled": theirs}, rounds=scale.count(60, 20))
                 record.look()
-                record.refuse(_refused(scale, gen))
+                record.withhold(_mismatch(scale, gen))
                 spread = _spread(times)
                 ratio = spread["compiled"]["p50"] / spread["ours"]["p50"]
                 record.save(figures={"faster_than_compiled": ratio}, interleaved=spread, noise=_noises(times))
@@ -244,7 +243,7 @@ def compiled_peer(scale: Scale, record: StepRecord) -> None:
 
 @torch.inference_mode()
 def parts(scale: Scale, record: StepRecord) -> None:
-    """The UNet and the adapter by themselves, as replays of graphs, compared with plain torch."""
+    """Time the UNet and the adapter alone, as graph replays, compared with plain torch."""
     from ragturbo.engine.fast_model import FastModel
 
     bundle = _bundle(scale)
@@ -265,7 +264,7 @@ def parts(scale: Scale, record: StepRecord) -> None:
         return bundle.adapter(tokens, h_retr, lam)
 
     def same(key: str, ours: Callable[[int], torch.Tensor], reference: Callable[[int], torch.Tensor]) -> None:
-        """Input 0 by both, and the control: input 1 by ours."""
+        """Compare on input 0; the control is our result on input 1."""
         expected, bar = reference(0), PARTS_BY * WITHIN[dtype]
         error, other = relative_error(ours(0), expected), relative_error(ours(1), expected)
         right = error <= bar and other > max(bar, CONTROLS_BY * error)
@@ -279,15 +278,14 @@ def parts(scale: Scale, record: StepRecord) -> None:
         same("unet_s", lambda i: unet(latents[i], texts[i]),
              lambda i: bundle.unet.unet(latents[i], model.unet.timesteps[0], texts[i]).sample)  # fmt: skip
     with record.phase("comparison of the adapter"):
-        # At λ = 1, where a neighbour's part is largest.
+        # At λ = 1 the neighbour's effect is largest.
         same("adapter_s", lambda i: bundle.adapter(tokens, features[i], 2 * lam),
              lambda i: bundle.adapter(tokens, features[i], 2 * lam, impl="reference"))  # fmt: skip
     details: dict[str, Any] = {}
     jobs: dict[str, tuple[Callable[..., Any], list[tuple[Any, ...]], int]] = {
         "unet_s": (unet, list(zip(latents, texts, strict=True)), 4),
         "adapter_s": (adapter, [(h,) for h in features], 64),
-        # What cuDNN's own choice of convolutions, by timing them, would gain: the engine takes its heuristics, which
-        # choose alike in every process.
+        # With cuDNN's autotuning. The engine uses cuDNN's heuristics, which choose the same in every process.
         "unet_tuned_s": (unet, list(zip(latents, texts, strict=True)), 4),
     }
     for key, (call, inputs, calls) in jobs.items():
@@ -311,25 +309,24 @@ def _eagerly(call: Callable[..., Any], inputs: list[tuple[Any, ...]], calls: int
 
 
 def added(scale: Scale, record: StepRecord) -> None:
-    """Adapter against none, interleaved, of one engine: 630,000 keys searched, 65,000 distinct page-locked rows.
+    """Time what retrieval and adapter add: modes "adapter" and "none" interleaved on one engine.
 
-    Every prompt is new and finds a row of its own, at a random place; the keys beyond the rows are searched, never
-    found (`rows.pad_keys`).
+    630,000 keys are searched, and 65,000 distinct rows are page-locked. Every prompt is new and finds a row of its own
+    at a random place. Keys without rows are searched and never found (`large_database.pad_keys`).
     """
-    from ragturbo.bench import rows
+    from benchmarks import large_database
 
     bundle = _bundle(scale)
-    wanted = 600 if scale.rehearse else rows.ROWS
-    place, count = rows.where_and_how_many(bundle, wanted)
-    keys = count if scale.rehearse else rows.KEYS
-    record.save(
-        rows=count, keys=keys, flags=[] if count == wanted else [f"{count:,} rows: there is no memory for more"]
-    )
+    wanted = 600 if scale.rehearse else large_database.ROWS
+    place, count = large_database.where_and_how_many(bundle, wanted)
+    keys = count if scale.rehearse else large_database.KEYS
+    record.save(rows=count, keys=keys, flags=[] if count == wanted else [f"memory for {count:,} rows only"])
     with tempfile.TemporaryDirectory(dir=place) as folder:
         start = time.perf_counter()
-        own = rows.prompt_keys(bundle, prompts(min(1152, count)))
+        own = large_database.prompt_keys(bundle, prompts(min(1152, count)))
         encode_s, start = time.perf_counter() - start, time.perf_counter()
-        database = rows.write(bundle, Path(folder) / "db", count, workers=2 if scale.rehearse else 16, own=own)
+        workers = 2 if scale.rehearse else 16
+        database = large_database.write(bundle, Path(folder) / "db", count, workers=workers, own=own)
         record.save(encode_prompts_s=encode_s, write_s=time.perf_counter() - start,
                     rows_bytes=count * database.geometry.record_bytes)  # fmt: skip
         options = {"host_cache": count * database.geometry.stride}
@@ -337,21 +334,21 @@ def added(scale: Scale, record: StepRecord) -> None:
         with _generator(scale, bundle, database, retriever="exact", batch_sizes=(1,), **options) as gen:
             record.save(page_lock_s=time.perf_counter() - start, first_request_s=once(_requests(gen, "adapter", 1100)))
             if not scale.rehearse:
-                gen.call(lambda: rows.pad_keys(gen._engine._tables.keys, keys))
+                gen.call(lambda: large_database.pad_keys(gen._engine._tables.keys, keys))
             _compare(record, scale, bundle, gen)
             with record.phase("rows found"):
                 words = prompts(min(1152, count))[-20:]
                 found = [gen(word, seed=0, mode="adapter").neighbors[0][0].id for word in words]
                 record.save(distinct_rows=f"{len(set(found))} of {len(words)}")
                 if len(set(found)) < len(words):
-                    record.verify("prompts share rows: they are not random", ["retrieval_added_s"])
+                    record.verify("prompts share rows", ["retrieval_added_s"])
             with record.phase("interleaved"):
                 runs = {"adapter": _requests(gen, "adapter"), "none": _requests(gen, "none")}
                 times = interleaved(runs, rounds=scale.count(500, 100))
                 record.look()
                 form = "one graph" if scale.rehearse else gen.info["ways"]["retrieval"]
-                record.refuse(_refused(scale, gen))
-                record.refuse(None if form == "one graph" else f"retrieval ran as {form!r}: not all rows are in memory")
+                record.withhold(_mismatch(scale, gen))
+                record.withhold(None if form == "one graph" else f"retrieval ran as {form!r}")
                 spread = _spread(times)
                 difference = spread["adapter"]["p50"] - spread["none"]["p50"]
                 pairs = [a - b for a, b in zip(times["adapter"], times["none"], strict=True)]
@@ -362,7 +359,7 @@ def added(scale: Scale, record: StepRecord) -> None:
 
 
 def tail(scale: Scale, record: StepRecord) -> None:
-    """1,000 requests, every prompt new: p99 over p50; peak device memory with buckets 1 to 8 recorded."""
+    """Measure p99 over p50 of 1,000 requests with new prompts, and peak device memory with buckets 1 to 8."""
     bundle = _bundle(scale)
     with _folder() as folder:
         database = _database(scale, bundle, folder)
@@ -378,9 +375,9 @@ def tail(scale: Scale, record: StepRecord) -> None:
                 while len(times) < count and time.perf_counter() < until:
                     times.append(once(run))
                 record.look()
-                record.refuse(_refused(scale, gen))
+                record.withhold(_mismatch(scale, gen))
                 if len(times) < count:
-                    why = f"{len(times)} requests in {TAIL_SECONDS:.0f} s, {count:,} are needed"
+                    why = f"only {len(times)} of {count:,} requests in {TAIL_SECONDS:.0f} s"
                     record.verify(why, ["p99_over_p50"])
                 growth = {name: size - before[name] for name, size in _memory(scale).items()}
                 grown = [f"{name} memory grew by {n} bytes over {len(times)} requests" for name, n in growth.items()
@@ -392,11 +389,11 @@ def tail(scale: Scale, record: StepRecord) -> None:
                 )  # fmt: skip
             with record.phase("buckets"):
                 if not scale.rehearse:
-                    # What the comparison took is not what serving takes.
+                    # Without the memory of the comparison.
                     torch.cuda.empty_cache()
                     torch.cuda.reset_peak_memory_stats()
                 words = prompts(8)
-                # The largest first, as `warmup` does: the smaller ones' graphs find room in its memory.
+                # The largest first, as in `warmup`, so that the smaller ones share its memory pool.
                 for batch in (8, 4, 2, 1):
                     for mode in ("adapter", "none"):
                         gen(words[:batch], seed=list(range(batch)), mode=mode, output_type="uint8")
@@ -418,16 +415,16 @@ def _memory(scale: Scale) -> dict[str, int]:
 
 
 def _outside_torch() -> int:
-    """Bytes of the card that are taken by others than torch's allocator: context, modules, graphs, other processes."""
+    """Return GPU memory outside torch's allocator: context, modules, graphs, other processes."""
     free, total = torch.cuda.mem_get_info()
     return total - free - torch.cuda.memory_reserved()
 
 
 def cold(scale: Scale, record: StepRecord) -> None:
-    """A fresh process to its first image; the files were written just now, so the disk's cache is warm."""
-    from ragturbo.bench.cold import first_image
+    """Time a fresh process to its first image, with a warm disk cache."""
+    from benchmarks.startup import first_image
 
-    # Times of whole processes: there is nothing to compare.
+    # Times of processes: nothing to compare.
     record.verify(None)
     bundle = _bundle(scale)
     with _folder() as folder:
@@ -444,7 +441,7 @@ def cold(scale: Scale, record: StepRecord) -> None:
 
 
 def build(scale: Scale, record: StepRecord) -> None:
-    """A database built from images at the model's size: decoding, VAE, text encoder, UNet's encoder, writing."""
+    """Time building a database from JPEG files at the model's size."""
     import numpy as np
     from PIL import Image
 
@@ -452,7 +449,6 @@ def build(scale: Scale, record: StepRecord) -> None:
 
     bundle, count = _bundle(scale), scale.count(1024, 256)
     side, words = bundle.default_size, prompts(1024)
-    # JPEG files on disk, as a folder of pairs has them.
     with _folder() as folder:
         images = Path(folder) / "images"
         images.mkdir()

@@ -1,4 +1,4 @@
-"""What a GPU step has found so far, on disk after every phase: a process that is killed loses one phase, not a step."""
+"""The results of a GPU step, written after every phase so that a killed process keeps the finished phases."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ NOT_COMPARED = "not compared with a reference"
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
-    """Whoever reads finds the old record or the new one, never half of one."""
-    part = path.with_name(f"{path.name}.part")
+    """Write atomically: a reader sees the old or the new file."""
+    part = path.with_name(f"{path.name}.{os.getpid()}")
     part.write_text(json.dumps(record, default=str), "utf-8")
     os.replace(part, path)
 
 
 class StepRecord:
-    """Figures by budget key, and whether they may be judged.
+    """Figures by budget key, and whether they are verified.
 
-    A figure is "measured" once `verify` has said that its step computes the right thing. Until then, and where the
-    comparison failed, it is "unverified": its value is kept beside the reason and no budget sees it. After `refuse`
-    there is no figure at all, because something else than what was asked for ran.
+    A figure is "measured" after `verify` was called without a reason, and "unverified" before or if the comparison
+    failed: it is then stored with the reason, and no budget uses it. After `withhold` there are no figures, because
+    something other than the requested engine ran.
     """
 
     def __init__(self, out: Path | None = None, *, has_gpu: bool = True) -> None:
@@ -36,7 +36,7 @@ class StepRecord:
         self._figures: dict[str, float] = {}
         self._doubts: dict[str, str | None] = {}
         self._doubt: str | None = NOT_COMPARED
-        self._refusal: str | None = None
+        self._withheld: str | None = None
         self._states: list[Any] = []
         self._flags: list[str] = []
         self._noise: dict[str, float] = {}
@@ -45,25 +45,29 @@ class StepRecord:
         self._details: dict[str, Any] = {}
 
     def look(self) -> None:
-        """Asks for the card's state: beside a measurement, never within one."""
+        """Record the GPU's clocks and throttling; call it between measurements."""
         if self._has_gpu:
             self._states.append(gpu_state())
 
     def verify(self, why: str | None, keys: Sequence[str] = ()) -> None:
-        """why: what is wrong with the results that the figures are times of, None where they agree with the
-        reference's. keys: the budgets it is said of; all without one of their own if empty."""
+        """Set the result of the comparison with the reference.
+
+        Args:
+            why: what is wrong, or None if the results agree.
+            keys: the budgets it applies to; by default all that have none of their own.
+        """
         if keys:
             self._doubts |= dict.fromkeys(keys, why)
         else:
             self._doubt = why
 
-    def refuse(self, why: str | None) -> None:
-        """why: what ran in place of what was asked for; None changes nothing."""
-        self._refusal = self._refusal or why
+    def withhold(self, why: str | None) -> None:
+        """Drop all figures. why: what ran instead of what was requested; None changes nothing."""
+        self._withheld = self._withheld or why
 
     def save(self, *, figures: dict[str, float] | None = None, noise: dict[str, float] | None = None,
              flags: Sequence[str] = (), **details: Any) -> None:  # fmt: skip
-        """Adds to the record and writes it."""
+        """Add to the record and write it."""
         self._figures |= figures or {}
         self._noise |= noise or {}
         self._flags += flags
@@ -73,7 +77,7 @@ class StepRecord:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """A part of a step whose failure must not cost the others: it is printed, kept by its name, and passed over."""
+        """Run a part of a step; an exception is printed and recorded, and the step continues."""
         start = time.perf_counter()
         try:
             yield
@@ -86,14 +90,14 @@ class StepRecord:
     def to_dict(self) -> dict[str, Any]:
         why = {key: self._doubts.get(key, self._doubt) for key in self._figures}
         found: dict[str, Any] = {
-            "measured": {k: v for k, v in self._figures.items() if why[k] is None and self._refusal is None},
+            "measured": {k: v for k, v in self._figures.items() if why[k] is None and self._withheld is None},
             **self._details,
             "noise": self._noise,
             "gpu_states": self._states,
             "phases": self._phases,
         }
-        if self._refusal is not None:
-            found["withheld"] = self._refusal
+        if self._withheld is not None:
+            found["withheld"] = self._withheld
         elif unverified := {k: v for k, v in self._figures.items() if why[k] is not None}:
             found["unverified"] = unverified
             found["unverified_because"] = {key: why[key] for key in unverified}
