@@ -14,7 +14,7 @@ from torch import nn
 from ragturbo.errors import ModelError
 from ragturbo.model import adapter as adapter_file
 from ragturbo.model import clip_key as clip_key_file
-from ragturbo.model import lora, parts, source
+from ragturbo.model import lora, source
 from ragturbo.model.adapter import HSpaceAdapter
 from ragturbo.model.clip_key import ClipKey
 from ragturbo.model.fingerprint import UNET_ENCODER, VAE_ENCODER, base_state, fingerprint
@@ -106,10 +106,10 @@ class Bundle:
         folder = source.resolve(name, revision=revision, **hub)
         _check_index(folder)
 
-        text_encoder, tokenizer = parts.load_text_encoder(folder), parts.load_tokenizer(folder)
-        unet, vae_module = parts.load_unet(folder, "unet"), parts.load_vae(folder, vae, hub)
+        text_encoder, tokenizer = source.load_text_encoder(folder), source.load_tokenizer(folder)
+        unet, vae_module = source.load_unet(folder, "unet"), source.load_vae(folder, vae, hub)
         clip_key = ClipKey.load(folder) if (folder / clip_key_file.FILE).is_file() else None
-        scheduler = parts.load_scheduler(folder)
+        scheduler = source.load_scheduler(folder)
         info = BundleInfo.read(folder) or BundleInfo(
             distilled=is_trailing(scheduler), key_kind="pooled" if clip_key is None else "clip", base_model=str(name)
         )
@@ -129,7 +129,7 @@ class Bundle:
             unet=HSpaceUNet(place(unet)),
             vae=VAE(place(vae_module)),
             scheduler=scheduler,
-            teacher=place(parts.load_unet(folder, TEACHER)) if teacher else None,
+            teacher=place(source.load_unet(folder, TEACHER)) if teacher else None,
             database_path=folder / DATABASE if (folder / DATABASE).is_dir() else None,
             fingerprints=names,
         )
@@ -162,7 +162,7 @@ class Bundle:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.text.tokenizer.save_pretrained(folder / "tokenizer")
-        with parts.quiet():
+        with source.quiet():
             self.text.text_encoder.save_pretrained(folder / "text_encoder", safe_serialization=True)
         _save_diffusers(self.unet.unet, folder / "unet")
         _save_diffusers(self.vae.module, folder / "vae")

@@ -42,7 +42,9 @@ class FoldedUNet(HSpaceUNet):
         self.replaced: list[Replaced] = []
         layout = TextKVLayout()
         # Over the original's modules: those of the copy are being replaced.
-        embeddings = [_embedding(unet, t) for t in self.timesteps]
+        sample = torch.zeros((1, config.in_channels, 1, 1), device=unet.device, dtype=unet.dtype)
+        with torch.no_grad():
+            embeddings = [unet._embed(sample, t[None])[0] for t in self.timesteps]
         for path, module in list(unet.unet.named_modules()):
             kind = type(module).__name__
             if kind == "ResnetBlock2D":
@@ -94,15 +96,6 @@ class FoldedUNet(HSpaceUNet):
             False if a new FoldedUNet is needed instead.
         """
         return self.ties.refresh()
-
-
-def _embedding(unet: HSpaceUNet, timestep: Tensor) -> Tensor:
-    """(1, E): the time embedding as the model itself computes it."""
-    model = unet.unet
-    with torch.no_grad():
-        sample = torch.zeros((1, model.config.in_channels, 1, 1), device=unet.device, dtype=unet.dtype)
-        emb = model.time_embedding(model.get_time_embed(sample=sample, timestep=timestep[None]), None)
-        return emb if model.time_embed_act is None else model.time_embed_act(emb)
 
 
 @dataclass(frozen=True)

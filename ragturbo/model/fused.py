@@ -104,11 +104,10 @@ def _bias_of_sum(ties: Ties, conv2: str, shortcut: str | None, before: str | Non
     input_bias = None if before is None else ties.bias(before)
     added = None if input_bias is None else input_bias.float()
     if shortcut is not None:
-        weight, shortcut_bias = ties.current(shortcut)
-        if shortcut_bias is not None:
+        if (shortcut_bias := ties.bias(shortcut)) is not None:
             total = total + shortcut_bias.float()
         if added is not None:
-            added = (weight.flatten(1).float() * added).sum(1)
+            added = (ties.current(shortcut).flatten(1).float() * added).sum(1)
     return (total if added is None else total + added).to(bias.dtype)
 
 
@@ -118,11 +117,11 @@ def _folded_biases(ties: Ties, path: str, activated: bool, embeddings: list[Tens
     assert bias is not None
     if embeddings is None:
         return bias[None]
-    weight, shift = ties.current(f"{path}.time_emb_proj")
-    rows = []
-    for emb in embeddings:
-        emb = emb.float() if activated else F.silu(emb.float())
-        rows.append(bias.float() + F.linear(emb, weight.float(), None if shift is None else shift.float())[0])
+    weight, shift = ties.current(f"{path}.time_emb_proj").float(), ties.bias(f"{path}.time_emb_proj")
+    shift = None if shift is None else shift.float()
+    rows = [
+        bias.float() + F.linear(e.float() if activated else F.silu(e.float()), weight, shift)[0] for e in embeddings
+    ]
     return torch.stack(rows).to(bias.dtype)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ragturbo.model.fused import NormAct, Resnet, attend, group_norm_of, is_plain_attention, not_fusible
-from ragturbo.model.ties import Replaced, Ties, sharing_copy
+from ragturbo.model.ties import Replaced, Ties, base_layer, sharing_copy
 from ragturbo.model.tokens import from_tokens, to_tokens
 from ragturbo.model.vae import VAE
 from ragturbo.ops import bias_residual, interleave, softmax, upsample
@@ -23,17 +23,6 @@ from ragturbo.ops import bias_residual, interleave, softmax, upsample
 _FLASH_WIDTH = 256
 # Queries per image: below, torch's kernel is fast enough; above, the scores take more than 0.4 GB.
 _PRODUCTS = range(1024, 8192 + 1)
-
-
-class Conv(nn.Module):
-    """A convolution without its bias, which the following block adds."""
-
-    def __init__(self, ties: Ties, path: str, conv: nn.Conv2d) -> None:
-        super().__init__()
-        self.weight, self.padding = ties.weight(path), conv.padding
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight, padding=self.padding)
 
 
 class Upsample(nn.Module):
@@ -64,7 +53,7 @@ class PhaseUpsample(nn.Module):
     def __init__(self, ties: Ties, path: str, biased: bool = True) -> None:
         super().__init__()
         conv = f"{path}.conv"
-        self.weight = ties.own(lambda: phase_weights(ties.current(conv)[0]))
+        self.weight = ties.own(lambda: phase_weights(ties.current(conv)))
         bias = ties.bias(conv) if biased else None
         self.bias = None if bias is None else ties.own(lambda: bias.repeat(4))
 
@@ -100,8 +89,7 @@ def can_upsample(module: Any) -> bool:
     conv = getattr(module, "conv", None)
     if module.norm is not None or not module.interpolate or conv is None:
         return False
-    # peft's LoRA layers keep the convolution in base_layer.
-    conv = conv.get_base_layer() if hasattr(conv, "get_base_layer") else conv
+    conv = base_layer(conv)
     settings = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
     return settings == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
 
@@ -178,7 +166,7 @@ def fused_decoder(module: Any, dtype: torch.dtype, upsampling: str = "nearest") 
         elif _can_attend(part):
             replace(path, Attention(ties, full_path, part))
     if "conv_in" in unbiased:
-        replace("conv_in", Conv(ties, "decoder.conv_in", module.decoder.conv_in))
+        view.decoder.conv_in.bias = None
     if isinstance(getattr(view.decoder, "conv_act", None), nn.SiLU):
         view.decoder.conv_norm_out = NormAct(module.decoder.conv_norm_out)
         view.decoder.conv_act = nn.Identity()

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ragturbo.errors import ModelError
-from ragturbo.model.weights import read_safetensors, refuse_pickle, write_safetensors
+from ragturbo.model.ties import base_layer
+from ragturbo.model.weights import read_safetensors, write_safetensors
 
 FOLDER = "decoder_lora"
 NAME = "decoder"
@@ -79,7 +80,7 @@ def load_lora(unet: Any, folder: str | Path) -> None:
         ModelError: it is not a plain LoRA of this UNet's decoder. The UNet is unchanged then.
     """
     folder = Path(folder)
-    state = {name.removeprefix(_PREFIX): value for name, value in read_safetensors(_weights(folder)).items()}
+    state = {name.removeprefix(_PREFIX): value for name, value in read_safetensors(folder / WEIGHTS).items()}
     if outside := sorted(name for name in state if not name.startswith("up_blocks.")):
         raise ModelError(f"{folder} changes more than the decoder ({outside[0]}): cached features would become invalid")
     config = _config(folder)
@@ -148,7 +149,7 @@ def _check_fits(unet: Any, path: str, a: Tensor, b: Tensor, folder: Path) -> Non
         module = unet.get_submodule(path)
     except AttributeError:
         raise ModelError(f"{misfit}, which has no {path}") from None
-    base = getattr(module, "base_layer", module)
+    base = base_layer(module)
     if not isinstance(base, (nn.Linear, nn.Conv2d)):
         raise ModelError(f"{misfit}: {path} is a {type(base).__name__}")
     rank, shape = len(a), tuple(base.weight.shape)
@@ -168,12 +169,3 @@ def _config(folder: Path) -> dict[str, Any]:
         if value not in _PLAIN[name] if name in _PLAIN else value and name in _NOT_PLAIN:
             raise ModelError(f"{path} is not a plain LoRA: {name}={value!r}. {_MERGE}")
     return config
-
-
-def _weights(folder: Path) -> Path:
-    path = folder / WEIGHTS
-    if not path.is_file():
-        for other in sorted(folder.glob("adapter_model.*")):
-            refuse_pickle(other)
-        raise ModelError(f"{folder} is not a LoRA folder: it has no {WEIGHTS}")
-    return path

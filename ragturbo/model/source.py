@@ -1,21 +1,24 @@
-"""Find a model's folder: the embedded model, a local folder, or a snapshot of a hub repository."""
+"""Find a model's folder and load its parts: complete, from safetensors, in the dtype of their files."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from ragturbo.errors import ModelError
 from ragturbo.model.weights import PICKLES, file_dtype, refuse_pickle
 
 EMBEDDED = "shapes"
+TINY_VAE = "vae_tiny"
+# The tiny VAE for the latents of Stable Diffusion 1 and 2, if the bundle has none of its own.
+TINY_VAE_ID = "madebyollin/taesd"
+_SD_SCALE = 0.18215
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # The files of a bundle. Weights at a repository's root are single-file copies of the same model; pickles and the files
 # of other frameworks are not downloaded.
@@ -30,14 +33,9 @@ def resolve(
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> Path:
-    """Return the folder of a model.
+    """The folder of a model: name is a local folder, "shapes" (the embedded model) or a hub id to download.
 
-    Args:
-        name: "shapes", a local folder or a hub id; a local folder takes precedence.
-        local_files_only, revision, cache_dir: as in huggingface_hub.snapshot_download.
-
-    Raises:
-        ModelError: there is no such model.
+    local_files_only, revision, cache_dir: as in huggingface_hub.snapshot_download.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -77,35 +75,116 @@ def _snapshot(name: str, local_files_only: bool, revision: str | None, cache_dir
         raise ModelError(f"no folder {name!r}, and no model of that name in {where}{version}: {error}") from error
 
 
-@dataclass(frozen=True)
-class Component:
-    """The folder of a model's part and which of its weights to load."""
+def load_text_encoder(folder: Path) -> Any:
+    from transformers import CLIPTextModel
 
-    path: Path
-    variant: str | None
-    """As in diffusers and transformers. "fp16" (model.fp16.safetensors) only if there are no other weights."""
-    dtype: torch.dtype
-    """The dtype of the file: fingerprints are computed before the cast."""
+    path = _part(folder, "text_encoder")
+    kind = _read_config(path).get("model_type")
+    if kind not in ("clip_text_model", "clip"):
+        raise ModelError(f"{path} is a {kind!r} model; only CLIP text encoders are supported")
+    # Not CLIPTextModelWithProjection: SD 2's config has a projection_dim, but its weights have no projection.
+    with quiet():
+        return _load(CLIPTextModel, path, "dtype")
 
 
-def component(folder: Path, name: str) -> Component:
-    """Check that folder/name exists and has safetensors weights.
+def load_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
 
-    Raises:
-        ModelError: it does not exist, or has no weights, or only pickled ones.
-    """
+    path = folder / "tokenizer"
+    if not path.is_dir():
+        raise ModelError(f"{folder} is not a model in diffusers' layout: it has no folder tokenizer/")
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    # The libraries that read a tokenizer's files each raise their own errors.
+    except Exception as error:
+        raise ModelError(f"the tokenizer in {path} cannot be loaded: {error}") from error
+
+
+def load_unet(folder: Path, name: str) -> Any:
+    from diffusers import UNet2DConditionModel
+
+    return _load(UNet2DConditionModel, _part(folder, name))
+
+
+def load_vae(folder: Path, choice: str, hub: dict[str, Any]) -> Any:
+    """choice: "full" (the model's own), "tiny", or a folder or hub id of an AutoencoderTiny."""
+    from diffusers import AutoencoderKL, AutoencoderTiny
+
+    if choice == "full":
+        path = _part(folder, "vae")
+        tiny = _read_config(path).get("_class_name") == "AutoencoderTiny"
+        return _load(AutoencoderTiny if tiny else AutoencoderKL, path)
+    if choice == "tiny" and (folder / TINY_VAE).is_dir():
+        path = folder / TINY_VAE
+    else:
+        path = resolve(_tiny_vae_id(folder) if choice == "tiny" else choice, **hub)
+    if _read_config(_part(path.parent, path.name)).get("_class_name") != "AutoencoderTiny":
+        raise ModelError(f"{path} is not an AutoencoderTiny")
+    return _load(AutoencoderTiny, path)
+
+
+def _tiny_vae_id(folder: Path) -> str:
+    full = _read_config(folder / "vae")
+    if full.get("latent_channels") != 4 or abs(full.get("scaling_factor", _SD_SCALE) - _SD_SCALE) > 1e-6:
+        raise ModelError(
+            f"{folder} has no {TINY_VAE}/, and {TINY_VAE_ID} only fits the latents of Stable Diffusion 1 and 2: "
+            "set vae to a folder or hub id of an AutoencoderTiny for this model"
+        )
+    return TINY_VAE_ID
+
+
+def load_scheduler(folder: Path) -> Any:
+    import diffusers
+
+    path = folder / "scheduler" / "scheduler_config.json"
+    try:
+        config = json.loads(path.read_text("utf-8"))
+        kind = getattr(diffusers, config["_class_name"])
+        if not issubclass(kind, diffusers.SchedulerMixin):
+            raise TypeError(f"{kind.__name__} is not a scheduler")
+        return kind.from_config(config)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ModelError(f"no scheduler of diffusers can be made from {path}: {error!r}") from error
+
+
+def _part(folder: Path, name: str) -> Path:
     path = folder / name
     if not path.is_dir():
         raise ModelError(f"{folder} is not a model in diffusers' layout: it has no folder {name}/")
-    for variant in (None, "fp16"):
-        files = sorted(file for file in path.glob("*.safetensors") if _variant(file) == variant)
-        if files:
-            # All of them are opened: a truncated shard is reported by name.
-            return Component(path, variant, [file_dtype(file) for file in files][0])
-    for other in sorted(path.iterdir()):
-        if other.suffix in PICKLES:
-            refuse_pickle(other)
-    raise ModelError(f"{path} has no weights (*.safetensors)")
+    return path
+
+
+def _load(kind: Any, path: Path, dtype_argument: str = "torch_dtype") -> Any:
+    """from_pretrained, but missing or mismatched weights raise: the libraries warn and initialize them."""
+    from diffusers.utils import is_accelerate_available
+
+    files = sorted(path.glob("*.safetensors"))
+    # model.fp16.safetensors is loaded only if there are no other weights.
+    variant = None if any(_variant(file) is None for file in files) else "fp16"
+    # All headers are read, which detects truncated shards.
+    dtypes = [file_dtype(file) for file in files if _variant(file) == variant]
+    if not dtypes:
+        for other in sorted(path.iterdir()):
+            if other.suffix in PICKLES:
+                refuse_pickle(other)
+        raise ModelError(f"{path} has no weights (*.safetensors)")
+    try:
+        model, report = kind.from_pretrained(
+            path,
+            local_files_only=True,
+            use_safetensors=True,
+            variant=variant,
+            low_cpu_mem_usage=is_accelerate_available(),
+            output_loading_info=True,
+            **{dtype_argument: dtypes[0]},
+        )
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        raise ModelError(f"{path} cannot be loaded as {kind.__name__}: {error}") from error
+    if missing := sorted(report.get("missing_keys") or ()):
+        raise ModelError(f"{path} lacks {len(missing)} weights, the first of them {missing[0]}")
+    if mismatched := list(report.get("mismatched_keys") or ()):
+        raise ModelError(f"{path} has weights whose shapes differ from its config.json: {mismatched[0]}")
+    return model
 
 
 def _variant(file: Path) -> str | None:
@@ -113,9 +192,23 @@ def _variant(file: Path) -> str | None:
     return ".".join(file.name.split(".")[1:-1]).split("-")[0] or None
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
         return json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read: {error}") from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Hide the progress bars that transformers shows for loading and saving."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -36,24 +36,23 @@ class Ties:
     def weight(self, path: str) -> Tensor:
         """A module's weight: shared, or owned if a LoRA has to be merged into it."""
         module = self.root.get_submodule(path)
-        if _peft_layer(module) is not None:
-            return self.own(lambda: self.current(path)[0])
+        if _is_peft_layer(module):
+            return self.own(lambda: self.current(path))
         tensor = _weight_of(module)
         self.shared.append((path, tensor))
         return tensor
 
     def bias(self, path: str) -> Tensor | None:
         """A module's bias, shared."""
-        return _bias_of(self.root.get_submodule(path))
+        return base_layer(self.root.get_submodule(path)).bias
 
-    def current(self, path: str) -> tuple[Tensor, Tensor | None]:
-        """A module's present weight and bias, for the function of an owned tensor."""
-        module = self.root.get_submodule(path)
-        return _weight_of(module), _bias_of(module)
+    def current(self, path: str) -> Tensor:
+        """A module's present weight, for the function of an owned tensor."""
+        return _weight_of(self.root.get_submodule(path))
 
     def packed(self, *paths: str) -> Tensor:
         """The weights of several linear layers with the same input, concatenated."""
-        return self.own(lambda: torch.cat([self.current(path)[0] for path in paths]))
+        return self.own(lambda: torch.cat([self.current(path) for path in paths]))
 
     def own(self, compute: Callable[[], Tensor]) -> Tensor:
         """A tensor of the derived model's own, which `refresh` computes again."""
@@ -71,7 +70,7 @@ class Ties:
         """
         for path, tensor in self.shared:
             module = self.root.get_submodule(path)
-            if _peft_layer(module) is not None or _weight_of(module).data_ptr() != tensor.data_ptr():
+            if _is_peft_layer(module) or _weight_of(module).data_ptr() != tensor.data_ptr():
                 return False
         values = [compute() for _, compute in self.owned]
         if any(own.shape != value.shape for (own, _), value in zip(self.owned, values, strict=True)):
@@ -85,17 +84,20 @@ class Ties:
         return sum(own.numel() * own.element_size() for own, _ in self.owned)
 
 
-def _peft_layer(module: nn.Module) -> Any | None:
-    """The module as peft's tuner layer, if it is one."""
-    return module if hasattr(module, "get_base_layer") and hasattr(module, "get_delta_weight") else None
+def base_layer(module: Any) -> Any:
+    """The layer below a LoRA of peft or of `model/lora.py`; without a LoRA the module itself."""
+    return getattr(module, "base_layer", module)
 
 
-def _weight_of(module: nn.Module) -> Tensor:
-    """The weight that a layer computes with. A LoRA is merged in fp32 into a copy."""
-    layer = _peft_layer(module)
-    if layer is None:
-        return module.weight  # type: ignore[return-value]
-    base = layer.get_base_layer().weight
+def _is_peft_layer(module: nn.Module) -> bool:
+    return hasattr(module, "base_layer") and hasattr(module, "get_delta_weight")
+
+
+def _weight_of(layer: Any) -> Tensor:
+    """The weight that a layer computes with. A LoRA of peft is merged in fp32 into a copy."""
+    if not _is_peft_layer(layer):
+        return layer.weight
+    base = layer.base_layer.weight
     names = [] if layer.merged or layer.disable_adapters else [n for n in layer.active_adapters if n in layer.lora_A]
     if not names:
         return base
@@ -104,11 +106,6 @@ def _weight_of(module: nn.Module) -> Tensor:
     if base.ndim != 4 or base.is_contiguous() or not base.is_contiguous(memory_format=torch.channels_last):
         return merged
     return merged.contiguous(memory_format=torch.channels_last)
-
-
-def _bias_of(module: nn.Module) -> Tensor | None:
-    layer = _peft_layer(module)
-    return (module if layer is None else layer.get_base_layer()).bias  # type: ignore[return-value]
 
 
 def sharing_copy(module: nn.Module, kept: tuple[str, ...] = ()) -> Any:

@@ -192,10 +192,10 @@ class HSpaceUNet:
         self,
         sample: Tensor,
         timestep: Tensor | float | int,
-        text: Tensor,
-        timestep_cond: Tensor | None,
-        class_labels: Tensor | None,
-        added_cond_kwargs: Mapping[str, Any] | None,
+        text: Tensor | None = None,
+        timestep_cond: Tensor | None = None,
+        class_labels: Tensor | None = None,
+        added_cond_kwargs: Mapping[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """The time embedding with all added conditions, and the hint image of models that have one."""
         unet = self.unet

@@ -43,6 +43,9 @@ def open_safetensors(path: str | Path) -> Any:
     path = Path(path)
     refuse_pickle(path)
     if not path.is_file():
+        # The same weights as a pickle: the message says how to convert it.
+        for other in sorted(path.parent.glob(f"{path.stem}.*")):
+            refuse_pickle(other)
         raise ModelError(f"there is no file {path}")
     try:
         return safe_open(str(path), framework="pt")

@@ -14,6 +14,7 @@ from ragturbo.model.unet import HSpaceUNet
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 FOUR_STEPS = (999, 749, 499, 249)
+TARGETS = r"up_blocks\..*(to_q|to_k|to_v|to_out\.0|conv1|proj_in|upsamplers\.0\.conv)"
 
 
 @pytest.fixture
@@ -31,11 +32,11 @@ def inputs(seed: int, rows: int = 2, side: int = 16) -> tuple[torch.Tensor, torc
     return torch.randn(rows, 4, side, side, generator=generator), torch.randn(rows, 16, 32, generator=generator)
 
 
-def random_lora(unet: HSpaceUNet, seed: int, targets: str = r"up_blocks\..*(to_q|to_k|to_v|to_out\.0|conv1|proj_in)"):
+def random_lora(unet: HSpaceUNet, seed: int):
     import peft
 
     lora.remove_lora(unet.unet)
-    config = peft.LoraConfig(r=4, target_modules=targets, inference_mode=True)
+    config = peft.LoraConfig(r=4, target_modules=TARGETS, inference_mode=True)
     peft.inject_adapter_in_model(config, unet.unet, adapter_name=lora.NAME)
     unet.unet.peft_config = {lora.NAME: config}
     generator = torch.Generator().manual_seed(seed)
@@ -123,6 +124,19 @@ def test_a_lora_that_changes_is_copied_into_the_same_memory(tiny, rng):
     lora.remove_lora(unet.unet)
     assert folded.refresh()
     assert relative(run(), unet.decode(unet.encode(x, 999, text))) < 1e-5
+
+
+def test_a_lora_loaded_without_peft_is_folded_in_every_layer(tiny, tmp_path):
+    torch.manual_seed(0)
+    unet = HSpaceUNet(tiny.unet())
+    x, text = inputs(4)
+    plain = unet.decode(unet.encode(x, 999, text))
+    random_lora(unet, 1)
+    lora.save_lora(unet.unet, tmp_path)
+    lora.load_lora(unet.unet, tmp_path)
+    folded = FoldedUNet(unet, [999])
+    got = folded.decode(folded.encode(x, 0, folded.text_kv(text)))
+    assert relative(got, unet.decode(unet.encode(x, 999, text))) < 1e-5 and relative(got, plain) > 1e-3
 
 
 def test_a_lora_on_layers_that_were_shared_asks_for_a_new_fold(tiny):

@@ -39,10 +39,11 @@ def test_a_fused_decoder_is_the_model(tiny: ModuleType, side: tuple[int, int], u
     replaced = {(row.was, row.now) for row in table}
     assert replaced == {
         ("ResnetBlock2D", "Resnet"), ("Upsample2D", fused_vae.UPSAMPLINGS[upsampling].__name__),
-        ("Attention", "Attention"), ("Conv2d", "Conv"), ("GroupNorm + SiLU", "NormAct"),
+        ("Attention", "Attention"), ("GroupNorm + SiLU", "NormAct"),
     }  # fmt: skip
     # The convolutions whose biases moved: only the first of the decoder and the last keep one.
     assert [up.upsamplers[0].bias for up in view.decoder.up_blocks[:-1]] == [None] * 3
+    assert view.decoder.conv_in.bias is None and module.decoder.conv_in.bias is not None
     assert view.decoder.mid_block.resnets[0].bias0 is not None
     assert [up.resnets[0].bias0 is None for up in view.decoder.up_blocks] == [True, False, False, False]
 
