@@ -5,23 +5,19 @@ There is no decoder LoRA: it would be active in every mode, and mode "none" shou
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import parallel
 import torch
-from device import DEVICE, attention
-from loop import head
+from device import DEVICE
 from settings import Settings
 from stage_bundle import provenance
-from stage_student import PAIRS, REAL, VGG
+from stage_student import PAIRS, REAL, data_settings, train
 
 from ragturbo.model.adapter import HSpaceAdapter
 from ragturbo.model.info import BundleInfo
-from ragturbo.train import LADDTrainer, load_config
 from ragturbo.train.neighbors import make_neighbors
-from ragturbo.train.stats import STATS
 
 
 def train_adapter(work: Path, s: Settings, minutes: float | None = None) -> None:
@@ -31,17 +27,13 @@ def train_adapter(work: Path, s: Settings, minutes: float | None = None) -> None
     for source in (PAIRS, REAL):
         make_neighbors(work / source, bundle / "database", model=str(bundle), k=1, device=str(DEVICE))
     parallel.barrier()
-    sources = f"[{{path: {work / PAIRS}, weight: 3}}, {{path: {work / REAL}, weight: 1}}]"
     changes = [
-        f"model={bundle}", f"database={bundle / 'database'}", f"seed={s.seed}", f"data.sources={sources}",
-        "student.lora.rank=0", f"loss.lpips_weights={work / VGG}", f"optim.lr={s.adapter_rate}",
-        f"loop.max_steps={s.adapter_steps}", f"loop.micro_batch={64 // parallel.WORLD}", "loop.precision=bf16",
+        f"model={bundle}", f"database={bundle / 'database'}", f"seed={s.seed}", *data_settings(work),
+        "student.lora.rank=0", f"optim.lr={s.adapter_rate}", f"loop.max_steps={s.adapter_steps}",
+        f"loop.micro_batch={64 // parallel.WORLD}", "loop.precision=bf16",
     ]  # fmt: skip
-    with attention():
-        folder = LADDTrainer(load_config("shapes", changes), work / "adapter", device=DEVICE, resume=True).train()
+    folder = train("adapter", work, changes)
     if parallel.RANK == 0:
-        last = json.loads((work / "adapter" / STATS).read_text("utf-8").splitlines()[-1])
-        (work / "adapter.jsonl").write_text(json.dumps({**last, "commit": head()}) + "\n")
         add_to_bundle(folder, bundle, provenance(work, s))
 
 

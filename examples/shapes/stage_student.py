@@ -64,17 +64,27 @@ def pair_caption(i: int, s: Settings) -> int:
 
 
 def distil_student(work: Path, s: Settings, minutes: float | None = None) -> None:
-    sources = f"[{{path: {work / PAIRS}, weight: 3}}, {{path: {work / REAL}, weight: 1}}]"
     changes = [
-        "mode=student", f"model={work / BASE}", f"seed={s.seed}", f"data.sources={sources}", "student.adapter=none",
-        "student.lora.rank=0", "student.retrieval_dropout=0", f"loss.lpips_weights={work / VGG}",
-        f"optim.lr={s.student_rate}", "optim.weight_decay=0.01", f"loop.max_steps={s.student_steps}",
-        f"loop.batch={s.student_batch}", f"loop.micro_batch={s.student_batch // parallel.WORLD}", "loop.ema=0.998",
-        "loop.precision=bf16",
+        "mode=student", f"model={work / BASE}", f"seed={s.seed}", *data_settings(work), "student.adapter=none",
+        "student.lora.rank=0", "student.retrieval_dropout=0", f"optim.lr={s.student_rate}", "optim.weight_decay=0.01",
+        f"loop.max_steps={s.student_steps}", f"loop.batch={s.student_batch}",
+        f"loop.micro_batch={s.student_batch // parallel.WORLD}", "loop.ema=0.998", "loop.precision=bf16",
     ]  # fmt: skip
-    with attention():
-        folder = LADDTrainer(load_config("shapes", changes), work / "student", device=DEVICE, resume=True).train()
+    folder = train("student", work, changes)
     if parallel.RANK == 0:
         shutil.copytree(folder / "unet", work / "unet", dirs_exist_ok=True)
-        last = json.loads((work / "student" / STATS).read_text("utf-8").splitlines()[-1])
-        (work / "student.jsonl").write_text(json.dumps({**last, "commit": head()}) + "\n")
+
+
+def data_settings(work: Path) -> list[str]:
+    sources = f"[{{path: {work / PAIRS}, weight: 3}}, {{path: {work / REAL}, weight: 1}}]"
+    return [f"data.sources={sources}", f"loss.lpips_weights={work / VGG}"]
+
+
+def train(name: str, work: Path, changes: list[str]) -> Path:
+    """Train in work/name with the configuration `shapes`, log the last losses, and return the exported folder."""
+    with attention():
+        folder = LADDTrainer(load_config("shapes", changes), work / name, device=DEVICE, resume=True).train()
+    if parallel.RANK == 0:
+        last = json.loads((work / name / STATS).read_text("utf-8").splitlines()[-1])
+        (work / f"{name}.jsonl").write_text(json.dumps({**last, "commit": head()}) + "\n")
+    return folder

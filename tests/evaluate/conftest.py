@@ -1,4 +1,4 @@
-"""The recipe of the embedded model, as modules."""
+"""A fixture with the modules of the embedded model's recipe."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RECIPE = Path(__file__).parents[2] / "examples" / "shapes"
 
 @pytest.fixture(scope="session")
 def recipe() -> Iterator[dict[str, ModuleType]]:
-    """The recipe's modules by name, imported as its scripts import each other, and forgotten afterwards."""
+    """The recipe's modules by name, imported as scripts and removed from sys.modules afterwards."""
     sys.path.insert(0, str(RECIPE))
     try:
         yield {path.stem: importlib.import_module(path.stem) for path in sorted(RECIPE.glob("*.py"))}

@@ -1,4 +1,4 @@
-"""The embedded model keeps what its issue promised, measured by the commands anyone can run."""
+"""Properties of the embedded model, measured by examples/shapes/measure.py."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_key_finds_a_caption_that_names_the_same_things(recipe):
 
 
 def test_the_h_space_carries_all_that_the_prompt_says(recipe):
-    """With h from another prompt, the student's picture is worth no more than one of another caption."""
+    """With h from another prompt, the student's picture scores no better than one of another caption."""
     swapped = _measured(recipe, "swap", 120)
     assert swapped["cost"] >= 0.2 and swapped["swapped"]["overall"]["mean"] < 0.2
     assert swapped["swapped"]["categories"]["colour"]["mean"] < 0.1

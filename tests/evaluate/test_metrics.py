@@ -65,7 +65,7 @@ def test_the_aesthetic_score_is_the_published_heads_layers_on_the_unit_feature(c
     assert found == pytest.approx(x[:, 0].tolist(), abs=1e-5)
 
 
-def test_what_a_metric_lacks_is_named_with_where_to_put_it(tmp_path):
+def test_a_missing_file_is_reported_with_its_option(tmp_path):
     with pytest.raises(ModelError, match="--aesthetic-weights"):
         Aesthetic.load(None)
     with pytest.raises(ModelError, match="ragturbo convert"):
@@ -79,7 +79,7 @@ def test_what_a_metric_lacks_is_named_with_where_to_put_it(tmp_path):
 
 
 class Features(nn.Module):
-    """Sixteen numbers an image: means and spreads of its quarters."""
+    """Sixteen numbers per image: statistics of its quarters."""
 
     num_features = 16
 
@@ -112,7 +112,7 @@ def test_fid_of_gaussians_is_the_formula():
         for images in (real, drawn)
     )
     covariances = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    # The trace of a matrix's root is the sum of the roots of its eigenvalues.
+    # The trace of a matrix square root is the sum of the square roots of the eigenvalues.
     roots = np.sqrt(np.linalg.eigvals(covariances[0] @ covariances[1]).real.clip(0)).sum()
     by_hand = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(covariances[0] + covariances[1]) - 2 * roots
     assert fid.compute(drawn) == pytest.approx(by_hand, rel=1e-4)

@@ -1,4 +1,4 @@
-"""The recipe of the embedded model: what its parts promise, at sizes that run in seconds."""
+"""The recipe of the embedded model, at sizes that run in seconds."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def test_every_system_of_ours_draws_with_the_seeds_it_is_given(model, suite, tmp
     with Generator.from_pretrained(model, adapter=False, device="cpu") as gen:
         own = gen([p.text for p in suite.prompts], seed=[p.seed for p in suite.prompts], mode="none").images
     assert all(np.array_equal(a, b) for a, b in zip(drawn["student"], own, strict=True))
-    # Neighbours, right or wrong, each make an image of their own.
+    # Images with neighbours differ from those without.
     for name in ("slerp@w=0.5+k=2", "adapter", "wrong"):
         assert any(not np.array_equal(a, b) for a, b in zip(drawn[name], drawn["none"], strict=True)), name
     assert read_notes(tmp_path / "out", parse_system("adapter"))["000000"]["neighbors"] == ["a red circle"]
@@ -129,7 +129,7 @@ def test_an_image_that_is_there_is_not_drawn_again_and_a_missing_one_is(model, s
     stamps = [p.stat().st_mtime_ns for i, p in enumerate(paths) if i != 2]
     draw_images(suite, spec, loading, out)
     assert [p.stat().st_mtime_ns for i, p in enumerate(paths) if i != 2] == stamps
-    # Drawn alone now, in another bucket: the same picture, to a rounding.
+    # The missing image is now drawn alone, in another batch bucket.
     again = np.asarray(Image.open(paths[2])).astype(int)
     assert paths[0].read_bytes() == before[0] and again.shape == (128, 128, 3)
 

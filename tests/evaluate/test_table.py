@@ -38,7 +38,7 @@ def test_differences_are_paired_by_prompt_and_groups_are_apart():
     theirs = {"f": {str(i): ImageScore(str(i), v) for i, v in enumerate(base)}}
     ours = {"f": {str(i): ImageScore(str(i), v + 0.01) for i, v in enumerate(base)}}
     row = make_row("x", "X", 1, prompts, ours, theirs)
-    # Unpaired, a hundredth would drown in the spread of the prompts.
+    # Unpaired, a difference of 0.01 would be below the spread of the prompts.
     assert row.differences["f"].mean == pytest.approx(0.01) and verdict(row.differences["f"]) == "better"
     assert row.groups["f"]["rare"].count == row.groups["f"]["common"].count == 50
 
