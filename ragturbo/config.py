@@ -1,4 +1,4 @@
-"""The options of a Generator, as one frozen dataclass that refuses nonsense when it is made."""
+"""Options of a Generator, validated when the dataclass is created, and the limits of a request."""
 
 from __future__ import annotations
 
@@ -8,20 +8,23 @@ from typing import Any
 
 from ragturbo.errors import InvalidRequest
 
-ENGINES = ("auto", "eager", "graph")
+ENGINES = ("auto", "reference", "graph")
 RETRIEVERS = ("auto", "scann", "exact", "bm25")
 VAES = ("full", "tiny")
 ATTENTIONS = ("auto", "sdpa", "triton", "xformers")
 # "lerp" is the control for slerp: the same blend along the chord.
 MODES = ("adapter", "slerp", "lerp", "none")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent", "uint8", "png", "jpeg", "webp")
+# Limits of one request.
+MAX_NEIGHBORS = 16
+MAX_SEED = 2**64 - 1
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 def parse_bytes(value: int | str | None, name: str) -> int | None:
-    """8589934592, "8GiB" or None -> bytes or None."""
+    """Return a size in bytes from an int, a string such as "8GiB", or None."""
     if value is None:
         return None
     if isinstance(value, str):
@@ -44,6 +47,10 @@ class GeneratorConfig:
     """Everything `Generator.from_pretrained` takes besides the model, database and adapter themselves."""
 
     engine: str = "auto"
+    """"reference": plain torch, on any device. "graph": fused modules under CUDA graphs. "auto": the graph engine on a
+    GPU if it can run the model, else the reference."""
+    capture: bool = True
+    """False: the graph engine calls its segments instead of capturing them, which also runs on a CPU. For debugging."""
     retriever: Any = "auto"
     vae: str = "full"
     attention: str = "auto"
@@ -54,10 +61,10 @@ class GeneratorConfig:
     batch_window: float = 0.0
     max_queue: int = 64
     prompt_cache: int = 0
-    """How many prompts are remembered, so that a repeated one skips the text encoder. The graph engine keeps the keys
-    and values of all cross-attentions on the device: 3.8 MB a prompt and bucket with SD 2.1."""
+    """Number of prompts whose encoding is cached, so that a repeated prompt skips the text encoder. The graph engine
+    caches the keys and values of all cross-attentions on the device: 3.8 MB per prompt and bucket for SD 2.1."""
     log_prompts: bool = True
-    """Whether a warning may quote the prompt it is about. `Output.notes` says the same to the caller alone."""
+    """Whether warnings may quote the prompt. `Output.notes` has the same text for the caller."""
 
     def __post_init__(self) -> None:
         one_of("engine", self.engine, ENGINES)
@@ -65,7 +72,10 @@ class GeneratorConfig:
         if isinstance(self.retriever, str):
             one_of("retriever", self.retriever, RETRIEVERS)
         elif not callable(getattr(self.retriever, "search", None)):
-            raise InvalidRequest(f"retriever={self.retriever!r} is no name and has no search(keys, k, *, exclude=None)")
+            names = ", ".join(map(repr, RETRIEVERS))
+            raise InvalidRequest(
+                f"retriever={self.retriever!r} must be one of {names} or implement search(keys, k, *, exclude=None)"
+            )
         if not isinstance(self.vae, str) or not self.vae:
             raise InvalidRequest(f"vae={self.vae!r} must be 'full', 'tiny' or a path or id of an AutoencoderTiny")
         sizes = tuple(sorted(set(self.batch_sizes)))

@@ -1,4 +1,4 @@
-"""The front door: `generate()` for one line of use, `Generator` for a service. Torch loads with the first model."""
+"""`generate()` for one line of use, `Generator` for a service. Torch is imported with the first model."""
 
 from __future__ import annotations
 
@@ -7,32 +7,55 @@ import os
 import threading
 import time
 import weakref
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from ragturbo.config import GeneratorConfig
 from ragturbo.errors import InvalidRequest
 from ragturbo.output import Neighbor, Output
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from concurrent.futures import Future
 
     import torch
+    from torch import Tensor
 
-    from ragturbo.engine.executor import Place
-    from ragturbo.engine.database import DatabaseSource
+    from ragturbo.engine.database import DatabaseGeneration
+    from ragturbo.engine.request import Request
+    from ragturbo.engine.request_queue import Reservation
     from ragturbo.model.bundle import Bundle
+    from ragturbo.retrieval import Database
 
 __all__ = ["Generator", "Neighbor", "Output", "generate"]
 
+P = ParamSpec("P")
+T = TypeVar("T")
 log = logging.getLogger("ragturbo")
+COUNTS = ("accepted", "finished", "failed", "cancelled", "expired", "rejected", "non_finite")
+
+
+def _same_parameters(documented: Callable[P, Any]) -> Callable[[Callable[..., T]], Callable[P, T]]:
+    """Give a function that takes **options the parameters of `documented`, for type checkers, help() and completion."""
+
+    def decorate(function: Callable[..., T]) -> Callable[P, T]:
+        import inspect
+
+        own = inspect.signature(function, eval_str=False)
+        theirs = inspect.signature(documented, eval_str=False)
+        function.__signature__ = theirs.replace(return_annotation=own.return_annotation)  # type: ignore[attr-defined]
+        return function
+
+    return decorate
 
 
 class Generator:
-    """One model, one database, one device thread. Calls from any number of threads; close it, or use it in `with`."""
+    """A model, a database and the thread that runs them. Thread-safe. Close it, or use it in `with`."""
 
-    def __init__(self, bundle: Bundle, *, database: Any = None, config: GeneratorConfig | None = None) -> None:
-        """For a Bundle already in memory; `from_pretrained` loads one."""
+    def __init__(
+        self, bundle: Bundle, *, database: Database | str | os.PathLike[str] | None = None,
+        config: GeneratorConfig | None = None,
+    ) -> None:  # fmt: skip
+        """Use a Bundle already in memory; `from_pretrained` loads one."""
         from ragturbo.engine.build import make_engine
         from ragturbo.engine.executor import Executor
         from ragturbo.engine.threads import settle_threads
@@ -40,7 +63,7 @@ class Generator:
         self.config = config or GeneratorConfig()
         self._bundle = bundle
         self._engine = make_engine(bundle, self.config)
-        self._source: DatabaseSource | None = None
+        self._database: DatabaseGeneration | None = None
         self._swap = threading.Lock()
         self._executor = Executor(
             self._engine,
@@ -48,10 +71,10 @@ class Generator:
             batch_window=self.config.batch_window,
             max_queue=self.config.max_queue,
         )
-        # The device thread holds the executor, never the Generator: an abandoned Generator is collected and closed.
+        # The device thread references the executor, not the Generator: an unused Generator is collected and closed.
         self._finalizer = weakref.finalize(self, self._executor.close)
         self._threads = settle_threads(bundle, self._executor.call)
-        if database is not None and database is not False:
+        if database is not None:
             self.use_database(database)
 
     @classmethod
@@ -59,31 +82,64 @@ class Generator:
         cls,
         model: str | os.PathLike[str] = "shapes",
         *,
-        database: Any = None,
+        database: Database | str | os.PathLike[str] | bool | None = None,
         adapter: str | os.PathLike[str] | bool | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         local_files_only: bool = False,
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
-        **options: Any,
+        engine: str = "auto",
+        capture: bool = True,
+        retriever: Any = "auto",
+        vae: str = "full",
+        attention: str = "auto",
+        compile: bool = False,
+        host_cache: int | str | None = None,
+        device_cache: int | str | None = None,
+        batch_sizes: tuple[int, ...] = (1, 2, 4, 8),
+        batch_window: float = 0.0,
+        max_queue: int = 64,
+        prompt_cache: int = 0,
+        log_prompts: bool = True,
     ) -> Generator:
-        """model: "shapes" (embedded), a local folder or a hub id.
+        """Load a model, its adapter and its database.
 
-        database: a folder or Database; None takes the bundle's own if it has one; False goes without.
-        adapter: a folder with adapter.safetensors [+ decoder_lora]; None takes the bundle's own; False goes without.
-        device, dtype: None means cuda/float16 where there is a GPU, else cpu/float32.
-        options: the fields of `ragturbo.config.GeneratorConfig` (engine, retriever, vae, attention, compile,
-        host_cache, device_cache, batch_sizes, batch_window, max_queue, prompt_cache, log_prompts).
+        Args:
+            model: "shapes" (embedded), a diffusers folder or a hub id.
+            database: a folder or Database; None: the model's own, if it has one; False: none.
+            adapter: a folder with adapter.safetensors and optionally decoder_lora; None: the model's own; False: none.
+            device, dtype: default to cuda and float16 if there is a GPU, else to cpu and float32.
+            local_files_only, revision, cache_dir: as in diffusers.
+            engine: "reference", plain torch on any device; "graph", fused modules under CUDA graphs; "auto", the graph
+                engine on a GPU if it can run the model, else the reference.
+            capture: False: the graph engine calls its segments instead of capturing them, on any device.
+            retriever: "exact", "scann", "bm25", an object with search(keys, k, *, exclude=None), or "auto", the one the
+                database was opened with, else chosen by its size.
+            vae: "full", "tiny", or a folder or id of an AutoencoderTiny.
+            attention: of the UNet: "sdpa", "triton", "xformers", or "auto", the fastest measured on this GPU.
+            compile: run the graph engine's blocks through torch.compile.
+            host_cache, device_cache: bytes for caching features, as a number or like "8GiB".
+            batch_sizes: powers of two that requests are padded to and run in.
+            batch_window: seconds to wait for more requests before running a batch.
+            max_queue: batches that may wait; beyond it, calls raise Overloaded.
+            prompt_cache: number of prompts whose encoding is cached.
+            log_prompts: whether warnings may quote prompts.
+
+        Raises:
+            InvalidRequest: an option has a wrong value or excludes another.
+            ModelError: the model cannot be found, loaded or run.
+            DatabaseMismatch: another model encoded the database.
         """
-        known = GeneratorConfig.__dataclass_fields__
-        if unknown := sorted(set(options) - set(known)):
-            raise InvalidRequest(f"unknown option {unknown[0]!r}; there are: {', '.join(known)}")
-        config = GeneratorConfig(**options)
+        config = GeneratorConfig(
+            engine=engine, capture=capture, retriever=retriever, vae=vae, attention=attention, compile=compile,
+            host_cache=host_cache, device_cache=device_cache, batch_sizes=batch_sizes, batch_window=batch_window,
+            max_queue=max_queue, prompt_cache=prompt_cache, log_prompts=log_prompts,
+        )  # fmt: skip
         if adapter is True or database is True:
-            raise InvalidRequest("adapter and database are a folder, None (the bundle's own) or False (off), not True")
+            raise InvalidRequest("adapter and database are a folder, None (the model's own) or False (none), not True")
         from ragturbo.engine.build import choose_device
-        from ragturbo.engine.executor import refuse_after_fork
+        from ragturbo.engine.fork import refuse_after_fork
         from ragturbo.model.bundle import Bundle
 
         refuse_after_fork()
@@ -92,7 +148,7 @@ class Generator:
             model,
             device=where,
             dtype=precision,
-            vae=config.vae,
+            vae=vae,
             adapter=adapter,
             local_files_only=local_files_only,
             revision=revision,
@@ -100,68 +156,136 @@ class Generator:
         )
         if database is None:
             database = bundle.database_path
-        return cls(bundle, database=database, config=config)
+        return cls(bundle, database=None if database is False else database, config=config)
 
-    def __call__(self, prompt: Any = None, **options: Any) -> Output | tuple[Any, ...]:
-        """Text to image. Options, each an error where it would have no effect:
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        seed: int | Sequence[int] | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        num_images_per_prompt: int = 1,
+        mode: str | None = None,
+        num_neighbors: int | None = None,
+        min_score: float | None = None,
+        lam: float | Sequence[float] | None = None,
+        w: float | Sequence[float] | None = None,
+        per: str | None = None,
+        query: str | Sequence[str] | Tensor | None = None,
+        neighbors: Sequence[Any] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        num_inference_steps: int = 1,
+        guidance_scale: float = 0.0,
+        height: int | None = None,
+        width: int | None = None,
+        output_type: str = "pil",
+        postprocess: Callable[[Any], Any] | None = None,
+        timeout: float | None = None,
+        reservation: Reservation | None = None,
+    ) -> Output:
+        """Generate images. An option that would have no effect is an error.
 
-        seed: int, or one a prompt or image; num_images_per_prompt uses seed, seed + 1, …; generator, latents: as
-        diffusers.
-        mode: "adapter", "slerp", "lerp" or "none"; None: adapter if there are an adapter and a database, else none.
-        num_neighbors, min_score, query (other text or a key to search by), neighbors (ids, Neighbors or (caption,
-        image) pairs); lam: the adapter's strength in place of the cosine; w: the target's weight in slerp and lerp
-        (0.8); per: "sample" or "token", for slerp.
-        negative_prompt, guidance_scale, num_inference_steps, height, width, prompt_embeds, negative_prompt_embeds:
-        as diffusers.
-        output_type: "pil", "np", "pt", "latent", "uint8" (B, H, W, 3), "png", "jpeg" or "webp"; postprocess: a hook
-        on the uint8 batch; timeout: seconds; place: from `reserve`; return_dict: False gives (images,).
+        Args:
+            prompt: one text or a list.
+            seed: one number, or one per prompt or image; further images of a prompt use seed + 1, … Default: random.
+            generator, latents: as in diffusers, instead of `seed`.
+            num_images_per_prompt: default 1.
+            mode: "adapter" (Eq. 5), "slerp" (Eq. 3), "lerp" or "none". Default: "adapter" if there are an adapter and a
+                database, else "none".
+            num_neighbors: pairs to retrieve per image. Default: as the adapter was trained; 1 for slerp and lerp.
+            min_score: neighbours with a lower score are not used.
+            lam: strength of the adapter, instead of the cosine of the text keys; per call, prompt or image.
+            w: weight of the target in slerp and lerp, in [0, 1]; per call, prompt or image. Default 0.8.
+            per: angle of slerp: one per "sample" (default) or per "token".
+            query: other text, or a key, to search by instead of the prompt.
+            neighbors: ids, Neighbors or (caption, image) pairs instead of a search; one list, or one per prompt.
+            negative_prompt, prompt_embeds, negative_prompt_embeds, num_inference_steps, guidance_scale, height, width:
+                as in diffusers. Default: one step without guidance, at the model's size.
+            output_type: "pil", "np", "pt", "latent", "uint8" (B, H, W, 3), "png", "jpeg" or "webp".
+            postprocess: runs on the uint8 batch before it is returned; its result is used as is.
+            timeout: seconds after which DeadlineExceeded is raised.
+            reservation: from `reserve`.
+
+        Returns:
+            Output with images, neighbors, lam, seeds, mode, bucket, timings and notes.
+
+        Raises:
+            InvalidRequest: an option has a wrong value or no effect.
+            Overloaded: the queue is full, or too long for `timeout`.
+            DeadlineExceeded: `timeout` has passed.
+            GenerationError: the engine failed, or the Generator is closed.
         """
-        call = self._start(prompt, options)
-        output = call.wait()
-        return output if call.request.return_dict else (output.images,)
+        request = self._submit(
+            prompt, seed=seed, generator=generator, latents=latents, num_images_per_prompt=num_images_per_prompt,
+            mode=mode, num_neighbors=num_neighbors, min_score=min_score, lam=lam, w=w, per=per, query=query,
+            neighbors=neighbors, negative_prompt=negative_prompt, prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds, num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale, height=height, width=width, output_type=output_type,
+            postprocess=postprocess, timeout=timeout, reservation=reservation,
+        )  # fmt: skip
+        return Output.make(request, request.wait())
 
+    @_same_parameters(__call__)
     def submit(self, prompt: Any = None, **options: Any) -> Future[Output]:
-        """As calling it, without waiting. Cancelling the future frees its place in the queue."""
-        return self._start(prompt, options).future()
+        """Generate without waiting; takes what `__call__` takes. Cancelling the future frees its room in the queue."""
+        from ragturbo.output_future import OutputFuture
 
+        return OutputFuture(self._submit(prompt, **options))
+
+    @_same_parameters(__call__)
     async def agenerate(self, prompt: Any = None, **options: Any) -> Output:
-        """As calling it, for asyncio. Cancelling the task cancels the request; `timeout=` is kept to the moment."""
+        """Generate under asyncio; takes what `__call__` takes. Cancelling the task cancels the request, and `timeout`
+        holds even if the device is still busy."""
         import asyncio
 
-        # Tokenising and drawing noise take a while on long lists: not on the loop's thread.
-        starting = asyncio.ensure_future(asyncio.to_thread(self._start, prompt, options))
+        from ragturbo.output_future import OutputFuture
+
+        # Tokenising and drawing noise for many prompts would block the event loop.
+        submitting = asyncio.ensure_future(asyncio.to_thread(self._submit, prompt, **options))
         try:
-            call = await asyncio.shield(starting)
+            request = await asyncio.shield(submitting)
         except asyncio.CancelledError:
-            # That thread cannot be stopped: what it hands in is taken back.
-            starting.add_done_callback(_take_back)
+            # The thread cannot be stopped: cancel the request once it is submitted.
+            submitting.add_done_callback(_cancel_submitted)
             raise
-        return await call.awaited()
+        future = asyncio.wrap_future(OutputFuture(request))
+        left = None if request.deadline is None else max(0.0, request.deadline - time.monotonic())
+        try:
+            done, _ = await asyncio.wait({future}, timeout=left)
+            if done:
+                return future.result()
+        finally:
+            # No effect on a future that is done.
+            future.cancel()
+        raise request.late()
 
     def warmup(self) -> None:
-        """Runs every bucket once, so that the first request finds everything loaded, compiled and captured."""
-        # A prompt that is remembered takes another way than one that is not.
+        """Run every batch size once, so that the first request finds everything loaded, compiled and captured."""
+        # With a prompt cache, a repeated prompt takes another path than a new one.
         times = 2 if self.config.prompt_cache else 1
-        # The largest first: the smaller ones' graphs find room in its memory.
+        # Largest first: the graphs of smaller sizes reuse its memory.
         for size in reversed(self.config.batch_sizes):
             for _ in range(times):
-                self._start(["warm up"] * size, {"seed": 0, "output_type": "uint8"}, quiet=True).wait()
-        self._executor.forget_pace()
+                self._submit(["warm up"] * size, seed=0, output_type="uint8", quiet=True).wait()
+        self._executor.queue.forget_pace()
 
-    def use_database(self, database: Any) -> None:
-        """A Database or its folder, or None to go without. Requests already accepted keep the one they started with."""
-        from ragturbo.engine.build import open_source
+    def use_database(self, database: Database | str | os.PathLike[str] | None) -> None:
+        """Use another Database or folder, or None for none. Accepted requests keep the one they started with."""
+        from ragturbo.engine.build import open_database
 
-        source = None if database is None else open_source(database, self._bundle, self.config)
+        opened = None if database is None else open_database(database, self._bundle, self.config)
         with self._swap:
-            self._source = source
+            self._database = opened
 
     def load_adapter(self, path: str | os.PathLike[str]) -> None:
-        """adapter.safetensors and, where the folder has one, decoder_lora; from the next batch on."""
+        """Load adapter.safetensors and, if the folder has one, decoder_lora; used from the next batch on."""
         self._executor.call(lambda: self._engine.load_adapter(path))
 
     def call(self, function: Callable[[], Any]) -> Any:
-        """Runs `function` on the device's thread between two batches, and waits: for profilers."""
+        """Run a function on the device thread between two batches and return its value, as profilers need it."""
         return self._executor.call(function)
 
     @property
@@ -169,31 +293,31 @@ class Generator:
         return self._executor.healthy
 
     def check_room(self, images: int = 1, timeout: float | None = None) -> None:
-        """Raises Overloaded, or what else a call would, before anything is spent on it."""
+        """Raise Overloaded if a call for so many images would, before anything is spent on it."""
         self._executor.check_room(images, timeout)
 
-    def reserve(self, images: int = 1, timeout: float | None = None) -> Place:
-        """As `check_room`, and keeps the room: `with gen.reserve(2, 5.0) as place: gen(…, place=place)` is not
-        refused where it asks for no more."""
+    def reserve(self, images: int = 1, timeout: float | None = None) -> Reservation:
+        """`check_room`, and hold the room: `with gen.reserve(2, 5.0) as room: gen(…, reservation=room)` is not refused
+        if it makes no more images."""
         return self._executor.reserve(images, timeout)
 
     def expected_wait(self, images: int = 1) -> float:
-        """Seconds until `images` more would be made, by the pace of the last batches; 0 where it is not known yet."""
-        return self._executor.expected_wait(images)
+        """Seconds until `images` more would be done, by the pace of the last batches; 0 if that is not known yet."""
+        return self._executor.queue.expected_wait(images)
 
     @property
-    def database(self) -> Any:
-        return None if self._source is None else self._source.live
+    def database(self) -> Database | None:
+        return None if self._database is None else self._database.live
 
     @property
     def default_size(self) -> int:
-        """The side in pixels of the images the model was made for."""
+        """Height and width in pixels that the model was made for."""
         return self._bundle.default_size
 
     @property
     def info(self) -> dict[str, Any]:
-        """What is loaded and which ways were chosen."""
-        bundle, source = self._bundle, self._source
+        """What is loaded, and which implementations were chosen."""
+        bundle, database = self._bundle, self._database
         return {
             "model": bundle.name,
             "device": str(bundle.device),
@@ -204,25 +328,25 @@ class Generator:
             "size": self.default_size,
             "adapter": None if bundle.adapter is None else bundle.adapter.kind,
             "decoder_lora": bundle.has_lora,
-            "database": None if source is None else source.info,
+            "database": None if database is None else database.info,
             "batch_sizes": list(self.config.batch_sizes),
             "threads": self._threads,
         }
 
     def stats(self) -> dict[str, Any]:
         """Counters since the start."""
-        executor = self._executor
+        executor, database = self._executor, self._database
         return {
-            "waiting": executor.waiting,
-            "running": executor.running,
-            **{name: executor.counts[name] for name in COUNTS},
+            "waiting": len(executor.queue),
+            "running": executor.queue.running,
+            **{name: executor.queue.counts[name] for name in COUNTS},
             "batches": dict(sorted(executor.batch_sizes.items())),
-            "cache": {} if self._source is None else self._source.counters(),
-            "generation": None if self._source is None else self._source.generation,
+            "cache": {} if database is None else database.counters(),
+            "generation": None if database is None else database.generation,
         }
 
     def close(self) -> None:
-        """Finishes what waits and ends the device's thread. Calling it twice is fine."""
+        """Finish queued requests and end the device thread. Closing twice is allowed."""
         self._finalizer()
 
     def __enter__(self) -> Generator:
@@ -231,34 +355,39 @@ class Generator:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _start(self, prompt: Any, options: dict[str, Any], *, quiet: bool = False) -> Any:
-        from ragturbo.call import Call
+    def _submit(
+        self, prompt: Any, *, reservation: Reservation | None = None, quiet: bool = False, **options: Any
+    ) -> Request:
+        from ragturbo.engine.request import Request
 
         started = time.perf_counter()
         with self._swap:
-            if self._source is not None:
-                self._source = self._source.current()
-            source = self._source
-        quiet = quiet or not self.config.log_prompts
-        executor, place = self._executor, options.pop("place", None)
-        return Call.start(
-            self._bundle, self._engine, executor, source, prompt, options, started, quiet=quiet, place=place
-        )
+            if self._database is not None:
+                self._database = self._database.current()
+            database = self._database
+
+        def encode_pairs(captions: list[str], images: Tensor) -> tuple[Tensor, Tensor]:
+            return self._executor.call(lambda: self._engine.encode_pairs(captions, images))
+
+        request = Request.make(self._bundle, database, prompt, encode_pairs=encode_pairs, started=started, **options)
+        if self.config.log_prompts and not quiet:
+            for note in request.notes:
+                log.warning("%s", note)
+        self._executor.submit(request, reservation)
+        return request
 
 
-def _take_back(starting: Any) -> None:
-    if not starting.cancelled() and starting.exception() is None:
-        starting.result().cancel()
+def _cancel_submitted(submitting: Any) -> None:
+    if not submitting.cancelled() and submitting.exception() is None:
+        submitting.result().cancel()
 
-
-COUNTS = ("accepted", "finished", "failed", "cancelled", "expired", "rejected", "non_finite")
 
 _lock = threading.Lock()
 _generators: dict[tuple[Any, ...], Generator] = {}
 
 
 def _forget_generators() -> None:
-    # After a fork the parent's device threads are not here: the child makes its own.
+    # A forked child has none of the parent's device threads and makes its own Generators.
     global _lock
     _lock = threading.Lock()
     _generators.clear()
@@ -269,34 +398,59 @@ if hasattr(os, "register_at_fork"):
 
 
 def generate(
-    prompt: Any,
+    prompt: str | Sequence[str] | None = None,
     *,
     model: str | os.PathLike[str] = "shapes",
-    database: Any = None,
-    adapter: Any = None,
-    device: Any = None,
-    dtype: Any = None,
-    **call_options: Any,
+    database: Database | str | os.PathLike[str] | bool | None = None,
+    adapter: str | os.PathLike[str] | bool | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    seed: int | Sequence[int] | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    latents: Tensor | None = None,
+    num_images_per_prompt: int = 1,
+    mode: str | None = None,
+    num_neighbors: int | None = None,
+    min_score: float | None = None,
+    lam: float | Sequence[float] | None = None,
+    w: float | Sequence[float] | None = None,
+    per: str | None = None,
+    query: str | Sequence[str] | Tensor | None = None,
+    neighbors: Sequence[Any] | None = None,
+    negative_prompt: str | Sequence[str] | None = None,
+    prompt_embeds: Tensor | None = None,
+    negative_prompt_embeds: Tensor | None = None,
+    num_inference_steps: int = 1,
+    guidance_scale: float = 0.0,
+    height: int | None = None,
+    width: int | None = None,
+    output_type: str = "pil",
+    postprocess: Callable[[Any], Any] | None = None,
+    timeout: float | None = None,
 ) -> Any:
-    """One image for a text, a list for a list. The model is loaded at the first call and kept for the next ones.
+    """Generate with a model that is loaded on the first call and kept for later ones.
 
-    `call_options` are those of `Generator.__call__`.
+    Args:
+        model, database, adapter, device, dtype: as in `Generator.from_pretrained`.
+        prompt and the other options: as in `Generator.__call__`.
+
+    Returns:
+        One image for one text, a list (or batch) of images for a list or for several images per prompt.
     """
-    # A path names itself; an open Database is its own key.
-    named = str(database) if isinstance(database, (str, os.PathLike)) else database
-    key = (str(model), named, str(adapter), str(device), str(dtype))
+    # Paths compare as text, an open Database by identity.
+    opened = str(database) if isinstance(database, (str, os.PathLike)) else database
+    key = (str(model), opened, str(adapter), str(device), str(dtype))
     with _lock:
-        generator = _generators.get(key)
-        if generator is None or not generator.healthy:
-            generator = _generators[key] = Generator.from_pretrained(
+        kept = _generators.get(key)
+        if kept is None or not kept.healthy:
+            kept = _generators[key] = Generator.from_pretrained(
                 model, database=database, adapter=adapter, device=device, dtype=dtype
             )
-    output = generator(prompt, **call_options)
-    images = output.images if isinstance(output, Output) else output[0]
-    single = isinstance(prompt, str) and call_options.get("num_images_per_prompt", 1) == 1
-    return images[0] if single else images
-
-
-generate.Generator = Generator  # type: ignore[attr-defined]
-generate.Output = Output  # type: ignore[attr-defined]
-generate.Neighbor = Neighbor  # type: ignore[attr-defined]
+    images = kept(
+        prompt, seed=seed, generator=generator, latents=latents, num_images_per_prompt=num_images_per_prompt, mode=mode,
+        num_neighbors=num_neighbors, min_score=min_score, lam=lam, w=w, per=per, query=query, neighbors=neighbors,
+        negative_prompt=negative_prompt, prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds,
+        num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, height=height, width=width,
+        output_type=output_type, postprocess=postprocess, timeout=timeout,
+    ).images  # fmt: skip
+    return images[0] if isinstance(prompt, str) and num_images_per_prompt == 1 else images

@@ -1,16 +1,23 @@
-"""What a Generator gives back."""
+"""What a Generator returns: Output, with images, Neighbors and timings."""
 
 from __future__ import annotations
 
 import io
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
+
+from ragturbo.errors import InvalidRequest
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
 
+    from ragturbo.engine.request import Request
+    from ragturbo.engine.result import Result
     from ragturbo.retrieval.pairs import Record
 
 
@@ -20,26 +27,26 @@ def _nothing() -> None:
 
 @dataclass(frozen=True)
 class Neighbor:
-    """A text-image pair that was blended in. `score` is the retriever's own, `lam` the cosine of the two text keys.
+    """A retrieved text-image pair. `score` is the retriever's own, `lam` the cosine of the two text keys.
 
-    One from a database reads `caption`, `source` and `metadata` when one of them is first looked at.
+    `caption`, `source` and `metadata` of a stored pair are read from the database on first access.
     """
 
     id: int
     score: float
     lam: float
-    # Factories leave no attribute on the class, which would be found before `__getattr__` is asked.
+    # Default factories: a default would become a class attribute, and `__getattr__` would not be called.
     caption: str | None = field(default_factory=_nothing)
     source: str | None = field(default_factory=_nothing)
     used: bool = True
-    """False where it stayed under min_score."""
+    """False if its score is below min_score."""
     metadata: dict[str, Any] = field(default_factory=dict)
     read_thumbnail: Callable[[], bytes | None] | None = field(default=None, repr=False, compare=False)
-    """From the generation it was found in. Few look at it, and reading takes as long as a stage of the image."""
+    """Reads from the generation it was found in."""
 
     @classmethod
     def stored(cls, id: int, score: float, lam: float, used: bool, read: Callable[[bool], Record]) -> Neighbor:
-        """read(thumbnail) gives the record: not now, for that takes a tenth of a millisecond of every request."""
+        """read(with_thumbnail) returns the record. It is called on access, since it takes 0.1 ms per request."""
         neighbor = cls.__new__(cls)
         neighbor.__dict__.update(
             id=id, score=score, lam=lam, used=used, _read=read, read_thumbnail=lambda: read(True).thumbnail
@@ -57,11 +64,11 @@ class Neighbor:
 
     @property
     def thumbnail(self) -> bytes | None:
-        """WebP bytes, read at every call; None where the database keeps none."""
+        """WebP bytes, read at every call; None if the database has no thumbnails."""
         return None if self.read_thumbnail is None else self.read_thumbnail()
 
     def image(self) -> Image | None:
-        """The stored thumbnail, or None where the database keeps none."""
+        """The stored thumbnail, or None if the database has no thumbnails."""
         if (thumbnail := self.thumbnail) is None:
             return None
         from PIL import Image
@@ -69,13 +76,13 @@ class Neighbor:
         return Image.open(io.BytesIO(thumbnail)).convert("RGB")
 
     def __getstate__(self) -> dict[str, Any]:
-        # Another process has no database open.
+        # Read everything now: the process that unpickles it may not have the database.
         own = {f.name: getattr(self, f.name) for f in fields(self)}
-        return own | {"read_thumbnail": _Kept(self.thumbnail)}
+        return own | {"read_thumbnail": _StoredThumbnail(self.thumbnail)}
 
 
 @dataclass(frozen=True)
-class _Kept:
+class _StoredThumbnail:
     thumbnail: bytes | None
 
     def __call__(self) -> bytes | None:
@@ -84,19 +91,76 @@ class _Kept:
 
 @dataclass
 class Output:
-    """`images` in the asked-for type; the other lists have one entry an image."""
+    """`images` as `output_type` says; the other lists have one entry per image."""
 
     images: Any
+    """A list of PIL images or of encoded files, or an array or tensor with a batch dimension."""
     neighbors: list[list[Neighbor]]
     lam: list[float]
     seeds: list[int | None]
     mode: str
     bucket: int
-    """Rows of the batch the images were computed in: same prompt, seed and bucket give the same bytes."""
+    """Rows of the batch the images were computed in. The same prompt, seed and bucket give the same bytes."""
     timings: dict[str, float]
     """Seconds by stage."""
     notes: list[str] = field(default_factory=list)
-    """What the caller should know: tokens cut off, words the model has never seen."""
+    """Warnings about the prompts: tokens cut off, words the model does not know."""
+
+    @classmethod
+    def make(cls, request: Request, result: Result) -> Output:
+        """Convert a request's result to what the caller asked for."""
+        images = _images(result, request.output_type, request.postprocess)
+        neighbors = _neighbors(request, result)
+        now = time.perf_counter()
+        timings = request.timings | result.timings
+        timings |= {"answer": now - result.ended, "total": now - request.started}
+        seeds, lam = list(request.seeds), result.lam.tolist()
+        return cls(images, neighbors, lam, seeds, request.mode, result.bucket, timings, request.notes)
+
+
+def _neighbors(request: Request, result: Result) -> list[list[Neighbor]]:
+    if request.mode == "none":
+        return [[] for _ in request.seeds]
+    tables = (value.tolist() for value in (result.ids, result.scores, result.cosine, result.valid))
+    rows = [list(zip(*row, strict=True)) for row in zip(*tables, strict=True)]
+    if request.neighbors is None:
+        assert request.database is not None
+        make = request.database.neighbor
+        return [[make(id, score, lam, used) for id, score, lam, used in row if id >= 0] for row in rows]
+    given = [request.neighbors[i // request.repeats] for i in range(len(rows))]
+    return [
+        [replace(n, score=score, lam=lam, used=used) for n, (_, score, lam, used) in zip(own, row, strict=True)]
+        for own, row in zip(given, rows, strict=True)
+    ]
+
+
+def _images(result: Result, output_type: str, postprocess: Callable[[Any], Any] | None) -> Any:
+    if output_type == "latent":
+        return result.latents
+    if output_type in ("np", "pt"):
+        assert result.image is not None
+        return result.image if output_type == "pt" else result.image.permute(0, 2, 3, 1).contiguous().numpy()
+    assert result.uint8 is not None
+    batch = result.uint8.numpy()
+    if postprocess is not None:
+        import numpy as np
+
+        shape, batch = batch.shape, np.asarray(postprocess(batch))
+        if batch.shape != shape or batch.dtype != np.uint8:
+            raise InvalidRequest(f"postprocess gave {batch.dtype} {batch.shape} for uint8 {shape}")
+    if output_type == "uint8":
+        return batch
+    if output_type == "pil":
+        return to_pil(batch)
+    if len(batch) == 1:
+        return [encode(batch[0], output_type)]
+    return list(_encoders().map(encode, batch, [output_type] * len(batch)))
+
+
+@lru_cache(maxsize=1)
+def _encoders() -> ThreadPoolExecutor:
+    """For encoding several files at once. Not the pool that finishes futures: its threads wait for this one."""
+    return ThreadPoolExecutor(max_workers=4, thread_name_prefix="ragturbo-encode")
 
 
 def to_pil(batch: np.ndarray) -> list[Image]:
@@ -109,7 +173,7 @@ def to_pil(batch: np.ndarray) -> list[Image]:
 ENCODINGS: dict[str, dict[str, Any]] = {
     "png": {"compress_level": 1},
     "jpeg": {"quality": 95, "subsampling": 0},
-    # Method 4, Pillow's default, takes twice the time to save a tenth of the bytes (docs/images/grid.png at 512 x 512).
+    # Pillow's default, method 4, takes twice the time for a tenth fewer bytes (docs/images/grid.png at 512x512).
     "webp": {"quality": 90, "method": 1},
 }
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import inspect
 import io
 import math
 import os
@@ -18,6 +20,7 @@ from PIL import Image
 
 import ragturbo
 from ragturbo import Generator
+from ragturbo.config import GeneratorConfig
 from ragturbo.errors import DeadlineExceeded, GenerationError, InvalidRequest, ModelError, NonFiniteOutput
 
 PROMPT = "a red circle left of a blue square"
@@ -113,7 +116,7 @@ def test_every_output_type_is_the_same_image(gen):
     assert torch.allclose(decoded, tensor, atol=1e-4)
 
 
-def test_the_postprocess_hook_sees_the_batch_and_its_word_is_final(gen):
+def test_the_postprocess_hook_gets_the_batch_and_its_result_is_used(gen):
     seen = []
 
     def blank(batch):
@@ -190,8 +193,10 @@ def test_a_closed_generator_says_so_and_closing_twice_is_fine(tiny_sd21):
 def test_what_cannot_be_loaded_is_named(tmp_path, tiny_sd21):
     with pytest.raises(ModelError, match="nowhere"):
         Generator.from_pretrained(tmp_path / "nowhere", device="cpu")
-    with pytest.raises(InvalidRequest, match="unknown option 'turbo'"):
+    with pytest.raises(TypeError, match="turbo"):
         Generator.from_pretrained(tiny_sd21, turbo=True)
+    with pytest.raises(InvalidRequest, match="compile=True is for the graph engine"):
+        Generator.from_pretrained(tiny_sd21, engine="reference", compile=True)
     with pytest.raises(InvalidRequest, match="batch_sizes"):
         Generator.from_pretrained(tiny_sd21, batch_sizes=(1, 3))
     with pytest.raises(InvalidRequest, match="device='tpu'"):
@@ -246,12 +251,27 @@ def test_a_fork_before_the_first_image_is_fine_and_after_it_is_a_clear_error(tin
 
 
 def test_the_function_and_the_module_share_a_name():
-    import ragturbo.generate as g
+    import ragturbo.generate as function
+    from ragturbo import Generator, generate
     from ragturbo.generate import Generator as from_module
 
-    assert g is ragturbo.generate and callable(g)
-    assert g.Generator is from_module is ragturbo.Generator
-    assert g.Output is ragturbo.Output and g.Neighbor is ragturbo.Neighbor
+    assert function is ragturbo.generate is generate and callable(function)
+    assert from_module is ragturbo.Generator is Generator
+
+
+def test_from_pretrained_has_every_option_of_the_config_by_name_and_default():
+    parameters = inspect.signature(Generator.from_pretrained).parameters
+    for field in dataclasses.fields(GeneratorConfig):
+        assert parameters[field.name].default == field.default, field.name
+
+
+@pytest.mark.parametrize("engine", ["reference", "graph"])
+def test_an_engine_asked_for_by_name_runs(tiny_sd21, engine):
+    with Generator.from_pretrained(tiny_sd21, device="cpu", engine=engine, capture=False) as gen:
+        out = gen(PROMPT, seed=1, output_type="np")
+        assert gen.info["engine"] == engine
+    with Generator.from_pretrained(tiny_sd21, device="cpu") as gen:
+        assert np.abs(gen(PROMPT, seed=1, output_type="np").images - out.images).max() < 1e-4
 
 
 def test_importing_ragturbo_loads_nothing_heavy():

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import inspect
+import re
+import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,27 +13,61 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import ragturbo
+from ragturbo import Generator
+from ragturbo.engine import request as request_module
+from ragturbo.engine.request import Request
+from ragturbo.engine.result import Retrieved
 from ragturbo.errors import InvalidRequest
-from ragturbo.request import Abilities, Plan, Request, resolve
 
-CAN = Abilities(
-    has_adapter=True,
-    has_database=True,
-    distilled=True,
-    factor=8,
-    multiple=8,
-    default_size=64,
-    latent_channels=4,
-    text_width=32,
-    key_width=16,
-    max_steps=4,
-)
-BASE = replace(CAN, distilled=False, max_steps=1000)
-BARE = replace(CAN, has_adapter=False, has_database=False)
+KEY_WIDTH, TEXT_WIDTH = 16, 32
 
 
-def plan(prompt: Any = "a boat", can: Abilities = CAN, **options: Any) -> Plan:
-    return resolve(Request.of(prompt, options), can)
+def tokenize(texts: list[str]) -> SimpleNamespace:
+    ids = torch.zeros(len(texts), 7, dtype=torch.int64)
+    return SimpleNamespace(input_ids=ids, dropped=[0] * len(texts), unknown=[()] * len(texts))
+
+
+def model(*, adapter: bool = True, distilled: bool = True, num_neighbors: int = 1) -> Any:
+    """What a request needs to know of a Bundle."""
+    return SimpleNamespace(
+        adapter=object() if adapter else None,
+        info=SimpleNamespace(distilled=distilled, num_neighbors=num_neighbors),
+        vae=SimpleNamespace(factor=8, channels=4),
+        text=SimpleNamespace(width=TEXT_WIDTH, key_dim=KEY_WIDTH, tokenize=tokenize),
+        unet=SimpleNamespace(grid=lambda height, width: (height // 8, width // 8)),
+        scheduler=SimpleNamespace(config=SimpleNamespace(num_train_timesteps=1000)),
+        default_size=64,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+    )
+
+
+class OneCell:
+    """A database of features of 1x1, whose ids all exist."""
+
+    grid = (1, 1)
+
+    def holds(self, id: int) -> bool:
+        return True
+
+    def gather(self, ids: torch.Tensor, scores: torch.Tensor) -> Retrieved:
+        shape = tuple(ids.shape)
+        return Retrieved(ids, scores, torch.zeros(*shape, KEY_WIDTH), torch.zeros(*shape, 1, 2))
+
+    def neighbor(self, id: int) -> int:
+        return id
+
+
+MODEL, DATABASE = model(), OneCell()
+UNDISTILLED = model(distilled=False)
+
+
+def make(prompt: Any = "a boat", of: Any = MODEL, database: Any = DATABASE, **options: Any) -> Request:
+    def encode_pairs(captions: list[str], images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.zeros(len(captions), KEY_WIDTH), torch.zeros(len(captions), 1, 2)
+
+    return Request.make(of, database, prompt, encode_pairs=encode_pairs, started=time.perf_counter(), **options)
 
 
 REFUSED = [
@@ -42,7 +79,6 @@ REFUSED = [
     ({"prompt": None}, "either prompt or prompt_embeds"),
     ({"prompt_embeds": torch.zeros(1, 7, 32)}, "not both"),
     ({"mode": "magic"}, "'magic' is not one of"),
-    ({"colour": "red"}, "unknown option 'colour'"),
     ({"w": 0.5}, "w is the blend of mode='slerp'"),
     ({"mode": "slerp", "w": 1.5}, r"w=1.5 must be in \[0, 1\]"),
     ({"mode": "slerp", "w": float("nan")}, "w=nan"),
@@ -55,7 +91,7 @@ REFUSED = [
     ({"mode": "none", "num_neighbors": 2}, "num_neighbors has no effect"),
     ({"mode": "none", "min_score": 0.1}, "min_score has no effect"),
     ({"mode": "none", "query": "a cat"}, "query has no effect"),
-    ({"mode": "lerp", "per": "token"}, "per= belongs to mode='slerp'"),
+    ({"mode": "lerp", "per": "token"}, "per is an option of mode='slerp'"),
     ({"num_neighbors": 0}, "num_neighbors=0"),
     ({"num_neighbors": 17}, "more than the 16"),
     ({"neighbors": [1, 2], "num_neighbors": 3}, "names 2"),
@@ -81,7 +117,7 @@ REFUSED = [
     ({"query": torch.ones(15)}, r"query key must be \(1, 16\)"),
     ({"query": ["a", "b"]}, "2 queries for 1 prompts"),
     ({"output_type": "bmp"}, "'bmp' is not one of"),
-    ({"output_type": "np", "postprocess": lambda x: x}, "postprocess sees the uint8 batch"),
+    ({"output_type": "np", "postprocess": lambda x: x}, "postprocess runs on the uint8 batch"),
     ({"timeout": 0}, "timeout=0"),
 ]
 
@@ -90,7 +126,7 @@ REFUSED = [
 def test_what_makes_no_sense_is_refused_with_the_value_and_the_reason(options, message):
     options = dict(options)
     with pytest.raises(InvalidRequest, match=message):
-        plan(options.pop("prompt", "a boat"), **options)
+        make(options.pop("prompt", "a boat"), **options)
 
 
 @pytest.mark.parametrize(
@@ -103,57 +139,60 @@ def test_what_makes_no_sense_is_refused_with_the_value_and_the_reason(options, m
 )
 def test_a_bare_model_says_what_it_lacks(options, message):
     with pytest.raises(InvalidRequest, match=message):
-        plan(can=BARE, **options)
+        make(of=model(adapter=False), database=None, **options)
 
 
-def test_embeddings_need_something_to_search_by():
-    embeds = torch.zeros(2, 7, 32)
+def test_embeddings_need_something_to_search_by(monkeypatch):
+    embeds = torch.zeros(2, 7, TEXT_WIDTH)
     with pytest.raises(InvalidRequest, match="carry no search key"):
-        plan(None, prompt_embeds=embeds)
+        make(None, prompt_embeds=embeds)
     with pytest.raises(InvalidRequest, match="carry no key"):
-        plan(None, prompt_embeds=embeds, neighbors=[1])
-    assert plan(None, prompt_embeds=embeds, mode="none").count == 2
-    assert plan(None, prompt_embeds=embeds, query="a cat").query_texts == ["a cat", "a cat"]
-    assert plan(None, prompt_embeds=embeds, neighbors=[1], lam=0.5).k == 1
+        make(None, prompt_embeds=embeds, neighbors=[1])
+    assert len(make(None, prompt_embeds=embeds, mode="none")) == 2
+    assert make(None, prompt_embeds=embeds, query="a cat").texts == ("a cat", "a cat")
+    assert make(None, prompt_embeds=embeds, neighbors=[1], lam=0.5).k == 1
 
 
-def test_the_mode_follows_from_what_there_is():
-    assert plan().mode == "adapter" and plan().k == 1
-    assert plan(can=BARE).mode == "none"
-    assert plan(can=replace(CAN, has_adapter=False)).mode == "none"
-    assert plan(can=replace(CAN, has_database=False), neighbors=[("a cat", object())]).mode == "adapter"
+def test_the_mode_follows_from_what_there_is(monkeypatch):
+    monkeypatch.setattr("ragturbo.engine.neighbors.pixels", lambda image, size: torch.zeros(3, size, size))
+    assert make().mode == "adapter" and make().k == 1
+    assert make(of=model(adapter=False), database=None).mode == "none"
+    assert make(of=model(adapter=False)).mode == "none"
+    assert make(database=None, neighbors=[("a cat", object())]).mode == "adapter"
 
 
 def test_the_adapter_takes_the_neighbours_it_was_trained_with():
-    can = replace(CAN, num_neighbors=4)
-    assert plan(can=can).k == 4 and plan(can=can, num_neighbors=2).k == 2 and plan(can=can, mode="slerp").k == 1
+    of = model(num_neighbors=4)
+    assert make(of=of).k == 4 and make(of=of, num_neighbors=2).k == 2 and make(of=of, mode="slerp").k == 1
 
 
-def test_an_undistilled_model_takes_steps_guidance_and_a_negative_prompt():
-    p = plan(["a", "b"], BASE, guidance_scale=7.5, num_inference_steps=50, negative_prompt="ugly")
-    assert p.negative == ["ugly", "ugly"]
-    assert plan(can=BASE, guidance_scale=7.5).negative == [""]
+def test_an_undistilled_model_takes_steps_guidance_and_a_negative_prompt(monkeypatch):
+    seen: list[list[str]] = []
+    monkeypatch.setattr(UNDISTILLED.text, "tokenize", lambda texts: seen.append(list(texts)) or tokenize(texts))
+    make(["a", "b"], UNDISTILLED, guidance_scale=7.5, num_inference_steps=50, negative_prompt="ugly")
+    make(of=UNDISTILLED, guidance_scale=7.5)
+    assert seen == [["a", "b"], ["ugly", "ugly"], ["a boat"], [""]]
     with pytest.raises(InvalidRequest, match="1 to 1000"):
-        plan(can=BASE, num_inference_steps=1001)
+        make(of=UNDISTILLED, num_inference_steps=1001)
 
 
-@given(
-    prompts=st.integers(1, 4), per_prompt=st.integers(1, 3), seed=st.integers(0, 2**64 - 10), place=st.integers(0, 11)
-)
-def test_noise_is_a_function_of_the_seed_alone(prompts, per_prompt, seed, place):
-    p = plan(["a boat"] * prompts, seed=[seed + i for i in range(prompts)], num_images_per_prompt=per_prompt)
-    place %= p.count
-    one = plan("something else", seed=p.seeds[place])
-    assert torch.equal(one.latents[0], p.latents[place])
-    expected = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(p.seeds[place]))
-    assert torch.equal(expected[0], p.latents[place])
+@given(prompts=st.integers(1, 4), repeats=st.integers(1, 3), seed=st.integers(0, 2**64 - 10), place=st.integers(0, 11))
+def test_noise_is_a_function_of_the_seed_alone(prompts, repeats, seed, place):
+    request = make(
+        ["a boat"] * prompts, seed=[seed + i for i in range(prompts)], num_images_per_prompt=repeats, mode="none"
+    )
+    place %= len(request)
+    one = make("something else", seed=request.seeds[place])
+    assert torch.equal(one.latents[0], request.latents[place])
+    expected = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(request.seeds[place]))
+    assert torch.equal(expected[0], request.latents[place])
 
 
 def test_seeds_count_up_within_a_prompt_and_start_again_with_the_next():
-    assert plan(["a", "b"], seed=5, num_images_per_prompt=2).seeds == [5, 6, 5, 6]
-    assert plan(["a", "b"], seed=[1, 9], num_images_per_prompt=2).seeds == [1, 2, 9, 10]
-    assert plan("a", seed=[4, 2], num_images_per_prompt=2).seeds == [4, 2]
-    drawn = plan(["a", "b"], num_images_per_prompt=2).seeds
+    assert make(["a", "b"], seed=5, num_images_per_prompt=2).seeds == (5, 6, 5, 6)
+    assert make(["a", "b"], seed=[1, 9], num_images_per_prompt=2).seeds == (1, 2, 9, 10)
+    assert make("a", seed=[4, 2], num_images_per_prompt=2).seeds == (4, 2)
+    drawn = make(["a", "b"], num_images_per_prompt=2).seeds
     assert len(set(drawn)) == 4
 
 
@@ -161,8 +200,49 @@ def test_a_generator_draws_as_in_diffusers():
     from diffusers.utils.torch_utils import randn_tensor
 
     shape = (3, 4, 8, 8)
-    one = plan(["a", "b", "c"], generator=torch.Generator().manual_seed(3)).latents
+    one = make(["a", "b", "c"], generator=torch.Generator().manual_seed(3)).latents
     assert torch.equal(one, randn_tensor(shape, generator=torch.Generator().manual_seed(3)))
     several = [torch.Generator().manual_seed(s) for s in (1, 2, 3)]
     again = [torch.Generator().manual_seed(s) for s in (1, 2, 3)]
-    assert torch.equal(plan(["a", "b", "c"], generator=several).latents, randn_tensor(shape, generator=again))
+    assert torch.equal(make(["a", "b", "c"], generator=several).latents, randn_tensor(shape, generator=again))
+
+
+def test_every_row_field_is_sliced_and_joined():
+    """A row field that `slice` or `join` forgot would give a request another one's rows."""
+    request = make(["a", "b", "c"], query=torch.eye(3, KEY_WIDTH), neighbors=[1, 2], seed=[1, 2, 3])
+    parts = [request.slice(i, i + 1) for i in range(3)]
+    again = Request.join(parts, 4)
+    for name, value in vars(request).items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(getattr(again, name).nan_to_num(7), torch.cat([value, value[-1:]]).nan_to_num(7)), name
+    assert again.seeds == (1, 2, 3, 3) and again.texts == ("a", "b", "c", "c")
+    assert again.retrieved is not None and again.retrieved.h_retr.shape[0] == 4
+    rows = re.findall(r'"(\w+)"', inspect.getsource(request_module).split("_OPTIONAL_ROWS =")[1].split("def ")[0])
+    tensors = {name for name, kind in Request.__annotations__.items() if "Tensor" in kind}
+    assert tensors == set(rows) - {"seeds", "texts"}
+
+
+def test_slices_and_joined_requests_have_futures_of_their_own():
+    request = make(["a", "b"], timeout=5.0)
+    first, both = request.slice(0, 1), Request.join([request, request], 4)
+    assert len({id(r.future) for r in (request, first, both)}) == 3
+    assert first.timeout == both.timeout == 5.0 and request.pieces == ()
+
+
+PUBLIC = (Generator.__call__, Generator.submit, Generator.agenerate, ragturbo.generate)
+
+
+@pytest.mark.parametrize("function", PUBLIC, ids=lambda f: f.__qualname__)
+def test_every_way_to_call_has_the_options_by_name_type_and_default(function):
+    """What completion, help() and type checkers show; the defaults are those of the request."""
+    made = inspect.signature(Request.make).parameters
+    own = inspect.signature(function).parameters
+    options = [name for name, p in made.items() if p.kind is p.KEYWORD_ONLY and name not in ("encode_pairs", "started")]
+    assert not any(p.kind is p.VAR_KEYWORD for p in own.values())
+    for name in options:
+        assert (own[name].default, own[name].annotation) == (made[name].default, made[name].annotation), name
+
+
+def test_an_unknown_option_is_pythons_own_error():
+    with pytest.raises(TypeError, match="colour"):
+        ragturbo.generate("a boat", colour="red")

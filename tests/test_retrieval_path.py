@@ -46,9 +46,9 @@ def folder(tiny, tmp_path_factory) -> Path:
 
 
 def encoded(gen: Generator, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    from ragturbo.call import _pixels
+    from ragturbo.engine.neighbors import pixels
 
-    images = torch.stack([_pixels(picture(i), gen._bundle.default_size) for i in range(len(captions))])
+    images = torch.stack([pixels(picture(i), gen._bundle.default_size) for i in range(len(captions))])
     keys, rows = gen._engine.encode_pairs(captions, images)
     return keys, rows
 

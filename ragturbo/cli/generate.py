@@ -91,7 +91,7 @@ def _grids(generator: Generator, prompts: list[str], output: Output, sampling: d
     """Draw a comparison for each image, which takes a second pass without retrieval."""
     from ragturbo.cli.grid import comparison
 
-    without: Any = generator(prompts, seed=output.seeds, mode="none", **sampling)
+    without: Any = generator(prompts, seed=[s for s in output.seeds if s is not None], mode="none", **sampling)
     return [comparison(*row) for row in zip(prompts, output.images, without.images, output.neighbors, strict=True)]
 
 

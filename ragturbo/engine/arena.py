@@ -1,4 +1,4 @@
-"""Many small tensors as one buffer on the host and one on the device, so that one copy moves all of them."""
+"""Small tensors packed into one buffer on the host and one on the device, so that one copy moves all of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
 class Arena:
     """`host[name]` and `device[name]` are views of the same layout. Their addresses never change: a captured copy reads
-    the host's again at every replay, so a request only writes its values there."""
+    the host buffer at every replay, so a request only writes its values there."""
 
     def __init__(self, layout: Layout, device: torch.device, *, page_locked: bool) -> None:
         offsets, size = {}, 0
@@ -26,15 +26,15 @@ class Arena:
             size += -(-math.prod(shape) * dtype.itemsize // _ALIGN) * _ALIGN
         self.bytes = size
         self._places = {name: (offsets[name], *spec) for name, spec in layout.items()}
-        # Zeros: what pads an unused place is read by kernels, and must be a number.
+        # Zeros: kernels read unused places too, which must hold numbers.
         self._host = torch.zeros(size, dtype=torch.uint8, pin_memory=page_locked)
         self._device = torch.zeros(size, dtype=torch.uint8, device=device)
         self.host = {name: _view(self._host, *place) for name, place in self._places.items()}
         self.device = {name: _view(self._device, *place) for name, place in self._places.items()}
 
     def copy_of_host(self) -> tuple[Callable[[], Any], dict[str, Tensor]]:
-        """Views of new memory, and what copies the host's values there. Called while the device works, the memory is
-        allocated, and its pages touched, before anything waits for the copy."""
+        """Return views of new memory, and a function that copies the host buffer there. Call it while the device works:
+        the memory is then allocated, and its pages touched, before the copy is waited for."""
         own = torch.zeros(self.bytes, dtype=torch.uint8)
         return lambda: own.copy_(self._host), {name: _view(own, *place) for name, place in self._places.items()}
 

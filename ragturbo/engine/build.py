@@ -1,4 +1,4 @@
-"""From options to parts: which device, which engine, which source."""
+"""From options to parts: device and dtype, engine, database."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ragturbo.errors import InvalidRequest, ModelError
 
 if TYPE_CHECKING:
     from ragturbo.config import GeneratorConfig
-    from ragturbo.engine.database import DatabaseSource
-    from ragturbo.engine.step import Engine
+    from ragturbo.engine.database import DatabaseGeneration
+    from ragturbo.engine.executor import Engine
     from ragturbo.model.bundle import Bundle
 
 log = logging.getLogger("ragturbo")
@@ -21,7 +21,7 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 
 
 def choose_device(device: Any, dtype: Any) -> tuple[torch.device, torch.dtype]:
-    """None: cuda/float16 where there is a GPU, else cpu/float32."""
+    """Return device and dtype; None is cuda and float16 if there is a GPU, else cpu and float32."""
     try:
         where = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     except RuntimeError as error:
@@ -40,41 +40,47 @@ def choose_device(device: Any, dtype: Any) -> tuple[torch.device, torch.dtype]:
 
 
 def make_engine(bundle: Bundle, config: GeneratorConfig) -> Engine:
-    """ "auto" is CUDA graphs on a GPU, and eager elsewhere; a named engine runs or raises.
+    """Choose the engine: a named one runs or raises, "auto" is the graph engine on a GPU and the reference elsewhere.
 
-    Eager on a GPU, or compiled, is the graphs' own steps, called; on a CPU, and for a model that cannot be folded, it
-    is plain torch over the model's own modules.
+    Raises:
+        InvalidRequest: the options exclude each other or this device.
+        ModelError: no engine, or not the named one, can run the model.
     """
     if bundle.unet.unet.config.time_cond_proj_dim:
         raise ModelError(
-            f"{bundle.name} is a latent consistency model: its UNet is told the guidance (time_cond_proj_dim), which "
-            "no engine here does. Run it through diffusers' own pipeline; `ragturbo eval` has it as lcm:<folder>."
+            f"{bundle.name} is a latent consistency model: its UNet takes the guidance scale as an input "
+            "(time_cond_proj_dim), which no engine here supports. Run it through diffusers' own pipeline; "
+            "`ragturbo eval` has it as lcm:<folder>."
         )
-    if config.engine == "graph" and bundle.device.type != "cuda":
-        raise InvalidRequest("engine='graph' captures CUDA graphs and needs a CUDA device; use 'eager' or 'auto' here")
-    why_plain = "the fused modules are for GPUs"
-    if bundle.device.type == "cuda" or config.compile:
+    on_gpu = bundle.device.type == "cuda"
+    if config.engine == "graph" and config.capture and not on_gpu:
+        raise InvalidRequest(
+            "engine='graph' captures CUDA graphs and needs a CUDA device; use capture=False, or engine 'reference' or "
+            "'auto' here"
+        )
+    if config.engine == "reference" and config.compile:
+        raise InvalidRequest("compile=True is for the graph engine; use engine='auto', or 'graph' with capture=False")
+    reason = "it was asked for" if config.engine == "reference" else "the fused modules are for GPUs"
+    if config.engine == "graph" or (config.engine == "auto" and (on_gpu or config.compile)):
         from ragturbo.engine.graph_engine import GraphEngine
-        from ragturbo.engine.cuda_graphs import Direct
 
-        captured = bundle.device.type == "cuda" and config.engine != "eager"
         try:
-            return GraphEngine(bundle, config, None if captured else Direct(bundle.device))
+            return GraphEngine(bundle, config)
         except ModelError as error:
             if config.engine == "graph" or config.compile:
                 raise
-            why_plain = str(error)
-            log.warning("the model runs in plain torch: %s", error)
+            reason = str(error)
+            log.warning("the model runs in the reference engine: %s", error)
     from ragturbo.engine.reference import ReferenceEngine
 
     set_attention(bundle, config.attention)
-    return ReferenceEngine(bundle, prompt_cache=config.prompt_cache, why_plain=why_plain)
+    return ReferenceEngine(bundle, prompt_cache=config.prompt_cache, reason=reason)
 
 
 def set_attention(bundle: Bundle, name: str) -> None:
-    """diffusers' own processors run torch's scaled_dot_product_attention, which is "sdpa" and "auto"."""
+    """Set the attention of diffusers' modules, whose default is torch's scaled_dot_product_attention."""
     if name == "triton":
-        raise InvalidRequest("attention='triton' is for the fused modules; plain torch runs sdpa or xformers")
+        raise InvalidRequest("attention='triton' is for the graph engine; the reference engine runs sdpa or xformers")
     if name == "xformers":
         try:
             bundle.unet.unet.enable_xformers_memory_efficient_attention()
@@ -82,13 +88,17 @@ def set_attention(bundle: Bundle, name: str) -> None:
             raise InvalidRequest(f"attention='xformers' cannot run here: {error}") from error
 
 
-def open_source(database: Any, bundle: Bundle, config: GeneratorConfig) -> DatabaseSource:
-    """Opens a folder where it must, and refuses a database that another model made."""
-    from ragturbo.engine.database import DatabaseSource
+def open_database(database: Any, bundle: Bundle, config: GeneratorConfig) -> DatabaseGeneration:
+    """Open a folder or take a Database.
+
+    Raises:
+        DatabaseMismatch: another model encoded the database.
+    """
+    from ragturbo.engine.database import DatabaseGeneration
     from ragturbo.retrieval import Database
 
     if isinstance(database, (str, os.PathLike)):
         database = Database.open(database)
     if not isinstance(database, Database):
         raise InvalidRequest(f"database={database!r} must be a folder or a ragturbo.Database")
-    return DatabaseSource.open(database, bundle, config)
+    return DatabaseGeneration.open(database, bundle, config)

@@ -1,7 +1,6 @@
-"""How a step function runs: recorded once as a CUDA graph and replayed, or called each time.
+"""Segments recorded as CUDA graphs: capture, recovery from failed captures, replay.
 
-`Direct` is the same structure without graphs: on a CPU, where the tests drive all of it, and on a GPU, where it is the
-eager engine, which a replay must equal bit for bit.
+All graphs share one memory pool; there is a main stream and a retrieval stream, neither of them the default stream.
 """
 
 from __future__ import annotations
@@ -10,197 +9,80 @@ import gc
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any, Protocol
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
-from ragturbo.engine.timings import StageClock
+from ragturbo.engine.recorder import Program
 from ragturbo.errors import GenerationError
 
 log = logging.getLogger("ragturbo")
 WARMUPS = 3
-# One recording at a time in a process, with no replay and no device-wide call of ours beside it. While any stream of a
-# device is capturing:
-# * torch.cuda.synchronize, with which torch.cuda.graph begins, fails on every other thread and breaks the capture, in
+# Held from the beginning of a capture to its end and while a replay is launched, so that in one process no capture
+# overlaps another capture, a replay or a device-wide call of ours. While any stream of a device is capturing:
+# * torch.cuda.synchronize, which torch.cuda.graph calls first, fails on every other thread and breaks the capture in
 #   every capture_error_mode; empty_cache may synchronise as well;
-# * replays on other threads fail in releases of torch whose default generator has one "capturing" flag for all graphs;
-# * the switch of the garbage collector and the table of cuBLAS workspaces belong to the whole process.
-# Warm-ups, uploads and allocations of other threads are allowed. So this lock is held from the beginning of a capture
-# to its end and while a replay is launched, and not for warm-ups.
+# * replays on other threads fail in torch releases whose default generator has one "capturing" flag for all graphs;
+# * the garbage collector's switch and the table of cuBLAS workspaces are process-wide.
+# Warm-ups, uploads and allocations on other threads are allowed.
 RECORDING = threading.Lock()
-# Graphs whose capture failed. Torch's allocator of page-locked memory may go on asking them which stream is theirs
-# (torch 2.10 to 2.13 have no way to end that), so they are never destroyed.
+# Graphs whose capture failed. Torch's allocator of page-locked memory may keep asking them for their stream (torch 2.10
+# to 2.13 cannot stop that), so they are never destroyed.
 _ABANDONED: list[torch.cuda.CUDAGraph] = []
 _MODELS = (
-    "ragturbo.model", "ragturbo.ops", "ragturbo.kernels", "ragturbo.engine.segments", "ragturbo.engine.fast_model", "diffusers.",
-    "transformers.",
+    "ragturbo.model", "ragturbo.ops", "ragturbo.kernels", "ragturbo.engine.segments", "ragturbo.engine.fast_model",
+    "diffusers.", "transformers.",
 )  # fmt: skip
 
 
-class Program(Protocol):
-    """Something recorded: run it, wait for it, and read how long its stages took."""
-
-    def replay(self) -> None: ...
-
-    def seconds(self) -> dict[str, float]: ...
-
-
-class Lanes(Protocol):
-    name: str
-
-    def record(self, label: str, step: Callable[[], None], *, beside: bool = False) -> Program:
-        """`beside`: on the retrieval lane, which runs beside the main one."""
-        ...
-
-    def stage(self, name: str) -> Any:
-        """A context manager inside a step: its time is reported under this name."""
-        ...
-
-    def fork(self) -> Any:
-        """A context manager inside a step: what is in it runs beside what follows it, up to `join`.
-
-        Tensors that cross must stay referenced until the join: the allocator would hand their memory to the other lane.
-        """
-        ...
-
-    def join(self) -> None: ...
-
-    def settle(self) -> None:
-        """Waits for what was started on neither lane: new weights, new tables."""
-        ...
-
-    def main(self) -> Any:
-        """A context manager for the host's part: what it starts on the device goes to the main lane."""
-        ...
-
-    def beside(self) -> Any:
-        """The same for the retrieval lane."""
-        ...
-
-    def mark_asked(self) -> None:
-        """Remembers how far the main lane has come."""
-        ...
-
-    def await_asked(self) -> None:
-        """The host waits for the main lane to come as far as that, not for what was replayed since."""
-        ...
-
-    def await_main(self) -> None:
-        """The host waits for what was replayed on the main lane."""
-        ...
-
-    def join_replayed(self) -> None:
-        """The main lane waits, on the device, for what was replayed on the retrieval lane."""
-        ...
-
-
-class Direct:
-    """Steps are called each time: for the tests on a CPU, and as the eager engine on a GPU."""
-
-    name = "calls"
-
-    def __init__(self, device: torch.device | str = "cpu") -> None:
-        self._device = torch.device(device)
-        self._clock = StageClock(self._device)
-
-    def record(self, label: str, step: Callable[[], None], *, beside: bool = False) -> Program:
-        return _Called(self, step)
-
-    def stage(self, name: str) -> Any:
-        return self._clock.stage(name)
-
-    @contextmanager
-    def fork(self) -> Iterator[None]:
-        yield
-
-    def join(self) -> None: ...
-
-    def settle(self) -> None: ...
-
-    def main(self) -> Any:
-        return nullcontext()
-
-    def beside(self) -> Any:
-        return nullcontext()
-
-    def mark_asked(self) -> None: ...
-
-    def await_asked(self) -> None:
-        self.await_main()
-
-    def await_main(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()
-
-    def join_replayed(self) -> None: ...
-
-
-class _Called:
-    def __init__(self, lanes: Direct, step: Callable[[], None]) -> None:
-        self._lanes, self._step = lanes, step
-        self._clock = lanes._clock
-
-    def replay(self) -> None:
-        lanes = self._lanes
-        lanes._clock = self._clock = StageClock(lanes._device)
-        # Events and streams are made on the current device, which need not be the model's.
-        with torch.cuda.device(lanes._device) if lanes._device.type == "cuda" else nullcontext():
-            self._step()
-
-    def seconds(self) -> dict[str, float]:
-        return self._clock.seconds()
-
-
 class CudaGraphs:
-    """One memory pool for all graphs, a main stream and a retrieval stream. Neither is the default stream."""
-
-    name = "cuda graphs"
+    name = "CUDA graphs"
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._main = torch.cuda.Stream(device)
-        self._beside = torch.cuda.Stream(device)
+        self._retrieval = torch.cuda.Stream(device)
         self._marks: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] | None = None
-        self._asked = torch.cuda.Event()
+        self._mark = torch.cuda.Event()
         self._done = torch.cuda.Event()
         self._retrieved = torch.cuda.Event()
         self._keeper: torch.cuda.CUDAGraph | None = None
-        # A tensor of inference mode could not be written outside it.
+        # A tensor created in inference mode could not be written outside it.
         with torch.inference_mode(False), torch.cuda.stream(self._main):
             self._nothing = torch.zeros(1, device=device)
         with RECORDING:
             self._open_pool()
 
-    def record(self, label: str, step: Callable[[], None], *, beside: bool = False) -> Program:
-        stream = self._beside if beside else self._main
+    def record(self, label: str, segment: Callable[[], None], *, on_retrieval: bool = False) -> Program:
+        stream = self._retrieval if on_retrieval else self._main
         stream.wait_stream(torch.cuda.current_stream(self._device))
-        # Lazy libraries, autotuning and lazily made buffers happen here, off the record. An error is the step's own.
+        # Library loading, autotuning and lazy buffers happen here, outside the capture. Errors are the segment's own.
         with torch.cuda.stream(stream):
             for _ in range(WARMUPS):
-                step()
+                segment()
         stream.synchronize()
         marks: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         self._marks = marks
         try:
             with RECORDING:
-                graph = self._recorded(label, stream, step)
+                graph = self._capture_twice(label, stream, segment)
         finally:
             self._marks = None
         return _Graph(label, graph, stream, marks)
 
-    def _recorded(self, label: str, stream: torch.cuda.Stream, step: Callable[[], Any]) -> torch.cuda.CUDAGraph:
-        """Tried twice: a capture also fails because of what another thread does, such as torch.cuda.synchronize."""
+    def _capture_twice(self, label: str, stream: torch.cuda.Stream, segment: Callable[[], Any]) -> torch.cuda.CUDAGraph:
+        """Retry once: a capture can also fail because another thread calls torch.cuda.synchronize or the like."""
         last = False
         while True:
             if self._keeper is None:
                 self._open_pool()
             graph = torch.cuda.CUDAGraph()
             try:
-                self._capture(graph, stream, step)
+                self._capture(graph, stream, segment)
                 return graph
             except BaseException as error:
-                # If the device is lost, this raises an error of its own, which is the one to report.
+                # If the device is lost, this raises its own error, which is the one to report.
                 self._recover(graph)
                 for cause in _chain(error):
                     if isinstance(cause, torch.OutOfMemoryError) or not isinstance(cause, Exception):
@@ -213,36 +95,36 @@ class CudaGraphs:
             if self._marks is not None:
                 self._marks.clear()
 
-    def _capture(self, graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, step: Callable[[], Any]) -> None:
-        """With RECORDING held."""
+    def _capture(self, graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, segment: Callable[[], Any]) -> None:
+        """Call with RECORDING held."""
         collecting = gc.isenabled()
-        # A collection could end events and page-locked buffers of others, which a stream being captured must not see.
+        # A collection could free events and page-locked buffers of other threads, which breaks a capture.
         gc.disable()
-        # Torch keeps one cuBLAS workspace for each handle and stream, made at its first use and freed when anything
-        # clears the table (Inductor does, before each of its own recordings). Made by a warm-up, it would be freed
-        # under this graph. Made during the capture, it lies in the graph's pool; cleared afterwards, nothing outside
-        # this pool's graphs uses it. Not cleared before the capture begins: that empties the allocator's cache, and a
-        # product of another thread may be about to be launched with the workspace that was cleared.
+        # Torch keeps one cuBLAS workspace per handle and stream, made on first use and freed when anything clears the
+        # table (Inductor does, before each of its own recordings). A workspace made by a warm-up would be freed under
+        # this graph. Cleared at the start of the capture, a new one is made in the graph's pool; cleared afterwards, no
+        # one else uses it. Clearing before the capture would empty the allocator's cache, while another thread may be
+        # about to launch a product with the cleared workspace.
         try:
-            # Thread-local: other threads may allocate and copy meanwhile, but not synchronise the device (RECORDING).
-            # The outer context restores the current stream, which torch.cuda.graph leaves changed if its end fails.
+            # thread_local: other threads may allocate and copy meanwhile, but not synchronise the device (RECORDING).
+            # The outer context restores the current stream, which torch.cuda.graph leaves changed if its exit fails.
             with torch.cuda.stream(stream):
                 with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
                     torch._C._cuda_clearCublasWorkspaces()
-                    step()
+                    segment()
         finally:
             torch._C._cuda_clearCublasWorkspaces()
             if collecting:
                 gc.enable()
 
     def _open_pool(self) -> None:
-        """A new memory pool. It would end with its last graph, and its handle then opens no other: the keeper, which is
-        never replayed, prevents that. After a failed capture, the keeper's own capture also ends the capturing state of
-        the default generator (one flag in older releases of torch), in which random numbers and all replays raise."""
+        """Open a new memory pool and keep it open with a graph that is never replayed: a pool ends with its last graph,
+        and its handle cannot be opened again. After a failed capture, capturing the keeper also resets the default
+        generator, which would otherwise still be in capturing state (older torch) and raise in every replay."""
         self._pool = torch.cuda.graph_pool_handle()
         keeper = torch.cuda.CUDAGraph()
         try:
-            # Allocates nothing: the device may be full.
+            # Must not allocate: the device may be full.
             self._capture(keeper, self._main, self._nothing.zero_)
         except BaseException:
             self._abandon(keeper)
@@ -250,12 +132,12 @@ class CudaGraphs:
         self._keeper = keeper
 
     def _recover(self, graph: torch.cuda.CUDAGraph) -> None:
-        """After a failed capture: recordings go on in a new pool. The earlier ones hold the old pool themselves."""
+        """After a failed capture, record into a new pool. Earlier graphs keep the old pool alive."""
         self._abandon(graph)
         self._open_pool()
 
     def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
-        """Ends what the failed capture left open in torch's allocator; a pool left open refuses the next capture."""
+        """Close what the failed capture left open in torch's allocator; an open pool refuses the next capture."""
         self._keeper = None
         _ABANDONED.append(graph)
         graph.reset()
@@ -263,8 +145,8 @@ class CudaGraphs:
         try:
             torch._C._cuda_endAllocateToPool(index, self._pool)
         except RuntimeError:
-            # Not open: torch 2.12 and later end it themselves, and 2.14 also releases it. Once too often would take the
-            # pool from the recordings that are in it.
+            # Not open: torch 2.12 and later end it themselves, and 2.14 also releases it. Releasing it again would take
+            # the pool from the graphs in it.
             return
         torch._C._cuda_releasePool(index, self._pool)
 
@@ -273,7 +155,7 @@ class CudaGraphs:
         if self._marks is None:
             yield
             return
-        # External: a plain event inside a capture is a dependency only, and has no time to tell.
+        # external: a plain event inside a capture is only a dependency and cannot be timed.
         begin, end = (torch.cuda.Event(enable_timing=True, external=True) for _ in range(2))
         begin.record()
         yield
@@ -282,36 +164,36 @@ class CudaGraphs:
 
     @contextmanager
     def fork(self) -> Iterator[None]:
-        self._beside.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._beside):
+        self._retrieval.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._retrieval):
             yield
 
     def join(self) -> None:
-        torch.cuda.current_stream(self._device).wait_stream(self._beside)
+        torch.cuda.current_stream(self._device).wait_stream(self._retrieval)
 
-    def settle(self) -> None:
-        # The lanes are no streams that the default one waits for, or that wait for it.
-        torch.cuda.current_stream(self._device).synchronize()
-
-    def main(self) -> Any:
+    def main_stream(self) -> Any:
         return torch.cuda.stream(self._main)
 
-    def beside(self) -> Any:
-        return torch.cuda.stream(self._beside)
+    def retrieval_stream(self) -> Any:
+        return torch.cuda.stream(self._retrieval)
 
-    def mark_asked(self) -> None:
-        self._asked.record(self._main)
+    def mark_main(self) -> None:
+        self._mark.record(self._main)
 
-    def await_asked(self) -> None:
-        self._asked.synchronize()
+    def wait_for_mark(self) -> None:
+        self._mark.synchronize()
 
-    def await_main(self) -> None:
+    def wait_for_main(self) -> None:
         self._done.record(self._main)
         self._done.synchronize()
 
-    def join_replayed(self) -> None:
-        self._retrieved.record(self._beside)
+    def main_after_retrieval(self) -> None:
+        self._retrieved.record(self._retrieval)
         self._main.wait_event(self._retrieved)
+
+    def synchronize_default(self) -> None:
+        # Neither stream waits for the default stream by itself.
+        torch.cuda.current_stream(self._device).synchronize()
 
 
 class _Graph:
@@ -319,7 +201,7 @@ class _Graph:
         self._label, self._graph, self._stream, self._marks = label, graph, stream, marks
 
     def replay(self) -> None:
-        # The range is the host's: a replay has no ranges of its own, only kernels (docs/profiling.md maps them).
+        # The range is on the host: a replay contains kernels only, no ranges (docs/profiling.md maps them).
         with torch.cuda.nvtx.range(self._label), torch.cuda.stream(self._stream), RECORDING:
             self._graph.replay()
 
@@ -331,9 +213,9 @@ class _Graph:
 
 
 def culprit(error: BaseException) -> tuple[str, BaseException]:
-    """The innermost call of a model, an op or a kernel that a capture failed in, and the error raised there.
+    """Return the innermost model, op or kernel call in which a capture failed, and the error raised there.
 
-    Leaving a broken capture raises once more: the error that broke it is then the context of the one that is seen.
+    Leaving a broken capture raises again, so the error that broke it is in the context of the one caught.
     """
     chain = _chain(error)
     for candidate in reversed(chain):
@@ -349,7 +231,7 @@ def culprit(error: BaseException) -> tuple[str, BaseException]:
 
 
 def _chain(error: BaseException) -> list[BaseException]:
-    """The error and those it was raised while handling, latest first."""
+    """The error and its contexts, latest first."""
     chain = [error]
     while (earlier := chain[-1].__context__) is not None:
         chain.append(earlier)

@@ -1,6 +1,6 @@
-"""The bundle's networks as the fast engine runs them: folded, packed, fused, LoRA merged.
+"""The bundle's networks as the graph engine runs them: folded, packed and fused, with LoRA merged.
 
-The bundle's own stay what they compute; on a GPU their weights are laid out channels last where they lie.
+The bundle's own modules compute the same as before; on a GPU their weights are converted to channels_last in place.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ from ragturbo.model.ties import Replaced, sharing_copy
 log = logging.getLogger("ragturbo")
 MAX_STEPS = 4
 _COMPILATIONS = 256
-# Pixels that the VAE decodes at once. Two images of 512² fill a GPU; eight would take four times the memory.
+# Pixels the VAE decodes at once. Two images of 512x512 fill a GPU; eight would take four times the memory.
 _DECODED_AT_ONCE = 2 * 512 * 512
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """A deterministic scheduler as numbers on the host: a captured step has no others."""
+class ConstantSchedule:
+    """A deterministic scheduler's timesteps and coefficients as Python numbers, which a graph captures as constants."""
 
     timesteps: tuple[float, ...]
     constants: tuple[StepConstants, ...]
 
 
-def schedules_of(bundle: Bundle) -> dict[int, Schedule]:
-    """By number of steps: those that can be recorded."""
+def constant_schedules(bundle: Bundle) -> dict[int, ConstantSchedule]:
+    """The schedules that can be captured, by number of steps."""
     found = {}
     for steps in range(1, MAX_STEPS + 1):
         schedule = make_schedule(bundle.scheduler, steps, distilled=bundle.info.distilled)
         if isinstance(schedule, EulerSchedule):
             timesteps = tuple(float(t) for t in schedule.timesteps.tolist())
-            found[steps] = Schedule(timesteps, tuple(StepConstants.of(schedule)))
+            found[steps] = ConstantSchedule(timesteps, tuple(StepConstants.of(schedule)))
     return found
 
 
@@ -52,12 +52,12 @@ class FastModel:
     def __init__(self, bundle: Bundle, *, attention: str = "auto", compiled: bool = False) -> None:
         self.bundle, self.compiled = bundle, compiled
         self.attention, self.attention_why = attention_of.choose(attention, bundle.device, bundle.dtype)
-        self.schedules = schedules_of(bundle)
+        self.schedules = constant_schedules(bundle)
         self._timesteps = sorted({t for s in self.schedules.values() for t in s.timesteps}, reverse=True)
-        # fp16 is tried first everywhere; what overflows moves the decoder to fp32, by name and for good.
+        # Until an image overflows; see use_fp32_vae.
         self.vae_dtype = bundle.dtype
         if bundle.device.type == "cuda":
-            # The layout of the tensor cores' convolutions, and of H-space tokens. Values stay as they are.
+            # The layout of tensor-core convolutions and of H-space tokens.
             for weight in (*bundle.unet.unet.parameters(), *bundle.vae.module.parameters()):
                 if weight.ndim == 4:
                     weight.data = weight.data.contiguous(memory_format=torch.channels_last)
@@ -75,12 +75,12 @@ class FastModel:
 
     @property
     def replaced(self) -> list[Replaced]:
-        """What stands for what. The originals are whole and in the bundle."""
+        """Which module replaces which. The bundle keeps the originals."""
         return [*self.text_encoder.replaced, *self.unet.replaced, *self._vae_replaced]
 
     def _make_unet(self) -> None:
         bundle = self.bundle
-        # Whole numbers, as the schedulers' own timesteps are where they are whole.
+        # Integers if they are whole, as in the schedulers.
         steps = [int(t) if t == int(t) else t for t in self._timesteps]
         self.unet = FoldedUNet(bundle.unet, steps, self.attention)
         self.adapter = None if bundle.adapter is None else _own_copy(bundle.adapter)
@@ -98,8 +98,8 @@ class FastModel:
             self._vae_replaced.append(_compiled("vae.decoder", self.vae.decoder))
 
     def refresh(self) -> bool:
-        """After new weights: True where they were copied into the memory that graphs read; False where the networks
-        were made anew, and every graph must be recorded again."""
+        """Take over new weights. True: copied into the memory that graphs read. False: the networks were rebuilt, and
+        every graph must be recorded again."""
         adapter = self.bundle.adapter
         if self.unet.refresh() and _same_shape(self.adapter, adapter):
             if self.adapter is not None and adapter is not None:
@@ -116,14 +116,14 @@ class FastModel:
         self._make_vae()
 
     def timestep(self, steps: int, i: int) -> int:
-        """The folded UNet's index of step i of so many."""
+        """The folded UNet's index of step i."""
         return self._timesteps.index(self.schedules[steps].timesteps[i])
 
     def text(self, input_ids: Tensor) -> TextStates:
         return self.text_encoder.encode(input_ids)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """(B, c, h, w) fp32 -> (B, 3, H, W) around [-1, 1], not clamped: an overflow is still to be seen."""
+        """(B, c, h, w) fp32 -> (B, 3, H, W) around [-1, 1], not clamped, so that an overflow remains visible."""
         vae = self.bundle.vae
         z = latents / vae.scale
         if vae.shift:
@@ -135,16 +135,16 @@ class FastModel:
 
 
 def _compiled(path: str, block: nn.Module) -> Replaced:
-    """Inductor within the block; the graph around it is ours. Whatever it cannot take whole is an error."""
-    # Every size of image, bucket and timestep is a compilation of its own; past torch's limit of 8 it would go on
-    # without a word, uncompiled.
+    """Compile the block with Inductor, without its own CUDA graphs. A graph break is an error."""
+    # Each image size, bucket and timestep compiles separately; past torch's default limit of 8, blocks would silently
+    # run uncompiled.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _COMPILATIONS)
     block.compile(dynamic=False, fullgraph=True, options={"triton.cudagraphs": False})
     return Replaced(path, type(block).__name__, "torch.compile")
 
 
 def _own_copy(adapter: HSpaceAdapter) -> HSpaceAdapter:
-    """In memory of its own, which stays where it is when the bundle's adapter is another one."""
+    """A copy in its own memory, whose addresses do not change when the bundle loads another adapter."""
     own: HSpaceAdapter = sharing_copy(adapter)
     for module in own.modules():
         for name, weight in module.named_parameters(recurse=False):

@@ -1,4 +1,4 @@
-"""What a failed step means: for its request alone, or for the device."""
+"""What an engine's error means: this request failed, or the device is lost."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from ragturbo.errors import DeviceLost, GenerationError, OutOfDeviceMemory, RagT
 
 
 def typed(error: BaseException) -> BaseException:
-    """As one of ours, with the first as its cause."""
+    """Return the error as a RagTurboError, with the original as its cause."""
     if isinstance(error, RagTurboError):
         return error
-    if _no_room(error):
+    if _out_of_memory(error):
         reason: RagTurboError = OutOfDeviceMemory(f"the device has no room for this request: {error}")
     elif _lost(error):
         reason = DeviceLost(f"the device is lost ({error}); this Generator is dead: restart the process")
@@ -21,9 +21,8 @@ def typed(error: BaseException) -> BaseException:
     return reason
 
 
-def _no_room(error: BaseException) -> bool:
-    """Not torch's allocator alone: page-locked memory, the driver and cuBLAS say it in words of their own. The device
-    lives on."""
+def _out_of_memory(error: BaseException) -> bool:
+    """Out of memory, also as reported by the driver, cuBLAS and page-locked allocations. The device stays usable."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     words = ("out of memory", "alloc_failed", "defaultcpuallocator")
@@ -34,6 +33,6 @@ def _lost(error: BaseException) -> bool:
     accelerator_error = getattr(torch, "AcceleratorError", None)
     if accelerator_error is not None and isinstance(error, accelerator_error):
         return True
-    # Triton and the driver's own entries raise plain RuntimeErrors.
+    # Triton and direct driver calls raise plain RuntimeErrors.
     text = str(error).lower()
     return isinstance(error, RuntimeError) and ("cuda error" in text or "illegal memory access" in text)

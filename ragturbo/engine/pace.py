@@ -1,17 +1,16 @@
-"""How fast batches run, and so how long a request that comes now would wait."""
+"""How fast batches run, and so how long a new request would wait."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
 
-# The slower quarter of so many batches of a bucket is its pace: cautious, for a deadline is promised by it, and yet two
-# slow captures among them change nothing.
+# A bucket's pace is the 75th percentile of its last 9 batches: safe for deadlines, robust to two slow captures.
 KEPT = 9
 
 
 class Pace:
-    """Not safe from several threads: the executor calls it under its own lock."""
+    """Not thread-safe: the request queue calls it with its lock held."""
 
     def __init__(self, largest: int) -> None:
         """largest: rows of the largest bucket."""
@@ -22,8 +21,8 @@ class Pace:
         """Rows of the batch on the device, padding included."""
 
     def started(self, bucket: int, queued_at: float) -> None:
-        """queued_at: when its oldest request came. Between two batches lies what the host has to do: under load it is
-        part of the pace, and nobody's request alone would show it."""
+        """queued_at: when the batch's oldest request was queued. Under load a batch's time counts from the end of the
+        previous one, so that it includes the host's work between batches."""
         self._since, self.running = max(queued_at, self._ended), bucket
 
     def ended(self, *, counts: bool) -> None:
@@ -34,15 +33,15 @@ class Pace:
         self.running = 0
 
     def forget(self) -> None:
-        """What ran so far loaded, compiled and captured."""
+        """Drop all times: warm-up batches include loading, compiling and capturing."""
         self._seconds.clear()
 
     def expected(self, rows: int) -> float:
-        """Seconds until `rows` rows that wait are done; 0 where no batch has been seen yet."""
+        """Seconds until `rows` waiting rows would be done; 0 if no batch has run yet."""
         known = {bucket: sorted(seconds)[3 * len(seconds) // 4] for bucket, seconds in self._seconds.items()}
         if not known:
             return 0.0
-        # Before any full batch has run, by the largest there was: a larger one takes at most in proportion.
+        # Before any full batch has run, scale the largest one seen: a larger batch takes at most proportionally longer.
         most = max(known)
         full = known[most] * self._largest / most
         left = 0.0

@@ -1,21 +1,23 @@
-"""The oracle: the whole way of one batch in plain torch, on any device, one stage after another."""
+"""The reference engine: one batch in plain torch, on any device, one stage after another."""
 
 from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ragturbo.engine.prompt_cache import PromptCache
-from ragturbo.engine.step import Retrieved, StepBatch, StepResult
+from ragturbo.engine.request import Request
+from ragturbo.engine.result import Result, Retrieved
 from ragturbo.engine.timings import StageClock
 from ragturbo.errors import InvalidRequest
 from ragturbo.model.bundle import Bundle
-from ragturbo.model.inject import blend_weights, inject
+from ragturbo.model.inject import blend_weights, cosine, inject
 from ragturbo.model.onestep import EulerSchedule, Schedule, guided, make_schedule
 from ragturbo.model.text import TextStates
 
@@ -23,13 +25,13 @@ log = logging.getLogger("ragturbo")
 
 
 class ReferenceEngine:
-    name = "eager"
+    name = "reference"
 
-    def __init__(self, bundle: Bundle, *, prompt_cache: int = 0, why_plain: str = "it is the oracle") -> None:
-        """why_plain: for `gen.info`, why it is this engine that runs."""
+    def __init__(self, bundle: Bundle, *, prompt_cache: int = 0, reason: str = "it was asked for") -> None:
+        """reason: why this engine was chosen, for `gen.info`."""
         self.bundle = bundle
         self.prompts = PromptCache(prompt_cache)
-        self._vae, self._why_plain = bundle.vae, why_plain
+        self._vae, self._reason = bundle.vae, reason
         self._schedules: dict[int, Schedule] = {}
 
     @property
@@ -37,19 +39,19 @@ class ReferenceEngine:
         return self.bundle.device
 
     @torch.inference_mode()
-    def run(self, batch: StepBatch) -> StepResult:
+    def run(self, request: Request) -> Result:
         clock = StageClock(self.device)
-        batch = self.prompts.known(batch) or batch
+        request = self.prompts.known(request) or request
         with clock.stage("text"):
-            text, key = self._text(batch)
-        found = self._retrieve(batch, key, clock)
-        latents = self._denoise(batch, text, found, clock)
+            text, key = self._text(request)
+        result, blend = self._retrieve(request, key, clock)
+        latents = self._denoise(request, text, blend, clock)
         image = None
-        if batch.want != "latent":
+        if request.want != "latent":
             with clock.stage("vae"):
                 image = self._decode(latents)
         with clock.stage("copy"):
-            result = _to_host(batch, latents, image, found)
+            _fill(result, request.want, latents, image)
         result.timings = clock.seconds()
         return result
 
@@ -59,13 +61,13 @@ class ReferenceEngine:
     def describe(self) -> dict[str, Any]:
         prompts = self.prompts
         return {
-            "plain torch": self._why_plain,
+            "plain torch": self._reason,
             "vae dtype": str(self._vae.dtype).removeprefix("torch."),
             "prompts": {"held": len(prompts), "hits": prompts.hits, "misses": prompts.misses},
         }
 
     def encode_pairs(self, captions: list[str], images: Tensor) -> tuple[Tensor, Tensor]:
-        """Sec. 3.2 on the spot: images (B, 3, H, W) in [-1, 1] -> keys (B, K), features (B, T, C)."""
+        """Sec. 3.2, uncached: images (B, 3, H, W) in [-1, 1] -> keys (B, K), features (B, S, C)."""
         bundle = self.bundle
         with torch.inference_mode():
             states = self._states(bundle.text.tokenize(captions).input_ids)
@@ -75,87 +77,96 @@ class ReferenceEngine:
     def _states(self, input_ids: Tensor) -> TextStates:
         return self.bundle.text.encode(input_ids.to(self.device))
 
-    def _text(self, batch: StepBatch) -> tuple[Tensor, Tensor | None]:
-        """The UNet's context, negative rows first where guided, and the key to search by."""
+    def _text(self, request: Request) -> tuple[Tensor, Tensor | None]:
+        """The hidden states for the UNet, negative rows first under guidance, and the key to search by."""
         key = None
-        if batch.text is not None:
-            text = batch.text.to(self.device, self.bundle.dtype)
+        if request.text is not None:
+            text = request.text.to(self.device, self.bundle.dtype)
         else:
-            assert batch.input_ids is not None
-            states = self._states(batch.input_ids)
+            assert request.input_ids is not None
+            states = self._states(request.input_ids)
             text, key = states.hidden_states, states.key
-            self.prompts.remember(batch, text, key)
-        if batch.query_key is not None:
-            key = batch.query_key.to(self.device)
-        elif batch.query_ids is not None:
-            key = self._states(batch.query_ids).key
-        if batch.guided:
-            if batch.negative_text is not None:
-                negative = batch.negative_text.to(self.device, self.bundle.dtype)
+            self.prompts.remember(request, text, key)
+        if request.query_key is not None:
+            key = request.query_key.to(self.device)
+        elif request.query_ids is not None:
+            key = self._states(request.query_ids).key
+        if request.guided:
+            if request.negative_text is not None:
+                negative = request.negative_text.to(self.device, self.bundle.dtype)
             else:
-                assert batch.negative_ids is not None
-                negative = self._states(batch.negative_ids).hidden_states
+                assert request.negative_ids is not None
+                negative = self._states(request.negative_ids).hidden_states
             text = torch.cat([negative, text])
         return text, key
 
-    def _retrieve(self, batch: StepBatch, key: Tensor | None, clock: StageClock) -> Found | None:
-        if batch.mode == "none":
-            return None
-        if (found := batch.retrieved) is None:
-            if key is None or batch.source is None:
+    def _retrieve(
+        self, request: Request, key: Tensor | None, clock: StageClock
+    ) -> tuple[Result, Callable[[Tensor], Tensor]]:
+        """A result that holds the neighbours, and the function that blends them into h."""
+        if request.mode == "none":
+            nothing = torch.empty((len(request), 0))
+            ok = torch.empty(0, dtype=torch.bool)
+            return Result(ok, torch.zeros(len(request)), nothing.long(), nothing, nothing, nothing.bool()), lambda h: h
+        if (found := request.retrieved) is None:
+            if key is None or request.database is None:
                 raise InvalidRequest("nothing to search by: give a prompt, query= or neighbors=")
             with clock.stage("search"):
-                ids, scores = batch.source.search(key, batch.texts or None, batch.k)
+                ids, scores = request.database.search(key, request.texts or None, request.k)
             with clock.stage("gather"):
-                found = batch.source.gather(ids, scores)
-        found = Retrieved(*(t.to(self.device) for t in (found.ids, found.scores, found.keys, found.h_retr)))
-        # Embeddings without a query have no key: their neighbours weigh the same, and λ is the caller's.
-        cosine = torch.ones_like(found.scores) if key is None else cosine_of(key, found.keys)
-        limit, given = batch.min_score.to(self.device), batch.lam.to(self.device)
-        lam, valid = blend_weights(cosine, found.ids, found.scores, min_score=limit, lam=given)
-        return Found(found, cosine, lam, valid)
+                found = request.database.gather(ids, scores)
+        found = found.map(lambda value: value.to(self.device))
+        # Embeddings without a query have no key: then the neighbours weigh the same and λ is the caller's.
+        weights = torch.ones_like(found.scores) if key is None else cosine(key, found.keys)
+        limit, given = request.min_score.to(self.device), request.lam.to(self.device)
+        lam, valid = blend_weights(weights, found.ids, found.scores, min_score=limit, lam=given)
+        ok = torch.empty(0, dtype=torch.bool)
+        result = Result(ok, lam.cpu(), found.ids.cpu(), found.scores.cpu(), weights.cpu(), valid.cpu())
+        return result, partial(self._inject, request, found, lam, weights, valid)
 
-    def _denoise(self, batch: StepBatch, text: Tensor, found: Found | None, clock: StageClock) -> Tensor:
+    def _inject(
+        self, request: Request, found: Retrieved, lam: Tensor, weights: Tensor, valid: Tensor, h: Tensor
+    ) -> Tensor:
+        """Blend the neighbours into h. Under guidance the rows of the negative prompt stay unchanged."""
+        negative = len(request) if request.guided else 0
+        out = inject(
+            request.mode,
+            h[negative:],
+            found.h_retr.to(h.dtype),
+            lam=lam,
+            w=request.w.to(self.device),
+            valid=valid,
+            weights=weights,
+            adapter=self.bundle.adapter,
+            per=request.per,
+        )
+        return torch.cat([h[:negative], out]) if negative else out
+
+    def _denoise(self, request: Request, text: Tensor, blend: Callable[[Tensor], Tensor], clock: StageClock) -> Tensor:
         bundle = self.bundle
-        schedule = self._schedule(batch.num_inference_steps)
+        schedule = self._schedule(request.num_inference_steps)
         generators = None
         if not isinstance(schedule, EulerSchedule):
-            generators = [torch.Generator("cpu").manual_seed(s) for s in batch.seeds if s is not None] or None
-        x = batch.latents.to(self.device) * schedule.init_sigma
+            generators = [torch.Generator("cpu").manual_seed(s) for s in request.seeds if s is not None] or None
+        x = request.latents.to(self.device) * schedule.init_sigma
         for i, timestep in enumerate(schedule.timesteps):
             model_input = schedule.scale_input(x, i).to(bundle.dtype)
-            if batch.guided:
+            if request.guided:
                 model_input = torch.cat([model_input, model_input])
             with clock.stage("encode"):
                 state = bundle.unet.encode(model_input, timestep, text)
             with clock.stage("adapter"):
-                h = state.h if found is None else self._inject(batch, state.h, found)
+                h = blend(state.h)
             with clock.stage("decode"):
                 out = bundle.unet.decode(state, h).float()
-            if batch.guided:
+            if request.guided:
                 negative, positive = out.chunk(2)
-                out = guided(negative, positive, batch.guidance_scale)
+                out = guided(negative, positive, request.guidance_scale)
             x = schedule.step(x, out, i, generators)
         return x
 
-    def _inject(self, batch: StepBatch, h: Tensor, found: Found) -> Tensor:
-        """Retrieval speaks for the prompt: under guidance the negative half stays as it is."""
-        negative = len(batch) if batch.guided else 0
-        out = inject(
-            batch.mode,
-            h[negative:],
-            found.rows.h_retr.to(h.dtype),
-            lam=found.lam,
-            w=batch.w.to(self.device),
-            valid=found.valid,
-            weights=found.cosine,
-            adapter=self.bundle.adapter,
-            per=batch.per,
-        )
-        return torch.cat([h[:negative], out]) if negative else out
-
     def _decode(self, latents: Tensor) -> Tensor:
-        """In [0, 1]. A decoder that overflows in fp16, at finite latents, is a copy in fp32 from then on."""
+        """Decode to [0, 1]. If the decoder overflows in fp16 at finite latents, use an fp32 copy from then on."""
         image = self._vae.decode(latents).float()
         if self._vae.dtype != torch.float16:
             return image
@@ -170,49 +181,21 @@ class ReferenceEngine:
         if (schedule := self._schedules.get(steps)) is None:
             distilled = self.bundle.info.distilled
             schedule = make_schedule(self.bundle.scheduler, steps, distilled=distilled, device=self.device)
-            # The closed form has no state; diffusers' schedulers carry a run's own.
+            # diffusers' schedulers keep the state of a run; only the closed form can be reused.
             if isinstance(schedule, EulerSchedule):
                 self._schedules[steps] = schedule
         return schedule
 
 
-@dataclass
-class Found:
-    rows: Retrieved
-    cosine: Tensor
-    """(B, k): λ before the mean."""
-    lam: Tensor
-    valid: Tensor
-
-
-def cosine_of(key: Tensor, stored: Tensor) -> Tensor:
-    """λ before the mean: (B, K), (B, k, K) unit vectors -> (B, k) in [0, 1]."""
-    return torch.einsum("bd,bkd->bk", key.float(), stored.float()).clamp(0, 1)
-
-
-def _to_host(batch: StepBatch, latents: Tensor, image: Tensor | None, found: Found | None) -> StepResult:
-    rows = len(batch)
+def _fill(result: Result, want: str, latents: Tensor, image: Tensor | None) -> None:
     ok = torch.isfinite(latents).flatten(1).all(1)
-    if image is not None:
-        ok &= torch.isfinite(image).flatten(1).all(1)
-    result = StepResult(
-        ok=ok.cpu(),
-        lam=torch.zeros(rows),
-        ids=torch.empty((rows, 0), dtype=torch.int64),
-        scores=torch.empty((rows, 0)),
-        cosine=torch.empty((rows, 0)),
-        valid=torch.empty((rows, 0), dtype=torch.bool),
-    )
-    if found is not None:
-        result.lam, result.valid = found.lam.cpu(), found.valid.cpu()
-        result.ids, result.scores, result.cosine = found.rows.ids.cpu(), found.rows.scores.cpu(), found.cosine.cpu()
-    if batch.want == "latent":
+    if image is None:
         result.latents = latents.cpu()
-    elif batch.want == "float":
-        assert image is not None
-        result.image = image.cpu()
     else:
-        assert image is not None
-        # As diffusers' image processor rounds: half to even.
-        result.uint8 = (image * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
-    return result
+        ok &= torch.isfinite(image).flatten(1).all(1)
+        if want == "float":
+            result.image = image.cpu()
+        else:
+            # Round half to even, as diffusers' image processor does.
+            result.uint8 = (image * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
+    result.ok = ok.cpu()

@@ -1,8 +1,7 @@
-"""A database in memory, as kernels see it: keys on the device, rows in page-locked memory, both by address and count.
+"""A database as kernels read it: keys on the device and features in page-locked memory, by address and count.
 
-A graph reads the addresses from the arena that is uploaded with every request, so a swap of the database records
-nothing anew, and a request's search, rows and records are of one generation. The first request after a swap uploads the
-new keys.
+Graphs read the addresses from the arena that is uploaded with every request, so a database swap needs no new recording,
+and a request's search, features and records come from one generation. The first request after a swap uploads its keys.
 """
 
 from __future__ import annotations
@@ -14,12 +13,12 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from ragturbo.engine.database import DatabaseSource
+    from ragturbo.engine.database import DatabaseGeneration
     from ragturbo.retrieval.snapshot import Snapshot
 
 
 class DeviceKeys:
-    """All keys of a generation on the device in fp16. A removed pair's are NaN, which a search never returns."""
+    """All keys of a generation on the device in fp16. Keys of removed pairs are NaN, which a search never returns."""
 
     def __init__(self, snapshot: Snapshot, device: torch.device) -> None:
         self.centred = snapshot.manifest.centred
@@ -39,13 +38,13 @@ class DeviceKeys:
 
 
 class Tables:
-    """What one source needs in memory. `keys` is None where the search runs on the host."""
+    """One generation's keys and features in memory. `keys` is None if the search runs on the host."""
 
-    def __init__(self, source: DatabaseSource, device: torch.device) -> None:
-        self.source, self.snapshot = source, source.database.snapshot
-        self.rows = source.cache
+    def __init__(self, database: DatabaseGeneration, device: torch.device) -> None:
+        self.database, self.snapshot = database, database.database.snapshot
+        self.rows = database.cache
         self.address = self.rows.device_host_ptr or self.rows.host_ptr
-        self.keys = DeviceKeys(self.snapshot, device) if _on_device(source, device) else None
+        self.keys = DeviceKeys(self.snapshot, device) if _on_device(database, device) else None
         self.ids = np.append(self.snapshot.ids, -1)
         """By row. Row -1, a missing neighbour, is the last entry: id -1."""
 
@@ -56,8 +55,8 @@ class Tables:
         return "one graph" if self.rows.resident else "ids to the host"
 
     def descriptors(self) -> Tensor:
-        """(4, 2) int64: address and count of the keys that are searched, of the keys as stored, of the rows in
-        page-locked memory and of the hot ones on the device."""
+        """(4, 2) int64: address and count of the searched keys, the stored keys, the features in page-locked memory and
+        the features in the device cache."""
         searched = stored = n = 0
         if self.keys is not None:
             searched, stored, n = self.keys.searched.data_ptr(), self.keys.stored.data_ptr(), self.keys.count
@@ -66,20 +65,20 @@ class Tables:
         return torch.tensor([[searched, n], [stored, n], *rows])
 
 
-def _on_device(source: DatabaseSource, device: torch.device) -> bool:
-    """A retriever that was asked for is used: "exact" searches on the device, every other one on the host. Where none
-    was, the device searches if the keys have room there, or if there is no index."""
-    chosen, snapshot = source.chosen, source.database.snapshot
-    if not isinstance(chosen, str) or chosen not in ("auto", "exact"):
+def _on_device(database: DatabaseGeneration, device: torch.device) -> bool:
+    """Whether to search on the device: for "exact"; for "auto" if the keys fit there or there is no index. Any other
+    retriever searches on the host."""
+    asked, snapshot = database.asked_retriever, database.database.snapshot
+    if not isinstance(asked, str) or asked not in ("auto", "exact"):
         return False
-    if chosen == "exact":
+    if asked == "exact":
         return True
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        # Centred keys lie beside the stored ones.
+        # Centred keys are kept in addition to the stored ones.
         if snapshot.keys.nbytes * (2 if snapshot.manifest.centred else 1) < free // 4:
             return True
-    return source.database.choice()[0] == "exact"
+    return database.database.choice()[0] == "exact"
 
 
 def _upload(keys: np.ndarray, dead: np.ndarray, device: torch.device) -> Tensor:

@@ -1,7 +1,7 @@
-"""How many CPU threads share each operation of a model.
+"""The number of CPU threads for a model's operations.
 
-One of a small model takes tens of microseconds. Threads then cost more in waking each other than they save, and where
-another process holds a core they wait for it at every operation, hundreds of times an image.
+An operation of a small model takes tens of microseconds. Waking other threads then costs more than they save, and if
+another process occupies a core, every operation waits for it, hundreds of times per image.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ if TYPE_CHECKING:
 
 # Parameters of text encoder, UNet and VAE together: the embedded model has 4 million, SD 2.1 1.3 billion.
 SMALL = 64_000_000
-_one_at_a_time = threading.Lock()
+_lock = threading.Lock()
 
 
 def settle_threads(bundle: Bundle, on_device_thread: Callable[[Callable[[], Any]], Any]) -> int:
-    """On a CPU a small model's device thread computes alone, unless OMP_NUM_THREADS says otherwise -> its number of
-    threads. The caller's number, and that of threads to come, stay."""
-    with _one_at_a_time:
+    """Make the device thread of a small model on a CPU single-threaded, unless OMP_NUM_THREADS is set, and return its
+    number of threads. Other threads keep theirs."""
+    with _lock:
         own = torch.get_num_threads()
         if bundle.device.type != "cpu" or "OMP_NUM_THREADS" in os.environ or _parameters(bundle) > SMALL:
             return own
-        on_device_thread(_compute_alone)
-        # torch has a number for each thread, and one more that new threads and MKL go by: that one is put back.
+        on_device_thread(_use_one_thread)
+        # torch has a setting per thread and a global one for new threads and MKL: restore the latter.
         torch.set_num_threads(own)
     return 1
 
 
-def _compute_alone() -> None:
-    # A thread is given its number when it first asks: after that it keeps what it is told.
+def _use_one_thread() -> None:
+    # A thread takes over the global setting on its first query; only after that does its own setting hold.
     torch.get_num_threads()
     torch.set_num_threads(1)
 

@@ -1,4 +1,4 @@
-"""Where an image's time goes, stage by stage."""
+"""Times by stage."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.profiler import record_function
 
 
 class StageClock:
-    """Adds up seconds by stage: the host's clock on a CPU, events on a GPU, read once when the work has finished."""
+    """Sums seconds by stage: with the host's clock on a CPU, with events on a GPU, read once after the work."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -35,7 +35,7 @@ class StageClock:
             self._host[name] = self._host.get(name, 0.0) + time.perf_counter() - start
 
     def seconds(self) -> dict[str, float]:
-        """Call after the device has finished."""
+        """Call after waiting for the device."""
         out = dict(self._host)
         for name, begin, end in self._events:
             out[name] = out.get(name, 0.0) + begin.elapsed_time(end) / 1e3
@@ -44,7 +44,7 @@ class StageClock:
 
 @contextmanager
 def host_stage(name: str, seconds: dict[str, float], device: torch.device) -> Iterator[None]:
-    """The host's own part of a request, by its clock; a range of its thread in Nsight's timeline and torch's trace."""
+    """Add the host's time to `seconds`, and mark a range in Nsight's timeline and torch's trace."""
     start = time.perf_counter()
     with torch.cuda.nvtx.range(name) if device.type == "cuda" else nullcontext(), _recorded(name):
         yield
@@ -52,5 +52,5 @@ def host_stage(name: str, seconds: dict[str, float], device: torch.device) -> It
 
 
 def _recorded(name: str) -> Any:
-    """A range in the trace of a profiler, where one is on: without, it would only cost time."""
+    """A range in torch's trace, only if a profiler is on, since it costs time."""
     return record_function(name) if getattr(torch.autograd.profiler, "_is_profiler_enabled", True) else nullcontext()

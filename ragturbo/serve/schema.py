@@ -7,8 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from ragturbo.config import MODES
-from ragturbo.request import MAX_NEIGHBORS, MAX_SEED
+from ragturbo.config import MAX_NEIGHBORS, MAX_SEED, MODES
 
 SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
 

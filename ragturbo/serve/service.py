@@ -127,8 +127,10 @@ class Service:
         if self._postprocess is not None:
             options = {**options, "postprocess": self._postprocess}
         # Reserve before tokenising: a refusal costs nothing, and an accepted request is not refused later.
-        with generator.reserve(options["num_images_per_prompt"], timeout) as place:
-            work = asyncio.ensure_future(generator.agenerate(prompt, timeout=timeout, place=place, **options))
+        with generator.reserve(options["num_images_per_prompt"], timeout) as reservation:
+            work = asyncio.ensure_future(
+                generator.agenerate(prompt, timeout=timeout, reservation=reservation, **options)
+            )
             watch = asyncio.ensure_future(disconnected())
             try:
                 await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
@@ -164,6 +166,7 @@ class Service:
             self._database = path
             self.metrics.swaps.labels("done").inc()
             database = generator.database
+            assert database is not None
             facts = {"path": path, "generation": database.snapshot.manifest.generation, "pairs": len(database)}
         log.info("now using database %(path)s, generation %(generation)d, %(pairs)d pairs", facts)
         return facts

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from ragturbo.config import GeneratorConfig
-from ragturbo.engine.reference import ReferenceEngine
+from ragturbo.engine.database import DatabaseGeneration
 from ragturbo.engine.graph_engine import GraphEngine
-from ragturbo.engine.cuda_graphs import Direct
-from ragturbo.engine.database import DatabaseSource
-from ragturbo.engine.step import StepBatch
+from ragturbo.engine.recorder import Uncaptured
+from ragturbo.engine.reference import ReferenceEngine
+from ragturbo.engine.request import Request
 from ragturbo.model.adapter import HSpaceAdapter
 from ragturbo.model.bundle import Bundle
 from ragturbo.retrieval import Database, Geometry, Record
@@ -110,12 +110,12 @@ def database(database_folder: Path) -> Database:
 
 
 @pytest.fixture
-def source(database: Database) -> DatabaseSource:
-    return DatabaseSource(database)
+def source(database: Database) -> DatabaseGeneration:
+    return DatabaseGeneration(database)
 
 
 @pytest.fixture
-def eager(bundle: Bundle) -> ReferenceEngine:
+def reference(bundle: Bundle) -> ReferenceEngine:
     return ReferenceEngine(bundle)
 
 
@@ -124,7 +124,7 @@ def graph_engine(bundle: Bundle) -> Callable[..., GraphEngine]:
     """The graph engine, its steps called where a GPU would replay them: every line but the capture itself."""
 
     def make(of: Bundle = bundle, **options: object) -> GraphEngine:
-        return GraphEngine(of, GeneratorConfig(**options), Direct())  # type: ignore[arg-type]
+        return GraphEngine(of, GeneratorConfig(**options), Uncaptured())  # type: ignore[arg-type]
 
     return make
 
@@ -141,8 +141,8 @@ def replayed_engine(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> Callable
 
 
 @pytest.fixture
-def make_batch(bundle: Bundle) -> Callable[..., StepBatch]:
-    def make(*prompts: str, seed: int = 0, **fields: object) -> StepBatch:
+def make_request(bundle: Bundle) -> Callable[..., Request]:
+    def make(*prompts: str, seed: int = 0, **fields: object) -> Request:
         n = len(prompts)
         rows = [torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(seed + i)) for i in range(n)]
         values = {
@@ -153,8 +153,8 @@ def make_batch(bundle: Bundle) -> Callable[..., StepBatch]:
             "input_ids": bundle.text.tokenize(list(prompts)).input_ids,
             "texts": tuple(prompts),
             "seeds": tuple(range(seed, seed + n)),
-            "want": "latent",
+            "output_type": "latent",
         }
-        return StepBatch(**(values | fields))  # type: ignore[arg-type]
+        return Request(**(values | fields))  # type: ignore[arg-type]
 
     return make

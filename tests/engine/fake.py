@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ragturbo.engine import fast_model as fast
-from ragturbo.engine.cuda_graphs import Direct
+from ragturbo.engine.recorder import Uncaptured
 from ragturbo.model.adapter import HSpaceAdapter
 from ragturbo.model.bundle import Bundle
 from ragturbo.model.info import BundleInfo
@@ -54,9 +54,9 @@ class Broken(AssertionError):
 
 
 class Watch(TorchDispatchMode):
-    def __init__(self, lanes: Lanes) -> None:
+    def __init__(self, recorder: StagedRecorder) -> None:
         super().__init__()
-        self.lanes = lanes
+        self.recorder = recorder
         self.launches: Counter[str] = Counter()
         self.by_stage: Counter[str] = Counter()
 
@@ -66,12 +66,12 @@ class Watch(TorchDispatchMode):
             # The GPU's kernels lay their output out as (B, L, heads, d); the fake one is the host's formula.
             out = out.transpose(1, 2).contiguous().transpose(1, 2)
         devices = {t.device.type for t in _tensors((args, kwargs, out))}
-        if "cpu" in devices and not self.lanes.border:
+        if "cpu" in devices and not self.recorder.border:
             what = "crosses the border outside an arena" if "cuda" in devices else "works on the host"
-            raise Broken(f"{func} {what}, in stage {self.lanes.now!r}")
+            raise Broken(f"{func} {what}, in stage {self.recorder.now!r}")
         if _works(func, args, kwargs, out):
             self.launches[func.name()] += 1
-            self.by_stage[self.lanes.now] += 1
+            self.by_stage[self.recorder.now] += 1
         return out
 
 
@@ -89,7 +89,7 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
     return [t for t in torch.utils._pytree.tree_leaves(tree) if isinstance(t, torch.Tensor)]
 
 
-class Lanes(Direct):
+class StagedRecorder(Uncaptured):
     """Says which stage is running, and that "copy" is the border."""
 
     def __init__(self) -> None:
@@ -107,18 +107,18 @@ class Lanes(Direct):
 @contextmanager
 def fake_cuda() -> Iterator[None]:
     """Inside, new tensors are fake; schedules, whose constants are numbers on the host, are made for real."""
-    real = fast.schedules_of
+    real = fast.constant_schedules
 
     def outside(*args: Any, **options: Any) -> Any:
         with unset_fake_temporarily():
             return real(*args, **options)
 
-    fast.schedules_of = outside
+    fast.constant_schedules = outside
     try:
         with FakeTensorMode(), torch.inference_mode():
             yield
     finally:
-        fast.schedules_of = real
+        fast.constant_schedules = real
 
 
 def make_bundle(tiny: ModuleType, *, real_sizes: bool, adapter: str | None = "transformer") -> Bundle:

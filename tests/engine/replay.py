@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ragturbo.engine import segments as steps
-from ragturbo.engine.cuda_graphs import Direct
+from ragturbo.engine.recorder import Uncaptured
 
 # `ragturbo.ops` has functions of the same names.
 gather, search = import_module("ragturbo.ops.gather_rows"), import_module("ragturbo.ops.topk")
@@ -47,7 +47,7 @@ class _Log(TorchDispatchMode):
         return out
 
 
-class Replayed(Direct):
+class Replayed(Uncaptured):
     """Lanes that record. `before(label)` is called at each replay, and may raise in a graph's place."""
 
     name = "replayed operations"
@@ -58,7 +58,7 @@ class Replayed(Direct):
         patch.setattr(steps, "topk", _topk)
         self.before: Callable[[str], None] = lambda label: None
 
-    def record(self, label: str, step: Callable[[], None], *, beside: bool = False) -> Any:
+    def record(self, label: str, step: Callable[[], None], *, on_retrieval: bool = False) -> Any:
         step()
         with _Log() as log:
             step()
@@ -66,11 +66,11 @@ class Replayed(Direct):
 
 
 class _Replay:
-    def __init__(self, lanes: Replayed, label: str, done: list[Any]) -> None:
-        self._lanes, self._label, self._done = lanes, label, done
+    def __init__(self, recorder: Replayed, label: str, done: list[Any]) -> None:
+        self._recorder, self._label, self._done = recorder, label, done
 
     def replay(self) -> None:
-        self._lanes.before(self._label)
+        self._recorder.before(self._label)
         for func, args, kwargs, recorded in self._done:
             out = func(*args, **kwargs)
             for old, new in zip(recorded, (t for t in tree_leaves(out) if isinstance(t, Tensor)), strict=True):

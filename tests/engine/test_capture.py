@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from ragturbo.engine.fast_model import FastModel
-from ragturbo.engine.segments import Spec, Step
+from ragturbo.engine.segments import Segments, Spec
 
 sys.path.insert(0, str(Path(__file__).parent))
 import fake  # noqa: E402
@@ -36,7 +36,8 @@ def spec(model: FastModel, **fields: object) -> Spec:
         "rows": 1,
         "latents": (4, side, side),
         "length": model.bundle.text.max_length,
-        "text_given": False,
+        "has_ids": True,
+        "cached": False,
         "query": "prompt",
         "mode": "adapter",
         "k": 1,
@@ -51,13 +52,13 @@ def spec(model: FastModel, **fields: object) -> Spec:
 
 
 def watched(model: FastModel, what: Spec) -> fake.Watch:
-    lanes = fake.Lanes()
-    step = Step(model, what, lanes, page_locked=False)
-    with fake.Watch(lanes) as watch:
+    recorder = fake.StagedRecorder()
+    segments = Segments(model, what, recorder, page_locked=False)
+    with fake.Watch(recorder) as watch:
         if what.split:
-            step.ask(), step.encode(), step.fetch(), step.finish()
+            segments.encode_text(), segments.encode(), segments.gather(), segments.finish()
         else:
-            step.ask(), step.rest()
+            segments.encode_text(), segments.generate()
     return watch
 
 
@@ -72,8 +73,8 @@ KINDS = {
     "given neighbours": {"retrieval": "given", "k": 2},
     "another text to search by": {"query": "ids"},
     "a key to search by": {"query": "key"},
-    "a known prompt": {"text_given": True, "query": "key", "known": True},
-    "hidden states given": {"text_given": True, "query": "key"},
+    "a known prompt": {"has_ids": False, "query": "key", "cached": True},
+    "hidden states given": {"has_ids": False, "query": "key"},
     "slerp": {"mode": "slerp"},
     "slerp by token, a mean of two": {"mode": "slerp", "per": "token", "k": 2},
     "lerp": {"mode": "lerp"},
@@ -89,7 +90,7 @@ def test_every_kind_of_step_asks_nothing_of_the_host(model, kind):
     watch = watched(model, spec(model, **KINDS[kind]))
     assert sum(watch.launches.values()) > 100
     stages = {name for name in watch.by_stage if name}
-    expected = {"text", "encode", "decode"} - ({"text"} if KINDS[kind].get("text_given") else set())
+    expected = {"text", "encode", "decode"} - (set() if KINDS[kind].get("has_ids", True) else {"text"})
     assert expected <= stages
 
 
@@ -128,12 +129,12 @@ def test_the_operations_of_an_image_at_real_sizes_are_no_more_than_committed(tin
         model = FastModel(fake.make_bundle(tiny, real_sizes=True))
         watch = watched(model, spec(model))
         without = watched(model, spec(model, **NONE))
-        eager = _unfolded(model)
+        reference = _unfolded(model)
     found = {
         "what": "operations on the device for one image: sd-turbo's sizes, 512x512, batch 1, one step",
         "graph, adapter": {"all": sum(watch.by_stage.values()), **dict(sorted(watch.by_stage.items()))},
         "graph, no retrieval": sum(without.by_stage.values()),
-        "diffusers' modules, no retrieval": eager,
+        "diffusers' modules, no retrieval": reference,
     }
     print(json.dumps(found, indent=2))
     if os.environ.get("RAGTURBO_WRITE_COUNTS"):
@@ -147,11 +148,11 @@ def test_the_operations_of_an_image_at_real_sizes_are_no_more_than_committed(tin
 
 def _unfolded(model: FastModel) -> int:
     """The same image through diffusers' own modules, counted the same way."""
-    bundle, lanes = model.bundle, fake.Lanes()
+    bundle, recorder = model.bundle, fake.StagedRecorder()
     ids = torch.zeros(1, bundle.text.max_length, dtype=torch.int64, device="cuda")
     noise = torch.zeros(1, 4, 64, 64, device="cuda")
     timestep = torch.full((1,), 999, device="cuda")
-    with fake.Watch(lanes) as watch:
+    with fake.Watch(recorder) as watch:
         text = bundle.text.encode(ids).hidden_states
         state = bundle.unet.encode((noise * 0.9977).half(), timestep, text)
         x = noise * 14.6146 - 14.6146 * bundle.unet.decode(state).float()

@@ -26,7 +26,7 @@ def cuda(request, monkeypatch) -> FakeCuda:
 
 
 @pytest.fixture
-def lanes(cuda) -> CudaGraphs:
+def recorder(cuda) -> CudaGraphs:
     # The host stands for the device.
     return CudaGraphs(torch.device("cpu"))
 
@@ -42,38 +42,38 @@ def fails_in_capture(cuda: FakeCuda, times: int, fault: Callable[[], None]) -> C
     return step
 
 
-def test_after_a_capture_that_failed_the_next_is_recorded_and_earlier_recordings_replay(cuda, lanes):
-    earlier = lanes.record("earlier", cuda.multiply)
+def test_after_a_capture_that_failed_the_next_is_recorded_and_earlier_recordings_replay(cuda, recorder):
+    earlier = recorder.record("earlier", cuda.multiply)
     with pytest.raises(GenerationError, match="broken: .* cannot be captured in a CUDA graph: operation not permitted"):
-        lanes.record("broken", fails_in_capture(cuda, 2, cuda.item))
+        recorder.record("broken", fails_in_capture(cuda, 2, cuda.item))
     cuda.random()
-    later = lanes.record("later", cuda.multiply)
+    later = recorder.record("later", cuda.multiply)
     for program in (earlier, later, earlier):
         program.replay()
     assert cuda.log == ["replay"] * 3 and not cuda.open
 
 
-def test_lanes_made_in_inference_mode_recover_outside_it(cuda):
+def test_recorder_made_in_inference_mode_recover_outside_it(cuda):
     with torch.inference_mode():
-        lanes = CudaGraphs(torch.device("cpu"))
-    lanes.record("label", fails_in_capture(cuda, 1, cuda.item)).replay()
+        recorder = CudaGraphs(torch.device("cpu"))
+    recorder.record("label", fails_in_capture(cuda, 1, cuda.item)).replay()
 
 
-def test_no_pool_is_released_too_often_or_kept(cuda, lanes):
-    earlier = lanes.record("earlier", cuda.multiply)
-    first = lanes._pool
+def test_no_pool_is_released_too_often_or_kept(cuda, recorder):
+    earlier = recorder.record("earlier", cuda.multiply)
+    first = recorder._pool
     for _ in range(3):
         with pytest.raises(GenerationError):
-            lanes.record("broken", fails_in_capture(cuda, 2, cuda.item))
+            recorder.record("broken", fails_in_capture(cuda, 2, cuda.item))
     # 2.13 keeps the count of each failed capture for good, and no call of ours could tell.
     leaked = 1 if cuda.release == "2.13" else 0
     assert cuda.uses[first] == 1 + leaked
-    assert cuda.uses[lanes._pool] == 1
+    assert cuda.uses[recorder._pool] == 1
     del earlier
     assert cuda.uses[first] == leaked
 
 
-def test_a_capture_that_another_thread_broke_is_tried_again(cuda, lanes, caplog):
+def test_a_capture_that_another_thread_broke_is_tried_again(cuda, recorder, caplog):
     def broken_by_another() -> None:
         with pytest.raises(RuntimeError):
             cuda.synchronize()
@@ -83,28 +83,28 @@ def test_a_capture_that_another_thread_broke_is_tried_again(cuda, lanes, caplog)
 
     def step() -> None:
         calls.append(cuda.mine)
-        with lanes.stage("text"):
+        with recorder.stage("text"):
             fault()
 
-    program = lanes.record("label", step)
+    program = recorder.record("label", step)
     program.replay()
     assert len(calls) == WARMUPS + 2 and "label: capturing failed" in caplog.text
     # The stages are those of the second attempt.
     assert program.seconds() == {"text": 1e-3}
 
 
-def test_an_error_of_python_in_a_capture_that_ends_well_leaves_nothing_open(cuda, lanes):
+def test_an_error_of_python_in_a_capture_that_ends_well_leaves_nothing_open(cuda, recorder):
     def fault() -> None:
         raise ValueError("not CUDA's")
 
     with pytest.raises(GenerationError, match="not CUDA's"):
-        lanes.record("label", fails_in_capture(cuda, 2, fault))
-    assert not cuda.open and cuda.uses[lanes._pool] == 1
-    lanes.record("label", cuda.multiply).replay()
+        recorder.record("label", fails_in_capture(cuda, 2, fault))
+    assert not cuda.open and cuda.uses[recorder._pool] == 1
+    recorder.record("label", cuda.multiply).replay()
 
 
 @pytest.mark.parametrize("broken", [False, True])
-def test_no_room_is_not_tried_again_and_is_said_as_such(cuda, lanes, broken):
+def test_no_room_is_not_tried_again_and_is_said_as_such(cuda, recorder, broken):
     def fault() -> None:
         if broken:
             # As with a branch that was not joined: the end of the capture raises an error of its own.
@@ -112,24 +112,24 @@ def test_no_room_is_not_tried_again_and_is_said_as_such(cuda, lanes, broken):
         raise torch.OutOfMemoryError("out of memory")
 
     with pytest.raises(torch.OutOfMemoryError):
-        lanes.record("label", fails_in_capture(cuda, 1, fault))
-    lanes.record("label", cuda.multiply).replay()
+        recorder.record("label", fails_in_capture(cuda, 1, fault))
+    recorder.record("label", cuda.multiply).replay()
 
 
-def test_a_lost_device_is_reported_as_its_own_error(cuda, lanes):
+def test_a_lost_device_is_reported_as_its_own_error(cuda, recorder):
     def fault() -> None:
         cuda.lost = True
         cuda.item()
 
     with pytest.raises(RuntimeError, match="illegal memory access") as error:
-        lanes.record("label", fails_in_capture(cuda, 2, fault))
+        recorder.record("label", fails_in_capture(cuda, 2, fault))
     assert not isinstance(error.value, GenerationError)
 
 
-def test_a_pool_whose_keeper_could_not_be_captured_is_not_used(cuda, lanes, monkeypatch):
+def test_a_pool_whose_keeper_could_not_be_captured_is_not_used(cuda, recorder, monkeypatch):
     def fault() -> None:
         # The keeper's capture, which follows, fails too.
-        monkeypatch.setattr(lanes, "_nothing", Unfit(cuda))
+        monkeypatch.setattr(recorder, "_nothing", Unfit(cuda))
         cuda.item()
 
     class Unfit:
@@ -137,24 +137,24 @@ def test_a_pool_whose_keeper_could_not_be_captured_is_not_used(cuda, lanes, monk
             self.zero_ = cuda.item
 
     with pytest.raises(RuntimeError, match="previous error"):
-        lanes.record("label", fails_in_capture(cuda, 1, fault))
-    monkeypatch.setattr(lanes, "_nothing", torch.zeros(1))
-    program = lanes.record("label", cuda.multiply)
+        recorder.record("label", fails_in_capture(cuda, 1, fault))
+    monkeypatch.setattr(recorder, "_nothing", torch.zeros(1))
+    program = recorder.record("label", cuda.multiply)
     program.replay()
     # The keeper's and the recording's.
-    assert cuda.uses[lanes._pool] == 2 and not cuda.open
+    assert cuda.uses[recorder._pool] == 2 and not cuda.open
 
 
-def test_the_workspaces_of_a_recording_lie_in_its_pool_and_no_table_holds_them(cuda, lanes):
+def test_the_workspaces_of_a_recording_lie_in_its_pool_and_no_table_holds_them(cuda, recorder):
     def step() -> None:
         cuda.multiply()
-        with lanes.fork():
+        with recorder.fork():
             cuda.multiply()
-        lanes.join()
+        recorder.join()
 
     for _ in range(2):
-        program = lanes.record("label", step)
-        assert program._graph.workspaces == [lanes._pool] * 2
+        program = recorder.record("label", step)
+        assert program._graph.workspaces == [recorder._pool] * 2
         assert not cuda.workspaces
 
 
@@ -182,7 +182,7 @@ def test_two_engines_record_and_replay_at_once(cuda):
     alone.record("label", cuda.multiply).replay()
 
 
-def test_a_replay_waits_for_the_recording_of_another_thread(cuda, lanes):
+def test_a_replay_waits_for_the_recording_of_another_thread(cuda, recorder):
     earlier = CudaGraphs(torch.device("cpu")).record("earlier", cuda.multiply)
     failed: list[BaseException] = []
 
@@ -200,12 +200,12 @@ def test_a_replay_waits_for_the_recording_of_another_thread(cuda, lanes):
             thread.join(0.05)
             assert not cuda.log
 
-    lanes.record("label", step)
+    recorder.record("label", step)
     thread.join(30)
     assert not failed and cuda.log == ["replay"]
 
 
-def test_warm_ups_are_not_under_the_lock(cuda, lanes):
+def test_warm_ups_are_not_under_the_lock(cuda, recorder):
     """Another engine records while this one compiles and loads what its first calls need."""
     entered, go_on = threading.Event(), threading.Event()
 
@@ -214,7 +214,7 @@ def test_warm_ups_are_not_under_the_lock(cuda, lanes):
             entered.set()
             assert go_on.wait(30)
 
-    thread = threading.Thread(target=lanes.record, args=("slow", slow))
+    thread = threading.Thread(target=recorder.record, args=("slow", slow))
     thread.start()
     assert entered.wait(30)
     CudaGraphs(torch.device("cpu")).record("label", cuda.multiply).replay()

@@ -12,9 +12,11 @@ from concurrent.futures import CancelledError, Future
 import numpy as np
 import pytest
 import torch
+from submission import submit
 
 from ragturbo.engine.executor import Executor
-from ragturbo.engine.step import StepBatch, StepResult
+from ragturbo.engine.request import Request
+from ragturbo.engine.result import Result
 from ragturbo.errors import (
     DeadlineExceeded,
     DeviceLost,
@@ -34,10 +36,10 @@ class Doubler:
         self.gate = threading.Event()
         self.gate.set()
         self.entered = threading.Semaphore(0)
-        self.fail: Callable[[StepBatch], None] = lambda batch: None
+        self.fail: Callable[[Request], None] = lambda batch: None
         self.sizes: list[int] = []
 
-    def run(self, batch: StepBatch) -> StepResult:
+    def run(self, batch: Request) -> Result:
         self.entered.release()
         assert self.gate.wait(30)
         self.sizes.append(len(batch))
@@ -46,16 +48,16 @@ class Doubler:
         nothing = torch.zeros(rows, 0)
         out = batch.latents * 2
         ok = torch.isfinite(out).flatten(1).all(1)
-        return StepResult(ok, torch.zeros(rows), nothing.long(), nothing, nothing, nothing.bool(), latents=out)
+        return Result(ok, torch.zeros(rows), nothing.long(), nothing, nothing, nothing.bool(), latents=out)
 
 
-def batch(*values: float, mode: str = "none") -> StepBatch:
+def batch(*values: float, mode: str = "none") -> Request:
     rows = len(values)
     latents = torch.tensor(values).view(rows, 1, 1, 1)
-    return StepBatch(latents, torch.zeros(rows), torch.zeros(rows), torch.zeros(rows), mode=mode, want="latent")
+    return Request(latents, torch.zeros(rows), torch.zeros(rows), torch.zeros(rows), mode=mode, output_type="latent")
 
 
-def values(future: Future[StepResult]) -> list[float]:
+def values(future: Future[Result]) -> list[float]:
     result = future.result(30)
     assert result.latents is not None
     return result.latents.flatten().tolist()
@@ -74,18 +76,18 @@ def executor(engine: Doubler) -> Iterator[Executor]:
     executor.close()
 
 
-def held(engine: Doubler, executor: Executor) -> Future[StepResult]:
+def held(engine: Doubler, executor: Executor) -> Future[Result]:
     """A request that is on the device and stays there until the gate opens: what comes next has to queue."""
     engine.gate.clear()
-    [first] = executor.submit([batch(-1)])
+    first = submit(executor, batch(-1))
     assert engine.entered.acquire(timeout=30)
     return first
 
 
 def test_waiting_requests_of_one_kind_run_as_one_padded_batch_and_get_their_own_rows(engine, executor):
     held(engine, executor)
-    futures = [executor.submit([batch(float(i), float(i) + 0.5)])[0] for i in range(3)]
-    other = executor.submit([batch(9, mode="slerp")])[0]
+    futures = [submit(executor, batch(float(i), float(i) + 0.5)) for i in range(3)]
+    other = submit(executor, batch(9, mode="slerp"))
     engine.gate.set()
     assert [values(f) for f in futures] == [[0, 1], [2, 3], [4, 5]]
     assert values(other) == [18]
@@ -97,46 +99,48 @@ def test_waiting_requests_of_one_kind_run_as_one_padded_batch_and_get_their_own_
 def test_a_full_queue_refuses_at_once_and_takes_all_of_a_call_or_nothing(engine, executor):
     held(engine, executor)
     for i in range(15):
-        executor.submit([batch(float(i))])
+        submit(executor, batch(float(i)))
     with pytest.raises(Overloaded, match="15 requests wait and max_queue is 16"):
-        executor.submit([batch(1), batch(2)])
-    assert executor.waiting == 15
-    executor.submit([batch(1)])
+        submit(executor, batch(*range(9)))
+    assert len(executor.queue) == 15
+    submit(executor, batch(1))
 
 
-def test_a_place_is_kept_until_it_is_taken_or_given_back(engine, executor):
+def test_a_reservation_holds_until_it_is_used_or_released(engine, executor):
     held(engine, executor)
-    with executor.reserve(9) as place:
+    with executor.reserve(9) as reservation:
         # Nine rows are two batches.
         for i in range(14):
-            executor.submit([batch(float(i))])
-        for refuse in (executor.check_room, executor.reserve, lambda: executor.submit([batch(1)])):
+            submit(executor, batch(float(i)))
+        for refuse in (executor.check_room, executor.reserve, lambda: submit(executor, batch(1))):
             with pytest.raises(Overloaded, match="16 requests wait and max_queue is 16"):
                 refuse()
-        kept = executor.submit([batch(*range(8)), batch(8)], place=place)
-        # What was taken is no longer anybody's to take.
+        kept = batch(*range(9))
+        executor.submit(kept, reservation)
+        # A reservation serves once.
         with pytest.raises(Overloaded):
-            executor.submit([batch(1)], place=place)
-    assert executor.waiting == 16 and kept[1].cancel()
+            submit(executor, batch(1), reservation=reservation)
+    assert len(executor.queue) == 16 and kept.pieces[1].future.cancel()
     with executor.reserve(), pytest.raises(Overloaded):
         executor.reserve()
-    with executor.reserve() as place:
+    with executor.reserve() as reservation:
         pass
-    executor.submit([batch(1)])
-    # A place that was given back gives nothing.
+    submit(executor, batch(1))
+    # A released reservation holds nothing.
     with pytest.raises(Overloaded):
-        executor.submit([batch(1)], place=place)
+        submit(executor, batch(1), reservation=reservation)
     assert executor.counts["rejected"] == 6
 
 
-def test_a_place_is_for_so_many_and_keeps_its_promise_of_a_deadline(engine, executor):
-    values(executor.submit([batch(1)])[0])
+def test_a_reservation_is_for_so_many_and_is_not_refused_for_its_deadline(engine, executor):
+    values(submit(executor, batch(1)))
     assert engine.entered.acquire(timeout=30)
     held(engine, executor)
-    with executor.reserve(1, timeout=60) as place:
-        executor.submit([batch(float(i)) for i in range(15)])
+    with executor.reserve(1, timeout=60) as reservation:
+        for i in range(15):
+            submit(executor, batch(float(i)))
         # Long past what the pace allows by now; it was decided before.
-        [late] = executor.submit([batch(3)], timeout=1e-9, place=place)
+        late = submit(executor, batch(3), timeout=1e-9, reservation=reservation)
     with pytest.raises(Overloaded), executor.reserve(1):
         pass
     engine.gate.set()
@@ -144,17 +148,17 @@ def test_a_place_is_for_so_many_and_keeps_its_promise_of_a_deadline(engine, exec
         late.result(30)
 
 
-def test_who_has_a_place_is_never_refused_whoever_else_comes(engine, executor, long_count):
+def test_a_reservation_is_never_refused_whoever_else_submits(engine, executor, long_count):
     """Threads that reserve, think, and submit, among others that do not reserve; a queue for half of them."""
     refused, beyond, times = [], [], long_count(500)
 
     def client(i: int) -> None:
         for _ in range(times):
             try:
-                with executor.reserve() as place:
+                with executor.reserve() as reservation:
                     time.sleep(0.0002 * (i % 3))
                     try:
-                        [future] = executor.submit([batch(float(i))], place=place)
+                        future = submit(executor, batch(float(i)), reservation=reservation)
                     except Overloaded:
                         refused.append(i)
                         continue
@@ -165,17 +169,17 @@ def test_who_has_a_place_is_never_refused_whoever_else_comes(engine, executor, l
             except Overloaded:
                 time.sleep(0.0001)
 
-    def stranger() -> None:
+    def without_reservation() -> None:
         for _ in range(times):
             try:
-                executor.submit([batch(1)])
+                submit(executor, batch(1))
             except Overloaded:
                 pass
-            if executor.waiting > 16:
-                beyond.append(executor.waiting)
+            if len(executor.queue) > 16:
+                beyond.append(len(executor.queue))
 
     threads = [threading.Thread(target=client, args=(i,)) for i in range(24)]
-    threads += [threading.Thread(target=stranger) for _ in range(4)]
+    threads += [threading.Thread(target=without_reservation) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -183,13 +187,13 @@ def test_who_has_a_place_is_never_refused_whoever_else_comes(engine, executor, l
     assert not refused and not beyond and executor.counts["rejected"] > 0
     executor.close()
     # Nothing is left reserved.
-    assert executor._reserved == 0 and not executor._places
+    assert executor.queue._reserved == 0 and not executor.queue._reservations
 
 
 def test_a_deadline_that_passes_in_the_queue_never_reaches_the_device(engine, executor):
     held(engine, executor)
-    [late] = executor.submit([batch(1)], timeout=0.01)
-    [patient] = executor.submit([batch(2)])
+    late = submit(executor, batch(1), timeout=0.01)
+    patient = submit(executor, batch(2))
     time.sleep(0.05)
     engine.gate.set()
     with pytest.raises(DeadlineExceeded):
@@ -198,9 +202,9 @@ def test_a_deadline_that_passes_in_the_queue_never_reaches_the_device(engine, ex
     assert engine.sizes == [1, 1]
 
 
-def test_a_cancelled_request_leaves_its_place(engine, executor, rng):
+def test_a_cancelled_request_makes_room(engine, executor, rng):
     held(engine, executor)
-    futures = [executor.submit([batch(float(i))])[0] for i in range(12)]
+    futures = [submit(executor, batch(float(i))) for i in range(12)]
     gone = set(rng.choice(12, 6, replace=False).tolist())
     assert all(futures[i].cancel() for i in gone)
     engine.gate.set()
@@ -210,7 +214,7 @@ def test_a_cancelled_request_leaves_its_place(engine, executor, rng):
                 future.result(30)
         else:
             assert values(future) == [2 * i]
-    assert executor.waiting == 0 and executor.counts["cancelled"] == 6
+    assert len(executor.queue) == 0 and executor.counts["cancelled"] == 6
 
 
 @pytest.mark.parametrize(
@@ -222,24 +226,24 @@ def test_a_cancelled_request_leaves_its_place(engine, executor, rng):
     ],
 )
 def test_one_requests_fault_is_its_own(engine, executor, fault, expected):
-    def fail(b: StepBatch) -> None:
+    def fail(b: Request) -> None:
         if bool((b.latents == 13).any()):
             raise fault
 
     engine.fail = fail
     held(engine, executor)
-    good, bad, also_good = (executor.submit([batch(v)])[0] for v in (1.0, 13.0, 2.0))
+    good, bad, also_good = (submit(executor, batch(v)) for v in (1.0, 13.0, 2.0))
     engine.gate.set()
     assert values(good) == [2] and values(also_good) == [4]
     with pytest.raises(expected):
         bad.result(30)
     assert executor.healthy
-    assert values(executor.submit([batch(3)])[0]) == [6]
+    assert values(submit(executor, batch(3))) == [6]
 
 
 def test_not_a_number_is_the_error_of_the_request_it_belongs_to(engine, executor):
     held(engine, executor)
-    good, bad = executor.submit([batch(1)])[0], executor.submit([batch(2, float("nan"))])[0]
+    good, bad = submit(executor, batch(1)), submit(executor, batch(2, float("nan")))
     engine.gate.set()
     assert values(good) == [2]
     with pytest.raises(NonFiniteOutput, match=r"image \[1\]"):
@@ -250,7 +254,7 @@ def test_a_batch_that_runs_again_one_by_one_finds_what_it_held_freed(engine, exe
     """Tensors in a traceback's frames would be there still: the device would be as full as at the first try."""
     held_at_first, still_there = [], []
 
-    def fail(b: StepBatch) -> None:
+    def fail(b: Request) -> None:
         if len(b) > 1:
             activations = torch.zeros(8)
             held_at_first.append(weakref.ref(activations))
@@ -258,7 +262,7 @@ def test_a_batch_that_runs_again_one_by_one_finds_what_it_held_freed(engine, exe
         still_there.append([ref for ref in held_at_first if ref() is not None])
 
     held(engine, executor)
-    futures = [executor.submit([batch(float(i))])[0] for i in range(3)]
+    futures = [submit(executor, batch(float(i))) for i in range(3)]
     engine.fail = fail
     engine.gate.set()
     assert [values(f) for f in futures] == [[0], [2], [4]]
@@ -270,25 +274,25 @@ def test_a_batch_that_runs_again_one_by_one_finds_what_it_held_freed(engine, exe
     ["CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"],
 )
 def test_an_allocation_that_fails_outside_torchs_allocator_costs_its_request_alone(engine, executor, said):
-    def fail(b: StepBatch) -> None:
+    def fail(b: Request) -> None:
         raise RuntimeError(said)
 
     engine.fail = fail
     with pytest.raises(OutOfDeviceMemory):
-        executor.submit([batch(1)])[0].result(30)
+        submit(executor, batch(1)).result(30)
     engine.fail = lambda b: None
-    assert executor.healthy and values(executor.submit([batch(1)])[0]) == [2]
+    assert executor.healthy and values(submit(executor, batch(1))) == [2]
 
 
 def test_a_device_lost_while_a_batch_runs_one_by_one_is_not_asked_again(engine, executor):
-    def fail(b: StepBatch) -> None:
+    def fail(b: Request) -> None:
         if len(b) > 1:
             raise RuntimeError("an injected fault")
         if b.latents.max() > 10:
             raise RuntimeError("CUDA error: an illegal memory access")
 
     held(engine, executor)
-    futures = [executor.submit([batch(float(i))])[0] for i in (11, 12, 13)]
+    futures = [submit(executor, batch(float(i))) for i in (11, 12, 13)]
     engine.fail = fail
     engine.gate.set()
     for future in futures:
@@ -298,11 +302,11 @@ def test_a_device_lost_while_a_batch_runs_one_by_one_is_not_asked_again(engine, 
 
 
 def test_a_lost_device_fails_everything_at_once_and_says_restart(engine, executor):
-    def fail(b: StepBatch) -> None:
+    def fail(b: Request) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     first = held(engine, executor)
-    waiting = [executor.submit([batch(float(i))])[0] for i in range(3)]
+    waiting = [submit(executor, batch(float(i))) for i in range(3)]
     engine.fail = fail
     engine.gate.set()
     for future in [first, *waiting]:
@@ -310,44 +314,44 @@ def test_a_lost_device_fails_everything_at_once_and_says_restart(engine, executo
             future.result(30)
     assert not executor.healthy
     with pytest.raises(DeviceLost):
-        executor.submit([batch(1)])
+        submit(executor, batch(1))
 
 
 def test_close_finishes_what_waits_and_takes_no_more(engine, executor):
     held(engine, executor)
-    futures = [executor.submit([batch(float(i))])[0] for i in range(5)]
+    futures = [submit(executor, batch(float(i))) for i in range(5)]
     threading.Timer(0.05, engine.gate.set).start()
     executor.close()
     assert [values(f) for f in futures] == [[2.0 * i] for i in range(5)]
     with pytest.raises(GenerationError, match="closed"):
-        executor.submit([batch(1)])
+        submit(executor, batch(1))
 
 
-def test_a_window_waits_for_company_but_not_once_the_bucket_is_full(engine):
+def test_a_window_waits_for_more_requests_but_not_once_the_bucket_is_full(engine):
     # A window longer than any wait below: only a full bucket can end it in time.
     executor = Executor(engine, batch_sizes=(1, 2, 4), batch_window=600.0, max_queue=16)
     try:
-        futures = [executor.submit([batch(float(i))])[0] for i in range(4)]
+        futures = [submit(executor, batch(float(i))) for i in range(4)]
         assert [values(f) for f in futures] == [[0], [2], [4], [6]]
         assert engine.sizes == [4]
     finally:
         executor.close()
 
 
-def test_a_call_runs_on_the_device_thread_between_batches_and_hands_its_error_back(engine, executor):
+def test_a_call_runs_on_the_device_thread_between_batches_and_returns_its_error(engine, executor):
     name = executor.call(lambda: threading.current_thread().name)
     assert name == "ragturbo-device"
     with pytest.raises(ZeroDivisionError):
         executor.call(lambda: 1 // 0)
-    assert values(executor.submit([batch(1)])[0]) == [2]
+    assert values(submit(executor, batch(1))) == [2]
 
 
 def test_results_do_not_change_while_later_requests_run(engine, executor, rng):
-    kept = executor.submit([batch(*rng.normal(size=4).tolist())])[0].result(30)
+    kept = submit(executor, batch(*rng.normal(size=4).tolist())).result(30)
     assert kept.latents is not None
     before = kept.latents.clone()
     for _ in range(20):
-        values(executor.submit([batch(*rng.normal(size=4).tolist())])[0])
+        values(submit(executor, batch(*rng.normal(size=4).tolist())))
     assert torch.equal(kept.latents, before)
 
 
@@ -358,7 +362,7 @@ def test_a_forked_child_is_told_so(executor):
     child = os.fork()
     if child == 0:
         try:
-            executor.submit([batch(1)])
+            submit(executor, batch(1))
             os.write(write, b"it ran")
         except GenerationError as error:
             os.write(write, str(error).encode())
@@ -368,14 +372,14 @@ def test_a_forked_child_is_told_so(executor):
 
 
 def test_many_threads_each_get_their_own(engine, executor, rng, long_count):
-    executor._max_queue = 10**6
+    executor.queue._max_queue = 10**6
     count = long_count(1000)
     numbers = rng.integers(0, 1000, size=(16, count // 16 + 1))
     wrong: list[tuple[float, list[float]]] = []
 
     def client(row: np.ndarray) -> None:
         for number in row.tolist():
-            got = values(executor.submit([batch(float(number), mode="slerp" if number % 3 else "none")])[0])
+            got = values(submit(executor, batch(float(number), mode="slerp" if number % 3 else "none")))
             if got != [2.0 * number]:
                 wrong.append((number, got))
 

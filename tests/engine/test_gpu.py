@@ -17,9 +17,9 @@ import torch
 
 from ragturbo import Generator
 from ragturbo.config import GeneratorConfig
+from ragturbo.engine.database import DatabaseGeneration
 from ragturbo.engine.graph_engine import GraphEngine
-from ragturbo.engine.cuda_graphs import Direct
-from ragturbo.engine.database import DatabaseSource
+from ragturbo.engine.recorder import Uncaptured
 from ragturbo.errors import GenerationError
 from ragturbo.model.bundle import Bundle
 from ragturbo.model.fused_text import FusedText
@@ -54,53 +54,53 @@ def on_gpu(model_folder) -> Bundle:
 
 def engines(bundle: Bundle) -> tuple[GraphEngine, GraphEngine]:
     """The same networks and kernels, replayed and called."""
-    return GraphEngine(bundle, GeneratorConfig()), GraphEngine(bundle, GeneratorConfig(), Direct(bundle.device))
+    return GraphEngine(bundle, GeneratorConfig()), GraphEngine(bundle, GeneratorConfig(), Uncaptured(bundle.device))
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("mode", ["none", "adapter", "slerp", "lerp"])
 @pytest.mark.parametrize("steps", [1, 2])
-def test_a_replay_is_the_call_bit_for_bit_for_ever_new_numbers(on_gpu, database, make_batch, form, mode, steps):
-    source = DatabaseSource(database, device="cuda", **FORMS[form])
+def test_a_replay_is_the_call_bit_for_bit_for_ever_new_numbers(on_gpu, database, make_request, form, mode, steps):
+    source = DatabaseGeneration(database, device="cuda", **FORMS[form])
     replayed, called = engines(on_gpu)
     for seed, prompts in enumerate([PROMPTS, ("a dog", "a green square"), PROMPTS]):
-        batch = make_batch(*prompts, seed=seed, num_inference_steps=steps, want="uint8")
+        batch = make_request(*prompts, seed=seed, num_inference_steps=steps, output_type="uint8")
         if mode != "none":
-            batch = replace(batch, mode=mode, k=1, source=source)
+            batch = replace(batch, mode=mode, k=1, database=source)
         got, expected = replayed.run(batch), called.run(batch)
         assert torch.equal(got.uint8, expected.uint8) and torch.equal(got.ids, expected.ids)
         assert torch.equal(got.lam, expected.lam) and bool(got.ok.all())
 
 
-def test_it_agrees_with_the_oracle_and_the_controls_do_not(on_gpu, database, make_batch):
-    source = DatabaseSource(database, "exact", device="cuda")
+def test_it_agrees_with_the_oracle_and_the_controls_do_not(on_gpu, database, make_request):
+    source = DatabaseGeneration(database, "exact", device="cuda")
     engine = engines(on_gpu)[0]
 
     def error(a, b) -> float:
         return float((a.latents - b.latents).norm() / b.latents.norm())
 
-    batch = make_batch(*PROMPTS, mode="adapter", k=1, source=source)
-    oracle = engine.oracle.run(batch)
+    batch = make_request(*PROMPTS, mode="adapter", k=1, database=source)
+    oracle = engine.reference.run(batch)
     assert error(engine.run(batch), oracle) < 1e-2
-    assert error(engine.run(replace(batch, mode="none", k=0, source=None)), oracle) > 1e-3
-    assert error(engine.run(make_batch(*PROMPTS, seed=9, mode="adapter", k=1, source=source)), oracle) > 1e-1
+    assert error(engine.run(replace(batch, mode="none", k=0, database=None)), oracle) > 1e-3
+    assert error(engine.run(make_request(*PROMPTS, seed=9, mode="adapter", k=1, database=source)), oracle) > 1e-1
 
 
-def test_new_weights_take_effect_under_the_live_graph(on_gpu, database, make_batch, new_adapter, tmp_path):
-    source = DatabaseSource(database, "exact", device="cuda")
+def test_new_weights_take_effect_under_the_live_graph(on_gpu, database, make_request, new_adapter, tmp_path):
+    source = DatabaseGeneration(database, "exact", device="cuda")
     replayed, called = engines(on_gpu)
-    batch = make_batch(*PROMPTS, mode="adapter", k=1, source=source)
+    batch = make_request(*PROMPTS, mode="adapter", k=1, database=source)
     before = replayed.run(batch).latents
-    graphs = list(replayed._recorded.values())
+    graphs = list(replayed._recordings.values())
     new_adapter(tmp_path, seed=1)
     replayed.load_adapter(tmp_path)
     assert called.model.refresh()
     after = replayed.run(batch).latents
-    assert list(replayed._recorded.values()) == graphs
+    assert list(replayed._recordings.values()) == graphs
     assert not torch.equal(before, after) and torch.equal(after, called.run(batch).latents)
 
 
-def test_a_capture_that_fails_names_the_operation(on_gpu, make_batch, monkeypatch):
+def test_a_capture_that_fails_names_the_operation(on_gpu, make_request, monkeypatch):
     encode = FusedText.encode
 
     def syncing(self, input_ids):
@@ -110,21 +110,21 @@ def test_a_capture_that_fails_names_the_operation(on_gpu, make_batch, monkeypatc
 
     monkeypatch.setattr(FusedText, "encode", syncing)
     with pytest.raises(GenerationError, match="cannot be captured in a CUDA graph"):
-        engines(on_gpu)[0].run(make_batch(*PROMPTS))
+        engines(on_gpu)[0].run(make_request(*PROMPTS))
 
 
 def test_after_a_capture_that_failed_and_without_any_recording_the_next_is_recorded(
-    on_gpu, database, make_batch, monkeypatch
+    on_gpu, database, make_request, monkeypatch
 ):
     """The memory pool outlives its graphs, also while an error holds what a failed capture had made."""
-    source = DatabaseSource(database, "exact", device="cuda")
+    source = DatabaseGeneration(database, "exact", device="cuda")
     replayed, called = engines(on_gpu)
-    batch = make_batch(*PROMPTS, mode="adapter", k=1, source=source)
+    batch = make_request(*PROMPTS, mode="adapter", k=1, database=source)
     expected = called.run(batch).latents
     assert torch.equal(replayed.run(batch).latents, expected)
-    replayed._recorded.clear()
+    replayed._recordings.clear()
     assert torch.equal(replayed.run(batch).latents, expected)
-    replayed._recorded.clear()
+    replayed._recordings.clear()
     decode = type(replayed.model.unet).decode
 
     def syncing(self, *arguments):
@@ -151,10 +151,10 @@ def driver_bytes() -> int:
 
 
 @pytest.mark.parametrize("mode", ["none", "adapter"])
-def test_a_recording_takes_less_than_a_gigabyte_that_torch_does_not_count(on_gpu, database, make_batch, mode):
+def test_a_recording_takes_less_than_a_gigabyte_that_torch_does_not_count(on_gpu, database, make_request, mode):
     """On the first run on a GPU one process had 105 GB of it, which JAX had reserved (tests/retrieval/test_bm25.py)."""
-    source = DatabaseSource(database, "exact", device="cuda") if mode == "adapter" else None
-    batch = make_batch(*PROMPTS, mode=mode, k=int(mode == "adapter"), source=source, want="uint8")
+    source = DatabaseGeneration(database, "exact", device="cuda") if mode == "adapter" else None
+    batch = make_request(*PROMPTS, mode=mode, k=int(mode == "adapter"), database=source, output_type="uint8")
     replayed, called = engines(on_gpu)
     # Modules and libraries are loaded by calls.
     called.run(batch)
@@ -164,32 +164,32 @@ def test_a_recording_takes_less_than_a_gigabyte_that_torch_does_not_count(on_gpu
     assert driver_bytes() - before < 2**30
 
 
-def test_remembered_prompts_give_the_same_bytes(on_gpu, database, make_batch):
-    source = DatabaseSource(database, "exact", device="cuda")
+def test_remembered_prompts_give_the_same_bytes(on_gpu, database, make_request):
+    source = DatabaseGeneration(database, "exact", device="cuda")
     remembering = GraphEngine(on_gpu, GeneratorConfig(prompt_cache=4))
     plain = engines(on_gpu)[0]
     for seed, prompts in enumerate([PROMPTS, ("a dog", "a cat"), PROMPTS, ("a dog", "a cat"), PROMPTS]):
-        batch = make_batch(*prompts, seed=seed, mode="adapter", k=1, source=source)
+        batch = make_request(*prompts, seed=seed, mode="adapter", k=1, database=source)
         assert torch.equal(remembering.run(batch).latents, plain.run(batch).latents)
     assert remembering.describe()["prompts"]["hits"] == 3
 
 
-def test_by_name_eager_is_the_graphs_own_steps(model_folder, database_folder):
+def test_without_capture_the_graph_engine_gives_the_same_bytes(model_folder, database_folder):
     images = []
-    for engine in ("graph", "eager"):
+    for capture in (True, False):
         with Generator.from_pretrained(
-            model_folder, device="cuda", database=database_folder, engine=engine, batch_sizes=(1,)
+            model_folder, device="cuda", database=database_folder, engine="graph", capture=capture, batch_sizes=(1,)
         ) as gen:
-            assert gen.info["engine"] == engine
+            assert gen.info["engine"] == "graph"
             images.append(gen("a red circle", seed=3, output_type="uint8").images)
     assert np.array_equal(*images)
 
 
-def test_memory_is_flat_over_many_requests(on_gpu, database, make_batch, long_count):
+def test_memory_is_flat_over_many_requests(on_gpu, database, make_request, long_count):
     """As many requests as 40 s hold: with several test processes on one GPU a replay may take 20 ms."""
-    source = DatabaseSource(database, "exact", device="cuda")
+    source = DatabaseGeneration(database, "exact", device="cuda")
     engine = engines(on_gpu)[0]
-    batches = [make_batch(*PROMPTS[:n], mode=m, k=k, source=source if k else None)
+    batches = [make_request(*PROMPTS[:n], mode=m, k=k, database=source if k else None)
                for n in (1, 2) for m, k in (("adapter", 1), ("none", 0))]  # fmt: skip
 
     def memory() -> tuple[int, int]:
@@ -211,10 +211,10 @@ def test_memory_is_flat_over_many_requests(on_gpu, database, make_batch, long_co
     assert memory() == before
 
 
-def test_stages_inside_a_graph_are_timed_and_search_and_gather_lie_beside_the_encoder(on_gpu, database, make_batch):
-    source = DatabaseSource(database, "exact", device="cuda")
+def test_stages_inside_a_graph_are_timed_and_search_and_gather_lie_beside_the_encoder(on_gpu, database, make_request):
+    source = DatabaseGeneration(database, "exact", device="cuda")
     engine = engines(on_gpu)[0]
-    batch = make_batch(*PROMPTS, mode="adapter", k=1, source=source, want="uint8")
+    batch = make_request(*PROMPTS, mode="adapter", k=1, database=source, output_type="uint8")
     timings = [engine.run(batch).timings for _ in range(20)][-1]
     stages = {"copy", "text", "search", "gather", "encode", "adapter", "decode", "vae"}
     assert set(timings) == stages | {"fill", "launch", "wait", "result"}

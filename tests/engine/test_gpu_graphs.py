@@ -20,24 +20,24 @@ Make = Callable[..., tuple[Callable[[], None], torch.Tensor, torch.Tensor]]
 
 @pytest.fixture
 def make_step() -> Make:
-    """A step, what it writes and what is expected there: products on both lanes. `fault` is called inside it."""
+    """A step, what it writes and what is expected there: products on both recorder. `fault` is called inside it."""
     # A graph does not keep what its caller made: freed, it would be written by whatever comes next.
     kept: list[torch.Tensor] = []
 
     def make(
-        lanes: CudaGraphs, fault: Callable[[torch.Tensor], object] = lambda x: None, side: int = 512
+        recorder: CudaGraphs, fault: Callable[[torch.Tensor], object] = lambda x: None, side: int = 512
     ) -> tuple[Callable[[], None], torch.Tensor, torch.Tensor]:
         a, b = (torch.randn(side, side, device="cuda", dtype=torch.float16) for _ in range(2))
         out = torch.zeros_like(a)
         kept.extend((a, b, out))
 
         def step() -> None:
-            with lanes.stage("first"):
+            with recorder.stage("first"):
                 left = a @ b
-            with lanes.fork():
+            with recorder.fork():
                 right = b @ a
             fault(left)
-            lanes.join()
+            recorder.join()
             out.copy_(left + right)
 
         expected = a @ b + b @ a
@@ -47,34 +47,34 @@ def make_step() -> Make:
     return make
 
 
-def replays(program, out: torch.Tensor, expected: torch.Tensor, lanes: CudaGraphs) -> bool:
-    with lanes.main():
+def replays(program, out: torch.Tensor, expected: torch.Tensor, recorder: CudaGraphs) -> bool:
+    with recorder.main_stream():
         out.zero_()
     program.replay()
-    lanes.await_main()
+    recorder.wait_for_main()
     return torch.allclose(out, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max()))
 
 
 def test_after_a_failed_capture_all_goes_on(make_step):
     """The branch is not joined when the fault comes, as where an error breaks a step of the model."""
-    lanes = CudaGraphs(torch.device("cuda"))
-    step, *values = make_step(lanes)
-    earlier = lanes.record("earlier", step)
+    recorder = CudaGraphs(torch.device("cuda"))
+    step, *values = make_step(recorder)
+    earlier = recorder.record("earlier", step)
     for _ in range(2):
-        broken = make_step(lanes, lambda x: x.sum().item())[0]
+        broken = make_step(recorder, lambda x: x.sum().item())[0]
         with pytest.raises(GenerationError, match="cannot be captured"):
-            lanes.record("broken", broken)
+            recorder.record("broken", broken)
     # The default generator is not left capturing.
     assert torch.rand(4, device="cuda").sum() > 0
-    step, *others = make_step(lanes)
-    later = lanes.record("later", step)
+    step, *others = make_step(recorder)
+    later = recorder.record("later", step)
     for _ in range(3):
-        assert replays(earlier, *values, lanes) and replays(later, *others, lanes)
+        assert replays(earlier, *values, recorder) and replays(later, *others, recorder)
     assert later.seconds()["first"] > 0
 
 
 def test_a_capture_broken_by_another_threads_synchronize_is_tried_again(make_step, caplog):
-    lanes = CudaGraphs(torch.device("cuda"))
+    recorder = CudaGraphs(torch.device("cuda"))
     said: list[str] = []
 
     def synchronize() -> None:
@@ -89,9 +89,9 @@ def test_a_capture_broken_by_another_threads_synchronize_is_tried_again(make_ste
             thread.start()
             thread.join()
 
-    step, *values = make_step(lanes, fault)
-    program = lanes.record("label", step)
-    assert replays(program, *values, lanes)
+    step, *values = make_step(recorder, fault)
+    program = recorder.record("label", step)
+    assert replays(program, *values, recorder)
     # What CUDA does here decides whether RECORDING is needed for it.
     print("synchronize beside a capture:", said or "allowed", "| tried again:", "tried again" in caplog.text)
 
@@ -101,12 +101,12 @@ def test_two_threads_record_and_replay_at_once(make_step):
     failed: list[BaseException] = []
     engines = [CudaGraphs(torch.device("cuda")) for _ in range(2)]
 
-    def work(lanes: CudaGraphs, made: list) -> None:
+    def work(recorder: CudaGraphs, made: list) -> None:
         try:
-            programs = [lanes.record("label", step) for step, *_ in made]
+            programs = [recorder.record("label", step) for step, *_ in made]
             for _ in range(20):
                 for program, (_, *values) in zip(programs, made, strict=True):
-                    assert replays(program, *values, lanes)
+                    assert replays(program, *values, recorder)
         except BaseException as error:
             failed.append(error)
 
@@ -122,15 +122,15 @@ def test_two_threads_record_and_replay_at_once(make_step):
 def test_no_replay_writes_to_memory_that_was_freed_with_the_workspaces(make_step):
     """As Inductor does before each of its own recordings: the table of workspaces is cleared, and others take the
     memory."""
-    lanes = CudaGraphs(torch.device("cuda"))
-    step, *values = make_step(lanes, side=192)
-    program = lanes.record("label", step)
+    recorder = CudaGraphs(torch.device("cuda"))
+    step, *values = make_step(recorder, side=192)
+    program = recorder.record("label", step)
     torch._C._cuda_clearCublasWorkspaces()
     others = []
-    for lane in (lanes.main, lanes.beside):
+    for lane in (recorder.main_stream, recorder.retrieval_stream):
         with lane():
             others += [torch.full((32 << 20,), 255, dtype=torch.uint8, device="cuda") for _ in range(4)]
     torch.cuda.synchronize()
     for _ in range(10):
-        assert replays(program, *values, lanes)
+        assert replays(program, *values, recorder)
     assert all(bool((other == 255).all()) for other in others)

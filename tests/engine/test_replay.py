@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from submission import submit
 
+from ragturbo.engine.database import DatabaseGeneration
 from ragturbo.engine.executor import Executor
-from ragturbo.engine.database import DatabaseSource
-from ragturbo.engine.segments import Step
+from ragturbo.engine.segments import Segments
 from ragturbo.errors import DeviceLost, GenerationError, OutOfDeviceMemory
 from ragturbo.model.bundle import Bundle
 
@@ -29,57 +30,65 @@ def equal(got, expected) -> bool:
     return all((a is b) or torch.equal(a.nan_to_num(-7.0), b.nan_to_num(-7.0)) for a, b in pairs)
 
 
-def requests(make_batch, **fields):
+def requests(make_request, **fields):
     """Every number of a request differs from the one before."""
     for i, prompts in enumerate([PROMPTS, ("a dog", "a green square"), ("a yellow cat", "a dog"), PROMPTS]):
         lam = torch.tensor([float("nan"), 0.2 * i]) if fields.get("mode") == "adapter" else torch.zeros(2)
-        yield make_batch(*prompts, seed=5 * i, lam=lam, w=torch.tensor([0.1 * i, 0.9]), **fields)
+        yield make_request(*prompts, seed=5 * i, lam=lam, w=torch.tensor([0.1 * i, 0.9]), **fields)
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("mode", "k"), [("adapter", 2), ("slerp", 1)])
 def test_a_replay_is_the_call_bit_for_bit_for_ever_new_numbers(
-    database, graph_engine, replayed_engine, make_batch, form, mode, k
+    database, graph_engine, replayed_engine, make_request, form, mode, k
 ):
-    source = DatabaseSource(database, **FORMS[form])
+    source = DatabaseGeneration(database, **FORMS[form])
     replayed, called = replayed_engine(), graph_engine()
     results = []
-    for batch in requests(make_batch, mode=mode, k=k, source=source):
+    for batch in requests(make_request, mode=mode, k=k, database=source):
         results.append(replayed.run(batch))
         assert equal(results[-1], called.run(batch))
     assert len(replayed.describe()["graphs"]) == 1
     assert not torch.equal(results[0].latents, results[1].latents)
 
 
-@pytest.mark.parametrize(("want", "steps"), [("uint8", 1), ("latent", 4)])
-def test_without_retrieval_as_well(graph_engine, replayed_engine, make_batch, want, steps):
+@pytest.mark.parametrize(("kind", "steps"), [("uint8", 1), ("latent", 4)])
+def test_without_retrieval_as_well(graph_engine, replayed_engine, make_request, kind, steps):
     replayed, called = replayed_engine(), graph_engine()
-    for batch in requests(make_batch, want=want, num_inference_steps=steps):
+    for batch in requests(make_request, output_type=kind, num_inference_steps=steps):
         assert equal(replayed.run(batch), called.run(batch))
 
 
-def test_a_number_read_from_the_host_would_be_stale(graph_engine, replayed_engine, make_batch, monkeypatch):
+def test_a_number_read_from_the_host_would_be_stale(graph_engine, replayed_engine, make_request, monkeypatch):
     """That this file can fail: a step that takes a number from the host repeats the first request's."""
-    encode = Step.encode
+    encode = Segments.encode
 
-    def stale(self: Step) -> None:
-        self.given.device["latents"].mul_(1 + float(self.given.host["latents"][0, 0, 0, 0]))
+    def stale(self: Segments) -> None:
+        self.inputs.device["latents"].mul_(1 + float(self.inputs.host["latents"][0, 0, 0, 0]))
         encode(self)
 
-    monkeypatch.setattr(Step, "encode", stale)
+    monkeypatch.setattr(Segments, "encode", stale)
     replayed, called = replayed_engine(), graph_engine()
-    first, second = (make_batch(*PROMPTS, seed=seed) for seed in (1, 2))
+    first, second = (make_request(*PROMPTS, seed=seed) for seed in (1, 2))
     assert equal(replayed.run(first), called.run(first))
     assert not equal(replayed.run(second), called.run(second))
 
 
 def test_new_weights_and_another_database_take_effect_under_the_live_recording(
-    model_folder, tmp_path, new_adapter, decoder_lora, write_database, source, graph_engine, replayed_engine, make_batch
+    model_folder,
+    tmp_path,
+    new_adapter,
+    decoder_lora,
+    write_database,
+    source,
+    graph_engine,
+    replayed_engine,
+    make_request,
 ):
     own = [Bundle.load(model_folder, device="cpu") for _ in range(2)]
     # What a cache remembers of a prompt is a product of the weights.
     replayed, called = replayed_engine(own[0], prompt_cache=8), graph_engine(own[1])
-    other = DatabaseSource(write_database(tmp_path / "other", ["a dog on a boat", "a photo of a cat"], seed=5))
+    other = DatabaseGeneration(write_database(tmp_path / "other", ["a dog on a boat", "a photo of a cat"], seed=5))
     seen = []
     for seed, place in enumerate([None, "adapter", "lora", "lora of other values"]):
         if place is not None:
@@ -88,20 +97,20 @@ def test_new_weights_and_another_database_take_effect_under_the_live_recording(
             for engine in (replayed, called):
                 engine.load_adapter(tmp_path / place)
         for at in (source, other):
-            batch = make_batch(*PROMPTS, mode="adapter", k=1, source=at)
+            batch = make_request(*PROMPTS, mode="adapter", k=1, database=at)
             seen.append(replayed.run(batch))
             assert equal(seen[-1], called.run(batch))
     assert all(not torch.equal(a.latents, b.latents) for i, a in enumerate(seen) for b in seen[:i])
 
 
 def test_remembered_prompts_give_the_same_bytes_under_one_recording_each(
-    source, graph_engine, replayed_engine, make_batch
+    source, graph_engine, replayed_engine, make_request
 ):
     """Keys and values of all cross-attentions, on the device: recorded once for prompts that are known."""
     engine, plain = replayed_engine(prompt_cache=4), graph_engine()
     for seed, prompts in enumerate([PROMPTS, ("a dog", "a cat"), PROMPTS, ("a dog", "a cat"), PROMPTS[::-1]]):
-        for fields in ({"mode": "adapter", "k": 1, "source": source}, {}):
-            batch = make_batch(*prompts, seed=seed, **fields)
+        for fields in ({"mode": "adapter", "k": 1, "database": source}, {}):
+            batch = make_request(*prompts, seed=seed, **fields)
             assert equal(engine.run(batch), plain.run(batch))
     ways = engine.describe()
     # Known: the second mode of each new pair of prompts, then both modes of what has been there.
@@ -109,43 +118,43 @@ def test_remembered_prompts_give_the_same_bytes_under_one_recording_each(
 
 
 @pytest.mark.parametrize("mode", ["none", "adapter"])
-def test_the_text_encoder_runs_while_the_other_numbers_are_written(database, replayed_engine, make_batch, mode):
+def test_the_text_encoder_runs_while_the_other_numbers_are_written(database, replayed_engine, make_request, mode):
     engine, seen = replayed_engine(), []
-    source = DatabaseSource(database, **FORMS["one graph"]) if mode == "adapter" else None
-    first, second = (make_batch(*PROMPTS, seed=s, mode=mode, k=int(mode != "none"), source=source) for s in (1, 2))
+    source = DatabaseGeneration(database, **FORMS["one graph"]) if mode == "adapter" else None
+    first, second = (make_request(*PROMPTS, seed=s, mode=mode, k=int(mode != "none"), database=source) for s in (1, 2))
     engine.run(first)
-    (recorded,) = engine._recorded.values()
+    (recorded,) = engine._recordings.values()
 
     def before(label: str) -> None:
-        seen.append((label.split(": ")[-1], torch.equal(recorded.step.given.host["latents"], second.latents)))
+        seen.append((label.split(": ")[-1], torch.equal(recorded.segments.inputs.host["latents"], second.latents)))
 
-    engine.lanes.before = before
+    engine.recorder.before = before
     engine.run(second)
     assert seen == [("text", False), ("image", True)]
 
 
-def test_a_request_that_fails_half_way_is_waited_for(replayed_engine, make_batch, monkeypatch):
+def test_a_request_that_fails_half_way_is_waited_for(replayed_engine, make_request, monkeypatch):
     """The text encoder still reads the buffers, into which the next request writes."""
     engine, waits = replayed_engine(), []
-    batch = make_batch(*PROMPTS)
+    batch = make_request(*PROMPTS)
     engine.run(batch)
-    monkeypatch.setattr(engine.lanes, "await_main", lambda: waits.append("main"))
+    monkeypatch.setattr(engine.recorder, "wait_for_main", lambda: waits.append("main"))
     with pytest.raises(RuntimeError):
         engine.run(replace(batch, w=None, latents=batch.latents.to("meta")))
     assert waits == ["main"]
 
 
-def test_a_recording_that_fails_half_way_is_waited_for(replayed_engine, make_batch, monkeypatch):
+def test_a_recording_that_fails_half_way_is_waited_for(replayed_engine, make_request, monkeypatch):
     """The text encoder's graph has been launched over buffers that are freed with the error."""
     engine, waits = replayed_engine(), []
 
-    def broken(self: Step) -> None:
+    def broken(self: Segments) -> None:
         raise ValueError("an injected fault")
 
-    monkeypatch.setattr(Step, "rest", broken)
-    monkeypatch.setattr(engine.lanes, "await_main", lambda: waits.append("main"))
+    monkeypatch.setattr(Segments, "generate", broken)
+    monkeypatch.setattr(engine.recorder, "wait_for_main", lambda: waits.append("main"))
     with pytest.raises(ValueError, match="injected"):
-        engine.run(make_batch(*PROMPTS))
+        engine.run(make_request(*PROMPTS))
     assert waits == ["main"] and not engine.describe()["graphs"]
 
 
@@ -154,7 +163,7 @@ STEPS = {"one graph": ("text", "image"), "ids to the host": SPLIT, "three graphs
 
 
 @pytest.fixture(params=[(form, step) for form, steps in STEPS.items() for step in steps], ids=" ".join)
-def faulty(request, database, replayed_engine) -> Iterator[tuple[Executor, DatabaseSource, list[BaseException]]]:
+def faulty(request, database, replayed_engine) -> Iterator[tuple[Executor, DatabaseGeneration, list[BaseException]]]:
     """An engine in which a replay of one graph raises what is in the list."""
     form, step = request.param
     engine, faults = replayed_engine(), []
@@ -163,9 +172,9 @@ def faulty(request, database, replayed_engine) -> Iterator[tuple[Executor, Datab
         if faults and label.endswith(step):
             raise faults.pop()
 
-    engine.lanes.before = before
+    engine.recorder.before = before
     executor = Executor(engine, batch_sizes=(1, 2), max_queue=16)
-    yield executor, DatabaseSource(database, **FORMS[form]), faults
+    yield executor, DatabaseGeneration(database, **FORMS[form]), faults
     executor.close()
 
 
@@ -175,43 +184,43 @@ FAULTS = [
 ]
 
 
-def test_a_fault_inside_a_graph_is_one_requests_and_the_next_is_right(faulty, make_batch, rng, long_count):
+def test_a_fault_inside_a_graph_is_one_requests_and_the_next_is_right(faulty, make_request, rng, long_count):
     executor, source, faults = faulty
-    batches = [make_batch(p, seed=i, mode="adapter", k=1, source=source) for i, p in enumerate(PROMPTS)]
-    expected = [executor.submit([b])[0].result(60) for b in batches]
+    batches = [make_request(p, seed=i, mode="adapter", k=1, database=source) for i, p in enumerate(PROMPTS)]
+    expected = [submit(executor, b).result(60) for b in batches]
     for i in range(long_count(20)):
         fault, typed = FAULTS[rng.integers(len(FAULTS))]
         faults.append(fault)
         with pytest.raises(typed, match="injected"):
-            executor.submit([batches[i % 2]])[0].result(60)
+            submit(executor, batches[i % 2]).result(60)
         assert not faults and executor.healthy
-        assert equal(executor.submit([batches[1 - i % 2]])[0].result(60), expected[1 - i % 2])
+        assert equal(submit(executor, batches[1 - i % 2]).result(60), expected[1 - i % 2])
 
 
-def test_a_device_lost_inside_a_graph_ends_the_executor(faulty, make_batch):
+def test_a_device_lost_inside_a_graph_ends_the_executor(faulty, make_request):
     executor, source, faults = faulty
-    batch = make_batch("a dog", mode="adapter", k=1, source=source)
-    executor.submit([batch])[0].result(60)
+    batch = make_request("a dog", mode="adapter", k=1, database=source)
+    submit(executor, batch).result(60)
     faults.append(RuntimeError("CUDA error: an illegal memory access was encountered"))
     for _ in range(2):
         with pytest.raises(DeviceLost, match="restart"):
-            executor.submit([batch])[0].result(60)
+            submit(executor, batch).result(60)
     assert not executor.healthy
 
 
-def test_rows_are_held_until_the_batch_has_ended_also_after_an_error(database, replayed_engine, make_batch):
-    source, engine = DatabaseSource(database, **FORMS["ids to the host"]), replayed_engine()
-    batch = make_batch(*PROMPTS, mode="adapter", k=1, source=source)
+def test_rows_are_held_until_the_batch_has_ended_also_after_an_error(database, replayed_engine, make_request):
+    source, engine = DatabaseGeneration(database, **FORMS["ids to the host"]), replayed_engine()
+    batch = make_request(*PROMPTS, mode="adapter", k=1, database=source)
     engine.run(batch)
 
     def before(label: str) -> None:
         if label.endswith("decoder"):
             raise ValueError("an injected fault")
 
-    engine.lanes.before = before
+    engine.recorder.before = before
     for seed in range(6):
         with pytest.raises(ValueError, match="injected"):
             engine.run(replace(batch, latents=batch.latents + seed))
-    engine.lanes.before = lambda label: None
+    engine.recorder.before = lambda label: None
     # Four slots: six leases that were never given back would have left none.
     assert bool(engine.run(batch).ok.all())

@@ -14,11 +14,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from submission import submit
 
 from ragturbo import Generator
+from ragturbo.engine.database import DatabaseGeneration
 from ragturbo.engine.executor import Executor
-from ragturbo.engine.database import DatabaseSource
-from ragturbo.engine.step import Retrieved, StepBatch, StepResult, join
+from ragturbo.engine.request import Request
+from ragturbo.engine.result import Result, Retrieved
 from ragturbo.errors import (
     DeadlineExceeded,
     GenerationError,
@@ -31,9 +33,9 @@ from ragturbo.errors import (
 PROMPTS = ("a red circle", "a blue cat", "a dog", "a green square")
 
 
-@pytest.fixture(params=["eager", "graph"])
-def engine(request, eager, graph_engine):
-    return eager if request.param == "eager" else graph_engine()
+@pytest.fixture(params=["reference", "graph"])
+def engine(request, reference, graph_engine):
+    return reference if request.param == "reference" else graph_engine()
 
 
 @pytest.fixture
@@ -49,13 +51,13 @@ class Alone:
     def __init__(self, engine) -> None:
         self._engine, self._known = engine, {}
 
-    def __call__(self, name: object, batch: StepBatch, bucket: int) -> StepResult:
+    def __call__(self, name: object, batch: Request, bucket: int) -> Result:
         if (name, bucket) not in self._known:
-            self._known[name, bucket] = self._engine.run(join([batch], bucket)).rows(0, len(batch))
+            self._known[name, bucket] = self._engine.run(Request.join([batch], bucket)).rows(0, len(batch))
         return self._known[name, bucket]
 
 
-def same(got: StepResult, expected: StepResult) -> bool:
+def same(got: Result, expected: Result) -> bool:
     names = ("latents", "uint8", "ids", "lam", "valid")
     return all(
         (a is None and b is None) or torch.equal(a, b)
@@ -63,29 +65,29 @@ def same(got: StepResult, expected: StepResult) -> bool:
     )
 
 
-def kinds(make_batch: Callable[..., StepBatch], source: DatabaseSource) -> dict[str, StepBatch]:
+def kinds(make_request: Callable[..., Request], source: DatabaseGeneration) -> dict[str, Request]:
     """Numbers of images, seeds, modes, numbers of neighbours, sizes, latents and bytes."""
     options = {
         "none": {},
-        "adapter": {"mode": "adapter", "k": 1, "source": source},
-        "adapter of two": {"mode": "adapter", "k": 2, "source": source, "want": "uint8"},
-        "slerp": {"mode": "slerp", "k": 2, "source": source},
-        "bytes": {"want": "uint8"},
+        "adapter": {"mode": "adapter", "k": 1, "database": source},
+        "adapter of two": {"mode": "adapter", "k": 2, "database": source, "output_type": "uint8"},
+        "slerp": {"mode": "slerp", "k": 2, "database": source},
+        "bytes": {"output_type": "uint8"},
     }
     made = {}
     for size in (1, 2, 3):
         for i, (name, fields) in enumerate(options.items()):
-            made[f"{size} of {name}"] = make_batch(*PROMPTS[:size], seed=7 * size + i, **fields)
+            made[f"{size} of {name}"] = make_request(*PROMPTS[:size], seed=7 * size + i, **fields)
         oblong = torch.randn(size, 4, 16, 24, generator=torch.Generator().manual_seed(size))
-        made[f"{size} of another size"] = make_batch(*PROMPTS[:size], seed=size, latents=oblong)
+        made[f"{size} of another size"] = make_request(*PROMPTS[:size], seed=size, latents=oblong)
     return made
 
 
 def test_sixty_four_threads_each_get_what_they_would_have_got_alone(
-    engine, executor, source, make_batch, rng, long_count
+    engine, executor, source, make_request, rng, long_count
 ):
     """Bit for bit: buckets are powers of two, in which no row's bits depend on its slot or on the other rows."""
-    batches = kinds(make_batch, source)
+    batches = kinds(make_request, source)
     one = batches["1 of none"]
     bad = {
         "not a number": (replace(one, latents=torch.full((1, 4, 16, 16), float("nan"))), None, NonFiniteOutput),
@@ -94,7 +96,7 @@ def test_sixty_four_threads_each_get_what_they_would_have_got_alone(
     }
     names = [*batches, *bad]
     plan = rng.choice(len(names), size=(64, -(-long_count(1000) // 64)))
-    got: list[tuple[str, StepResult]] = []
+    got: list[tuple[str, Result]] = []
     wrong: list[object] = []
 
     def client(row: np.ndarray) -> None:
@@ -102,7 +104,7 @@ def test_sixty_four_threads_each_get_what_they_would_have_got_alone(
             name = names[i]
             ask, timeout, expected = bad.get(name) or (batches[name], None, ())
             try:
-                result = executor.submit([ask], timeout)[0].result(300)
+                result = submit(executor, ask, timeout=timeout).result(300)
             except Exception as error:
                 if not isinstance(error, expected):
                     wrong.append((name, error))
@@ -125,7 +127,7 @@ def test_sixty_four_threads_each_get_what_they_would_have_got_alone(
 
 STAGES = {
     "text": ("ragturbo.model.text.TextEncoder", "encode"),
-    "search": ("ragturbo.engine.database.DatabaseSource", "search"),
+    "search": ("ragturbo.engine.database.DatabaseGeneration", "search"),
     "gather": ("ragturbo.retrieval.database.Database", "features"),
     "encode": ("ragturbo.model.unet.HSpaceUNet", "encode"),
     "adapter": ("ragturbo.model.adapter.HSpaceAdapter", "delta"),
@@ -141,10 +143,10 @@ FAULTS = [
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_fault_at_any_stage_is_one_requests_and_the_next_is_right(
-    stage, eager, source, make_batch, monkeypatch, rng, long_count
+    stage, reference, source, make_request, monkeypatch, rng, long_count
 ):
-    batch = make_batch("a red circle", mode="adapter", k=1, source=source, want="uint8")
-    expected = eager.run(batch)
+    batch = make_request("a red circle", mode="adapter", k=1, database=source, output_type="uint8")
+    expected = reference.run(batch)
     where, name = STAGES[stage]
     owner = _resolve(where)
     real, faults = getattr(owner, name), []
@@ -155,15 +157,15 @@ def test_a_fault_at_any_stage_is_one_requests_and_the_next_is_right(
         return real(*args, **options)
 
     monkeypatch.setattr(owner, name, failing)
-    executor = Executor(eager, batch_sizes=(1, 2), max_queue=16)
+    executor = Executor(reference, batch_sizes=(1, 2), max_queue=16)
     try:
         for _ in range(long_count(20)):
             fault, typed = FAULTS[rng.integers(len(FAULTS))]
             faults.append(fault)
             with pytest.raises(typed, match="injected"):
-                executor.submit([batch])[0].result(60)
+                submit(executor, batch).result(60)
             assert not faults and executor.healthy
-            assert same(executor.submit([batch])[0].result(60), expected)
+            assert same(submit(executor, batch).result(60), expected)
     finally:
         executor.close()
 
@@ -175,10 +177,10 @@ def _resolve(path: str) -> type:
     return getattr(import_module(module), name)
 
 
-def test_a_fault_while_a_step_is_recorded_leaves_nothing_half_recorded(graph_engine, source, make_batch, monkeypatch):
+def test_a_fault_while_a_step_is_recorded_leaves_nothing_half_recorded(graph_engine, source, make_request, monkeypatch):
     engine = graph_engine()
-    batch = make_batch("a red circle", mode="adapter", k=1, source=source)
-    monkeypatch.setattr("ragturbo.engine.graph_engine.Recorded.record", lambda self: 1 / 0)
+    batch = make_request("a red circle", mode="adapter", k=1, database=source)
+    monkeypatch.setattr("ragturbo.engine.recording.Recording.record", lambda self, *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         engine.run(batch)
     monkeypatch.undo()
@@ -194,17 +196,17 @@ class Slow:
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
 
-    def run(self, batch: StepBatch) -> StepResult:
+    def run(self, batch: Request) -> Result:
         time.sleep(self.seconds)
         rows, nothing = len(batch), torch.zeros(len(batch), 0)
         ok = torch.ones(rows, dtype=torch.bool)
         out = batch.latents * 2
-        return StepResult(ok, torch.zeros(rows), nothing.long(), nothing, nothing, nothing.bool(), latents=out)
+        return Result(ok, torch.zeros(rows), nothing.long(), nothing, nothing, nothing.bool(), latents=out)
 
 
-def numbered(value: float) -> StepBatch:
+def numbered(value: float) -> Request:
     row = torch.zeros(1)
-    return StepBatch(torch.full((1, 1, 1, 1), value), row, row, row, want="latent")
+    return Request(torch.full((1, 1, 1, 1), value), row, row, row, output_type="latent")
 
 
 def test_cancellations_leave_queue_and_memory_where_they_were(rng, long_count, record_property):
@@ -214,11 +216,11 @@ def test_cancellations_leave_queue_and_memory_where_they_were(rng, long_count, r
         alive: list[weakref.ref] = []
 
         def burst(cancelled: int) -> None:
-            futures: list[Future[StepResult]] = []
+            futures: list[Future[Result]] = []
             while executor.counts["cancelled"] < cancelled:
                 batch = numbered(float(len(futures)))
                 alive.append(weakref.ref(batch.latents))
-                futures.append(executor.submit([batch])[0])
+                futures.append(submit(executor, batch))
                 if rng.random() < 0.3:
                     time.sleep(0.0005)
                 # Mostly one that still waits, now and then one long since answered.
@@ -231,7 +233,7 @@ def test_cancellations_leave_queue_and_memory_where_they_were(rng, long_count, r
                     pass
 
         burst(long_count(200))
-        assert executor.waiting == 0
+        assert len(executor.queue) == 0
         executor.call(gc.collect)
         left = [ref for ref in alive if ref() is not None]
         assert not left, f"{len(left)} requests are still held"
@@ -248,17 +250,17 @@ def test_under_overload_accepted_requests_keep_their_deadlines_and_the_rest_are_
     busy machine may hold up any thread."""
     executor = Executor(Slow(0.004), batch_sizes=(1, 2), max_queue=8)
     # A process's first batch loads what torch loads at first use, and holds every thread up.
-    for future in executor.submit([numbered(1.0), numbered(1.0)]):
-        future.result(60)
+    for _ in range(2):
+        submit(executor, numbered(1.0)).result(60)
     refusals: list[float] = []
-    accepted: list[Future[StepResult]] = []
+    accepted: list[Future[Result]] = []
     until = time.monotonic() + max(5.0, long_count(300) / 10)
 
     def client() -> None:
         while time.monotonic() < until:
             start = time.perf_counter()
             try:
-                accepted.append(executor.submit([numbered(1.0)], timeout=2.0)[0])
+                accepted.append(submit(executor, numbered(1.0), timeout=2.0))
             except Overloaded:
                 refusals.append(time.perf_counter() - start)
             time.sleep(0.002)
@@ -326,11 +328,11 @@ def test_every_response_is_of_one_generation_while_the_database_is_swapped(
         assert not wrong and set(seen) == set(expected)
 
 
-def test_a_deadline_is_one_requests_own(engine, source, make_batch):
+def test_a_deadline_is_one_requests_own(engine, source, make_request):
     executor = Executor(engine, batch_sizes=(1, 2, 4), max_queue=64)
     try:
-        batch = make_batch("a dog", mode="adapter", k=1, source=source)
-        futures = [executor.submit([batch], timeout=0.0 if i % 2 else None)[0] for i in range(6)]
+        batch = make_request("a dog", mode="adapter", k=1, database=source)
+        futures = [submit(executor, batch, timeout=0.0 if i % 2 else None) for i in range(6)]
         for i, future in enumerate(futures):
             if i % 2:
                 with pytest.raises(DeadlineExceeded):
@@ -341,8 +343,8 @@ def test_a_deadline_is_one_requests_own(engine, source, make_batch):
         executor.close()
 
 
-def test_given_neighbours_of_different_numbers_never_share_a_batch(make_batch, source):
+def test_given_neighbours_of_different_numbers_never_share_a_batch(make_request, source):
     one = source.gather(torch.tensor([[1]]), torch.ones(1, 1))
     two = source.gather(torch.tensor([[1, 2]]), torch.ones(1, 2))
-    keys = {make_batch("a dog", mode="adapter", k=r.ids.shape[1], retrieved=r).key for r in (one, two)}
+    keys = {make_request("a dog", mode="adapter", k=r.ids.shape[1], retrieved=r).key for r in (one, two)}
     assert len(keys) == 2 and isinstance(one, Retrieved)

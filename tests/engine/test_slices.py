@@ -9,9 +9,9 @@ import pytest
 from ragturbo.engine import fast_model as fast
 
 
-def test_images_decoded_in_parts_are_those_of_the_whole_batch(graph_engine, eager, make_batch, monkeypatch):
-    batch = make_batch("a red circle", "a blue cat", "a dog", want="float")
-    expected = eager.run(batch).image
+def test_images_decoded_in_parts_are_those_of_the_whole_batch(graph_engine, reference, make_request, monkeypatch):
+    batch = make_request("a red circle", "a blue cat", "a dog", output_type="pt")
+    expected = reference.run(batch).image
     # The small model's images have 128² pixels.
     for at_once, sizes in ((2 * 128 * 128, [2, 1]), (1, [1, 1, 1])):
         monkeypatch.setattr(fast, "_DECODED_AT_ONCE", at_once)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ragturbo.engine.database import DatabaseSource
+from ragturbo.engine.database import DatabaseGeneration
 from ragturbo.engine.tables import _on_device
 from ragturbo.retrieval import Database
 
@@ -45,7 +45,7 @@ def free_memory(monkeypatch):
 def test_a_retriever_that_was_asked_for_is_kept(database_folder, free_memory, device, opened, named, on_device):
     database = Database.open(database_folder, retriever=opened)
     free_memory(100, database)
-    source = DatabaseSource(database, named, device=device)
+    source = DatabaseGeneration(database, named, device=device)
     assert _on_device(source, torch.device(device)) is on_device
     if not on_device:
         asked_for = opened if named == "auto" else named
@@ -64,12 +64,12 @@ def test_nobody_asked_for_one_and_the_device_searches_if_the_keys_fit_or_there_i
     monkeypatch.setattr(Database, "choice", lambda self: ("scann" if indexed else "exact", "a test says so"))
     monkeypatch.setattr(Database, "retriever", unused)
     free_memory(room, database)
-    source = DatabaseSource(database, device="cuda")
+    source = DatabaseGeneration(database, device="cuda")
     assert _on_device(source, torch.device("cuda")) is on_device
 
 
 def test_centred_keys_need_twice_the_room(database_folder, free_memory, monkeypatch):
-    source = DatabaseSource(Database.open(database_folder), device="cuda")
+    source = DatabaseGeneration(Database.open(database_folder), device="cuda")
     monkeypatch.setattr(Database, "choice", lambda self: ("scann", "a test says so"))
     for centred in (False, True):
         object.__setattr__(source.database.snapshot.manifest, "centred", centred)
@@ -83,4 +83,4 @@ def test_what_cannot_be_made_is_refused_when_the_database_is_opened(database_fol
 
     monkeypatch.setattr(Database, "_make", missing)
     with pytest.raises(RuntimeError, match="not installed"):
-        DatabaseSource(Database.open(database_folder), "bm25", device="cuda")
+        DatabaseGeneration(Database.open(database_folder), "bm25", device="cuda")

@@ -118,7 +118,7 @@ def test_neighbours_that_nothing_was_blended_with_are_not_promised(server, gen, 
     answer = server.post(prompt=PROMPT, mode="none", return_neighbors=True)
     assert answer.status_code == 400 and answer.json()["error"]["param"] == "return_neighbors"
     assert server.post(prompt=PROMPT, mode="none", return_neighbors=False).status_code == 200
-    monkeypatch.setattr(gen, "_source", None)
+    monkeypatch.setattr(gen, "_database", None)
     assert server.post(prompt=PROMPT, return_neighbors=True).json()["error"]["param"] == "return_neighbors"
     assert server.post(prompt=PROMPT).json()["mode"] == "none"
 

@@ -26,12 +26,12 @@ def test_many_futures_of_files_finish_at_once(gen, kit):
 
 
 def test_a_task_cancelled_while_its_prompt_is_read_leaves_nothing_in_the_queue(gen, kit, monkeypatch):
-    entered, leave, start = threading.Event(), threading.Event(), gen._start
+    entered, leave, submit = threading.Event(), threading.Event(), gen._submit
 
     def slowly(*arguments, **options):
         entered.set()
         assert leave.wait(60)
-        return start(*arguments, **options)
+        return submit(*arguments, **options)
 
     async def run() -> None:
         task = asyncio.ensure_future(gen.agenerate(PROMPT))
@@ -45,7 +45,7 @@ def test_a_task_cancelled_while_its_prompt_is_read_leaves_nothing_in_the_queue(g
 
     with kit.occupied(gen):
         cancelled = gen.stats()["cancelled"]
-        monkeypatch.setattr(gen, "_start", slowly)
+        monkeypatch.setattr(gen, "_submit", slowly)
         asyncio.run(run())
         assert gen.stats()["waiting"] == 0
 

@@ -129,7 +129,7 @@ def test_clients_that_leave_at_random_leave_nothing_behind(server, gen, kit, rng
     kit.until(lambda: all(server.metrics()[name] == 0 for name in gauges), "gauges at zero")
     kit.until(lambda: len(os.listdir("/proc/self/fd")) <= files + 2, "files closed")
     after = server.metrics()
-    assert after["ragturbo_cancellations_total"] > 0 and gen._executor._reserved == 0
+    assert after["ragturbo_cancellations_total"] > 0 and gen._executor.queue._reserved == 0
     # All accepted work is accounted for.
     outcomes = [after[f'ragturbo_executor_total{{outcome="{o}"}}'] for o in ("finished", "cancelled", "expired")]
     assert after['ragturbo_executor_total{outcome="accepted"}'] == sum(outcomes)

@@ -1,0 +1,343 @@
+"""One request from the caller's options to the queue: checked once, tokenised once, sliced and joined by rows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ragturbo.engine import options
+from ragturbo.engine.neighbors import EncodePairs, resolve_neighbors
+from ragturbo.engine.result import Result, Retrieved
+from ragturbo.engine.timings import host_stage
+from ragturbo.errors import DeadlineExceeded
+from ragturbo.model.inject import check_equal_grids
+from ragturbo.model.onestep import DISTILLED_MAX_STEPS
+from ragturbo.output import Neighbor
+
+if TYPE_CHECKING:
+    from ragturbo.engine.database import DatabaseGeneration
+    from ragturbo.model.bundle import Bundle
+
+DEFAULT_W = 0.8
+_WANTED = {"np": "float", "pt": "float", "latent": "latent"}
+
+
+@dataclass(eq=False)
+class Request:
+    """B images: per-row tensors with B rows, options that all rows share, and what the queue and the caller need."""
+
+    # Rows
+    latents: Tensor
+    """(B, c, h, w) fp32, unit Gaussian noise."""
+    lam: Tensor
+    """(B,) fp32; NaN: use the cosine."""
+    w: Tensor
+    """(B,) fp32, Eq. 3."""
+    min_score: Tensor
+    """(B,) fp32; -inf: no limit."""
+    input_ids: Tensor | None = None
+    """(B, L) int64, or None if `text` or `text_kv` is given."""
+    text: Tensor | None = None
+    """(B, L, D) hidden states, from the caller or the prompt cache."""
+    text_kv: Tensor | None = None
+    """(B, L, ΣC) keys and values of the folded UNet's cross-attentions, from the prompt cache."""
+    query_ids: Tensor | None = None
+    """(B, L) int64: a text other than the prompt to search by."""
+    query_key: Tensor | None = None
+    """(B, K) fp32: a key to search by."""
+    negative_ids: Tensor | None = None
+    negative_text: Tensor | None = None
+    retrieved: Retrieved | None = None
+    """Neighbours chosen by the caller; None: the engine searches `database`."""
+    texts: tuple[str, ...] = ()
+    """Queries for a lexical retriever."""
+    seeds: tuple[int | None, ...] = ()
+    """For schedulers that draw noise at each step; None if the caller gave latents or a generator."""
+
+    # Shared by all rows
+    mode: str = "none"
+    k: int = 0
+    database: DatabaseGeneration | None = None
+    num_inference_steps: int = 1
+    guidance_scale: float = 0.0
+    per: str = "sample"
+    output_type: str = "uint8"
+    min_bucket: int = 1
+    """Pieces of one request all run in the largest bucket, so that their images have the bits of one bucket."""
+
+    # For the caller's Output
+    postprocess: Callable[[Any], Any] | None = None
+    neighbors: list[list[Neighbor]] | None = None
+    """Per prompt, the neighbours chosen by the caller."""
+    repeats: int = 1
+    """Images per prompt."""
+    notes: list[str] = field(default_factory=list)
+    timings: dict[str, float] = field(default_factory=dict)
+    started: float = 0.0
+    """time.perf_counter() when the call began."""
+
+    # In the queue. Slices and joined requests get their own.
+    timeout: float | None = None
+    pieces: tuple[Request, ...] = field(default=(), init=False)
+    queued_at: float = field(default_factory=time.monotonic, init=False)
+    future: Future[Result] = field(default_factory=Future, init=False)
+
+    @classmethod
+    def make(
+        cls,
+        bundle: Bundle,
+        database: DatabaseGeneration | None,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        encode_pairs: EncodePairs,
+        started: float,
+        seed: int | Sequence[int] | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        num_images_per_prompt: int = 1,
+        mode: str | None = None,
+        num_neighbors: int | None = None,
+        min_score: float | None = None,
+        lam: float | Sequence[float] | None = None,
+        w: float | Sequence[float] | None = None,
+        per: str | None = None,
+        query: str | Sequence[str] | Tensor | None = None,
+        neighbors: Sequence[Any] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        num_inference_steps: int = 1,
+        guidance_scale: float = 0.0,
+        height: int | None = None,
+        width: int | None = None,
+        output_type: str = "pil",
+        postprocess: Callable[[Any], Any] | None = None,
+        timeout: float | None = None,
+    ) -> Request:
+        """Check the options of `Generator.__call__` and turn them into rows.
+
+        Args:
+            encode_pairs: runs the engine's `encode_pairs` on the device's thread.
+            started: time.perf_counter() when the call began.
+
+        Raises:
+            InvalidRequest: with the option, its value and the reason.
+        """
+        unet, factor, distilled = bundle.unet, bundle.vae.factor, bundle.info.distilled
+        options.check_output(output_type, postprocess, timeout)
+        prompts, n = options.check_prompts(prompt, prompt_embeds, bundle.text.width)
+        repeats = options.positive("num_images_per_prompt", num_images_per_prompt)
+        has_key = prompts is not None or query is not None
+        resolved = options.choose_mode(
+            mode,
+            has_adapter=bundle.adapter is not None,
+            can_retrieve=database is not None or neighbors is not None,
+            has_key=has_key or neighbors is not None,
+        )
+        chosen = options.check_neighbors(neighbors, n)
+        k = options.choose_num_neighbors(resolved, num_neighbors, chosen, bundle.info.num_neighbors)
+        given = {
+            "w": w, "lam": lam, "num_neighbors": num_neighbors, "min_score": min_score, "neighbors": neighbors,
+            "query": query, "per": per,
+        }  # fmt: skip
+        options.check_retrieval_options(resolved, mode, given, has_key=has_key)
+        most = DISTILLED_MAX_STEPS if distilled else int(bundle.scheduler.config.num_train_timesteps)
+        options.check_steps(num_inference_steps, guidance_scale, most=most, distilled=distilled)
+        negative = options.check_negative(negative_prompt, negative_prompt_embeds, n, guided=guidance_scale > 1)
+        height, width = options.choose_size(height, width, latents, factor=factor, default=bundle.default_size)
+        cells = (height // factor, width // factor)
+        seeds, noise = options.make_noise(
+            seed, generator, latents, prompts=n, repeats=repeats, shape=(bundle.vae.channels, *cells)
+        )
+        query_texts, query_key = options.check_query(query, n, bundle.text.key_dim)
+        count = n * repeats
+        lam_rows = options.per_image("lam", lam, float("nan"), count, n)
+        w_rows = options.per_image("w", w, DEFAULT_W, count, n, most=1.0)
+        min_scores = torch.full((count,), options.check_min_score(min_score))
+        if resolved in ("slerp", "lerp"):
+            theirs = database.grid if database is not None else unet.grid(*[bundle.default_size // factor] * 2)
+            check_equal_grids(unet.grid(*cells), theirs, size=(height, width))
+
+        timings: dict[str, float] = {}
+        notes: list[str] = []
+
+        def tokens(texts: list[str] | None, what: str) -> Tensor | None:
+            if texts is None:
+                return None
+            encoded = bundle.text.tokenize(texts)
+            for value, dropped, unknown in zip(texts, encoded.dropped, encoded.unknown, strict=True):
+                note = _token_note(what, value, dropped, unknown)
+                if note and note not in notes:
+                    notes.append(note)
+            return _repeat(encoded.input_ids, repeats)
+
+        with host_stage("tokenize", timings, bundle.device):
+            ids = tokens(prompts, "prompt")
+            query_ids = tokens(query_texts, "query")
+            negative_ids = tokens(negative, "negative prompt")
+        retrieved = named = None
+        if chosen is not None:
+            retrieved, named = resolve_neighbors(
+                chosen, database, encode_pairs, image_size=bundle.default_size, repeats=repeats, dtype=bundle.dtype
+            )
+        timings["check"] = time.perf_counter() - started - timings["tokenize"]
+        texts = query_texts or prompts or []
+        return cls(
+            latents=noise,
+            lam=lam_rows,
+            w=w_rows,
+            min_score=min_scores,
+            input_ids=ids,
+            text=_embeds(prompt_embeds, count, repeats),
+            query_ids=query_ids,
+            query_key=None if query_key is None else _repeat(query_key, repeats),
+            negative_ids=negative_ids,
+            negative_text=_embeds(negative_prompt_embeds, count, repeats),
+            retrieved=retrieved,
+            texts=tuple(text for text in texts for _ in range(repeats)),
+            seeds=tuple(seeds),
+            mode=resolved,
+            k=k,
+            database=database if resolved != "none" and chosen is None else None,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=float(guidance_scale),
+            per=per or "sample",
+            output_type=output_type,
+            postprocess=postprocess,
+            neighbors=named,
+            repeats=repeats,
+            notes=notes,
+            timings=timings,
+            started=started,
+            timeout=timeout,
+        )
+
+    def __len__(self) -> int:
+        return self.latents.shape[0]
+
+    @property
+    def want(self) -> str:
+        """What the engine returns: "uint8", "float" or "latent"."""
+        return _WANTED.get(self.output_type, "uint8")
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance_scale > 1.0
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Requests with equal keys may run as one batch."""
+        tensors = [getattr(self, name) for name in _OPTIONAL_ROWS]
+        return (
+            tuple(self.latents.shape[1:]),
+            tuple(None if t is None else tuple(t.shape[1:]) for t in tensors),
+            None if self.retrieved is None else tuple(self.retrieved.h_retr.shape[1:]),
+            self.mode,
+            self.k,
+            id(self.database),
+            self.num_inference_steps,
+            self.guidance_scale,
+            self.per,
+            self.want,
+            self.min_bucket,
+        )
+
+    @property
+    def deadline(self) -> float | None:
+        """time.monotonic() after which the caller no longer waits."""
+        return None if self.timeout is None else self.queued_at + self.timeout
+
+    @property
+    def expired(self) -> bool:
+        return self.deadline is not None and time.monotonic() >= self.deadline
+
+    def slice(self, start: int, stop: int) -> Request:
+        rows = {name: value[start:stop] for name in _ROWS if (value := getattr(self, name)) is not None}
+        if self.retrieved is not None:
+            rows["retrieved"] = self.retrieved.map(lambda value: value[start:stop])
+        return replace(self, **rows)
+
+    def split(self, largest: int) -> tuple[Request, ...]:
+        """Return pieces of at most `largest` rows that go through the queue one by one."""
+        if len(self) <= largest:
+            return (self,)
+        starts = range(0, len(self), largest)
+        self.pieces = tuple(replace(self.slice(i, i + largest), min_bucket=largest) for i in starts)
+        return self.pieces
+
+    @staticmethod
+    def join(requests: list[Request], bucket: int) -> Request:
+        """Requests of equal keys as one of `bucket` rows; rows past their sum repeat the last one."""
+        first, padding = requests[0], bucket - sum(map(len, requests))
+        if len(requests) == 1 and not padding:
+            return first
+
+        def stack(parts: list[Tensor]) -> Tensor:
+            return torch.cat([*parts, parts[-1][-1:].expand(padding, *parts[-1].shape[1:])])
+
+        rows: dict[str, Any] = {}
+        for name in _TENSOR_ROWS:
+            if getattr(first, name) is not None:
+                rows[name] = stack([getattr(request, name) for request in requests])
+        if first.retrieved is not None:
+            given = [request.retrieved for request in requests if request.retrieved is not None]
+            rows["retrieved"] = Retrieved(**{n: stack([getattr(r, n) for r in given]) for n in vars(first.retrieved)})
+        for name in ("seeds", "texts"):
+            values = tuple(value for request in requests for value in getattr(request, name))
+            rows[name] = values + values[-1:] * padding
+        return replace(first, **rows)
+
+    def wait(self) -> Result:
+        """Wait for the result in the caller's thread; on an error the pieces still in the queue are cancelled."""
+        results = []
+        try:
+            for piece in self.pieces or (self,):
+                left = None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
+                results.append(piece.future.result(left))
+        except BaseException as error:
+            self.cancel()
+            # In Python 3.11 and later, DeadlineExceeded is also a FutureTimeout.
+            if isinstance(error, FutureTimeout) and not isinstance(error, DeadlineExceeded):
+                raise self.late() from None
+            raise
+        return Result.join(results)
+
+    def cancel(self) -> None:
+        for piece in self.pieces or (self,):
+            piece.future.cancel()
+
+    def late(self) -> DeadlineExceeded:
+        return DeadlineExceeded(f"no image after timeout={self.timeout} s")
+
+
+_OPTIONAL_ROWS = ("input_ids", "text", "text_kv", "query_ids", "query_key", "negative_ids", "negative_text")
+_TENSOR_ROWS = ("latents", "lam", "w", "min_score", *_OPTIONAL_ROWS)
+_ROWS = (*_TENSOR_ROWS, "seeds", "texts")
+
+
+def _repeat(rows: Tensor, repeats: int) -> Tensor:
+    return rows if repeats == 1 else rows.repeat_interleave(repeats, 0)
+
+
+def _embeds(embeds: Tensor | None, count: int, repeats: int) -> Tensor | None:
+    if embeds is None:
+        return None
+    embeds = embeds.detach().to("cpu")
+    return embeds.expand(count, -1, -1) if len(embeds) == 1 else _repeat(embeds, repeats)
+
+
+def _token_note(what: str, value: str, dropped: int, unknown: Sequence[str]) -> str:
+    parts = []
+    if dropped:
+        parts.append(f"its last {dropped} tokens were cut off")
+    if unknown:
+        parts.append(f"the model does not know: {', '.join(unknown[:8])}")
+    shown = value if len(value) <= 60 else value[:57] + "..."
+    return f"{what} {shown!r}: {'; '.join(parts)}" if parts else ""
