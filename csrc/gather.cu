@@ -1,4 +1,4 @@
-// Rows of page-locked host memory (or device memory) into device memory, by indices in device memory.
+// Gather rows from page-locked host memory (or device memory) into device memory, by ids in device memory.
 #include <cuda_fp16.h>
 
 #include "cuda.hpp"
@@ -8,10 +8,10 @@ namespace ragturbo {
 namespace {
 
 constexpr int kThreads = 256;
-// 16-byte loads each thread has in flight: the host link is far away, so a block asks for 16 KiB before it waits.
+// 16-byte loads in flight per thread: PCIe latency is high, so a block requests 16 KiB before it waits.
 constexpr int kLoads = 4;
 constexpr int kBlockVectors = kThreads * kLoads;
-// int8 tokens that one block's vectors may touch, at 16 channels a token or more.
+// The most int8 tokens one block's vectors can touch, with at least 16 channels per token.
 constexpr int kMaxScales = kBlockVectors + 1;
 
 __device__ const char* row_or_null(const int64_t* base_at, const int64_t* count_at, int64_t id, int64_t stride) {
@@ -19,7 +19,7 @@ __device__ const char* row_or_null(const int64_t* base_at, const int64_t* count_
   return reinterpret_cast<const char*>(*base_at) + id * stride;
 }
 
-// grid: (blocks a row, n). A row is read once and never again: __ldcs lets it pass through the caches.
+// grid: (blocks per row, n). A row is read once: __ldcs marks it for early eviction from the caches.
 __global__ void __launch_bounds__(kThreads) gather_fp16(const int64_t* base_at, const int64_t* count_at,
                                                         const int64_t* ids, int64_t stride, int64_t vectors,
                                                         uint4* out) {
@@ -47,7 +47,7 @@ __device__ uint2 dequantise(uint32_t four, float scale) {
   return make_uint2(*reinterpret_cast<const uint32_t*>(&low), *reinterpret_cast<const uint32_t*>(&high));
 }
 
-// grid: (blocks a row, n); `vectors` of 16 int8 each become two vectors of 8 fp16.
+// grid: (blocks per row, n). Each of the row's `vectors` holds 16 int8, stored as two vectors of 8 fp16.
 __global__ void __launch_bounds__(kThreads) gather_int8(const int64_t* base_at, const int64_t* count_at,
                                                         const int64_t* ids, int64_t stride, int64_t vectors,
                                                         int token_vectors, uint4* out) {
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kThreads) gather_int8(const int64_t* base_at, 
     const int64_t v = begin + threadIdx.x + i * kThreads;
     value[i] = row && v < end ? __ldcs(row + v) : make_uint4(0, 0, 0, 0);
   }
-  // Each scale crosses the host link once a block, not once a thread.
+  // Each scale is read over PCIe once per block, not once per thread.
   const int into_token = static_cast<int>(begin % token_vectors);
   const int tokens = (into_token + static_cast<int>(end - begin) - 1) / token_vectors + 1;
   const auto* scales = reinterpret_cast<const float*>(row + vectors) + begin / token_vectors;
@@ -94,7 +94,8 @@ void gather_rows(const Gather& g) {
     throw std::invalid_argument("channels=" + std::to_string(g.channels) + " must be a multiple of " +
                                 std::to_string(lane));
   if (g.tokens > (int64_t{1} << 40) / g.channels || g.n > 65535)
-    throw std::invalid_argument("n=" + std::to_string(g.n) + " rows of " + std::to_string(g.tokens) + " tokens: too large");
+    throw std::invalid_argument("n=" + std::to_string(g.n) + " rows of " + std::to_string(g.tokens) +
+                                " tokens: too large");
   const int64_t payload = packed ? g.tokens * g.channels + g.tokens * 4 : g.tokens * g.channels * 2;
   at_least(g.stride, payload, "stride");
   if (g.stride % 16) throw std::invalid_argument("stride=" + std::to_string(g.stride) + " must be a multiple of 16");

@@ -1,4 +1,4 @@
-// Exact search: one read of the keys, the best k kept in the registers of each warp ("warp select").
+// Exact search with one read of the keys. Each warp keeps its best k in registers ("warp select").
 #include <cuda_fp16.h>
 
 #include <limits>
@@ -12,10 +12,10 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kBlocksPerSm = 2;
-// Keys a warp reads at once: enough loads in flight to cover the memory's latency, and one read of the query serves all.
+// Keys a warp reads at once: enough loads in flight to hide memory latency, and one read of the query for all.
 constexpr int kRows = 4;
 constexpr unsigned kAll = 0xffffffffu;
-constexpr int kNobody = std::numeric_limits<int>::max();
+constexpr int kNoRow = std::numeric_limits<int>::max();
 
 struct Candidate {
   float score;
@@ -24,16 +24,16 @@ struct Candidate {
 
 __device__ bool better(Candidate a, Candidate b) { return a.score > b.score || (a.score == b.score && a.row < b.row); }
 
-// The best 32 candidates of a warp, best first, one a lane.
+// The best 32 candidates of a warp, best first, one per lane.
 struct WarpBest {
   Candidate mine;
-  // The k-th best so far: what a newcomer has to beat. The same in every lane.
+  // The k-th best so far: a new candidate must be better. The same in every lane.
   Candidate bar;
   int k;
 
   __device__ void start(int wanted) {
     k = wanted;
-    mine = bar = {-INFINITY, kNobody};
+    mine = bar = {-INFINITY, kNoRow};
   }
 
   // `candidate` is the same in every lane. NaN never beats the bar.
@@ -47,17 +47,17 @@ struct WarpBest {
     bar = {__shfl_sync(kAll, mine.score, k - 1), __shfl_sync(kAll, mine.row, k - 1)};
   }
 
-  // Each lane brings its own candidate.
+  // Each lane has its own candidate.
   __device__ void offer_each(Candidate theirs) {
-    unsigned hopeful = __ballot_sync(kAll, better(theirs, bar));
-    for (; hopeful; hopeful &= hopeful - 1) {
-      const int lane = __ffs(hopeful) - 1;
+    unsigned lanes = __ballot_sync(kAll, better(theirs, bar));
+    for (; lanes; lanes &= lanes - 1) {
+      const int lane = __ffs(lanes) - 1;
       offer({__shfl_sync(kAll, theirs.score, lane), __shfl_sync(kAll, theirs.row, lane)});
     }
   }
 };
 
-// The warps' lists become warp 0's.
+// Merge the lists of all warps into warp 0's.
 __device__ void merge_block(WarpBest& best, Candidate (*s_lists)[32]) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
   __syncthreads();
@@ -65,7 +65,7 @@ __device__ void merge_block(WarpBest& best, Candidate (*s_lists)[32]) {
   __syncthreads();
   if (warp) return;
   for (int w = 1; w < kWarps; ++w)
-    best.offer_each(lane < best.k ? s_lists[w][lane] : Candidate{-INFINITY, kNobody});
+    best.offer_each(lane < best.k ? s_lists[w][lane] : Candidate{-INFINITY, kNoRow});
 }
 
 __device__ float dot8(uint4 key, const float* query, float sum) {
@@ -77,11 +77,11 @@ __device__ float dot8(uint4 key, const float* query, float sum) {
   return fmaf(c.x, high.x, fmaf(c.y, high.y, fmaf(d.x, high.z, fmaf(d.y, high.w, sum))));
 }
 
-// Each block leaves its best k of every query in `found` (blocks, Q, k). Shared memory: the Q queries, fp32.
+// Each block writes its best k of every query to `found` (blocks, queries, k). Shared memory: Q queries, fp32.
 template <int Q>
-__global__ void __launch_bounds__(kThreads, Q == 4 ? 1 : kBlocksPerSm) scan_keys(const int64_t* base_at, const int64_t* count_at,
-                                                      const float* query, int queries, int dim, int k,
-                                                      Candidate* found) {
+__global__ void __launch_bounds__(kThreads, Q == 4 ? 1 : kBlocksPerSm)
+    scan_keys(const int64_t* base_at, const int64_t* count_at, const float* query, int queries, int dim, int k,
+              Candidate* found) {
   extern __shared__ float4 s_raw[];
   auto* s_query = reinterpret_cast<float*>(s_raw);
   __shared__ Candidate s_lists[kWarps][32];
@@ -89,10 +89,10 @@ __global__ void __launch_bounds__(kThreads, Q == 4 ? 1 : kBlocksPerSm) scan_keys
   __syncthreads();
 
   const auto* keys = reinterpret_cast<const uint4*>(*base_at);
-  const int count = static_cast<int>(min(max(*count_at, int64_t{0}), int64_t{kNobody - 1}));
+  const int count = static_cast<int>(min(max(*count_at, int64_t{0}), int64_t{kNoRow - 1}));
   const int lane = threadIdx.x & 31, vectors = dim / 8;
   const int64_t warps = int64_t{gridDim.x} * kWarps;
-  // Neighbouring warps read neighbouring keys, so that the whole grid sweeps memory together.
+  // Adjacent warps read adjacent keys, so that the grid reads contiguous memory.
   const int64_t warp = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
 
   WarpBest best[Q];
@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(kThreads, Q == 4 ? 1 : kBlocksPerSm) scan_keys
   }
 }
 
-// One block a query: the best k of all blocks' lists.
+// grid: (queries). The best k of all blocks' lists.
 __global__ void __launch_bounds__(kThreads) merge_lists(const Candidate* found, int lists, int k, int64_t* rows,
                                                         float* scores) {
   __shared__ Candidate s_lists[kWarps][32];
@@ -139,13 +139,13 @@ __global__ void __launch_bounds__(kThreads) merge_lists(const Candidate* found, 
   const int total = lists * k;
   for (int first = (threadIdx.x / 32) * 32; first < total; first += kThreads) {
     const int i = first + (threadIdx.x & 31);
-    Candidate mine = {-INFINITY, kNobody};
+    Candidate mine = {-INFINITY, kNoRow};
     if (i < total) mine = found[(int64_t{i / k} * queries + q) * k + i % k];
     best.offer_each(mine);
   }
   merge_block(best, s_lists);
   if (threadIdx.x >= k) return;
-  const bool filled = best.mine.row != kNobody;
+  const bool filled = best.mine.row != kNoRow;
   rows[q * k + threadIdx.x] = filled ? best.mine.row : -1;
   scores[q * k + threadIdx.x] = filled ? best.mine.score : NAN;
 }
@@ -170,7 +170,7 @@ void launch(const TopK& t, int blocks) {
   auto* found = static_cast<Candidate*>(t.workspace);
   const int queries = static_cast<int>(t.queries), dim = static_cast<int>(t.dim), k = static_cast<int>(t.k);
   const size_t shared = sizeof(float) * Q * dim;
-  // Beyond 48 KiB shared memory has to be asked for.
+  // Dynamic shared memory above 48 KiB needs this attribute.
   check_cuda(cudaFuncSetAttribute(scan_keys<Q>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
              "topk");
   scan_keys<Q><<<blocks, kThreads, shared, stream>>>(t.base_at, t.count_at, t.query, queries, dim, k, found);

@@ -18,13 +18,6 @@ from ragturbo.kernels.launch import INTERPRET, launch
 
 
 @triton.jit
-def _insert(best, rows, score, row, place):
-    """Replace the list's entry at `place` by (score, row)."""
-    i = tl.arange(0, best.shape[0])
-    return tl.where(i == place, score, best), tl.where(i == place, row, rows)
-
-
-@triton.jit
 def scan_keys(
     descriptor_ptr, query_ptr, score_ptr, row_ptr, D,
     K: tl.constexpr, KP: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
@@ -57,7 +50,8 @@ def scan_keys(
             lane = tl.argmax(score, axis=0)
             # Of several worst entries, replace the one with the greatest row.
             i_worst = tl.argmax(tl.where(best == worst, rows, -2), axis=0)
-            best, rows = _insert(best, rows, top, n0 + lane, i_worst)
+            best = tl.where(place == i_worst, top, best)
+            rows = tl.where(place == i_worst, n0 + lane, rows)
             worst = tl.min(best, axis=0)
             score = tl.where(tl.arange(0, BN) == lane, float("-inf"), score)
             top = tl.max(score, axis=0)

@@ -38,12 +38,8 @@ def attention_adapter(
 ) -> Tensor:  # fmt: skip
     """Eqs. 4–5 of kind "attention" in two launches -> (B, T, C).
 
-    Args:
-        h_tgt: (B, T, C).
-        k, v: (B, n, S, C).
-        lam: (B,), 0 for a sample without valid neighbours.
-        valid: (B, n) bool.
-        weights: to_q.weight, proj_out.weight, proj_out.bias.
+    h_tgt: (B, T, C); k, v: (B, n, S, C); valid: (B, n) bool; lam: (B,), 0 for a sample without valid neighbours.
+    weights: to_q.weight, proj_out.weight, proj_out.bias.
     """
     attended = project_attention(h_tgt, _get(weights, "to_q.weight"), k, v, valid, heads=heads, impl=impl)
     out, bias = _get(weights, "proj_out.weight"), _get(weights, "proj_out.bias")

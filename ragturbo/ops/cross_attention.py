@@ -130,9 +130,7 @@ def _triton_backward(
 
 
 @_triton_backward.register_fake
-def _(
-    g: Tensor, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, out: Tensor, softmax: Tensor, heads: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(g, q, k, v, valid, out, softmax, heads) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     return dq, dk, dv
 

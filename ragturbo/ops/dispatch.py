@@ -137,13 +137,9 @@ def _fastest() -> dict[str, str]:
 
 
 def choose(
-    op: str,
-    impl: str,
-    device: str,
-    dtype: torch.dtype,
-    *inputs: Tensor | None,
-    limits: Mapping[str, str | None] | None = None,
-) -> str:
+    op: str, impl: str, device: str, dtype: torch.dtype,
+    *inputs: Tensor | None, limits: Mapping[str, str | None] | None = None,
+) -> str:  # fmt: skip
     """The implementation that runs.
 
     Args:

@@ -32,7 +32,9 @@ def topk(keys: Tensor, query: Tensor, k: int, impl: str = "auto") -> tuple[Tenso
         raise InvalidRequest(f"topk: k is 1 … 64, not {k}")
     limits = {"cuda": _cuda_limit(k, query.shape[1])}
     name = dispatch.choose("topk", impl, query.device.type, torch.float16, limits=limits)
-    return {"reference": reference, "triton": _triton, "cuda": _cuda}[name](keys, query, k)
+    if name == "reference":
+        return reference(keys, query, k)
+    return (_triton if name == "triton" else _cuda)(keys, query, k)
 
 
 def _cuda_limit(k: int, width: int) -> str | None:

@@ -1,4 +1,4 @@
-"""How the kernels are judged: against fp64, by what the same-dtype torch composition errs, on poisoned memory."""
+"""Kernels are compared with fp64, within the error of the same-dtype torch composition. Memory is poisoned."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def interpreted_or_on_a_gpu() -> None:
     if DEVICE == "cpu" and dispatch.HAS_TRITON and not dispatch.INTERPRET:
         pytest.fail("triton was imported before TRITON_INTERPRET=1 was set: see tests/conftest.py")
     if DEVICE == "cpu" and dispatch.HAS_TRITON:
-        # Before 3.7 the interpreter makes loop bounds of arrays with one element, which NumPy refuses from 2.4 on.
+        # Before 3.7 the interpreter uses one-element arrays as loop bounds, which NumPy rejects since 2.4.
         old = tuple(map(int, version("triton").split(".")[:2])) < (3, 7)
         if old and tuple(map(int, version("numpy").split(".")[:2])) >= (2, 4):
             pytest.skip("this triton's interpreter needs numpy < 2.4, or triton ≥ 3.7: the kernels cannot be run here")
@@ -27,7 +27,7 @@ def interpreted_or_on_a_gpu() -> None:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
-    """torch.empty and its kin give NaN (the greatest integer): what a kernel forgets to write is seen."""
+    """Fill the memory of torch.empty with NaN (integers: the maximum), so that an element left unwritten shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -45,7 +45,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 @pytest.fixture
 def randn(rng) -> Callable[..., Tensor]:
-    """randn(shape, dtype) on the test's device, repeatable by the run's seed."""
+    """randn(shape, dtype) on the test's device, seeded by the run's seed."""
     generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
 
     def make(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -56,15 +56,14 @@ def randn(rng) -> Callable[..., Tensor]:
 
 @pytest.fixture
 def no_worse() -> Callable[..., None]:
-    """no_worse(out, exact, eager): out errs at most twice what eager does, in the mean and at its worst.
+    """no_worse(out, exact, eager): the error of out is at most twice eager's, in 2-norm and in maximum norm.
 
-    Beyond that one rounding, which a lucky eager result may not show: of a 16-bit type the result's own, a third of an
-    eps on average. In fp32 eager's error is nothing but a few such roundings, a random number that is near none in one
-    draw of thirty: there it is a whole eps. Fewer than 32 numbers have no mean that luck leaves alone.
-    terms: the size of what is summed, where the sum itself may cancel. Several eager results are the same sums taken in
-    other orders: what one badly conditioned number errs depends on it, so the greatest error counts.
-    chained: so many sums follow one another, each rounded; the worst number may have met them all, and where one
-    rounding is a whole row's (its log-sum, from which a backward kernel takes its probabilities) so may the mean.
+    Plus one rounding, which a lucky eager result may not show: for 16-bit types a third of an eps on average; for fp32,
+    where eager's whole error is a few roundings and is sometimes near zero, a whole eps; twice that if there are fewer
+    than 32 numbers. Several eager results (the same sums in other orders) count by the greatest error.
+
+    terms: the norm of the summands, if the sum itself may cancel.
+    chained: number of consecutively rounded sums.
     """
 
     def check(out: Tensor, exact: Tensor, *eager: Tensor, terms: Tensor | None = None, chained: int = 1) -> None:
