@@ -241,8 +241,8 @@ def _readable(centres: np.ndarray, radii: list[float]) -> bool:
 
 
 def _noun_phrase(noun: Noun, rng: np.random.Generator) -> str:
-    said = [str(rng.choice([word for word, size in _SIZE_WORDS.items() if size == noun.size]))] if noun.size else []
-    words = [*said, noun.colour, noun.shape if noun.count == 1 else _plural(noun.shape)]
+    size = [str(rng.choice([word for word, size in _SIZE_WORDS.items() if size == noun.size]))] if noun.size else []
+    words = [*size, noun.colour, noun.shape if noun.count == 1 else _plural(noun.shape)]
     if noun.count > 1:
         return " ".join([("two", "three")[noun.count - 2], *words])
     return " ".join(["an" if words[0][0] in "aeiou" else "a", *words])
