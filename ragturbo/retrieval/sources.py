@@ -1,8 +1,9 @@
-"""Where pairs come from: folders, tables, tar shards, iterables. One stream of numbered items, good and bad."""
+"""Sources of pairs: folders, tables, tar shards and iterables, as one stream of items."""
 
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
 import string
@@ -27,7 +28,7 @@ _MAX_LINE = 64 << 20
 
 @dataclass(frozen=True)
 class Item:
-    """One pair to encode. `problem` says why it cannot be."""
+    """One pair to encode, or the `problem` that prevents it."""
 
     caption: str = ""
     image: Any = None
@@ -38,7 +39,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Source:
-    """`description` tells one input from another, `total` is the number of items where it is known."""
+    """`description` identifies the input; `total` is the number of items, if known."""
 
     description: dict[str, Any]
     total: int | None
@@ -47,14 +48,21 @@ class Source:
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns of a table are what. `image` names a column, or is a pattern such as "train/{image_id}.jpg" or
-    "images/{url:name}", where `:name` and `:stem` take the file name of a URL or path. Paths are under `root`."""
+    """The columns of a table.
+
+    `image` is a column, or a pattern such as "train/{image_id}.jpg" or "images/{url:name}", where `:name` and `:stem`
+    take the file name of a URL or path. Image paths are under `root`.
+    """
 
     caption: str = "caption"
     image: str = "image"
     root: Path | None = None
     keep: Sequence[str] | None = None
-    """The user's own columns to store; None: all of them."""
+    """The user's own columns to store; None: all."""
+
+    def extra(self, row: Mapping[Any, Any], used: set[str]) -> dict[str, Any]:
+        names = [name for name in row if name not in used and name is not None] if self.keep is None else self.keep
+        return {str(name): row.get(name) for name in names}
 
 
 class _Pattern(string.Formatter):
@@ -66,12 +74,13 @@ class _Pattern(string.Formatter):
 
 
 def open_source(pairs: Any, columns: Columns) -> Source:
-    """A folder, a .jsonl/.csv/.parquet/.tar file or pattern, a list of such files, or an iterable of tuples."""
+    """Open a folder, a .jsonl/.csv/.parquet/.tar file or pattern, a list of files, or an iterable of tuples."""
     if isinstance(pairs, (str, os.PathLike)):
         path = Path(pairs).expanduser()
         if path.is_dir():
             shards = sorted(path.glob("*.tar"))
-            return _files(shards, columns) if shards and not _has_images(path) else _folder(path)
+            has_images = any(entry.suffix.lower() in IMAGE_TYPES for entry in path.iterdir())
+            return _files(shards, columns) if shards and not has_images else _folder(path)
         if any(mark in path.name for mark in "*?["):
             files = sorted(path.parent.glob(path.name))
             if not files:
@@ -89,7 +98,7 @@ def open_source(pairs: Any, columns: Columns) -> Source:
 
 
 def check_caption(caption: Any) -> str | None:
-    """Why a caption cannot be stored, or None."""
+    """Return why a caption cannot be stored, or None."""
     if not isinstance(caption, str):
         return f"the caption is {type(caption).__name__}, not text"
     if not caption.strip():
@@ -115,12 +124,8 @@ def _from_tuple(entry: Any) -> Item:
     return Item(entry[0], entry[1], None if source is None else str(source), meta)
 
 
-def _has_images(path: Path) -> bool:
-    return any(entry.suffix.lower() in IMAGE_TYPES for entry in path.iterdir())
-
-
 def _folder(path: Path) -> Source:
-    """Images with a .txt of the same name beside them, in the order of their paths."""
+    """Images with a .txt file of the same name, in the order of their paths."""
     found = sorted(
         (Path(folder) / name).relative_to(path)
         for folder, _, names in os.walk(path)
@@ -146,48 +151,39 @@ def _folder(path: Path) -> Source:
     return Source({"kind": "folder", "items": len(found)}, len(found), items)
 
 
-_READERS: dict[str, Callable[[Path], Iterator[Any]]] = {}
-
-
 def _files(files: Sequence[Path], columns: Columns) -> Source:
     kinds = {path.suffix.lower() for path in files}
-    if kinds == {".tar"}:
-        return Source(
-            _identity("tar", files, columns), None, lambda: (i for f in files for i in _tar_items(f, columns))
-        )
-    odd = kinds - set(_READERS)
-    if odd:
-        raise InvalidRequest(f"{', '.join(sorted(odd))} is not read; use .jsonl, .csv, .parquet or .tar")
-
-    def items() -> Iterator[Item]:
-        for path in files:
-            for row in _READERS[path.suffix.lower()](path):
-                yield row if isinstance(row, Item) else _from_row(row, columns, path.parent)
-
-    total = sum(_rows(path) for path in files) if kinds == {".parquet"} else None
-    return Source(_identity("table", files, columns), total, items)
-
-
-def _identity(kind: str, files: Sequence[Path], columns: Columns) -> dict[str, Any]:
+    if kinds != {".tar"} and (unknown := kinds - set(_READERS)):
+        raise InvalidRequest(f"{', '.join(sorted(unknown))} is not supported; use .jsonl, .csv, .parquet or .tar")
+    rows = 0
     for path in files:
         if not path.is_file():
             raise InvalidRequest(f"{path}: no such file")
-    sizes = [[path.name, path.stat().st_size] for path in files]
-    return {"kind": kind, "files": sizes, "caption": columns.caption, "image": columns.image}
+        if kinds == {".parquet"}:
+            try:
+                rows += pq.ParquetFile(path).metadata.num_rows
+            except (pa.ArrowException, OSError) as error:
+                raise InvalidRequest(f"{path}: not a parquet file: {error}") from error
 
+    def items() -> Iterator[Item]:
+        for path in files:
+            if kinds == {".tar"}:
+                yield from _tar(path, columns)
+                continue
+            for row in _READERS[path.suffix.lower()](path):
+                yield row if isinstance(row, Item) else _from_row(row, columns, path.parent)
 
-def _rows(path: Path) -> int:
-    try:
-        return pq.ParquetFile(path).metadata.num_rows
-    except (pa.ArrowException, OSError) as error:
-        raise InvalidRequest(f"{path}: not a parquet file: {error}") from error
+    description = {"kind": "tar" if kinds == {".tar"} else "table", "caption": columns.caption, "image": columns.image,
+                   "files": [[path.name, path.stat().st_size] for path in files]}  # fmt: skip
+    return Source(description, rows if kinds == {".parquet"} else None, items)
 
 
 def _jsonl(path: Path) -> Iterator[Any]:
     with open(path, "rb") as file:
-        number = 0
-        while line := file.readline(_MAX_LINE):
-            number += 1
+        for number in itertools.count(1):
+            line = file.readline(_MAX_LINE)
+            if not line:
+                return
             if not line.endswith(b"\n") and len(line) == _MAX_LINE:
                 while (rest := file.readline(_MAX_LINE)) and not rest.endswith(b"\n"):
                     pass
@@ -200,7 +196,7 @@ def _jsonl(path: Path) -> Iterator[Any]:
 
 
 def _csv(path: Path) -> Iterator[Any]:
-    # The default limit of 128 KiB a field would end the whole build at one long caption.
+    # The default limit of 128 KiB per field would end the build at one long caption.
     csv.field_size_limit(_MAX_LINE)
     with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
         reader = csv.DictReader(file)
@@ -223,7 +219,7 @@ def _parquet(path: Path) -> Iterator[Any]:
         yield Item(source=path.name, problem=f"not readable from here on: {error}")
 
 
-_READERS.update({".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet})
+_READERS: dict[str, Callable[[Path], Iterator[Any]]] = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
 
 
 def _from_row(row: Any, columns: Columns, folder: Path) -> Item:
@@ -247,63 +243,48 @@ def _from_row(row: Any, columns: Columns, folder: Path) -> Item:
         if not path.is_relative_to(root):
             return Item(source=str(source), problem=f"the image path {image!r} leaves {root}; set image_root")
         image = path
-    used = {columns.caption, "source"} | (set() if pattern else {columns.image})
-    keep = [name for name in row if name not in used] if columns.keep is None else columns.keep
-    extra = {str(name): row.get(name) for name in keep if name is not None}
+    extra = columns.extra(row, {columns.caption, "source"} | (set() if pattern else {columns.image}))
     return Item(caption, image, None if source is None else str(source), extra)
 
 
-def _tar_items(path: Path, columns: Columns) -> Iterator[Item]:
-    """Webdataset shards: neighbouring members with one key (the path up to the first dot of its last part).
-
-    Members are read, never extracted: a name like ../../x is a key and nothing else. Links and devices are passed over.
-    """
-    key: str | None = None
-    parts: dict[str, bytes] = {}
+def _tar(path: Path, columns: Columns) -> Iterator[Item]:
+    """Webdataset shards: consecutive members with one key, which is the path up to the first dot of the file name."""
     try:
-        with tarfile.open(path, "r:") as tar:
-            while True:
-                member = tar.next()
-                # tarfile remembers every member it has seen; a shard may have millions.
-                tar.members = []  # type: ignore[attr-defined]
-                if member is None:
-                    break
-                if not member.isreg():
-                    continue
-                folder, _, name = member.name.rpartition("/")
-                stem, _, kind = name.partition(".")
-                this = f"{folder}/{stem}" if folder else stem
-                if this != key and parts:
-                    yield _from_parts(path.name, str(key), parts, columns)
-                    parts = {}
-                key = this
-                if member.size > MAX_BYTES:
-                    parts["problem"] = f"{member.name} has {member.size} bytes".encode()
-                    continue
-                file = tar.extractfile(member)
-                parts[kind.lower()] = b"" if file is None else file.read()
-        if parts:
-            yield _from_parts(path.name, str(key), parts, columns)
+        for key, members in itertools.groupby(_members(path), key=lambda member: member[0]):
+            yield _from_members(f"{path.name}:{key}", {kind: data for _, kind, data in members}, columns)
     except (tarfile.TarError, OSError, EOFError) as error:
         yield Item(source=path.name, problem=f"the shard is damaged from here on: {error}")
 
 
-def _from_parts(shard: str, key: str, parts: dict[str, bytes], columns: Columns) -> Item:
-    source = f"{shard}:{key}"
+def _members(path: Path) -> Iterator[tuple[str, str, bytes]]:
+    """Yield (key, kind, data) of files. They are read, never extracted: a name like ../../x is only a key."""
+    with tarfile.open(path, "r:") as tar:
+        while (member := tar.next()) is not None:
+            # tarfile keeps every member it has read; a shard may have millions.
+            tar.members = []  # type: ignore[attr-defined]
+            if not member.isreg():
+                continue
+            folder, slash, name = member.name.rpartition("/")
+            stem, _, kind = name.partition(".")
+            if member.size > MAX_BYTES:
+                yield folder + slash + stem, "problem", f"{member.name} has {member.size} bytes".encode()
+                continue
+            file = tar.extractfile(member)
+            yield folder + slash + stem, kind.lower(), b"" if file is None else file.read()
+
+
+def _from_members(source: str, parts: dict[str, bytes], columns: Columns) -> Item:
     if "problem" in parts:
         return Item(source=source, problem=parts["problem"].decode())
     image = next((parts[kind[1:]] for kind in IMAGE_TYPES if kind[1:] in parts), None)
-    extra: dict[str, Any] = {}
     try:
-        if "json" in parts:
-            meta = json.loads(parts["json"])
-            extra = meta if isinstance(meta, dict) else {}
-        caption = parts["txt"].decode() if "txt" in parts else extra.get(columns.caption)
+        meta = json.loads(parts["json"]) if "json" in parts else {}
+        meta = meta if isinstance(meta, dict) else {}
+        caption = parts["txt"].decode() if "txt" in parts else meta.get(columns.caption)
     except (ValueError, RecursionError) as error:
         return Item(source=source, problem=f"no caption: {error}")
     if image is None or caption is None:
         return Item(source=source, problem=f"no {'image' if image is None else 'caption'} among {', '.join(parts)}")
-    keep = [name for name in extra if name not in (columns.caption, "source")] if columns.keep is None else columns.keep
-    source = str(extra.get("source", source))
-    return Item(caption.strip() if isinstance(caption, str) else caption, image, source,
-                {str(name): extra.get(name) for name in keep})  # fmt: skip
+    extra = columns.extra(meta, {columns.caption, "source"})
+    caption = caption.strip() if isinstance(caption, str) else caption
+    return Item(caption, image, str(meta.get("source", source)), extra)
