@@ -125,22 +125,26 @@ def table(measured: Mapping[str, Sequence[Figure]]) -> list[str]:
     A figure is judged by the limits of its machine. A figure of a machine without limits is shown and not judged.
     """
     out = ["| budget | on | limit | measured | | from | flags |", "|---|---|---|--:|---|---|---|"]
-    missing: dict[str, list[str]] = {}
+    missing, missing_on = [], dict[str, list[str]]()
     for budget in BUDGETS:
         by_place: dict[str | None, dict[str, list[Figure]]] = {}
         for figure in measured.get(budget.key, ()):
             if (budget.where == "gpu") == (figure.gpu is not None):
                 machines = by_place.setdefault(budget.place(figure), {})
                 machines.setdefault(figure.machine, []).append(figure)
+        if not by_place.keys() & set(budget.places):
+            missing.append(f"{budget.what} ({budget.limits(budget.places[0])})")
         for place in budget.places:
             if place not in by_place:
-                missing.setdefault(place, []).append(f"{budget.what} ({budget.limits(place)})")
+                missing_on.setdefault(place, []).append(budget.key)
                 continue
             figure = best([figure for found in by_place[place].values() for figure in found])
             out.append(_row(budget, figure, budget.limits(place), budget.met(figure.value, place)))
         out += [_row(budget, best(found), "", "not judged") for _, found in sorted(by_place.get(None, {}).items())]
-    for place, names in missing.items():
-        out += ["", f"Not measured on {place}: {'; '.join(names)}."]
+    if missing:
+        out += ["", f"Not measured: {'; '.join(missing)}."]
+    for place, keys in missing_on.items():
+        out += ["", f"Not measured on {place}: {', '.join(keys)}."]
     return out
 
 

@@ -106,12 +106,13 @@ SECTIONS: dict[str, Callable[[list[Machine]], str]] = {
     "budgets": budgets_section,
     "breakdown": breakdown_section,
     "generate": _suite_section(
-        tables.GENERATE, lambda info: _op(info).startswith(("generate", "peer", "modules_by_hand"))
+        tables.GENERATE,
+        lambda info: _op(info).startswith(("generate", "peer", "modules_by_hand")) and info["sizes"]["batch"] in (1, 8),
     ),
     "serve": _suite_section(tables.SERVE, lambda info: _op(info).startswith("serve")),
     "retrieval": _suite_section(tables.RETRIEVAL, _of_the_papers_search),
     "features": _suite_section(
-        tables.FEATURES, lambda info: "reader" in info.get("sizes", {}) and info["sizes"]["rows"] in (1, 64)
+        tables.FEATURES, lambda info: "reader" in info.get("sizes", {}) and info["sizes"]["rows"] == 64
     ),
 }
 

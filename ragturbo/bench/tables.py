@@ -9,16 +9,18 @@ from ragturbo.bench.results import Run, flags, rounds
 
 # Rounds below which a percentile is left blank.
 LEAST = {"p50": 1, "p95": 20, "p99": 100}
-# Heading -> cell of a benchmark's extra_info. Numbers are aligned right by a trailing colon in the heading.
+# Heading -> cell, from a benchmark's extra_info, name and group. A heading that ends with a colon is aligned right.
 Columns = dict[str, Callable[[dict[str, Any]], str]]
 
 GENERATE: Columns = {
+    "benchmark": lambda info: info["name"],
     "model": lambda info: str(info["sizes"].get("model")),
     "CPU threads:": lambda info: str(info.get("threads", "")),
     "batch:": lambda info: str(info["sizes"].get("batch")),
     "images/s:": lambda info: f"{info['images_a_call'] / info['seconds']['p50']:.2f}",
 }
 SERVE: Columns = {
+    "benchmark": lambda info: info["name"],
     "model": lambda info: str(info["sizes"].get("model")),
     "rate, 1/s:": lambda info: f"{info['rate']:.2f}" if info.get("rate") else "",
     "requests:": lambda info: str(info.get("requests", "")),
@@ -26,19 +28,18 @@ SERVE: Columns = {
 }
 RETRIEVAL: Columns = {
     "by": lambda info: info["sizes"]["retriever"],
-    "pairs:": lambda info: f"{info['sizes']['rows']:,}",
+    "what": lambda info: info["group"],
     "recall@10:": lambda info: "" if info.get("recall") is None else f"{info['recall']:.3f}",
 }
 FEATURES: Columns = {
     "reader": lambda info: info["sizes"]["reader"],
-    "rows a request:": lambda info: str(info["sizes"]["rows"]),
     "GB/s:": lambda info: f"{info['sizes']['rows'] * info['sizes']['row_bytes'] / info['seconds']['p50'] / 1e9:.1f}",
 }
 
 
 def table(columns: Columns, run: Run, found: list[dict[str, Any]]) -> list[str]:
-    """Return a table with the name, the columns, percentiles, rounds and flags of each benchmark that has times."""
-    heads = ["benchmark", *columns, "p50:", "p95:", "p99:", "rounds:", "flags"]
+    """Return a table with the columns, percentiles, rounds and flags of each benchmark that has times."""
+    heads = [*columns, "p50:", "p95:", "p99:", "rounds:", "flags"]
     lines = [_line(head.rstrip(":") for head in heads)]
     lines.append("|" + "".join("--:|" if head.endswith(":") else "---|" for head in heads))
     for b in found:
@@ -48,7 +49,7 @@ def table(columns: Columns, run: Run, found: list[dict[str, Any]]) -> list[str]:
         count = rounds(b)
         spread = [_time(info["seconds"][name]) if (count or 1) >= least else "" for name, least in LEAST.items()]
         notes = [*flags(run, b), *([info["note"]] if info.get("note") else [])]
-        cells = [b["name"], *(cell(info) for cell in columns.values()), *spread]
+        cells = [*(cell({**info, "name": b["name"], "group": b["group"]}) for cell in columns.values()), *spread]
         lines.append(_line([*cells, "" if count is None else f"{count:,}", "; ".join(notes)]))
     return lines
 
