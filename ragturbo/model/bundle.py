@@ -213,10 +213,7 @@ def _check_index(folder: Path) -> None:
     path = folder / "model_index.json"
     if not path.is_file():
         raise ModelError(f"{folder} is not a model in diffusers' layout: it has no model_index.json")
-    try:
-        index = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path} is not JSON: {error}") from error
+    index = source.read_json(path)
     if "text_encoder_2" in index:
         raise ModelError(f"{folder} has two text encoders ({index.get('_class_name')}), which is not supported")
 

@@ -59,7 +59,9 @@ class FoldedUNet(HSpaceUNet):
             self._replace("conv_norm_out", self.unet.conv_norm_out, NormAct(self.unet.conv_norm_out))
             self.unet.conv_act = torch.nn.Identity()
         self.unet.eval()
-        self._text_kv_weight = self.ties.packed(*layout.paths) if layout.paths else None
+        if not layout.paths:
+            raise ModelError("this UNet cannot be folded: it has no cross-attention")
+        self._text_kv_weight = self.ties.packed(*layout.paths)
 
     def _replace(self, path: str, was: Any, now: torch.nn.Module) -> None:
         self.unet.set_submodule(path, now)
@@ -68,14 +70,11 @@ class FoldedUNet(HSpaceUNet):
     @property
     def text_kv_width(self) -> int:
         """ΣC of `text_kv`."""
-        return self.text_width if self._text_kv_weight is None else self._text_kv_weight.shape[0]
+        return self._text_kv_weight.shape[0]
 
     def text_kv(self, text: Tensor) -> Tensor:
-        """(B, L, D) -> the keys and values of every cross-attention side by side, (B, L, ΣC), in one product.
-
-        A UNet without cross-attention gets `text` back.
-        """
-        return text if self._text_kv_weight is None else F.linear(text, self._text_kv_weight)
+        """(B, L, D) -> the keys and values of every cross-attention side by side, (B, L, ΣC), in one product."""
+        return F.linear(text, self._text_kv_weight)
 
     def encode(self, sample: Tensor, timestep: Any, text: Tensor, **conditions: Any) -> UNetState:
         """sample: (B, c, H, W); timestep: an index into `timesteps`; text: the result of `text_kv`."""

@@ -19,22 +19,22 @@ def cosine(key: Tensor, stored_keys: Tensor) -> Tensor:
 
 
 def blend_weights(
-    cosine: Tensor, ids: Tensor, scores: Tensor, *, min_score: Tensor | float = -torch.inf, lam: Tensor | None = None
+    cosine: Tensor, ids: Tensor, scores: Tensor, *, min_score: Tensor | None = None, lam: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Compute λ and which neighbours count, without synchronizing with the device.
+    """Compute λ (B,) fp32 and valid (B, k) bool, without synchronizing with the device.
+
+    λ is the mean of the valid neighbours' cosines clamped to [0, 1], and 0 if none is valid.
 
     Args:
         cosine, ids, scores: (B, k); id -1 for a missing neighbour, scores as the retriever gives them.
-        min_score: (B,) or float; a neighbour is valid if its score is at least this.
-        lam: (B,) values to use instead of the computed λ, NaN for the computed one.
-
-    Returns:
-        λ (B,) fp32, the mean of the valid neighbours' cosines clamped to [0, 1] or 0 if none is valid, and
-        valid (B, k) bool.
+        min_score: (B,), the lowest score of a valid neighbour.
+        lam: (B,), replaces the computed λ unless it is NaN.
     """
-    limit = _on_device(min_score, scores).reshape(-1, 1)
-    # A score of NaN is valid only if there is no limit.
-    valid = (ids >= 0) & ((scores >= limit) | (limit == -torch.inf))
+    valid = ids >= 0
+    if min_score is not None:
+        limit = min_score.reshape(-1, 1)
+        # A score of NaN is valid only if there is no limit.
+        valid = valid & ((scores >= limit) | (limit == -torch.inf))
     count = valid.sum(-1)
     mean = _clamped(cosine, valid).sum(-1) / count.clamp(min=1)
     if lam is not None:
@@ -59,7 +59,7 @@ def mean_of_neighbours(h_retr: Tensor, valid: Tensor, weights: Tensor | None = N
 def check_equal_grids(
     own: tuple[int, int], theirs: tuple[int, int] | int, *, size: tuple[int, int] | None = None
 ) -> None:
-    """Check that slerp or lerp can blend two features.
+    """Raise InvalidRequest if slerp and lerp cannot blend two features because their grids differ.
 
     Equal token counts are not enough: a 4x16 grid on an 8x8 grid would blend different places of the two images.
 
@@ -67,9 +67,6 @@ def check_equal_grids(
         own: (h, w) of the generated image's feature.
         theirs: (h, w) of the retrieved feature, or its number of tokens if the grid is not known.
         size: (height, width) of the generated image in pixels, for the message.
-
-    Raises:
-        InvalidRequest: the grids differ.
     """
     if theirs in (own, own[0] * own[1]):
         return
@@ -137,16 +134,11 @@ def _clamped(cosine: Tensor, valid: Tensor) -> Tensor:
     return torch.where(valid, cosine.float().nan_to_num(0.0).clamp(0, 1), 0.0)
 
 
-def _on_device(value: Tensor | float, like: Tensor) -> Tensor:
-    """A number as a tensor, by a fill: a copy from the host would synchronize."""
-    if isinstance(value, Tensor):
-        return value
-    return torch.full((1,), value, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
-
-
 def _lerp(h_tgt: Tensor, h_retr: Tensor, w: Tensor | float) -> Tensor:
     """Linear interpolation, the baseline of slerp."""
-    if not isinstance(w, Tensor) and not 0 <= w <= 1:
+    dtype = torch.promote_types(h_tgt.dtype, torch.float32)
+    if isinstance(w, Tensor):
+        w = w.to(dtype).reshape(-1, 1, 1)
+    elif not 0 <= w <= 1:
         raise InvalidRequest(f"w={w} is outside [0, 1]; it is the weight of the target feature")
-    weight = _on_device(w, h_tgt).to(torch.promote_types(h_tgt.dtype, torch.float32)).reshape(-1, 1, 1)
-    return (weight * h_tgt + (1 - weight) * h_retr).to(h_tgt.dtype)
+    return (w * h_tgt.to(dtype) + (1 - w) * h_retr.to(dtype)).to(h_tgt.dtype)

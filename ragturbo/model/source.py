@@ -79,7 +79,7 @@ def load_text_encoder(folder: Path) -> Any:
     from transformers import CLIPTextModel
 
     path = _part(folder, "text_encoder")
-    kind = _read_config(path).get("model_type")
+    kind = read_json(path / "config.json").get("model_type")
     if kind not in ("clip_text_model", "clip"):
         raise ModelError(f"{path} is a {kind!r} model; only CLIP text encoders are supported")
     # Not CLIPTextModelWithProjection: SD 2's config has a projection_dim, but its weights have no projection.
@@ -112,19 +112,19 @@ def load_vae(folder: Path, choice: str, hub: dict[str, Any]) -> Any:
 
     if choice == "full":
         path = _part(folder, "vae")
-        tiny = _read_config(path).get("_class_name") == "AutoencoderTiny"
+        tiny = read_json(path / "config.json").get("_class_name") == "AutoencoderTiny"
         return _load(AutoencoderTiny if tiny else AutoencoderKL, path)
     if choice == "tiny" and (folder / TINY_VAE).is_dir():
         path = folder / TINY_VAE
     else:
         path = resolve(_tiny_vae_id(folder) if choice == "tiny" else choice, **hub)
-    if _read_config(_part(path.parent, path.name)).get("_class_name") != "AutoencoderTiny":
+    if read_json(path / "config.json").get("_class_name") != "AutoencoderTiny":
         raise ModelError(f"{path} is not an AutoencoderTiny")
     return _load(AutoencoderTiny, path)
 
 
 def _tiny_vae_id(folder: Path) -> str:
-    full = _read_config(folder / "vae")
+    full = read_json(folder / "vae" / "config.json")
     if full.get("latent_channels") != 4 or abs(full.get("scaling_factor", _SD_SCALE) - _SD_SCALE) > 1e-6:
         raise ModelError(
             f"{folder} has no {TINY_VAE}/, and {TINY_VAE_ID} only fits the latents of Stable Diffusion 1 and 2: "
@@ -137,13 +137,13 @@ def load_scheduler(folder: Path) -> Any:
     import diffusers
 
     path = folder / "scheduler" / "scheduler_config.json"
+    config = read_json(path)
     try:
-        config = json.loads(path.read_text("utf-8"))
         kind = getattr(diffusers, config["_class_name"])
         if not issubclass(kind, diffusers.SchedulerMixin):
             raise TypeError(f"{kind.__name__} is not a scheduler")
         return kind.from_config(config)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ModelError(f"no scheduler of diffusers can be made from {path}: {error!r}") from error
 
 
@@ -192,8 +192,7 @@ def _variant(file: Path) -> str | None:
     return ".".join(file.name.split(".")[1:-1]).split("-")[0] or None
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
+def read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:

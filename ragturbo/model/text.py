@@ -68,10 +68,6 @@ class TextEncoder:
     def key_dim(self) -> int:
         return self.width if self.clip_key is None else self.clip_key.dim
 
-    @property
-    def device(self) -> torch.device:
-        return self.text_encoder.device
-
     def tokenize(self, prompts: Sequence[str]) -> Tokens:
         """Pad or truncate prompts to the encoder's maximum length; report what was cut off and unknown words."""
         if isinstance(prompts, str):

@@ -114,8 +114,11 @@ class HSpaceUNet:
         Raises:
             ModelError: for arguments that are not supported, such as ControlNet residuals.
         """
-        self._check_conditions(refused, cross_attention_kwargs, added_cond_kwargs)
+        _check_refused(refused, cross_attention_kwargs or {})
         unet = self.unet
+        kind = unet.config.addition_embed_type
+        if kind not in (None, "text") and added_cond_kwargs is None:
+            raise InvalidRequest(f"this UNet (addition_embed_type={kind!r}) needs added_cond_kwargs")
         upsampling = 2**unet.num_upsamplers
         forward_upsample_size = any(side % upsampling for side in sample.shape[-2:])
         dtype = sample.dtype
@@ -169,25 +172,6 @@ class HSpaceUNet:
         timestep = torch.zeros(1, dtype=torch.int64, device=latents.device)
         return to_tokens(self.encode(latents, timestep, text, **conditions).h)
 
-    def _check_conditions(
-        self,
-        refused: Mapping[str, Any],
-        cross_attention_kwargs: Mapping[str, Any] | None,
-        added_cond_kwargs: Mapping[str, Any] | None,
-    ) -> None:
-        for name, value in refused.items():
-            if name not in _REFUSED:
-                raise TypeError(f"HSpaceUNet.encode has no argument {name!r}")
-            if value is not None:
-                raise ModelError(f"{name}: {_REFUSED[name]}")
-        if cross_attention_kwargs and "scale" in cross_attention_kwargs:
-            raise ModelError("a LoRA scale per call is not supported: scale the loaded LoRA's weights instead")
-        if cross_attention_kwargs and "gligen" in cross_attention_kwargs:
-            raise ModelError("GLIGEN is not supported; run diffusers' pipeline instead")
-        kind = self.unet.config.addition_embed_type
-        if kind not in (None, "text") and added_cond_kwargs is None:
-            raise InvalidRequest(f"this UNet (addition_embed_type={kind!r}) needs added_cond_kwargs")
-
     def _embed(
         self,
         sample: Tensor,
@@ -216,6 +200,18 @@ class HSpaceUNet:
         if unet.time_embed_act is not None:
             emb = unet.time_embed_act(emb)
         return emb, hint
+
+
+def _check_refused(arguments: Mapping[str, Any], cross_attention_kwargs: Mapping[str, Any]) -> None:
+    for name, value in arguments.items():
+        if name not in _REFUSED:
+            raise TypeError(f"HSpaceUNet.encode has no argument {name!r}")
+        if value is not None:
+            raise ModelError(f"{name}: {_REFUSED[name]}")
+    if "scale" in cross_attention_kwargs:
+        raise ModelError("a LoRA scale per call is not supported: scale the loaded LoRA's weights instead")
+    if "gligen" in cross_attention_kwargs:
+        raise ModelError("GLIGEN is not supported; run diffusers' pipeline instead")
 
 
 def _attends(block: torch.nn.Module) -> bool:

@@ -73,7 +73,7 @@ SPOILS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no-unet": (lambda f: shutil.rmtree(f / "unet"), "no folder unet/"),
     "no-vae": (lambda f: shutil.rmtree(f / "vae"), "no folder vae/"),
     "no-tokenizer": (lambda f: shutil.rmtree(f / "tokenizer"), "no folder tokenizer/"),
-    "no-scheduler": (lambda f: shutil.rmtree(f / "scheduler"), "no scheduler"),
+    "no-scheduler": (lambda f: shutil.rmtree(f / "scheduler"), "scheduler_config.json cannot be read"),
     "no-index": (lambda f: (f / "model_index.json").unlink(), "no model_index.json"),
     "no-weights": (lambda f: (f / UNET_WEIGHTS).unlink(), "no weights"),
     "two-encoders": (lambda f: set_json(f / "model_index.json", text_encoder_2=["a", "b"]), "two text encoders"),

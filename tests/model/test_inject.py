@@ -62,7 +62,7 @@ def test_lambda_is_the_mean_cosine_of_the_valid(data: st.DataObject) -> None:
 
 def test_one_limit_for_all_and_no_lambda_given() -> None:
     lam, valid = blend_weights(
-        torch.tensor([[0.8, 0.4]]), torch.tensor([[3, 4]]), torch.tensor([[2.0, 1.0]]), min_score=1.5
+        torch.tensor([[0.8, 0.4]]), torch.tensor([[3, 4]]), torch.tensor([[2.0, 1.0]]), min_score=torch.tensor([1.5])
     )
     assert valid.tolist() == [[True, False]] and lam.tolist() == pytest.approx([0.8])
 
