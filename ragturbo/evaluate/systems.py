@@ -16,7 +16,6 @@ from PIL import Image
 
 from ragturbo.errors import InvalidRequest, ModelError
 from ragturbo.generate import Generator
-from ragturbo.output import Output
 
 ScoreImage = Callable[[int, Image.Image], float]
 """(index of the prompt, image) -> score; best-of systems choose by it."""
@@ -122,7 +121,6 @@ class GeneratorSystem:
 
     def _generate(self, prompts: Sequence[str], seeds: Sequence[int], **options: Any) -> list[DrawnImage]:
         out = self.generator(list(prompts), seed=list(seeds), **options)
-        assert isinstance(out, Output)
         return [
             DrawnImage(image, tuple(n.caption or "" for n in neighbors if n.used))
             for image, neighbors in zip(out.images, out.neighbors, strict=True)
@@ -159,7 +157,7 @@ class RandomNeighboursSystem(GeneratorSystem):
         options = {**self.options, "mode": "adapter"}
         k = options.pop("num_neighbors", 1)
         found = self.generator(list(prompts), seed=list(seeds), output_type="latent", num_neighbors=k, mode="adapter")
-        assert isinstance(found, Output) and self.generator.database is not None
+        assert self.generator.database is not None
         rng = np.random.default_rng(list(seeds))
         ids = self.generator.database.ids
         neighbors = [[int(i) for i in rng.choice(ids, k, replace=False)] for _ in prompts]
