@@ -1,4 +1,4 @@
-"""`ragturbo convert`: what people have becomes safetensors; what would run code does not run."""
+"""`ragturbo convert`: pickles become safetensors, and their code does not run."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_every_wrapper_people_save_gives_the_same_weights(state, tmp_path: Path,
     assert len(written) == len(forms) + 1
     for path in written:
         assert_same(path, state)
-    # What was left out is said.
+    # What was left out is logged.
     assert "noted.pth: left out, not tensors: version, config" in caplog.text
 
 
@@ -136,7 +136,7 @@ def test_nothing_is_overwritten_and_names_are_checked(state, tmp_path: Path) -> 
 
 
 def test_a_folder_of_pickles_becomes_a_model_that_loads(tiny_sd21: Path, tmp_path: Path) -> None:
-    """A whole diffusers folder as it was before safetensors: .bin weights, one of them sharded."""
+    """A diffusers folder from before safetensors: .bin weights, one of them sharded."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel
 
@@ -156,7 +156,7 @@ def test_a_folder_of_pickles_becomes_a_model_that_loads(tiny_sd21: Path, tmp_pat
         torch.save({name: weights["unet"][name] for name in members}, old / "unet" / shard)
     index = {"metadata": {}, "weight_map": {name: shard for shard, members in shards.items() for name in members}}
     (old / "unet/diffusion_pytorch_model.bin.index.json").write_text(json.dumps(index))
-    # The same model once more in another layout, as the hub's repositories have it.
+    # A single-file copy of the model, as in many hub repositories.
     (old / "v2-1_512-ema-pruned.ckpt").write_bytes(b"not read")
 
     written = convert(old, tmp_path / "new")

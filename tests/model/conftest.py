@@ -1,4 +1,4 @@
-"""Small real models, made once a run. Their factory is tests/tiny.py (fixture `tiny`)."""
+"""Small real models, made once per run by tests/tiny.py (fixture `tiny`)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _seeded() -> None:
 
 @pytest.fixture(scope="session")
 def folders(tiny: ModuleType, tiny_sd21: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Diffusers folders by kind: sd21, sd21 with the other prediction types, sd15."""
+    """Diffusers folders by kind: sd21, sd15, and sd21 with the other prediction types."""
     root = tmp_path_factory.mktemp("models")
     made = {"sd21": tiny_sd21, "sd15": tiny.make_bundle(root / "sd15", "sd15")}
     for prediction in ("v_prediction", "sample"):
@@ -30,13 +30,13 @@ def folders(tiny: ModuleType, tiny_sd21: Path, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(scope="session")
 def bundle(tiny_sd21: Path) -> Bundle:
-    """The sd-turbo-shaped model on the CPU. Shared: a test that changes a model loads its own."""
+    """A model in the shape of sd-turbo on the CPU. Shared: tests that change a model load their own."""
     return Bundle.load(tiny_sd21, device="cpu")
 
 
 @pytest.fixture
 def folder(tiny_sd21: Path, tmp_path: Path) -> Path:
-    """A copy to spoil."""
+    """A copy that the test may damage."""
     return Path(shutil.copytree(tiny_sd21, tmp_path / "model"))
 
 

@@ -1,4 +1,4 @@
-"""The adapter is the identity until trained, and what it attends to is what is valid."""
+"""The adapter is the identity until it is trained, and attends to valid neighbours only."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KINDS = ("transformer", "attention")
 
 
 def trained(channels: int = 32, heads: int | None = None, kind: str = "transformer") -> HSpaceAdapter:
-    """With an output projection that is not zero: only then can a test of what it attends to fail."""
+    """An adapter whose output projection is not zero, so that its attention has an effect."""
     adapter = HSpaceAdapter(channels, heads, kind).eval()
     torch.nn.init.normal_(adapter.proj_out.weight, std=0.2)
     torch.nn.init.normal_(adapter.proj_out.bias, std=0.2)
@@ -42,7 +42,7 @@ def test_the_papers_adapter_has_36_million_parameters() -> None:
         attention = HSpaceAdapter(kind="attention")
     assert (adapter.channels, adapter.heads, adapter.kind) == (1280, 20, "transformer")
     assert sum(p.numel() for p in adapter.parameters()) == 36_071_680
-    # Q, K and V alone are the 4.9M that the paper's "36M" cannot be.
+    # Q, K and V alone are 4.9M parameters, not the paper's 36M.
     assert sum(p.numel() for n, p in attention.named_parameters() if "proj_out" not in n) == 3 * 1280**2
 
 
@@ -71,7 +71,7 @@ def test_g_is_diffusers_transformer_without_its_residual(channels: int, heads: i
         outer = theirs(h, encoder_hidden_states=h_retr[:, 0]).sample.flatten(2).transpose(1, 2)
         ours = adapter(tokens, h_retr, lam)
     torch.testing.assert_close(ours, tokens + lam[:, None, None] * (outer - tokens), rtol=1e-4, atol=1e-5)
-    # The names are the same in both directions.
+    # The parameter names are the same.
     theirs.load_state_dict(adapter.state_dict())
 
 
@@ -105,7 +105,7 @@ def test_only_valid_neighbours_are_attended_to(data: st.DataObject) -> None:
     valid = torch.tensor(
         data.draw(st.lists(st.lists(st.booleans(), min_size=k, max_size=k), min_size=batch, max_size=batch))
     )
-    # A row that was never gathered holds whatever the memory held.
+    # Rows that were not gathered are uninitialized memory.
     dirty = torch.where(valid[..., None, None], h_retr, torch.tensor(float("nan")))
     with torch.no_grad():
         got = adapter(h_tgt, dirty, lam, valid, impl)
@@ -116,7 +116,7 @@ def test_only_valid_neighbours_are_attended_to(data: st.DataObject) -> None:
             if not some.any():
                 assert torch.equal(got[row], h_tgt[row])
                 continue
-            # The same as if the others had never been found.
+            # The same as without the invalid neighbours.
             one = slice(row, row + 1)
             alone = adapter(h_tgt[one], h_retr[one][:, some], lam[one])
             torch.testing.assert_close(got[one], alone, rtol=1e-4, atol=1e-5)
@@ -259,7 +259,7 @@ def test_wrong_shapes_are_requests_refused() -> None:
 
 
 def test_the_softmax_is_taken_over_all_neighbours_together() -> None:
-    """Not once for each and averaged: a neighbour that fits takes the attention of one that does not."""
+    """It is not an average of one softmax per neighbour: a better match draws attention from the others."""
     adapter = trained(32, 1, "attention")
     torch.nn.init.eye_(adapter.to_q.weight)
     torch.nn.init.eye_(adapter.to_k.weight)
@@ -273,7 +273,7 @@ def test_the_softmax_is_taken_over_all_neighbours_together() -> None:
     torch.testing.assert_close(got, target + fits, rtol=1e-4, atol=1e-4)
 
 
-# The kernels run in Triton's interpreter where there is no GPU.
+# Without a GPU, the kernels run in Triton's interpreter.
 @pytest.mark.parametrize("impl", ["reference", "triton"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_fused_ops_are_the_module(kind: str, impl: str) -> None:

@@ -1,4 +1,4 @@
-"""Folders, hub snapshots and the embedded model: what loads, what comes back, and what it was built with."""
+"""Loading and saving of folders, hub snapshots and the embedded model, and their fingerprints."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_what_is_saved_comes_back_with_adapter_and_lora(tiny_sd21: Path, tmp_pat
     assert again.adapter is not None and bundle.adapter is not None
     for name, value in bundle.adapter.state_dict().items():
         assert torch.equal(again.adapter.state_dict()[name], value)
-    # The paper's baseline rows: neither adapter nor LoRA, and the base weights untouched by either.
+    # The paper's baseline: neither adapter nor LoRA, and unchanged base weights.
     without = Bundle.load(saved, device="cpu", adapter=False)
     assert without.adapter is None and not without.has_lora
     assert torch.equal(run(without), plain)
@@ -115,7 +115,7 @@ def test_an_adapter_can_be_swapped_and_a_wrong_one_changes_nothing(tiny_sd21: Pa
     with pytest.raises(ModelError, match="ragturbo convert.*adapter.bin"):
         bundle.load_adapter(tmp_path / "old")
     assert torch.equal(run(Bundle.load(tmp_path / "1", device="cpu", adapter=False)), plain)
-    # An adapter without a LoRA takes the old LoRA away with the old adapter.
+    # Loading an adapter without a LoRA removes the old LoRA, too.
     HSpaceAdapter(64).save(tmp_path / "bare")
     bundle.load_adapter(tmp_path / "bare")
     assert not bundle.has_lora and torch.equal(run(bundle), plain)
@@ -158,7 +158,7 @@ def test_half_precision_variants_are_taken_only_where_there_is_nothing_else(fold
     assert len(whole) == 3
     for file, half in whole.items():
         halve(file, half)
-    # A clone of a repository has both: the full ones are what fp32 asks for.
+    # A clone of a repository has both; fp32 needs the full ones.
     assert torch.equal(run(Bundle.load(folder, device="cpu")), run(bundle))
     for file in whole:
         file.unlink()
@@ -177,7 +177,7 @@ def test_weights_in_pieces_are_one_model(folder: Path, bundle: Bundle) -> None:
     pieces = sorted((folder / "unet").glob("*.safetensors"))
     assert len(pieces) > 1
     again = Bundle.load(folder, device="cpu")
-    # The weights, not what is drawn with them: where memory is aligned otherwise, a CPU's kernels may sum otherwise.
+    # Weights are compared, not images: CPU kernels may sum in another order if memory is aligned differently.
     now, before = again.unet.unet.state_dict(), bundle.unet.unet.state_dict()
     assert now.keys() == before.keys() and all(torch.equal(now[name], before[name]) for name in now)
     assert again.fingerprint() == bundle.fingerprint()
@@ -228,7 +228,7 @@ def test_the_tiny_vae_takes_the_place_of_the_full_one(tiny: ModuleType, folder: 
             shutil.copytree(tmp_path / "taesd", place)
         bundle = Bundle.load(folder, device="cpu", vae=choice)
         assert type(bundle.vae.module).__name__ == "AutoencoderTiny"
-        # Searching needs no VAE: a database built with the full one is still this model's.
+        # Searching needs no VAE: a database that was built with the full one still matches.
         assert set(bundle.fingerprint()) == {"text_encoder", "unet_encoder", "substitute_vae_encoder"}
         with torch.no_grad():
             assert bundle.vae.decode(torch.zeros(1, 4, 4, 4)).shape == (1, 3, 32, 32)
@@ -247,7 +247,7 @@ def test_a_bundle_with_a_clip_key_comes_back_with_it(tiny_sd21: Path, tmp_path: 
     assert with_key.text.key_kind == "clip" and with_key.info.key_kind == "clip" and with_key.text.key_dim == 24
     again = Bundle.load(with_key.save(tmp_path / "again"), device="cpu")
     assert again.text.key_kind == "clip" and again.info.key_kind == "clip"
-    # Another key, another fingerprint; the rest is the same model.
+    # Only the key's fingerprint is new.
     assert set(with_key.fingerprint()) - set(bundle.fingerprint()) == {"clip_key"}
     assert bundle.fingerprint().items() <= with_key.fingerprint().items()
 

@@ -1,4 +1,4 @@
-"""Folders that are refused, each with an error that says why, and loading without a network."""
+"""Folders that cannot be loaded, with the error for each, and loading without a network."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def set_json(path: Path, **values: Any) -> None:
 SPOILS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "truncated": (spoil_truncate, "diffusion_pytorch_model.safetensors is not a complete safetensors file"),
     "pickle": (spoil_pickle, "ragturbo convert .*/diffusion_pytorch_model.safetensors`"),
-    # transformers looks for the weights under this name alone.
+    # transformers looks for the weights only under this name.
     "text-pickle": (spoil_text_pickle, "ragturbo convert .*/text_encoder/model.safetensors`"),
     "missing-weight": (spoil_missing, "lacks 1 weights.*mid_block.attentions.0.norm.weight"),
     "missing-text-weight": (spoil_text_missing, "lacks 1 weights.*final_layer_norm.weight"),
@@ -152,7 +152,7 @@ except ModelError as error:
 
 @pytest.fixture
 def cache(tmp_path: Path, tiny_sd21: Path) -> Path:
-    """The hub's cache with a model in it, as a download leaves it."""
+    """A hub cache with a model, as after a download."""
     root = tmp_path / "models--someone--tiny"
     (root / "refs").mkdir(parents=True)
     (root / "refs" / "main").write_text("0" * 40)
@@ -170,12 +170,12 @@ def test_local_means_no_connection_is_even_tried(cache: Path, tiny_sd21: Path, m
         Bundle.load("someone/else", **options)
     with pytest.raises(ModelError, match="someone/tiny.*revision v2"):
         Bundle.load("someone/tiny", revision="v2", **options)
-    # A folder needs no hub, whether anybody says so or not.
+    # A folder needs no connection, even without local_files_only.
     assert Bundle.load(tiny_sd21, device="cpu").unet.channels == 64
 
 
 def test_the_offline_variable_is_honoured_with_no_connection_tried(cache: Path) -> None:
-    # The hub's client reads the variable when it is imported: a process of its own.
+    # The hub client reads the variable when it is imported, hence a new process.
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", OFFLINE], capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -1,6 +1,6 @@
-"""Nothing on the way from token ids to the decoder's output waits for the device: it can be captured in a CUDA graph.
+"""Nothing between token ids and the decoder's output synchronizes: it can be captured in a CUDA graph.
 
-FakeTensorMode plays a GPU that is not there and raises on every value that the host would have to know.
+FakeTensorMode simulates a GPU and raises if the host needs a value.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ragturbo.model.vae import VAE
 
 @pytest.fixture(scope="module")
 def schedule(tiny: ModuleType) -> Any:
-    """Made on the host, before anything runs."""
+    """Made on the host, before the capture."""
     return make_schedule(tiny.scheduler(), 1, distilled=True)
 
 
@@ -77,7 +77,7 @@ def test_one_step_with_retrieval(tiny: ModuleType, schedule: Any, cuda: torch.de
     ids, scores, keys, query = empty(2, 3, dtype=torch.int64), empty(2, 3), empty(2, 3, 32), empty(2, 32)
     cosine = torch.einsum("bd,bkd->bk", query, keys)
     lam, valid = blend_weights(cosine, ids, scores, min_score=empty(2), lam=empty(2))
-    # On a real GPU "auto" takes the kernels, which this fake one has not: their own tests capture them.
+    # "auto" would select the kernels, which a fake GPU cannot run. Their own tests capture them.
     h = inject(
         mode, state.h, empty(2, 3, 4, 64), lam=lam, valid=valid, weights=cosine, w=empty(2), adapter=adapter,
         impl="reference",

@@ -1,4 +1,4 @@
-"""A folded UNet is the model itself at its timesteps, to the rounding of fp32, and follows the model's LoRAs."""
+"""A folded UNet equals the model at its timesteps up to fp32 rounding, and follows changes of its LoRA."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_at_every_folded_timestep_it_is_the_model(tiny, kind, side, rng):
         got = folded.encode(x, i, kv)
         assert relative(got.h, expected.h) < 1e-5
         assert relative(folded.decode(got), unet.decode(expected)) < 1e-5
-        # Another timestep must be another function, or the constants went nowhere.
+        # The control: another timestep gives another result.
         other = unet.decode(unet.encode(x, FOUR_STEPS[i - 1], text))
         assert relative(folded.decode(got), other) > 1e-3
 
@@ -181,7 +181,7 @@ def test_what_cannot_be_folded_is_refused_by_name(tiny):
 
 
 class Launches(TorchDispatchMode):
-    """Counts what runs, without the operators that only make views."""
+    """Counts operators, except for those that only make views."""
 
     def __init__(self) -> None:
         super().__init__()

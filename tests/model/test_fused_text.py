@@ -32,7 +32,7 @@ def test_it_is_the_models_own_encoder(tiny, act, key):
     fused, ids = FusedText(text), text.tokenize(PROMPTS).input_ids
     got, expected = fused.encode(ids), text.encode(ids)
     assert error(got.hidden_states, expected.hidden_states) < 1e-5 and error(got.key, expected.key) < 1e-5
-    # The control: each prompt's own.
+    # The control: another prompt gives another result.
     assert error(got.hidden_states[0], expected.hidden_states[1]) > 1e-3
     assert error(got.key[0], expected.key[1]) > 1e-4
     assert all(torch.equal(before[name], value) for name, value in encoder.state_dict().items())

@@ -1,4 +1,4 @@
-"""The fused decoder is the model's own: biases moved, upsampling by two, attention by products."""
+"""The fused decoder equals the model's: moved biases, upsampling by two, attention as two products."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def scrambled(module: Any) -> Any:
-    """Biases and norms that are not the zeros and ones they are made as: what forgets one is seen."""
+    """Change biases and norms from their initial zeros and ones, so that omitting one is detected."""
     with torch.no_grad():
         for parameter in module.parameters():
             if parameter.ndim == 1:
@@ -41,7 +41,7 @@ def test_a_fused_decoder_is_the_model(tiny: ModuleType, side: tuple[int, int], u
         ("ResnetBlock2D", "Resnet"), ("Upsample2D", fused_vae.UPSAMPLINGS[upsampling].__name__),
         ("Attention", "Attention"), ("GroupNorm + SiLU", "NormAct"),
     }  # fmt: skip
-    # The convolutions whose biases moved: only the first of the decoder and the last keep one.
+    # The biases of conv_in and of the upsamplers moved to the following ResNet blocks.
     assert [up.upsamplers[0].bias for up in view.decoder.up_blocks[:-1]] == [None] * 3
     assert view.decoder.conv_in.bias is None and module.decoder.conv_in.bias is not None
     assert view.decoder.mid_block.resnets[0].bias0 is not None
@@ -50,7 +50,7 @@ def test_a_fused_decoder_is_the_model(tiny: ModuleType, side: tuple[int, int], u
 
 @torch.inference_mode()
 def test_every_moved_bias_counts(tiny: ModuleType) -> None:
-    """Without it the image is another one: the tolerance above would see a bias that is lost or added twice."""
+    """The tolerance above is small enough to detect a bias that is lost or added twice."""
     module = scrambled(tiny.vae())
     z = torch.randn(1, 4, 4, 4)
     expected = module.decode(z).sample
@@ -63,13 +63,18 @@ def test_every_moved_bias_counts(tiny: ModuleType) -> None:
 
 @torch.inference_mode()
 def test_a_decoder_of_other_parts_keeps_its_biases() -> None:
-    """Without a middle attention, with one block, and one ResNet block a level."""
+    """Without a middle attention, and with one ResNet block per level."""
     module = AutoencoderKL(
         block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, mid_block_add_attention=False, layers_per_block=1,
     ).eval()  # fmt: skip
     view, _ = fused_decoder(scrambled(module), torch.float32)
     z = torch.randn(1, 4, 3, 5)
+    assert relative(view.decode(z).sample, module.decode(z).sample) < 1e-5
+    # ResNet blocks with another activation are not fused.
+    for block in module.decoder.mid_block.resnets:
+        block.nonlinearity = torch.nn.GELU()
+    view, _ = fused_decoder(module, torch.float32)
     assert relative(view.decode(z).sample, module.decode(z).sample) < 1e-5
 
 
@@ -96,9 +101,9 @@ def test_four_convolutions_of_the_small_image_are_one_of_the_large(tiny: ModuleT
     whole, phases = Upsample(ties, path, biased), PhaseUpsample(ties, path, biased)
     for size in ((1, 1), (1, 5), (4, 3)):
         x = torch.randn(2, 16, *size, dtype=torch.float64)
-        # The sums of the weights are fp32's.
+        # The weights are summed in fp32.
         assert relative(phases(x), whole(x)) < 1e-6
-    # In 16 bits: one more rounding of the weights, which errs no more than twice what the convolution itself does.
+    # In fp16 the weights are rounded once more: at most twice the error of the convolution itself.
     exact = vae.get_submodule(path)(x) if biased else whole(x)
     half = Ties(vae.half())
     whole, phases = Upsample(half, path, biased), PhaseUpsample(half, path, biased)
@@ -121,7 +126,7 @@ def test_new_weights_go_into_the_same_memory(tiny: ModuleType) -> None:
 
 
 def test_two_products_and_a_softmax_are_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU has no product of 16-bit matrices into fp32: one that computes in fp32 stands for it."""
+    """The CPU has no product of fp16 matrices with an fp32 result, so it is emulated in fp32."""
     monkeypatch.setattr(torch, "bmm", lambda a, b, out_dtype=None: (a.float() @ b.float()).to(out_dtype or a.dtype))
     q, k, v = (torch.randn(2, 160, 96).half() for _ in range(3))
     q = 4 * q

@@ -19,7 +19,7 @@ NAN = float("nan")
 
 
 def float64_slerp(t: np.ndarray, r: np.ndarray, w: float) -> np.ndarray:
-    """Eq. 3 written down once more, in float64."""
+    """Eq. 3 in float64."""
     t, r = t.astype(np.float64), r.astype(np.float64)
     cos = (t * r).sum() / (np.linalg.norm(t) * np.linalg.norm(r))
     omega = math.acos(max(-1.0, min(1.0, cos)))
@@ -72,7 +72,7 @@ def test_several_neighbours_average_by_their_cosines() -> None:
     valid = torch.tensor([[True, True, False]])
     mean = mean_of_neighbours(rows, valid, torch.tensor([[0.6, 0.2, 0.9]]))
     torch.testing.assert_close(mean, torch.full((1, 2, 3), (0.6 * 1 + 0.2 * 3) / 0.8))
-    # Without weights, or with none above zero: each alike.
+    # Without weights, or with none above zero, all have equal weight.
     torch.testing.assert_close(mean_of_neighbours(rows, valid), torch.full((1, 2, 3), 2.0))
     unrelated = mean_of_neighbours(rows, valid, torch.tensor([[-0.5, 0.0, 0.9]]))
     torch.testing.assert_close(unrelated, torch.full((1, 2, 3), 2.0))
@@ -172,7 +172,7 @@ def test_the_adapter_takes_any_grid_and_its_own_kv() -> None:
 def test_unequal_grids_are_refused_with_both_named(mode: str) -> None:
     h = torch.randn(1, 8, 3, 4)
     with pytest.raises(InvalidRequest, match="3x4.*4x3"):
-        # As many tokens, and yet another picture.
+        # The same number of tokens in another grid.
         inject(mode, h, torch.randn(1, 1, 12, 8), grid=(4, 3))
     with pytest.raises(InvalidRequest, match="3x4.*9 tokens"):
         inject(mode, h, torch.randn(1, 1, 9, 8))

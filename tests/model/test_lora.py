@@ -27,7 +27,7 @@ def unet(tiny: Any) -> Any:
 
 
 def write(unet: Any, folder: Path, seed: int, **options: Any) -> Any:
-    """Puts a random LoRA into the UNet by peft and saves it; the UNet as peft runs it."""
+    """Add a random LoRA by peft, save it, and return the UNet with peft's layers."""
     import peft
 
     torch.manual_seed(seed)
@@ -63,7 +63,7 @@ def test_what_peft_wrote_draws_as_peft_would_and_is_written_back_as_it_was(unet,
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     configs = [json.loads((tmp_path / name / lora.CONFIG).read_text()) for name in ("peft", "ours")]
     assert configs[0] == configs[1]
-    # peft's own injection has the same names.
+    # peft itself uses the same names.
     assert {n for n in unet.state_dict() if "lora_" in n} == {
         n for n in write(unet, tmp_path / "again", 1, **options).state_dict() if "lora_" in n
     }
@@ -81,7 +81,7 @@ def test_one_after_another_leaves_nothing_of_the_one_before(unet, tmp_path):
     for seed in (1, 2):
         load_lora(unet, tmp_path / str(seed))
         places.add(tuple(m.weight.data_ptr() for m in unet.modules() if isinstance(m, LoRALayer)))
-    # The same layers: the same memory, which a recorded graph reads.
+    # For the same layers the memory stays the same, as captured graphs need.
     assert len(places) == 1
     remove_lora(unet)
     assert torch.equal(run(unet), plain) and not any(isinstance(m, LoRALayer) for m in unet.modules())
@@ -97,7 +97,7 @@ def test_in_half_precision_and_channels_last_the_merge_is_rounded_once(unet, tmp
     a, b = (state[f"base_model.model.{path}.lora_{x}.weight"].double() for x in "AB")
     layer = unet.get_submodule(path)
     exact = layer.base_layer.weight.double() + 5 / 3 * torch.einsum("orhw,rikl->oikl", b, a)
-    # The base is fp16 already: half a unit in the last place of the largest.
+    # The base is fp16: at most half a unit in the last place of the largest weight.
     assert (layer.weight - exact).abs().max() <= 2**-11 * exact.abs().max()
     assert layer.weight.is_contiguous(memory_format=torch.channels_last)
     assert all(m.weight.dtype == torch.float16 for m in unet.modules() if isinstance(m, LoRALayer))
@@ -128,7 +128,7 @@ def test_what_does_not_fit_is_refused_by_name_and_changes_nothing(unet, tmp_path
 
 
 def test_a_model_with_a_decoder_lora_draws_where_peft_is_not_installed(tiny_sd21: Path, tmp_path: Path) -> None:
-    """The embedded model may have one, and drawing is no training."""
+    """Inference does not need peft."""
     from ragturbo.model.bundle import Bundle
 
     bundle = Bundle.load(tiny_sd21, device="cpu")

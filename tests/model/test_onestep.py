@@ -1,4 +1,4 @@
-"""The closed form is diffusers' scheduler and pipeline; everything else is diffusers' scheduler itself."""
+"""The closed form equals diffusers' scheduler and pipeline; all other schedulers are diffusers' own."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
 def denoise(bundle: Bundle, schedule: Any, noise: Tensor, text: Tensor, scale: float = 0.0, seed: int = 0) -> Tensor:
-    """The loop of a pipeline over our parts: text is (negative, prompt) where there is guidance."""
+    """A pipeline's loop over our parts; with guidance, text is (negative, prompt)."""
     x = noise * schedule.init_sigma
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -107,7 +107,7 @@ def test_same_noise_same_latents_and_image_as_the_pipeline(
     schedule = make_schedule(bundle.scheduler, steps, distilled=bundle.info.distilled)
     ours = denoise(bundle, schedule, noise, states(bundle, *prompt))
     assert relative(ours, expected) < 1e-5
-    # The controls: another prompt and another noise are far outside that bar.
+    # The controls: another prompt and other noise differ by far more.
     assert relative(denoise(bundle, schedule, noise, states(bundle, "a photo", "a cat")), expected) > 1e-4
     assert relative(denoise(bundle, schedule, noise.flip(0), states(bundle, *prompt)), expected) > 1e-2
     images = pipeline(prompt, latents=noise, output_type="pt", **common).images
@@ -147,7 +147,7 @@ def test_undistilled_bases_take_their_own_scheduler_and_guidance(folders: dict[s
         generator=torch.Generator().manual_seed(3),
     ).images
     text = states(bundle, "a dog", "a red circle")
-    # Twice: a run leaves nothing behind in the bundle's scheduler.
+    # Twice: a run must not change the bundle's scheduler.
     scheduler = kind.from_config(bundle.scheduler.config)
     for _ in range(2):
         schedule = make_schedule(scheduler, 7, distilled=False)

@@ -1,4 +1,4 @@
-"""Stable Diffusion 2.1's real sizes, with random weights, once on the CPU."""
+"""Stable Diffusion 2.1 at its real size, with random weights, on the CPU."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_parameter_counts_are_the_papers() -> None:
 @torch.inference_mode()
 def test_text_to_image_at_real_sizes(tiny: ModuleType) -> None:
     tokenizer = tiny.clip_tokenizer(77)
-    # Only the vocabulary is small: the encoder is SD 2.1's 23 blocks of 1024.
+    # Only the vocabulary is small: the encoder has SD 2.1's 23 blocks of width 1024.
     encoder = tiny.text_encoder(
         tokenizer, width=1024, layers=23, num_attention_heads=16, intermediate_size=4096, eos_token_id=2
     )

@@ -1,4 +1,4 @@
-"""Prompts to states and keys: transformers' own states, open_clip's own embedding, and what was cut or not known."""
+"""Prompts to states and keys: those of transformers and open_clip, and reports of cut and unknown words."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PROMPTS = ["a red circle left of a blue square", "a dog", ""]
 
 
 def open_clip_model(tokenizer: Any, layers: int = 4, width: int = 32, quick_gelu: bool = False) -> Any:
-    """A small CLIP of the structure of ViT-H-14's text tower, by open_clip itself."""
+    """A small CLIP by open_clip, with the structure of ViT-H-14's text tower."""
     import open_clip
 
     text = open_clip.CLIPTextCfg(
@@ -29,7 +29,7 @@ def open_clip_model(tokenizer: Any, layers: int = 4, width: int = 32, quick_gelu
     )
     vision = open_clip.CLIPVisionCfg(layers=1, width=32, head_width=16, patch_size=16, image_size=32)
     model = open_clip.CLIP(24, vision, text, quick_gelu=quick_gelu).eval().requires_grad_(False)
-    # Small random weights leave every prompt at the same place: spread them.
+    # Larger random weights, so that prompts have different embeddings.
     for name, parameter in model.transformer.named_parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
         assert name
@@ -37,7 +37,7 @@ def open_clip_model(tokenizer: Any, layers: int = 4, width: int = 32, quick_gelu
 
 
 def penultimate_text_encoder(tiny: ModuleType, tokenizer: Any, source: Any, **overrides: Any) -> Any:
-    """What Stability did for SD 2: the first n - 1 blocks under transformers' names, with the last norm on top."""
+    """As in SD 2: the first n - 1 blocks under transformers' names, followed by the last norm."""
     kept = len(source.transformer.resblocks) - 1
     encoder = tiny.text_encoder(tokenizer, layers=kept, **overrides)
     state = {
@@ -90,7 +90,7 @@ def test_the_clip_key_is_open_clips_own_text_embedding(
 ) -> None:
     tokenizer = tiny.clip_tokenizer()
     source = open_clip_model(tokenizer, quick_gelu=act == "quick_gelu")
-    # SD 2's configuration names token 2 as the end, and the rule of before it: the highest id.
+    # SD 2's configuration names token 2 as the end; for those, the end is the highest id.
     overrides = {"eos_token_id": 2} if legacy else {}
     encoder = penultimate_text_encoder(tiny, tokenizer, source, act=act, **overrides)
     save_file({n: v.contiguous() for n, v in source.state_dict().items()}, tmp_path / "open_clip.safetensors")
@@ -102,11 +102,11 @@ def test_the_clip_key_is_open_clips_own_text_embedding(
     states = text.encode(ids)
     expected = source.encode_text(ids, normalize=True)
     torch.testing.assert_close(states.key, expected, rtol=1e-4, atol=1e-5)
-    # The controls: the prompts differ by far more than that, and the normed state is not the way.
+    # The controls: the prompts differ by far more, and the state after the final norm gives another key.
     assert (expected[0] - expected[1]).abs().max() > 1e-2
     normed = key(states.hidden_states, text.end_of_text(ids))
     assert (F.normalize(normed, dim=-1) - expected).abs().max() > 1e-3
-    # The UNet's context stays what it was without the key.
+    # The hidden states are the same as without the key.
     assert torch.equal(states.hidden_states, TextEncoder(tokenizer, encoder).encode(ids).hidden_states)
 
     key.save(tmp_path)
@@ -122,7 +122,7 @@ def test_padding_after_the_end_does_not_reach_the_clip_key(tiny: ModuleType, tmp
     save_file({n: v.contiguous() for n, v in source.state_dict().items()}, tmp_path / "open_clip.safetensors")
     text = TextEncoder(tokenizer, encoder, ClipKey.from_open_clip(tmp_path / "open_clip.safetensors", encoder))
     ids = text.tokenize(["a dog"]).input_ids
-    # open_clip pads with 0, SD 2's tokenizer with "!", SD 1's with the end itself.
+    # open_clip pads with 0, SD 2's tokenizer with "!", SD 1's with the end-of-text token.
     padded = ids.clone()
     padded[0, 4:] = 0
     assert (ids[0, 3] == tokenizer.eos_token_id).all()
@@ -149,7 +149,7 @@ def test_a_checkpoint_that_does_not_continue_the_encoder_is_refused(tiny: Module
     save_file({n: v.contiguous() for n, v in source.state_dict().items()}, path)
     with pytest.raises(ModelError, match="width 32, not 16"):
         TextEncoder(tokenizer, narrow, ClipKey.from_open_clip(path, encoder))
-    # A tower under a prefix, as open_clip's custom models write it, is the same tower.
+    # open_clip's custom models have the tower under a prefix.
     prefixed = {n if n.startswith("visual.") else f"text.{n}": v for n, v in source.state_dict().items()}
     save_file({n: v.contiguous() for n, v in prefixed.items()}, path)
     assert ClipKey.from_open_clip(path, encoder).dim == 24
@@ -165,18 +165,18 @@ def test_tokens_are_the_pipelines_own(bundle: Bundle) -> None:
 
 
 def test_what_was_cut_off_is_counted(bundle: Bundle) -> None:
-    # 16 places, of which two are the start and the end.
+    # 16 positions, two of them start and end.
     prompts = ["dog " * 13, "dog " * 14, "dog " * 15, "dog " * 10_000]
     assert bundle.text.tokenize(prompts).dropped == (0, 0, 1, 9_986)
 
 
 def test_many_threads_tokenize_at_once(bundle: Bundle) -> None:
-    # One short and one that is cut, so that a tokenizer set up anew for each call would be caught half way.
+    # A short and a truncated prompt, so that a race in the set-up of the tokenizer would show.
     prompts = ["a red circle", "dog " * 40]
     expected = [bundle.text.tokenize([prompt]) for prompt in prompts]
     with ThreadPoolExecutor(8) as pool:
         results = pool.map(lambda i: (i % 2, bundle.text.tokenize([prompts[i % 2]])), range(400))
-        # The tokenizer itself stays the caller's own.
+        # The tokenizer itself is not changed.
         for _ in range(50):
             assert len(bundle.text.tokenizer("dog " * 40, truncation=False).input_ids) == 42
         for which, tokens in results:
@@ -212,7 +212,7 @@ def test_unknown_words_of_a_closed_vocabulary_are_named(tiny: ModuleType) -> Non
 
 
 def test_clips_own_byte_vocabulary_knows_every_word(bundle: Bundle) -> None:
-    # CLIP's unknown token is its end and its padding: those are not words.
+    # CLIP's unknown token is also its end of text and its padding.
     assert bundle.text.tokenize(["ünï ☃ 漢字 \U0001f600", "", "a"]).unknown == ((), (), ())
 
 

@@ -1,4 +1,4 @@
-"""decode(encode(x)) is the diffusers UNet, bit for bit, whatever is switched on in it."""
+"""decode(encode(x)) equals the diffusers UNet bit for bit, with all of its options."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_attention_masks_reach_encoder_and_decoder(unets: dict[str, Any], kind: 
     assert torch.equal(ours, expected)
     without, _ = both(unets[kind], sample, 999, text, **given)
     assert torch.equal(without[0], ours[0]) and not torch.allclose(without[1], ours[1], atol=1e-6)
-    # Masked words may say anything.
+    # Masked words have no effect.
     other = text.clone()
     other[1, 3:] = torch.randn(4, 32)
     _, again = both(unets[kind], sample, 999, other, encoder_attention_mask=mask, **given)
@@ -175,7 +175,7 @@ def test_h_is_what_decode_turns_into_the_image(unets: dict[str, Any]) -> None:
         own = view.decode(state)
         assert torch.equal(view.decode(state, state.h.clone()), own)
         assert not torch.allclose(view.decode(state, state.h + 1), own, atol=1e-4)
-        # decode leaves the state as it was: it can be decoded again with another h.
+        # decode does not change the state, which can be decoded again with another h.
         assert torch.equal(view.decode(state), own)
         assert torch.equal(state.skips[0], view.unet.conv_in(sample))
     assert len(state.skips) == sum(len(block.resnets) for block in view.unet.up_blocks)

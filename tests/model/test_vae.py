@@ -39,7 +39,7 @@ def test_as_diffusers_would(tiny: ModuleType, kind: str) -> None:
     decoded = vae.decode(latents)
     torch.testing.assert_close(decoded, (module.decode(latents / scale).sample / 2 + 0.5).clamp(0, 1))
     assert decoded.shape == images.shape and decoded.min() >= 0 and decoded.max() <= 1
-    # The mean and not a sample: encoding twice gives the same bits.
+    # The mean, not a sample: encoding twice gives the same bits.
     assert torch.equal(vae.encode(images), latents)
 
 
