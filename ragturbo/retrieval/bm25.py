@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ragturbo.retrieval.retriever import check_k, excluded_ids, text_queries
+from ragturbo.errors import InvalidRequest
+from ragturbo.retrieval.retriever import check_k, excluded_ids
 from ragturbo.retrieval.snapshot import Snapshot
 
 
@@ -24,7 +25,8 @@ class Bm25Retriever:
         self.snapshot = snapshot
         self._tokenize = bm25s.tokenize
         self._index: Any = None
-        captions = snapshot.captions()
+        tables = [pairs.text() for pairs in snapshot.segments.pairs]
+        captions = [text for table in tables for text in table.column("caption").to_pylist()]
         tokens = bm25s.tokenize(captions, stopwords="en", show_progress=False)
         if tokens.vocab:
             self._index = bm25s.BM25()
@@ -33,7 +35,9 @@ class Bm25Retriever:
     def search(self, keys: Any, k: int, *, exclude: Any = None) -> tuple[np.ndarray, np.ndarray]:
         """keys: B prompts."""
         check_k(k)
-        prompts = text_queries(keys, "retriever 'bm25'")
+        prompts = [keys] if isinstance(keys, str) else keys
+        if not isinstance(prompts, (list, tuple)) or not all(isinstance(prompt, str) for prompt in prompts):
+            raise InvalidRequest(f"retriever 'bm25' searches by text: give prompts (str), not {type(keys).__name__}")
         banned = excluded_ids(exclude, len(prompts))
         ids = np.full((len(prompts), k), -1, np.int64)
         scores = np.full((len(prompts), k), np.nan, np.float32)

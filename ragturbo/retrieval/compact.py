@@ -52,20 +52,13 @@ def compact(folder: Path) -> Manifest:
                 number += 1
         manifest = base
         if tuple(entries) != base.segments:
-            mean = _mean(segments.keys[alive])
+            mean = segments.keys[alive].sum(axis=0, dtype=np.float64) / max(int(alive.sum()), 1)
             # The removed ids are no longer stored, so none is listed.
             manifest = base.evolved(segments=tuple(entries), rows=int(alive.sum()), removed=0, next_segment=number,
                                     key_mean=tuple(float(v) for v in mean))  # fmt: skip
             manifest = writer.commit(folder, manifest, np.empty(0, np.int64), writer.index_folder(folder, base))
         writer.clean(folder, manifest, keep_previous=False)
         return manifest
-
-
-def _mean(keys: np.ndarray) -> np.ndarray:
-    total = np.zeros(keys.shape[1])
-    for start in range(0, len(keys), 65536):
-        total += keys[start : start + 65536].astype(np.float64).sum(axis=0)
-    return total / max(len(keys), 1)
 
 
 def _rewrite(job: Job, number: int, segments: Segments, rows: np.ndarray) -> Finished:

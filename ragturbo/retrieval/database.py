@@ -13,7 +13,6 @@ import numpy as np
 
 from ragturbo.errors import DatabaseCorrupt, DatabaseError, DatabaseMismatch, InvalidRequest
 from ragturbo.retrieval import scann, writer
-from ragturbo.retrieval import verify as verification
 from ragturbo.retrieval.compact import compact
 from ragturbo.retrieval.durable import writer_lock
 from ragturbo.retrieval.format import Geometry, decode_rows
@@ -21,9 +20,10 @@ from ragturbo.retrieval.info import DatabaseInfo, describe
 from ragturbo.retrieval.manifest import load
 from ragturbo.retrieval.pairs import Record
 from ragturbo.retrieval.reindex import reindex
-from ragturbo.retrieval.retriever import EXACT_BELOW, Retriever, check_k, check_results, like, to_ids
+from ragturbo.retrieval.retriever import EXACT_BELOW, Retriever, check_k, check_results, like, to_ids, to_numpy
 from ragturbo.retrieval.selection import Selection
 from ragturbo.retrieval.snapshot import Snapshot, open_snapshot
+from ragturbo.retrieval.verify import problems
 
 if TYPE_CHECKING:
     import torch
@@ -142,7 +142,7 @@ class Database:
             before, ready = self._state
             if manifest.generation == before.manifest.generation:
                 return False
-            snapshot, kept = open_snapshot(self.path, before), {}
+            snapshot, kept = open_snapshot(self.path, before), dict[Any, Retriever]()
             index = ready.get(("scann", None))
             if isinstance(index, scann.ScannRetriever) and snapshot.manifest.index == before.manifest.index:
                 # The same index: it is not loaded again.
@@ -256,8 +256,8 @@ class Database:
         check_results(ids, scores, len(keys), many, name)
         if selection == Selection():
             return ids, scores
-        host = [value.cpu().numpy() if hasattr(value, "cpu") else np.asarray(value) for value in (ids, scores)]
-        return like(ids, *selection.apply(host[0], host[1], k, getattr(searcher, "snapshot", self.snapshot)))
+        snapshot = getattr(searcher, "snapshot", self.snapshot)
+        return like(ids, *selection.apply(to_numpy(ids), to_numpy(scores), k, snapshot))
 
     def rows(self, ids: Any) -> np.ndarray:
         """ids (…,) -> the records as stored, (…, record bytes) uint8. Zeros for id -1."""
@@ -340,7 +340,10 @@ class Database:
 
     def verify(self, level: str = "full", *, on_file: Callable[[str], None] | None = None) -> None:
         """Raise DatabaseCorrupt with a list of what is damaged. "full" reads every byte of this generation."""
-        verification.refuse(self.path, verification.problems(self.snapshot, level, on_file))
+        found = list(problems(self.snapshot, level, on_file))
+        if found:
+            more = f"; and {len(found) - 8} more" if len(found) > 8 else ""
+            raise DatabaseCorrupt(f"{self.path} is damaged: " + "; ".join(found[:8]) + more)
 
 
 def _check_retriever(asked: Any, snapshot: Snapshot) -> None:

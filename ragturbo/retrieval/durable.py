@@ -39,16 +39,6 @@ def naming(path: str | os.PathLike[str], doing: str) -> Iterator[None]:
         raise DatabaseError(f"{path}: {doing} failed: {error.strerror or error}") from error
 
 
-def write_all(fd: int, data: bytes | memoryview) -> None:
-    """Call `os.write` until all data is written."""
-    view = memoryview(data).cast("B")
-    while view:
-        written = os.write(fd, view)
-        if written <= 0:
-            raise OSError("the system wrote 0 bytes")
-        view = view[written:]
-
-
 def _sync(path: Path, flags: int, doing: str) -> None:
     with naming(path, doing):
         fd = os.open(path, flags)
@@ -80,11 +70,15 @@ class NewFile:
 
     def write(self, data: bytes | memoryview) -> None:
         assert self._fd is not None
+        view = memoryview(data).cast("B")
+        self._sha.update(view)
+        self._crc = zlib.crc32(view, self._crc)
         with naming(self._partial, f"writing at byte {self._size}"):
-            write_all(self._fd, data)
-        self._sha.update(data)
-        self._crc = zlib.crc32(data, self._crc)
-        self._size += memoryview(data).nbytes
+            while view:
+                written = os.write(self._fd, view)
+                if written <= 0:
+                    raise OSError("the system wrote 0 bytes")
+                view, self._size = view[written:], self._size + written
 
     def finish(self) -> FileSum:
         assert self._fd is not None

@@ -46,9 +46,7 @@ class ExactRetriever:
         banned = excluded_ids(exclude, len(query))
         hidden = None if banned is None else [self._rows(ids) for ids in banned]
         ids, scores = self._search(query.to(self.device), k, hidden)
-        if isinstance(keys, Tensor):
-            return ids.to(keys.device), scores.to(keys.device)
-        return like(keys, ids.cpu().numpy(), scores.cpu().numpy())
+        return like(keys, ids, scores)
 
     def _rows(self, ids: np.ndarray) -> Tensor:
         rows = self.snapshot.rows_of(ids)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ragturbo.errors import DatabaseCorrupt, DatabaseError, InvalidRequest
+from ragturbo.errors import DatabaseCorrupt, InvalidRequest
 
 FORMAT_VERSION = 1
 HEADER_BYTES = 4096
@@ -24,7 +24,6 @@ DTYPES = {"float16": 1, "int8": 2}
 
 # magic, version, segment, H, W, C, dtype, record bytes, stride, key width, sha256 of the encoder
 _HEADER = struct.Struct("<8sIIIIIIQQI32s")
-_HEADER_FIELDS = ("version", "segment", "H", "W", "C", "dtype", "record bytes", "stride", "key width", "encoder")
 # magic, records, offset of the id table, crc of ids, crc of the crc table, crc of the header
 _TRAILER = struct.Struct("<8sQQIII")
 _CRC = struct.Struct("<I")
@@ -85,11 +84,6 @@ class Geometry:
         return HEADER_BYTES + index * self.stride
 
 
-def _header_fields(geometry: Geometry, number: int, encoder_digest: bytes) -> tuple[int | bytes, ...]:
-    return (FORMAT_VERSION, number, geometry.height, geometry.width, geometry.channels, DTYPES[geometry.dtype],
-            geometry.record_bytes, geometry.stride, geometry.key_dim, encoder_digest)  # fmt: skip
-
-
 def _sealed(body: bytes, size: int) -> bytes:
     """Pad `body` with zeros to `size` bytes that end with the CRC-32 of the others."""
     body = body.ljust(size - 4, b"\0")
@@ -97,37 +91,29 @@ def _sealed(body: bytes, size: int) -> bytes:
 
 
 def pack_header(geometry: Geometry, number: int, encoder_digest: bytes) -> bytes:
-    return _sealed(_HEADER.pack(HEADER_MAGIC, *_header_fields(geometry, number, encoder_digest)), HEADER_BYTES)
+    body = _HEADER.pack(
+        HEADER_MAGIC, FORMAT_VERSION, number, geometry.height, geometry.width, geometry.channels,
+        DTYPES[geometry.dtype], geometry.record_bytes, geometry.stride, geometry.key_dim, encoder_digest,
+    )  # fmt: skip
+    return _sealed(body, HEADER_BYTES)
 
 
 def check_header(data: bytes, where: str, geometry: Geometry, number: int, encoder_digest: bytes) -> int:
     """Raise DatabaseCorrupt unless this is the header of segment `number`. Returns its CRC-32."""
     if len(data) != HEADER_BYTES:
         raise DatabaseCorrupt(f"{where}: the header is cut short at {len(data)} of {HEADER_BYTES} bytes")
-    crc = zlib.crc32(data[:-4])
-    stored = _CRC.unpack(data[-4:])[0]
-    if crc != stored:
-        raise DatabaseCorrupt(f"{where}: the CRC-32 of the header is {crc:08x}, it says {stored:08x}")
-    magic, *found = _HEADER.unpack_from(data)
-    if magic != HEADER_MAGIC:
-        raise DatabaseCorrupt(f"{where}: not a segment (it starts with {magic!r})")
-    if found[0] > FORMAT_VERSION:
-        raise DatabaseError(f"{where}: format version {found[0]} is newer than {FORMAT_VERSION}; upgrade ragturbo")
-    rows = zip(_HEADER_FIELDS, found, _header_fields(geometry, number, encoder_digest), strict=True)
-    wrong = [f"{name} {value!r} (manifest: {wanted!r})" for name, value, wanted in rows if value != wanted]
-    if wrong:
-        raise DatabaseCorrupt(f"{where}: not the segment of the manifest: {', '.join(wrong)}")
-    return crc
+    if data != pack_header(geometry, number, encoder_digest):
+        what = "damaged" if zlib.crc32(data[:-4]) != _CRC.unpack(data[-4:])[0] else "that of another database"
+        raise DatabaseCorrupt(f"{where}: the header is {what}: it is not the one of segment {number} of the manifest")
+    return int(_CRC.unpack(data[-4:])[0])
 
 
 def pack_footer(ids: np.ndarray, crcs: np.ndarray, geometry: Geometry, header_crc: int) -> tuple[bytes, int]:
     """ids (n,) int64 ascending, crcs (n,) uint32 -> the footer and the CRC-32 of its trailer."""
     id_bytes = np.ascontiguousarray(ids, "<i8").tobytes()
     crc_bytes = np.ascontiguousarray(crcs, "<u4").tobytes()
-    trailer = _sealed(
-        _TRAILER.pack(TRAILER_MAGIC, len(ids), geometry.offset(len(ids)), zlib.crc32(id_bytes), zlib.crc32(crc_bytes),
-                      header_crc), TRAILER_BYTES
-    )  # fmt: skip
+    end, sums = geometry.offset(len(ids)), (zlib.crc32(id_bytes), zlib.crc32(crc_bytes))
+    trailer = _sealed(_TRAILER.pack(TRAILER_MAGIC, len(ids), end, *sums, header_crc), TRAILER_BYTES)
     return id_bytes + crc_bytes + trailer, _CRC.unpack(trailer[-4:])[0]
 
 
@@ -137,27 +123,15 @@ def check_footer(
     """Check a footer of `count` records. Returns its tables: ids (n,) int64 and CRC-32s (n,) uint32."""
     if len(data) != 12 * count + TRAILER_BYTES:
         raise DatabaseCorrupt(f"{where}: the footer is cut short at {len(data)} of {12 * count + TRAILER_BYTES} bytes")
-    trailer = data[-TRAILER_BYTES:]
-    crc = zlib.crc32(trailer[:-4])
-    stored = _CRC.unpack(trailer[-4:])[0]
-    if crc != stored or crc != trailer_crc:
-        raise DatabaseCorrupt(
-            f"{where}: the trailer's CRC-32 is {crc:08x}, it says {stored:08x} and the manifest {trailer_crc:08x}"
-        )
-    magic, records, offset, id_crc, table_crc, head = _TRAILER.unpack_from(trailer)
-    if (magic, records, offset, head) != (TRAILER_MAGIC, count, geometry.offset(count), header_crc):
-        raise DatabaseCorrupt(
-            f"{where}: the trailer describes {records} records ending at {offset} under header {head:08x}; "
-            f"the manifest has {count} ending at {geometry.offset(count)} under {header_crc:08x}"
-        )
-    if zlib.crc32(data[: 8 * count]) != id_crc:
-        raise DatabaseCorrupt(f"{where}: the CRC-32 of the id table does not match the trailer")
-    if zlib.crc32(data[8 * count : 12 * count]) != table_crc:
-        raise DatabaseCorrupt(f"{where}: the CRC-32 of the checksum table does not match the trailer")
-    ids = np.frombuffer(data, "<i8", count)
+    ids, crcs = np.frombuffer(data, "<i8", count), np.frombuffer(data, "<u4", count, 8 * count)
+    expected, crc = pack_footer(ids, crcs, geometry, header_crc)
+    if data != expected:
+        raise DatabaseCorrupt(f"{where}: the footer is damaged: its CRC-32s do not match its tables and header")
+    if crc != trailer_crc:
+        raise DatabaseCorrupt(f"{where}: the trailer's CRC-32 is {crc:08x}, the manifest says {trailer_crc:08x}")
     if count and (ids[0] < 0 or np.any(np.diff(ids) <= 0)):
         raise DatabaseCorrupt(f"{where}: ids are not ascending")
-    return ids, np.frombuffer(data, "<u4", count, 8 * count)
+    return ids, crcs
 
 
 def encode_rows(features: np.ndarray, geometry: Geometry) -> np.ndarray:

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ragturbo.retrieval import scann
 from ragturbo.retrieval.format import FORMAT_VERSION
+from ragturbo.retrieval.retriever import EXACT_BELOW
 from ragturbo.retrieval.snapshot import Snapshot
 
 
@@ -44,20 +44,24 @@ class DatabaseInfo:
 
 
 def describe(snapshot: Snapshot, retriever: str, why: str) -> DatabaseInfo:
-    manifest, geometry = snapshot.manifest, snapshot.geometry
+    manifest, geometry, rows = snapshot.manifest, snapshot.geometry, len(snapshot)
     newer, index, advice = 0, None, None
+    files = [file for entry in manifest.segments for file in entry.files.values()]
     if manifest.index is not None:
+        files += manifest.index.files.values()
         index = {"kind": manifest.index.kind, "rows": manifest.index.rows, "config": manifest.index.config}
-        newer = max(0, len(snapshot) - manifest.index.rows)
-        advice = scann.advised(len(snapshot), newer, manifest.removed)
-    total = sum(file.bytes for entry in manifest.segments for file in entry.files.values())
-    total += sum(file.bytes for file in manifest.index.files.values()) if manifest.index else 0
+        newer = max(0, rows - manifest.index.rows)
+        if rows >= EXACT_BELOW and newer + manifest.removed > max(2000, rows // 50):
+            advice = (
+                f"{newer} pairs are newer than the index and {manifest.removed} in it are removed: "
+                "run `ragturbo db reindex`"
+            )
     return DatabaseInfo(
-        path=str(snapshot.folder), format_version=FORMAT_VERSION, generation=manifest.generation, pairs=len(snapshot),
+        path=str(snapshot.folder), format_version=FORMAT_VERSION, generation=manifest.generation, pairs=rows,
         removed=manifest.removed, next_id=manifest.next_id, segments=len(manifest.segments), height=geometry.height,
         width=geometry.width, channels=geometry.channels, feature_dtype=geometry.dtype,
         record_bytes=geometry.record_bytes, key_kind=manifest.key_kind, key_dim=geometry.key_dim,
-        key_mean_norm=float(np.linalg.norm(snapshot.key_mean)), centred=manifest.centred, bytes=total,
-        encoder=dict(manifest.encoder), retriever=retriever, why=why, index=index, newer_than_index=newer,
-        advice=advice,
+        key_mean_norm=float(np.linalg.norm(snapshot.key_mean)), centred=manifest.centred,
+        bytes=sum(file.bytes for file in files), encoder=dict(manifest.encoder), retriever=retriever, why=why,
+        index=index, newer_than_index=newer, advice=advice,
     )  # fmt: skip

@@ -21,7 +21,7 @@ import numpy as np
 
 from ragturbo.errors import DatabaseCorrupt, DatabaseError, InvalidRequest
 from ragturbo.retrieval import durable, pairs
-from ragturbo.retrieval.format import Geometry, encode_keys, encode_rows, pack_footer, pack_header, segment_name
+from ragturbo.retrieval.format import Geometry, encode_keys, encode_rows, pack_footer, pack_header
 from ragturbo.retrieval.manifest import SEGMENT_FILES, Manifest, SegmentEntry, segment_path, typed
 from ragturbo.retrieval.pairs import Record
 from ragturbo.retrieval.segments import read_tables
@@ -37,7 +37,7 @@ class SegmentWriter:
         self._folder, self.geometry, self.number = folder, geometry, number
         header = pack_header(geometry, number, digest)
         self._header_crc = int.from_bytes(header[-4:], "little")
-        self._file = durable.NewFile(self._path("hseg"))
+        self._file = durable.NewFile(segment_path(folder, number, "hseg"))
         self._ids: list[int] = []
         self._crcs: list[int] = []
         self._keys: list[np.ndarray] = []
@@ -47,9 +47,6 @@ class SegmentWriter:
         except BaseException:
             self.discard()
             raise
-
-    def _path(self, kind: str) -> Path:
-        return self._folder / "segments" / f"{segment_name(self.number)}.{kind}"
 
     def add(self, records: Sequence[Record], keys: np.ndarray, features: np.ndarray) -> None:
         """records (n), keys (n, K) float, features (n, T, C) float."""
@@ -79,8 +76,10 @@ class SegmentWriter:
             self._file.write(footer)
             sums = {
                 "hseg": self._file.finish(),
-                "keys": durable.write_file(self._path("keys"), keys.tobytes()),
-                "parquet": durable.write_file(self._path("parquet"), pairs.encode(self._records)),
+                "keys": durable.write_file(segment_path(self._folder, self.number, "keys"), keys.tobytes()),
+                "parquet": durable.write_file(
+                    segment_path(self._folder, self.number, "parquet"), pairs.encode(self._records)
+                ),
             }
         except BaseException:
             self.discard()
@@ -112,12 +111,9 @@ class Job:
         identity = [base.generation, base.encoder_digest.hex(), asdict(base.geometry), base.segment_records, spec]
         self.name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
-    def _sidecar(self, number: int) -> Path:
-        return self.folder / "segments" / f"{segment_name(number)}.json"
-
     def finished(self, number: int) -> Finished | None:
         """Return the segment if an earlier run of this job completed it."""
-        path = self._sidecar(number)
+        path = segment_path(self.folder, number, "json")
         try:
             raw = path.read_bytes()
         except FileNotFoundError:
@@ -131,7 +127,7 @@ class Job:
             entry = typed(SegmentEntry, body["entry"], "entry")
             read_tables(self.folder, replace(self.base, segments=(entry,)), entry)
             for kind in ("keys", "parquet"):
-                if segment_path(self.folder, entry, kind).stat().st_size != entry.files[kind].bytes:
+                if segment_path(self.folder, number, kind).stat().st_size != entry.files[kind].bytes:
                     return None
             return Finished(entry, np.frombuffer(base64.b64decode(body["key_sum"]), "<f8"), body["notes"])
         except (DatabaseCorrupt, KeyError, TypeError, ValueError, OSError) as error:
@@ -152,7 +148,7 @@ class Job:
             "job": self.name, "entry": asdict(entry), "notes": notes,
             "key_sum": base64.b64encode(key_sum.astype("<f8").tobytes()).decode(),
         }  # fmt: skip
-        durable.write_file(self._sidecar(number), _seal(body))
+        durable.write_file(segment_path(self.folder, number, "json"), _seal(body))
         durable.sync_folder(self.folder / "segments")
         return Finished(entry, key_sum, notes)
 

@@ -248,5 +248,5 @@ def load(folder: Path) -> Manifest:
     return manifest
 
 
-def segment_path(folder: Path, entry: SegmentEntry, kind: str) -> Path:
-    return folder / "segments" / f"{entry.name}.{kind}"
+def segment_path(folder: Path, number: int, kind: str) -> Path:
+    return folder / "segments" / f"{segment_name(number)}.{kind}"

@@ -1,4 +1,4 @@
-"""Read arrays of ids from .npy files without numpy's reader.
+"""Arrays of ids as .npy files, read without numpy's reader.
 
 numpy parses the header with Python's compiler. In CPython 3.11 that fails at times if two threads do it at once
 (SystemError: AST constructor recursion depth mismatch).
@@ -6,6 +6,7 @@ numpy parses the header with Python's compiler. In CPython 3.11 that fails at ti
 
 from __future__ import annotations
 
+import io
 import re
 import struct
 
@@ -15,8 +16,14 @@ _MAGIC = b"\x93NUMPY\x01\x00"
 _HEADER = re.compile(rb"\{'descr': '<i8', 'fortran_order': False, 'shape': \((\d{1,18}),\), \} *\n")
 
 
+def write_ids(ids: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, np.asarray(ids, "<i8"), allow_pickle=False)
+    return buffer.getvalue()
+
+
 def read_ids(raw: bytes) -> np.ndarray:
-    """Return the (n,) int64 array that `np.save` wrote. Raises ValueError for anything else."""
+    """Return the (n,) int64 array of a file of `write_ids`. Raises ValueError for anything else."""
     start = len(_MAGIC) + 2
     if raw[: len(_MAGIC)] != _MAGIC or len(raw) < start:
         raise ValueError("it does not begin as a .npy file of version 1.0")

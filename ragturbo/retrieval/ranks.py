@@ -5,28 +5,27 @@ The processes communicate through files and locks in the database's folder.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 from ragturbo.errors import DatabaseError
 from ragturbo.retrieval import durable
 from ragturbo.retrieval.manifest import Manifest, load
 
-T = TypeVar("T")
 # Seconds after which a process without a lock, which also has not finished, counts as dead.
 PATIENCE = 600.0
 
 
-@dataclass(frozen=True)
+@dataclass
 class Rank:
+    """This process's place among those of a build."""
+
     rank: int
     world: int
+    _absent_since: dict[int, float] = field(default_factory=dict)
 
     @property
     def first(self) -> bool:
@@ -51,20 +50,27 @@ class Rank:
     def wait_for_others(self, folder: Path, job: str) -> None:
         for rank in range(1, self.world):
             marker = self._marker(folder, rank)
-
-            def announced(marker: Path = marker) -> bool | None:
-                with contextlib.suppress(OSError):
-                    return marker.read_bytes() == job.encode() or None
-                return None
-
-            _wait(folder, rank, announced, f"process {rank} of {self.world} ended before it finished; run again")
+            while not marker.exists() or marker.read_bytes() != job.encode():
+                self._wait(folder, rank)
 
     def wait_for_commit(self, folder: Path, job: str) -> Manifest:
-        def committed() -> Manifest | None:
-            manifest = load(folder) if (folder / "CURRENT").exists() else None
-            return manifest if manifest is not None and manifest.job == job else None
+        while not (folder / "CURRENT").exists() or (manifest := load(folder)).job != job:
+            self._wait(folder, 0)
+        return manifest
 
-        return _wait(folder, 0, committed, "the first process ended without a commit; run again")
+    def _wait(self, folder: Path, rank: int) -> None:
+        """Wait a moment. Raises DatabaseError if process `rank` has been absent for too long."""
+        try:
+            with durable.writer_lock(folder, _lock_name(rank), patience=0):
+                pass
+        except DatabaseError:
+            # It holds its lock, so it is alive.
+            self._absent_since.pop(rank, None)
+        else:
+            since = self._absent_since.setdefault(rank, time.monotonic())
+            if time.monotonic() - since > PATIENCE:
+                raise DatabaseError(f"{folder}: process {rank} of {self.world} ended before it finished; run again")
+        time.sleep(0.2)
 
     def clear(self, folder: Path) -> None:
         for rank in range(1, self.world):
@@ -73,23 +79,6 @@ class Rank:
 
 def _lock_name(rank: int) -> str:
     return "LOCK" if rank == 0 else f"LOCK.{rank}"
-
-
-def _wait(folder: Path, rank: int, ready: Callable[[], T | None], problem: str) -> T:
-    """Wait until `ready` returns a value, as long as process `rank` is alive."""
-    last_seen = time.monotonic()
-    while (found := ready()) is None:
-        try:
-            with durable.writer_lock(folder, _lock_name(rank), patience=0):
-                alive = False
-        except DatabaseError:
-            alive = True
-        if alive:
-            last_seen = time.monotonic()
-        elif time.monotonic() - last_seen > PATIENCE:
-            raise DatabaseError(f"{folder}: {problem}")
-        time.sleep(0.2)
-    return found
 
 
 def current() -> Rank:

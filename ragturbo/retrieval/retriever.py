@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -36,20 +35,20 @@ class Retriever(Protocol):
 
 def to_host(keys: Any) -> np.ndarray:
     """Return keys as float32 on the host, without a copy if they are that already."""
-    if isinstance(keys, np.ndarray):
-        return keys if keys.dtype == np.float32 else keys.astype(np.float32)
-    if hasattr(keys, "detach"):
-        return keys.detach().float().cpu().numpy()
-    return np.asarray(keys, np.float32)
+    return to_numpy(keys.float() if hasattr(keys, "detach") else keys).astype(np.float32, copy=False)
 
 
-def like(keys: Any, ids: np.ndarray, scores: np.ndarray) -> tuple[Any, Any]:
-    """Return results as the keys came: numpy arrays, or tensors on the device of the keys."""
+def like(keys: Any, ids: Any, scores: Any) -> tuple[Any, Any]:
+    """Return arrays or tensors as the keys came: numpy arrays, or tensors on the device of the keys."""
     if not hasattr(keys, "detach"):
-        return ids, scores
+        return to_numpy(ids), to_numpy(scores)
     import torch
 
-    return torch.from_numpy(ids).to(keys.device), torch.from_numpy(scores).to(keys.device)
+    return torch.as_tensor(ids).to(keys.device), torch.as_tensor(scores).to(keys.device)
+
+
+def to_numpy(values: Any) -> np.ndarray:
+    return values.detach().cpu().numpy() if hasattr(values, "detach") else np.asarray(values)
 
 
 def check_keys(keys: np.ndarray, dim: int) -> None:
@@ -83,7 +82,7 @@ def excluded_ids(exclude: Any, batch: int) -> list[np.ndarray] | None:
 
 def to_ids(ids: Any) -> np.ndarray:
     """Return ids of any kind as int64 on the host. Raises InvalidRequest for floats."""
-    array = np.asarray(ids.detach().cpu() if hasattr(ids, "detach") else (list(ids) if isinstance(ids, set) else ids))
+    array = to_numpy(list(ids) if isinstance(ids, set) else ids)
     if array.size == 0:
         return array.astype(np.int64)
     if array.dtype.kind not in "iu":
@@ -96,11 +95,3 @@ def check_results(ids: Any, scores: Any, batch: int, k: int, who: str) -> None:
     for name, value in (("ids", ids), ("scores", scores)):
         if tuple(getattr(value, "shape", ())) != (batch, k):
             raise InvalidRequest(f"{who} gave {name} of shape {tuple(getattr(value, 'shape', ()))}, not {(batch, k)}")
-
-
-def text_queries(queries: Any, who: str) -> Sequence[str]:
-    if isinstance(queries, str):
-        return [queries]
-    if not isinstance(queries, (list, tuple)) or not all(isinstance(query, str) for query in queries):
-        raise InvalidRequest(f"{who} searches by text: give prompts (str), not {type(queries).__name__}")
-    return queries

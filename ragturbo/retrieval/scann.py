@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import io
 import math
 import os
 import re
@@ -17,8 +16,8 @@ import numpy as np
 from ragturbo.errors import DatabaseCorrupt, DatabaseError, InvalidRequest
 from ragturbo.retrieval import durable, store
 from ragturbo.retrieval.manifest import IndexEntry
-from ragturbo.retrieval.npy import read_ids
-from ragturbo.retrieval.retriever import EXACT_BELOW, check_k, check_keys, excluded_ids, like, to_host
+from ragturbo.retrieval.npy import read_ids, write_ids
+from ragturbo.retrieval.retriever import check_k, check_keys, excluded_ids, like, to_host
 from ragturbo.retrieval.snapshot import Snapshot
 
 IDS = "ids.npy"
@@ -117,9 +116,7 @@ def build_index(snapshot: Snapshot, config: ScannConfig, folder: Path, threads: 
         raise
     except (RuntimeError, ValueError) as error:
         raise DatabaseError(f"{folder}: ScaNN could not build an index of {len(rows)} pairs: {error}") from error
-    buffer = io.BytesIO()
-    np.save(buffer, snapshot.ids[rows].astype("<i8"), allow_pickle=False)
-    durable.write_file(folder / IDS, buffer.getvalue())
+    durable.write_file(folder / IDS, write_ids(snapshot.ids[rows]))
     sums = {}
     for path in sorted(folder.iterdir()):
         durable.sync_file(path)
@@ -304,10 +301,3 @@ class ScannRetriever:
         ])  # fmt: skip
         top = np.argsort(-scores, kind="stable")[:want]
         return visible[top], scores[top]
-
-
-def advised(rows: int, newer: int, hidden: int) -> str | None:
-    """Return the advice to rebuild an index with this many newer and removed pairs, or None."""
-    if rows >= EXACT_BELOW and newer + hidden > max(2000, rows // 50):
-        return f"{newer} pairs are newer than the index and {hidden} in it are removed: run `ragturbo db reindex`"
-    return None

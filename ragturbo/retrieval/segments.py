@@ -21,7 +21,7 @@ _FAILURES = {"crc": "wrong checksum", "short": "the file is cut short", "io": "r
 
 def read_tables(folder: Path, manifest: Manifest, entry: SegmentEntry) -> tuple[np.ndarray, np.ndarray]:
     """Return ids and CRC-32s of a segment, after checking its size, header and footer against the manifest."""
-    path = segment_path(folder, entry, "hseg")
+    path = segment_path(folder, entry.number, "hseg")
     geometry = manifest.geometry
     with durable.naming(path, "reading"), open(path, "rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
@@ -51,14 +51,14 @@ class Segments:
         rows = len(self.ids)
         self._first = int(self.ids[0]) if rows else 0
         self._contiguous = bool(rows and int(self.ids[-1]) - self._first + 1 == rows)
-        self.paths = [segment_path(folder, entry, "hseg") for entry in entries]
+        self.paths = [segment_path(folder, entry.number, "hseg") for entry in entries]
         try:
-            self._store = store.open_store(
+            self._store = store.Store(
                 [str(path) for path in self.paths], header_bytes=HEADER_BYTES, record_bytes=self.geometry.stride,
                 payload_bytes=self.geometry.record_bytes, counts=[entry.count for entry in entries],
             )  # fmt: skip
             self.pairs = [
-                PairsFile(segment_path(folder, entry, "parquet"), entry.files["parquet"], ids)
+                PairsFile(segment_path(folder, entry.number, "parquet"), entry.files["parquet"], ids)
                 for entry, (ids, _) in zip(entries, tables, strict=True)
             ]
         except FileNotFoundError as error:
@@ -80,7 +80,7 @@ class Segments:
 
         def load(i: int) -> None:
             entry = self.manifest.segments[i]
-            path, total = segment_path(self.folder, entry, "keys"), entry.files["keys"]
+            path, total = segment_path(self.folder, entry.number, "keys"), entry.files["keys"]
             view = keys[self.starts[i] : self.starts[i + 1]].reshape(-1).view(np.uint8).data
             with durable.naming(path, "reading"), open(path, "rb", buffering=0) as file:
                 done = 0

@@ -69,10 +69,6 @@ class Snapshot:
         segments, inside = self.segments.locate(row)
         return self.segments.pairs[int(segments[0])].record(int(inside[0]), thumbnail)
 
-    def captions(self) -> list[str]:
-        """All captions in row order, removed pairs included."""
-        return [str(text) for pairs in self.segments.pairs for text in pairs.text().column("caption").to_pylist()]
-
 
 def open_snapshot(folder: Path, before: Snapshot | None = None) -> Snapshot:
     """Open the current generation; start over if a writer replaces it and deletes its files meanwhile."""

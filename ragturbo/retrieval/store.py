@@ -112,18 +112,8 @@ class PreadStore:
             self._pool.shutdown()
 
 
-def open_store(
-    paths: Sequence[str], *, header_bytes: int, record_bytes: int, payload_bytes: int, counts: Sequence[int]
-) -> Any:
-    kind: Any = PreadStore if _native is None else _native.Store
-    return kind(
-        list(paths), header_bytes=header_bytes, record_bytes=record_bytes, payload_bytes=payload_bytes,
-        counts=list(counts),
-    )  # fmt: skip
-
-
-def crc32(data: Any, value: int = 0) -> int:
-    return zlib.crc32(data, value) if _native is None else _native.crc32(data, value)
+Store: Any = PreadStore if _native is None else _native.Store
+crc32: Any = zlib.crc32 if _native is None else _native.crc32
 
 
 def host_buffer(nbytes: int) -> tuple[np.ndarray, bool, str, Any]:

@@ -55,7 +55,7 @@ def _problem(check: Callable[..., object], *arguments: Any) -> Iterator[str]:
 
 
 def _check_sum(folder: Path, entry: SegmentEntry, kind: str) -> None:
-    path = segment_path(folder, entry, kind)
+    path = segment_path(folder, entry.number, kind)
     found = durable.sum_file(path)
     if found != entry.files[kind]:
         raise DatabaseCorrupt(f"{path}: {found}, the manifest says {entry.files[kind]}")
@@ -71,11 +71,3 @@ def _records(snapshot: Snapshot) -> Iterator[str]:
                 yield from _problem(segments.read, np.array([row]))
     for pairs in segments.pairs:
         yield from _problem(pairs.check)
-
-
-def refuse(folder: Path, found: Iterator[str]) -> None:
-    """Raise DatabaseCorrupt if there are problems."""
-    lines = list(found)
-    if lines:
-        more = f"; and {len(lines) - 8} more" if len(lines) > 8 else ""
-        raise DatabaseCorrupt(f"{folder} is damaged: " + "; ".join(lines[:8]) + more)

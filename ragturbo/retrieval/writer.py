@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,7 +22,7 @@ from ragturbo.retrieval import durable
 from ragturbo.retrieval.format import GENERATION_NAME, Geometry, generation_name
 from ragturbo.retrieval.jobs import Finished, Job, SegmentWriter
 from ragturbo.retrieval.manifest import Manifest, load
-from ragturbo.retrieval.npy import read_ids
+from ragturbo.retrieval.npy import read_ids, write_ids
 from ragturbo.retrieval.pairs import Record
 
 
@@ -63,9 +62,7 @@ def commit(folder: Path, manifest: Manifest, removed: np.ndarray, index: Path | 
             durable.remove_tree(leftover)
     with durable.naming(draft, "creating"):
         draft.mkdir()
-    buffer = io.BytesIO()
-    np.save(buffer, np.asarray(removed, "<i8"), allow_pickle=False)
-    total = durable.write_file(draft / "removed.npy", buffer.getvalue())
+    total = durable.write_file(draft / "removed.npy", write_ids(removed))
     if manifest.index is not None:
         assert index is not None
         with durable.naming(draft, "creating"):
