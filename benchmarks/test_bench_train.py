@@ -168,13 +168,13 @@ def test_part(measure: Any, setup: Setup, part: str) -> None:
 
     @torch.no_grad()
     def real() -> Any:
-        return trainer.discriminator.features(batch.z0, s, text)
+        return trainer.discriminator.backbone(batch.z0, s, text)
 
     calls: dict[str, Any] = {
         "student forward": lambda: trainer.objective.estimate(batch, batch.noise),
         "features of real": real,
         "features of fake, with gradient": lambda: sum(
-            f.float().sum() for f in trainer.discriminator.features(z, s, text)
+            f.float().sum() for f in trainer.discriminator.backbone(z, s, text)
         ).backward(),
         "lpips": lambda: lpips(z, batch.z0).sum().backward(),
     }
@@ -221,14 +221,14 @@ class Straightforward:
             fake = trainer.objective.noise.noised(z0_hat, eps, s)
             d = trainer.discriminator
             # D's step: two passes, real and fake.
-            on_real = d(d.features(real, s, text.hidden_states))
-            on_fake = d(d.features(fake.detach(), s, text.hidden_states))
+            on_real = d(d.backbone(real, s, text.hidden_states))
+            on_fake = d(d.backbone(fake.detach(), s, text.hidden_states))
             loss_d = hinge_d(on_real, on_fake).sum()
             self.d.zero_grad()
             loss_d.backward()
             self.d.step()
             # G's step.
-            adv = hinge_g(d(d.features(fake, s, text.hidden_states)))
+            adv = hinge_g(d(d.backbone(fake, s, text.hidden_states)))
             distill = F.smooth_l1_loss(z0_hat, batch.z0)
             perceptual = self.lpips(z0_hat, batch.z0).mean()
             loss = total(adv, distill, perceptual)

@@ -77,7 +77,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def latest(folder: Path) -> Path | None:
-    return next(iter(checkpoints(folder)[::-1]), None)
+    return next(reversed(checkpoints(folder)), None)
 
 
 def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import types
 import typing
@@ -246,11 +247,7 @@ class LADDConfig:
 
 
 def load_config(source: str | Path, changes: Sequence[str] = ()) -> LADDConfig:
-    """Read a YAML file or a built-in configuration ("paper", "one-gpu", "shapes").
-
-    Args:
-        changes: settings to replace, such as "loop.batch=64"; values are YAML.
-    """
+    """Read a YAML file or a built-in configuration. changes: settings to replace, such as "loop.batch=64"."""
     yaml = require("yaml")
     path = find_config(source)
     try:
@@ -286,14 +283,9 @@ def from_dict(values: dict[str, Any]) -> LADDConfig:
 
 
 def to_dict(config: LADDConfig) -> dict[str, Any]:
-    """Nested dicts, lists and scalars, as YAML and JSON have them."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: plain(v) for name, v in value.items()}
-        return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-    return plain(dataclasses.asdict(config))
+    """Nested dicts, lists and scalars."""
+    # JSON has lists in place of tuples.
+    return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def to_yaml(config: LADDConfig) -> str:

@@ -65,10 +65,8 @@ class Batch:
 
 
 class Mixture:
-    """Sample number -> (source, index), by weight. Every epoch of a source has a new order.
-
-    Each block of 1,024 samples has the exact share of every source, in random order.
-    """
+    """Sample number -> (source, index). Each block of 1,024 samples has the exact share of every source, in random
+    order; each epoch of a source has a new order."""
 
     def __init__(self, lengths: Sequence[int], weights: Sequence[float], seed: int) -> None:
         shares = np.asarray(weights, float) / sum(weights) * _BLOCK
@@ -122,7 +120,6 @@ class TrainingData:
         shapes = {tuple(source.read(0, "latents").shape) for source in sources}
         if len(shapes) > 1:
             raise InvalidRequest(f"the sources' latents have different shapes: {sorted(shapes)}")
-        self.shape: tuple[int, ...] = shapes.pop()
         self.text = all("text" in source.fields and "key" in source.fields for source in sources)
         self._rows = database.ids if database is not None and random_neighbors else None
 
@@ -148,13 +145,12 @@ class TrainingData:
         def stack(name: str) -> Tensor:
             return torch.stack([shards.read(i, name) for shards, i in places])
 
-        paired = ["noise" in shards.fields for shards, _ in places]
-        noise = [
-            s.read(i, "noise") if own else torch.zeros(self.shape) for (s, i), own in zip(places, paired, strict=True)
-        ]
-        batch = Batch(
-            stack("latents").float(), torch.stack(noise).float(), torch.tensor(paired), stack("input_ids").long()
-        )
+        z0, paired = stack("latents").float(), torch.tensor(["noise" in shards.fields for shards, _ in places])
+        noise = torch.zeros_like(z0)
+        for n, (shards, i) in enumerate(places):
+            if paired[n]:
+                noise[n] = shards.read(i, "noise")
+        batch = Batch(z0, noise, paired, stack("input_ids").long())
         if self.text:
             batch = replace(batch, text=stack("text"), key=stack("key").float())
         return self._with_neighbors(batch, numbers) if self.num_neighbors else batch

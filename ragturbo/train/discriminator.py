@@ -50,13 +50,8 @@ class Backbone:
     """The frozen UNet encoder and middle block, conditioned on the text and on the timestep s."""
 
     def __init__(self, unet: Any, stages: Sequence[str] | None = None, *, shared: bool = False) -> None:
-        """
-        Args:
-            unet: a UNet2DConditionModel.
-            stages: "down_0", … and "mid"; None: all of them.
-            shared: use `unet` as it is. False: use a copy that shares its encoder weights and has no up blocks, so that
-                the decoder can be freed.
-        """
+        """stages: "down_0", … and "mid"; None: all of them. shared: use `unet`, a UNet2DConditionModel, itself. False:
+        use a copy that shares its weights and has no up blocks, so that these can be freed."""
         if not shared:
             # The copy keeps the number of upsamplers, which HSpaceUNet reads.
             names, unet = ("up_blocks", "conv_out"), copy.copy(unet)
@@ -105,9 +100,6 @@ class Discriminator(nn.Module):
         stages = zip(backbone.stages, backbone.channels, strict=True)
         self.heads = nn.ModuleDict({name: Head(channels, width, spectral, normalise) for name, channels in stages})
 
-    def features(self, z_s: Tensor, s: Tensor, text: Tensor) -> list[Tensor]:
-        return self.backbone(z_s, s, text)
-
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Features of every stage -> logits (B, P_k) of every head. In train mode each call is one power iteration."""
         return [head(f) for head, f in zip(self.heads.values(), features, strict=True)]
@@ -129,11 +121,7 @@ class NoiseSchedule:
     def __init__(self, scheduler: Any, device: torch.device | str = "cpu") -> None:
         from diffusers import DDPMScheduler
 
-        names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
-        config = {name: scheduler.config[name] for name in names if name in scheduler.config}
-        zero_snr = bool(scheduler.config.get("rescale_betas_zero_snr", False))
-        schedule: Any = DDPMScheduler(**config, rescale_betas_zero_snr=zero_snr)
-        alphas_cumprod = schedule.alphas_cumprod.double()
+        alphas_cumprod = DDPMScheduler.from_config(scheduler.config).alphas_cumprod.double()
         self.alpha = alphas_cumprod.sqrt().float().to(device)
         self.sigma = (1 - alphas_cumprod).sqrt().float().to(device)
 

@@ -45,10 +45,7 @@ def make_encoded_data(
     precision: str | None = None,
     device: str | None = None,
 ) -> int:
-    """Write the missing shards of this process's share; returns their number. The arguments are the command's options.
-
-    Call it again to continue an interrupted run.
-    """
+    """Write this process's share of the missing shards; returns their number. The arguments are the CLI's options."""
     if (score_column is None) != (min_score is None):
         raise InvalidRequest("--score-column and --min-score belong together")
     source = open_source(pairs, columns or Columns())
@@ -59,17 +56,10 @@ def make_encoded_data(
     bundle = Bundle.load(model, device=device or local_device(), dtype=compute, adapter=False)
     size = size or bundle.default_size
     made_by = {
-        "model": model,
-        "vae_encoder": bundle.fingerprint()["vae_encoder"],
-        "source": digest([source.description]),
-        "min_size": min_size,
-        "score_column": score_column,
-        "min_score": min_score,
-        "size": size,
-        "dtype": dtype,
-        "text": store_text,
-        "batch": batch,
-    }
+        "model": model, "vae_encoder": bundle.fingerprint()["vae_encoder"], "source": digest([source.description]),
+        "min_size": min_size, "score_column": score_column, "min_score": min_score, "size": size, "dtype": dtype,
+        "text": store_text, "batch": batch,
+    }  # fmt: skip
     plan = Plan("encoded", total, shard_size, made_by)
     folder = Path(out)
     plan.write_or_check(folder)

@@ -27,17 +27,11 @@ from ragturbo.train.student import Student
 
 # Stable Diffusion 2.1 and sd-turbo, used if the configured model is not on this machine.
 SD21: dict[str, Any] = {
-    "sample_size": 64,
-    "in_channels": 4,
-    "out_channels": 4,
-    "block_out_channels": (320, 640, 1280, 1280),
-    "layers_per_block": 2,
-    "attention_head_dim": (5, 10, 20, 20),
-    "cross_attention_dim": 1024,
-    "use_linear_projection": True,
+    "sample_size": 64, "in_channels": 4, "out_channels": 4, "layers_per_block": 2, "use_linear_projection": True,
+    "block_out_channels": (320, 640, 1280, 1280), "attention_head_dim": (5, 10, 20, 20), "cross_attention_dim": 1024,
     "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
     "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-}
+}  # fmt: skip
 _TEXT_TOKENS = 77
 
 
@@ -148,10 +142,10 @@ def _trace(
             z0_hat = student(student.noisy(z0, noise, i), i, text, retrieved)
         with _counted(flops, "discriminator backbone forward"):
             with torch.no_grad():
-                real = discriminator.features(z0, i, text)
-                wrong = discriminator.features(z0, i, text) if config.discriminator.misaligned else None
-                seen = None if config.discriminator.shared_fake else discriminator.features(z0_hat.detach(), i, text)
-            fake = discriminator.features(z0_hat, i, text)
+                real = discriminator.backbone(z0, i, text)
+                wrong = discriminator.backbone(z0, i, text) if config.discriminator.misaligned else None
+                seen = None if config.discriminator.shared_fake else discriminator.backbone(z0_hat.detach(), i, text)
+            fake = discriminator.backbone(z0_hat, i, text)
         with _counted(flops, "discriminator heads, forward and backward"):
             groups = [real, seen or [f.detach() for f in fake], *([wrong] if wrong else [])]
             logits = discriminator([torch.cat(stage) for stage in zip(*groups, strict=True)])

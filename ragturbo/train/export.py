@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,11 +25,18 @@ def export_adapter(
     copy of `database`, for `from_pretrained(folder)`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with _with_values(student, values):
+    trainable = student.trainable()
+    before = {name: parameter.data for name, parameter in trainable.items()}
+    try:
+        for name, parameter in trainable.items():
+            parameter.data = values[name]
         if student.adapter is not None:
             student.adapter.save(folder)
         if lora.has_lora(student.unet):
             lora.save_lora(student.unet, folder / lora.FOLDER)
+    finally:
+        for name, parameter in trainable.items():
+            parameter.data = before[name]
     if whole:
         base = _untrained(config)
         base.load_adapter(folder)
@@ -54,17 +59,3 @@ def export_student(folder: Path, config: LADDConfig, values: dict[str, Tensor], 
 def _untrained(config: LADDConfig) -> Bundle:
     """The model that training started from, in fp32 on the CPU."""
     return Bundle.load(config.model, device="cpu", dtype=torch.float32, adapter=False, revision=config.revision)
-
-
-@contextmanager
-def _with_values(student: Student, values: dict[str, Tensor]) -> Iterator[None]:
-    """Replace the trainable parameters by `values` inside the block."""
-    working = student.trainable()
-    before = {name: parameter.data for name, parameter in working.items()}
-    try:
-        for name, parameter in working.items():
-            parameter.data = values[name]
-        yield
-    finally:
-        for name, parameter in working.items():
-            parameter.data = before[name]

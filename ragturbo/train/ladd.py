@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 
 from ragturbo.errors import InvalidRequest, NonFiniteOutput
 from ragturbo.train import checkpoint, models, require
@@ -33,14 +35,8 @@ class LADDTrainer:
     def __init__(
         self, config: LADDConfig, out: str | Path, *, device: torch.device | str | None = None, resume: bool = False
     ) -> None:
-        """
-        Args:
-            out: folder for the configuration, checkpoints, statistics, sample grids and the export.
-            device: None: the one the launcher assigned to this process.
-            resume: continue from the newest checkpoint in `out`, if there is one.
-        """
+        """device: None: the launcher's. resume: continue from the newest checkpoint in `out`, if there is one."""
         self.config, self.out = config, Path(out)
-        # Processes.
         cpu = str(device or "").startswith("cpu") or not torch.cuda.is_available()
         self.processes = require("accelerate").PartialState(cpu=cpu)
         self.device = torch.device(device) if device is not None else self.processes.device
@@ -122,14 +118,15 @@ class LADDTrainer:
         self.student.train()
         self.discriminator.train()
         for m, batch in enumerate(batches):
-            values = self.objective.backward(batch.to(self.device), self.generator(m), self.accumulation)
-            self._add(values)
+            self._add(self.objective.backward(batch.to(self.device), self.generator(m), self.accumulation))
             self._micro_batches += 1
             self.masters.accumulate()
         g = list(self.masters.parameters.values())
         d = list(self.discriminator.parameters())
         self._average_gradients(g + d)
-        norm_g, norm_d = _clip(g, self.config.optim.clip), _clip(d, self.config.discriminator.optim.clip)
+        # The norms before clipping.
+        norm_g = clip_grad_norm_(g, self.config.optim.clip or math.inf)
+        norm_d = clip_grad_norm_(d, self.config.discriminator.optim.clip or math.inf)
         # Once per step, divided by the number of micro-batches in _log.
         self._add({"norm_g": norm_g * self.accumulation, "norm_d": norm_d * self.accumulation})
         # The only device synchronisation of a step. The norms are the same in all processes.
@@ -203,8 +200,7 @@ class LADDTrainer:
 
     def _add(self, values: dict[str, Tensor]) -> None:
         for name, value in values.items():
-            value = value.float()
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._sums[name] = self._sums.get(name, 0.0) + value.float()
 
     def _log(self, stats: StatsWriter | None) -> None:
         """Write the means since the last line, over all processes."""
@@ -218,8 +214,9 @@ class LADDTrainer:
             return
         losses, accuracies = means.pop("head").tolist(), means.pop("accuracy").tolist()
         values: dict[str, Any] = {name: value.item() for name, value in means.items()}
-        values["d_heads"] = dict(zip(self.discriminator.backbone.stages, losses, strict=True))
-        values["d_accuracy"] = dict(zip(self.discriminator.backbone.stages, accuracies, strict=True))
+        stages = self.discriminator.backbone.stages
+        values["d_heads"] = dict(zip(stages, losses, strict=True))
+        values["d_accuracy"] = dict(zip(stages, accuracies, strict=True))
         values["dead_heads"] = self._watch.check(self.step, losses)
         values |= {"skipped": self.skipped, "lr": self.optimizer_g.param_groups[0]["lr"]}
         if self.held_out is not None and self.step % self.config.loop.held_out_every == 0:
@@ -243,7 +240,9 @@ class LADDTrainer:
                 "trainable": self.masters.state(),
                 "heads": self.discriminator.heads.state_dict(),
                 "optimizer_g": checkpoint.optimizer_state(self.optimizer_g, self.masters.parameters),
-                "optimizer_d": checkpoint.optimizer_state(self.optimizer_d, self._head_names()),
+                "optimizer_d": checkpoint.optimizer_state(
+                    self.optimizer_d, dict(self.discriminator.named_parameters())
+                ),
             }
             if self.ema is not None:
                 states["ema"] = self.ema.values
@@ -266,17 +265,9 @@ class LADDTrainer:
         self.masters.load(states["trainable"])
         self.discriminator.heads.load_state_dict(states["heads"])
         checkpoint.load_optimizer(self.optimizer_g, self.masters.parameters, states["optimizer_g"])
-        checkpoint.load_optimizer(self.optimizer_d, self._head_names(), states["optimizer_d"])
+        checkpoint.load_optimizer(self.optimizer_d, dict(self.discriminator.named_parameters()), states["optimizer_d"])
         if self.ema is not None:
             self.ema.load(states["ema"])
         self.step, self.updates = facts["step"], facts["updates"]
         self.skipped, self.skipped_in_a_row = facts["skipped"], facts["skipped_in_a_row"]
         log.info("resumed from %s", path)
-
-    def _head_names(self) -> list[str]:
-        return [name for name, _ in self.discriminator.named_parameters()]
-
-
-def _clip(parameters: Iterable[Tensor], largest: float) -> Tensor:
-    """Clip the gradient in place; returns its norm before that."""
-    return torch.nn.utils.clip_grad_norm_(parameters, largest if largest > 0 else float("inf"))

@@ -17,14 +17,11 @@ _WIDTHS = (1, 2, 4, 8, 8)
 
 
 class LatentVGG(nn.Module):
-    """torchvision's vgg16_bn.features on latents, with the same module numbers (0 … 43); pools 1-3 are identities.
-
-    `width`: channels of the first block, 64 in the original.
-    """
+    """torchvision's vgg16_bn.features with the same module numbers (0 … 43), pools 1-3 identities, `width` for 64."""
 
     def __init__(self, in_channels: int = 4, width: int = 64) -> None:
         super().__init__()
-        self.in_channels, self.width = in_channels, width
+        self.width = width
         layers: list[nn.Module] = []
         self.taps: list[int] = []
         before = in_channels
@@ -52,10 +49,7 @@ class LatentVGG(nn.Module):
 
 
 class LatentLPIPS(nn.Module):
-    """Eq. 9: E_𝒯‖F(𝒯(ẑ_0)) − F(𝒯(z_0))‖², F the unit-normalised block outputs.
-
-    The network is frozen and in eval mode; gradients flow only to ẑ_0.
-    """
+    """Eq. 9: E_𝒯‖F(𝒯(ẑ_0)) − F(𝒯(z_0))‖², F the unit-normalised block outputs. Frozen and always in eval mode."""
 
     def __init__(
         self, vgg: LatentVGG, lin: list[Tensor] | None = None, augmentation: Augmentation | None = None
@@ -133,11 +127,8 @@ def load_lpips(weights: str | None, in_channels: int, augmentation: Augmentation
 
 
 def _read_format(state: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor], list[Tensor] | None]:
-    """State dict of vgg16_bn.features, and the calibrated weights if there are any.
-
-    Known names: "features.N.…" (ours, and E-LatentLPIPS's backbone under prefixes) and "net.sliceK.N.…" with
-    "linK.model.1.weight" (E-LatentLPIPS, tuned).
-    """
+    """State dict of vgg16_bn.features and the calibrated weights, if any. Names are "features.N.…" (ours, and
+    E-LatentLPIPS's backbone), or "net.sliceK.N.…" and "linK.model.1.weight" (E-LatentLPIPS, tuned)."""
     features: dict[str, Tensor] = {}
     lin: dict[int, Tensor] = {}
     for name, value in state.items():

@@ -44,7 +44,7 @@ def load_models(config: LADDConfig, device: torch.device, dtype: torch.dtype) ->
     elif config.teacher == "self":
         teacher = None
     else:
-        other, teacher = load_teacher(str(config.teacher), str(device), config.loop.precision)
+        other, teacher = load_teacher(str(config.teacher), str(device), dtype)
         scheduler = other.scheduler
         if other.text.width != bundle.text.width:
             raise ModelError(

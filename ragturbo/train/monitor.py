@@ -44,10 +44,7 @@ class HeldOut:
 
 @torch.no_grad()
 def sample_grid(batch: Batch, estimate: Estimate, decode: Callable[[Tensor], Tensor], seed: int) -> Any:
-    """A PIL image of two rows: z_0 decoded, and ẑ_0 from pure noise, drawn by `seed` for samples without their own.
-
-    decode: latents -> (B, 3, H, W) in [0, 1].
-    """
+    """A PIL image of two rows: z_0 decoded, and ẑ_0 from pure noise, drawn by `seed` for samples without their own."""
     from PIL import Image
 
     device = batch.z0.device

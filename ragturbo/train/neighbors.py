@@ -18,7 +18,7 @@ from ragturbo.model.inject import cosine
 from ragturbo.retrieval import durable
 from ragturbo.train.data import database_name
 from ragturbo.train.progress import local_device, rank_and_world, track
-from ragturbo.train.shards import NEIGHBORS, Shards, write_or_check_index
+from ragturbo.train.shards import NEIGHBORS, Shards, remaining, shard_path, write_or_check_index
 
 if TYPE_CHECKING:
     from ragturbo.retrieval.database import Database
@@ -54,10 +54,10 @@ def make_neighbors(
     bundle = Bundle.load(model, device=device or local_device(), adapter=False)
     db.check_encoder(bundle.fingerprint(), bundle.text.key_kind)
     folder = shards.folder / NEIGHBORS
-    settings = {"k": k, "database": database_name(db), "max_cosine": max_cosine, "retriever": retriever}
-    write_or_check_index(folder, settings)
-    rank, world = rank_and_world()
-    todo = [i for i in range(rank, len(shards.files), world) if not (folder / shards.files[i].name).is_file()]
+    write_or_check_index(
+        folder, {"k": k, "database": database_name(db), "max_cosine": max_cosine, "retriever": retriever}
+    )
+    todo = remaining(folder, len(shards.files), *rank_and_world())
     search = NeighborSearch(db, k, max_cosine)
     for shard in track(todo, len(todo), "neighbors"):
         records = shards.records(shard)
@@ -67,8 +67,7 @@ def make_neighbors(
             found = search(keys, records[start : start + batch])
             ids.append(found[0])
             lam.append(found[1])
-        table = save({"ids": torch.cat(ids), "lam": torch.cat(lam)})
-        durable.write_file(folder / shards.files[shard].name, table)
+        durable.write_file(shard_path(folder, shard), save({"ids": torch.cat(ids), "lam": torch.cat(lam)}))
     if search.short:
         log.warning("%d samples have fewer than %d neighbours: the other rows were duplicates", search.short, k)
     return len(todo)

@@ -116,9 +116,7 @@ class Objective:
         lam, valid = blend_weights(cosine(key, batch.retr_keys), batch.ids, batch.scores, lam=lam)
         return batch.h_retr, torch.where(drop, 0.0, lam), valid & ~drop[:, None]
 
-    def _features(
-        self, z_s: Tensor, z_s_hat: Tensor, s: Tensor, text: Tensor
-    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    def _features(self, z_s: Tensor, z_s_hat: Tensor, s: Tensor, text: Tensor) -> tuple[list[Tensor], ...]:
         """Features of every stage: of z_s; of ẑ_s with its graph; of ẑ_s without one, for D alone, unless the pass is
         shared; of z_s with other samples' prompts, if misaligned pairs are on. The last two may be empty lists."""
         settings, size = self.config.discriminator, len(z_s)
@@ -129,17 +127,14 @@ class Objective:
             parts["wrong"] = (z_s, text.roll(1, 0))
         with torch.no_grad():
             sample, states = (torch.cat(column) for column in zip(*parts.values(), strict=True))
-            together = self.discriminator.features(sample, s.repeat(len(parts)), states)
+            together = self.discriminator.backbone(sample, s.repeat(len(parts)), states)
         split = {name: [f[k * size : (k + 1) * size] for f in together] for k, name in enumerate(parts)}
-        fake = self.discriminator.features(z_s_hat, s, text)
+        fake = self.discriminator.backbone(z_s_hat, s, text)
         return split["real"], fake, split.get("own", []), split.get("wrong", [])
 
     def fake_weight(self, batch: Batch) -> Tensor:
-        """(K, 2·B): weights of the fakes, then of the misaligned pairs, for each head.
-
-        A misaligned pair has weight 0 if its prompt is the same as the sample's own, and for heads whose stage does
-        not depend on the prompt: for those it is a real image labelled fake.
-        """
+        """(K, 2·B): weights of the fakes, then of the misaligned pairs, for each head. 0 for pairs whose prompt is the
+        sample's own, and for heads whose stage does not depend on the prompt: to those a pair is a real image."""
         differs = (batch.input_ids != batch.input_ids.roll(1, 0)).any(1).float()
         reads = self.discriminator.backbone.reads_text
         return torch.stack([torch.cat([torch.ones_like(differs), differs * read]) for read in reads])

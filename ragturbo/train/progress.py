@@ -5,11 +5,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable
-from typing import TypeVar
+from typing import Any
 
 import torch
-
-T = TypeVar("T")
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -22,7 +20,7 @@ def local_device() -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
-def track(items: Iterable[T], total: int, what: str) -> Iterable[T]:
+def track(items: Iterable[Any], total: int, what: str) -> Iterable[Any]:
     """Iterate over `items` with a progress bar on stderr, if that is a terminal and this is the first process."""
     from rich.console import Console
     from rich.progress import track as bar

@@ -73,10 +73,7 @@ def write_or_check_index(folder: Path, values: dict[str, Any]) -> None:
     if path.is_file():
         if changed := changed_settings(_read_json(path), values):
             what = ", ".join(f"{name} ({text})" for name, text in changed.items())
-            raise InvalidRequest(
-                f"{folder} was started with other settings: {what}. Use the same ones or another folder, or delete it "
-                "first"
-            )
+            raise InvalidRequest(f"{folder} was started with other settings: {what}. Use those, or delete it first")
         return
     # Several processes may do this at once; all write the same bytes.
     part = path.with_name(f".{INDEX}.{os.getpid()}.part")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import sys
 import time
 from pathlib import Path
@@ -29,11 +28,19 @@ class StatsWriter:
         """start: steps done before; lines of later steps, left by a killed run, are removed."""
         self.path = out / STATS
         _truncate(self.path, start)
-        self._tensorboard = _tensorboard(out) if tensorboard else None
+        self._tensorboard: Any = None
+        if tensorboard:
+            require("tensorboard")
+            self._tensorboard = require("torch.utils.tensorboard").SummaryWriter(str(out / "tensorboard"))
         self._last = (time.perf_counter(), start)
         self._progress: Any = None
         if sys.stderr.isatty():
-            self._progress = _progress()
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            facts = TextColumn("{task.fields[facts]}")
+            columns = (MofNCompleteColumn(), BarColumn(bar_width=20), facts, TimeRemainingColumn())
+            self._progress = Progress(*columns, console=Console(stderr=True))
             self._task = self._progress.add_task("", total=max_steps, completed=start, facts="")
             self._progress.start()
 
@@ -46,7 +53,8 @@ class StatsWriter:
         memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
         line = {"step": step, "kimg": step * batch / 1000, **values, "samples_per_s": samples_per_s, "memory": memory}
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
+            # JSON has no NaN: write null.
+            file.write(json.dumps(json.loads(json.dumps(line), parse_constant=lambda _: None)) + "\n")
         if self._tensorboard is not None:
             for name, value in line.items():
                 for key, number in value.items() if isinstance(value, dict) else [("", value)]:
@@ -90,26 +98,6 @@ class HeadWatch:
                     name, _STARTING_LOSS, step,
                 )  # fmt: skip
         return dead
-
-
-def _finite(value: Any) -> Any:
-    """Replace NaN and infinity, which JSON does not have, by None."""
-    if isinstance(value, dict):
-        return {name: _finite(v) for name, v in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _progress() -> Any:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (MofNCompleteColumn(), BarColumn(bar_width=20), TextColumn("{task.fields[facts]}"), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True))
-
-
-def _tensorboard(out: Path) -> Any:
-    require("tensorboard")
-    return require("torch.utils.tensorboard").SummaryWriter(str(out / "tensorboard"))
 
 
 def _truncate(path: Path, start: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import nullcontext
 from typing import Any
 
@@ -80,11 +81,8 @@ class Student(nn.Module):
     def forward(
         self, x: Tensor, i: Tensor, text: Tensor, retrieved: tuple[Tensor, Tensor, Tensor] | None = None
     ) -> Tensor:
-        """ẑ_0, fp32 as x.
-
-        x: (B, c, H, W) fp32 from `noisy`; i: (B,); text: (B, L, D); retrieved: h_retr (B, k, S, C), λ (B,) and valid
-        (B, k).
-        """
+        """x: (B, c, H, W) fp32 from `noisy`; i: (B,); text: (B, L, D); retrieved: h_retr (B, k, S, C), λ (B,), valid
+        (B, k) -> ẑ_0, fp32 as x."""
         dtype = self.hspace.dtype
         sample, text = (_each(self.to_input, i) * x).to(dtype), text.to(dtype)
         # The frozen encoder stores no activations.
@@ -99,10 +97,8 @@ class Student(nn.Module):
 
 
 class Masters:
-    """fp32 copies of the trainable parameters. The optimiser updates these; the model computes in its own precision.
-
-    The gradients of micro-batches are accumulated here in fp32.
-    """
+    """fp32 copies of the trainable parameters, for the optimiser and for accumulating gradients. The model computes on
+    copies in its own precision."""
 
     def __init__(self, working: dict[str, nn.Parameter]) -> None:
         self._working = working
@@ -159,8 +155,6 @@ class EMA:
 
 def add_lora(unet: Any, config: LoRAConfig) -> None:
     """Add a new LoRA to the decoder; its initial effect is zero."""
-    import re
-
     peft = require("peft")
     matched = [name for name, _ in unet.named_modules() if re.fullmatch(config.targets, name)]
     if outside := [name for name in matched if not name.startswith("up_blocks.")]:

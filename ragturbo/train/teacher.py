@@ -18,9 +18,6 @@ from ragturbo.train.progress import local_device, rank_and_world, track
 from ragturbo.train.shards import DTYPES, Plan, digest, remaining, write_shard
 from ragturbo.train.student import trailing_euler
 
-# The names in loop.precision.
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
 
 class TeacherSampler:
     """Deterministic Euler steps of the teacher's probability-flow ODE with classifier-free guidance.
@@ -69,27 +66,17 @@ def make_teacher_data(
     precision: str | None = None,
     device: str | None = None,
 ) -> int:
-    """Write the missing shards of this process's share; returns their number. The arguments are the command's options.
-
-    Call it again to continue an interrupted run.
-    """
+    """Write this process's share of the missing shards; returns their number. The arguments are the CLI's options."""
     if not prompts:
         raise InvalidRequest("no prompts given")
     folder, storage = Path(out), DTYPES[dtype]
-    bundle, unet = load_teacher(model, device or local_device(), precision)
+    bundle, unet = load_teacher(model, device or local_device(), None if precision is None else DTYPES[precision])
+    # The batch size is included because the bits of the latents depend on it.
     made_by = {
-        "model": model,
-        "teacher": fingerprint(unet),
-        "text_encoder": bundle.fingerprint()["text_encoder"],
-        "guidance": guidance,
-        "steps": steps,
-        "seed": seed,
-        "dtype": dtype,
-        "text": store_text,
-        # The bits of a result depend on the batch size.
-        "batch": batch,
+        "model": model, "teacher": fingerprint(unet), "text_encoder": bundle.fingerprint()["text_encoder"],
+        "guidance": guidance, "steps": steps, "seed": seed, "dtype": dtype, "text": store_text, "batch": batch,
         "prompts": digest(prompts),
-    }
+    }  # fmt: skip
     plan = Plan("teacher", len(prompts), shard_size, made_by)
     plan.write_or_check(folder)
     todo = remaining(folder, plan.shards, *rank_and_world())
@@ -125,13 +112,8 @@ def make_teacher_data(
     return len(todo)
 
 
-def load_teacher(model: str, device: str, precision: str | None) -> tuple[Bundle, Any]:
-    """Return the bundle of `model` and its undistilled UNet: teacher_unet/ if it has one, else its own UNet.
-
-    Raises:
-        ModelError: the model is distilled and has no teacher_unet/.
-    """
-    dtype = None if precision is None else PRECISIONS.get(precision) or DTYPES[precision]
+def load_teacher(model: str, device: str, dtype: torch.dtype | None) -> tuple[Bundle, Any]:
+    """Return the bundle of `model` and its undistilled UNet: teacher_unet/ if it has one, else its own UNet."""
     own = (resolve(model) / TEACHER).is_dir()
     bundle = Bundle.load(model, device=device, dtype=dtype, adapter=False, teacher=own)
     if own:

@@ -40,11 +40,8 @@ def train_vgg(
     seed: int = 0,
     device: str | None = None,
 ) -> dict[str, float]:
-    """Train a LatentVGG on all but every 16th sample and write it to `out` (safetensors).
-
-    Returns:
-        "average_precision" of the words of held-out captions, the same "by_frequency" alone, and the number of "words".
-    """
+    """Train a LatentVGG on all but every 16th sample and write it to `out` (safetensors). Returns "average_precision"
+    of the words of held-out captions, the same "by_frequency" alone, and the number of "words"."""
     place = torch.device(device or local_device())
     shards = Shards(data)
     records = [record for shard in range(len(shards.files)) for record in shards.records(shard)]
@@ -69,11 +66,14 @@ def train_vgg(
     decay = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, steps))))
     )
+
+    def read(rows: Tensor) -> Tensor:
+        return torch.stack([shards.read(int(i), "latents") for i in rows]).float().to(place)
+
     generator, draws = torch.Generator().manual_seed(seed), torch.Generator(place).manual_seed(seed)
     for _ in track(range(steps), steps, "latent VGG"):
         rows = train[torch.randint(len(train), (batch,), generator=generator)]
-        z = torch.stack([shards.read(int(i), "latents") for i in rows]).float().to(place)
-        z = _AUGMENTATION.draw(batch, draws, place)(z)
+        z = _AUGMENTATION.draw(batch, draws, place)(read(rows))
         loss = F.binary_cross_entropy_with_logits(head(vgg(z)[-1].mean((2, 3))), targets[rows].to(place))
         loss.backward()
         optimizer.step()
@@ -81,7 +81,9 @@ def train_vgg(
         optimizer.zero_grad(set_to_none=True)
 
     test = held.nonzero().flatten()[:1024] if held.any() else train[:1024]
-    scores = _scores(vgg.eval(), head, shards, test, batch)
+    vgg.eval()
+    with torch.no_grad():
+        scores = torch.cat([head(vgg(read(rows))[-1].mean((2, 3))).cpu() for rows in test.split(batch)])
     ours, base = (average_precision(x, targets[test]) for x in (scores, frequency.expand(len(test), -1)))
     log.info("mean average precision on %d held-out samples: %.3f; by frequency alone %.3f", len(test), ours, base)
     save_vgg(vgg, out, words=str(len(vocabulary)), steps=str(steps), average_precision=f"{ours:.4f}")
@@ -105,12 +107,3 @@ def average_precision(scores: Tensor, targets: Tensor) -> float:
     precision = hits.cumsum(1) / torch.arange(1, hits.shape[1] + 1)
     each = (precision * hits).sum(1) / hits.sum(1).clamp(min=1)
     return float(each[targets.any(1)].mean()) if targets.any() else 0.0
-
-
-@torch.no_grad()
-def _scores(vgg: LatentVGG, head: nn.Module, shards: Shards, rows: Tensor, batch: int) -> Tensor:
-    parts = []
-    for chunk in rows.split(batch):
-        z = torch.stack([shards.read(int(i), "latents") for i in chunk]).float()
-        parts.append(head(vgg(z.to(next(vgg.parameters()).device))[-1].mean((2, 3))).cpu())
-    return torch.cat(parts)

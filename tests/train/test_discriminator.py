@@ -64,9 +64,9 @@ def test_d_depends_on_the_text_and_on_s(unet):
     discriminator = Discriminator(Backbone(unet), width=8).eval()
     z, s, text = inputs(unet)
     with torch.no_grad():
-        plain = discriminator(discriminator.features(z, s, text))
-        other_text = discriminator(discriminator.features(z, s, text.flip(0)))
-        other_s = discriminator(discriminator.features(z, s.flip(0), text))
+        plain = discriminator(discriminator.backbone(z, s, text))
+        other_text = discriminator(discriminator.backbone(z, s, text.flip(0)))
+        other_s = discriminator(discriminator.backbone(z, s.flip(0), text))
     for k in range(len(plain)):
         assert not torch.allclose(plain[k], other_text[k]) and not torch.allclose(plain[k], other_s[k])
 
@@ -136,7 +136,7 @@ def test_heads_learn_to_tell_apart_what_differs_in_the_teachers_eyes(unet):
     z, s, text = z.repeat(4, 1, 1, 1), s.repeat(4), text.repeat(4, 1, 1)
     with torch.no_grad():
         smooth = torch.nn.functional.avg_pool2d(z, 3, 1, 1) * 2
-        real, fake = discriminator.features(z, s, text), discriminator.features(smooth, s, text)
+        real, fake = discriminator.backbone(z, s, text), discriminator.backbone(smooth, s, text)
     for _ in range(60):
         losses = hinge_d(discriminator(real), discriminator(fake))
         optimizer.zero_grad()

@@ -134,7 +134,7 @@ def test_a_named_teacher_is_its_undistilled_unet(make, world, tiny_sd21):
     own, named, itself = (make(teacher=teacher) for teacher in (None, str(world.model), "self"))
     z, s, text = torch.randn(1, 4, 8, 8), torch.tensor([500]), torch.randn(1, 16, 32)
     with torch.no_grad():
-        a, b, c = (trainer.discriminator.features(z, s, text) for trainer in (own, named, itself))
+        a, b, c = (trainer.discriminator.backbone(z, s, text) for trainer in (own, named, itself))
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
     assert not any(torch.equal(x, y) for x, y in zip(a, c, strict=True))
     with pytest.raises(ModelError, match="is distilled"):

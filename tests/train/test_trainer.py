@@ -151,7 +151,7 @@ def test_the_g_step_leaves_no_gradient_in_d_and_no_mark_on_its_spectral_norm(mak
     text = trainer.objective.text(batch).hidden_states
     trainer.discriminator.train()
     before = copies(trainer.discriminator.state_dict())
-    features = trainer.discriminator.features(z, torch.tensor([5, 900]), text)
+    features = trainer.discriminator.backbone(z, torch.tensor([5, 900]), text)
     hinge_g(trainer.discriminator.judge(features)).backward()
     assert z.grad.abs().sum() > 0
     assert all(p.grad is None and p.requires_grad for p in trainer.discriminator.parameters())
