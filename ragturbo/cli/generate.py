@@ -42,6 +42,7 @@ def generate(
     device: options.Device = None,
     dtype: options.Dtype = None,
     engine: options.Engine = "auto",
+    capture: options.Capture = True,
     retriever: options.Retriever = "auto",
     vae: options.Vae = "full",
     attention: options.Attention = "auto",
@@ -58,15 +59,15 @@ def generate(
     quiet_libraries()
     generator = Generator.from_pretrained(
         model, database=options.path_or_off(database), adapter=options.path_or_off(adapter),
-        device=device, dtype=dtype, engine=engine, retriever=retriever, vae=vae, attention=attention,
-        local_files_only=local_files_only,
+        device=device, dtype=dtype, local_files_only=local_files_only, engine=engine, capture=capture,
+        retriever=retriever, vae=vae, attention=attention,
     )  # fmt: skip
     sampling: dict[str, Any] = {
         "negative_prompt": negative_prompt, "num_inference_steps": steps, "guidance_scale": guidance,
         "height": height, "width": width,
     }  # fmt: skip
     with generator:
-        output: Any = generator(
+        output = generator(
             prompts, seed=seed, num_images_per_prompt=num_images, mode=mode, w=w, num_neighbors=num_neighbors,
             lam=lam, min_score=min_score, query=query, **sampling,
         )  # fmt: skip
@@ -91,7 +92,8 @@ def _grids(generator: Generator, prompts: list[str], output: Output, sampling: d
     """Draw a comparison for each image, which takes a second pass without retrieval."""
     from ragturbo.cli.grid import comparison
 
-    without: Any = generator(prompts, seed=[s for s in output.seeds if s is not None], mode="none", **sampling)
+    seeds = [seed for seed in output.seeds if seed is not None]
+    without = generator(prompts, seed=seeds, mode="none", **sampling)
     return [comparison(*row) for row in zip(prompts, output.images, without.images, output.neighbors, strict=True)]
 
 

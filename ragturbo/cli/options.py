@@ -14,6 +14,9 @@ Adapter = Annotated[
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 … Default: a GPU if there is one.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")]
 Engine = Annotated[str, typer.Option(help="auto, reference or graph.")]
+Capture = Annotated[
+    bool, typer.Option("--capture/--no-capture", help="Capture CUDA graphs; otherwise the graph engine runs eagerly.")
+]
 Retriever = Annotated[str, typer.Option(help="auto, scann, exact or bm25.")]
 Attention = Annotated[str, typer.Option(help="auto, sdpa, triton or xformers.")]
 Vae = Annotated[str, typer.Option(help="full, tiny, or the path or hub id of an AutoencoderTiny.")]

@@ -43,6 +43,7 @@ def serve(
     device: options.Device = None,
     dtype: options.Dtype = None,
     engine: options.Engine = "auto",
+    capture: options.Capture = True,
     retriever: options.Retriever = "auto",
     attention: options.Attention = "auto",
     compile: Annotated[bool, typer.Option("--compile", help="Use torch.compile; starting takes longer.")] = False,
@@ -77,9 +78,10 @@ def serve(
         timeout=timeout, body_timeout=body_timeout,
         max_images=max_images, max_prompt=max_prompt, max_body=max_body, max_side=max_side,
         options={
-            "engine": engine, "retriever": retriever, "attention": attention, "compile": compile, "vae": vae,
+            "engine": engine, "capture": capture, "compile": compile, "attention": attention, "vae": vae,
+            "retriever": retriever, "host_cache": host_cache, "device_cache": device_cache,
             "batch_sizes": _parse_sizes(batch_sizes), "batch_window": batch_window, "max_queue": max_queue,
-            "host_cache": host_cache, "device_cache": device_cache, "prompt_cache": prompt_cache,
+            "prompt_cache": prompt_cache,
         },
     )  # fmt: skip
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s")

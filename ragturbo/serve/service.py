@@ -155,18 +155,19 @@ class Service:
 
         If it cannot be opened, the current one stays in use. Requests accepted before keep the one they started with.
         """
+        from ragturbo.retrieval import Database
+
         generator = self.loaded_generator()
         with self._swap_lock:
             try:
                 path = path or self._database or _database_path(generator)
-                generator.use_database(path)
+                database = Database.open(path)
+                generator.use_database(database)
             except BaseException:
                 self.metrics.swaps.labels("refused").inc()
                 raise
             self._database = path
             self.metrics.swaps.labels("done").inc()
-            database = generator.database
-            assert database is not None
             facts = {"path": path, "generation": database.snapshot.manifest.generation, "pairs": len(database)}
         log.info("now using database %(path)s, generation %(generation)d, %(pairs)d pairs", facts)
         return facts
