@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ragturbo.bench import budgets
 from ragturbo.bench.budgets import BUDGETS, best
-from ragturbo.bench.results import Machine, Run, flags, read_folder
+from ragturbo.bench.results import Machine, Run, figures, flags, read_folder, unverified
 
 # Limits of the summary's size; the files have everything.
 MOST_LINES, MOST_STEPS, MOST_UNVERIFIED, MOST_FLAGS = 60, 14, 7, 7
@@ -25,7 +25,7 @@ def summary(results: Path) -> str:
     commits = ", ".join(dict.fromkeys(run.commit for run in machine.runs))
     lines = [f"# {name}, torch {context['packages'].get('torch')}, commit {commits}", ""]
     if any(run.data.get("rehearsal") for run in machine.runs):
-        keys = ", ".join(sorted({**machine.figures(), **machine.unverified()}))
+        keys = ", ".join(sorted({**figures(machine.runs), **unverified(machine.runs)}))
         lines += [f"A rehearsal at tiny sizes, not a measurement. A real run would give: {keys}.", ""]
     else:
         for card in cards:
@@ -41,7 +41,7 @@ def _budgets(machine: Machine, gpu: str | None) -> list[str]:
     place = budgets.card(gpu)
     lines = [f"| {gpu or 'no GPU'} | limit{f' of an {place}' if place else ''} | measured | | flags |",
              "|---|---|--:|---|---|"]  # fmt: skip
-    measured = machine.figures()
+    measured = figures(machine.runs)
     for budget in (b for b in BUDGETS if b.where == "gpu"):
         limit = budget.limits(place) if place else ""
         found = [f for f in measured.get(budget.key, ()) if f.gpu == gpu and gpu is not None]
@@ -56,7 +56,7 @@ def _budgets(machine: Machine, gpu: str | None) -> list[str]:
 
 
 def _unverified(machine: Machine) -> Iterator[str]:
-    found = machine.unverified()
+    found = unverified(machine.runs)
     for budget in BUDGETS:
         for figure in found.get(budget.key, ()):
             yield f"{budget.what}: {budget.show(figure.value)} ({'; '.join(figure.flags)})"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ragturbo.bench import budgets, fig6, tables
-from ragturbo.bench.results import PAPER_ROWS, Machine, read
+from ragturbo.bench.results import PAPER_ROWS, Machine, figures, read, unverified
 from ragturbo.errors import InvalidRequest
 
 # <!-- bench:NAME --> … <!-- /bench -->
@@ -58,14 +58,9 @@ def machines_section(machines: list[Machine]) -> str:
 
 
 def budgets_section(machines: list[Machine]) -> str:
-    measured: dict[str, list[budgets.Figure]] = {}
-    unverified: dict[str, list[budgets.Figure]] = {}
-    for machine in machines:
-        for found, out in ((machine.figures(), measured), (machine.unverified(), unverified)):
-            for key, figures in found.items():
-                out.setdefault(key, []).extend(figures)
-    apart = budgets.unverified(unverified)
-    return _block(budgets.table(measured)) + (f"\n{_block(apart)}" if apart else "")
+    runs = [run for machine in machines for run in machine.runs]
+    apart = budgets.unverified(unverified(runs))
+    return _block(budgets.table(figures(runs))) + (f"\n{_block(apart)}" if apart else "")
 
 
 def breakdown_section(machines: list[Machine]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -63,18 +63,20 @@ class Machine:
                 out.append((run, sorted(new, key=lambda b: (b.get("group") or "", b["fullname"]))))
         return out
 
-    def figures(self) -> dict[str, list[Figure]]:
-        """Return the measured figures by budget key."""
-        return _grouped(figure for run in self.runs for figure in _figures(run))
 
-    def unverified(self) -> dict[str, list[Figure]]:
-        """Return figures of steps whose results were not verified; their flag is the reason."""
-        return _grouped(figure for run in self.runs for figure in _unverified(run))
+def figures(runs: Iterable[Run]) -> dict[str, list[Figure]]:
+    """Return the measured figures by budget key."""
+    return _by_key(figure for run in runs for figure in _figures(run))
 
 
-def _grouped(figures: Iterator[tuple[str, Figure]]) -> dict[str, list[Figure]]:
+def unverified(runs: Iterable[Run]) -> dict[str, list[Figure]]:
+    """Return figures of steps whose results were not verified; their flag is the reason."""
+    return _by_key(figure for run in runs for figure in _unverified(run))
+
+
+def _by_key(pairs: Iterable[tuple[str, Figure]]) -> dict[str, list[Figure]]:
     out: dict[str, list[Figure]] = {}
-    for key, figure in figures:
+    for key, figure in pairs:
         out.setdefault(key, []).append(figure)
     return out
 
