@@ -1,4 +1,4 @@
-"""The CUDA part of the native module: what its machine code needs, what it refuses, and on a GPU what it computes."""
+"""The CUDA part of the native module: resources of its machine code, argument checks, and results on a GPU."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ KERNELS = {"gather_fp16", "gather_int8", "scan_keysILi1E", "scan_keysILi2E", "sc
 
 
 def resources() -> dict[tuple[str, str], dict[str, int]]:
-    """(arch, kernel) -> REG, STACK, LOCAL, SHARED, by the cuobjdump of Triton's wheel."""
-    pytest.importorskip("triton", reason="its wheel brings the cuobjdump that reads machine code")
+    """(arch, kernel) -> REG, STACK, LOCAL, SHARED, from the cuobjdump in Triton's wheel."""
+    pytest.importorskip("triton", reason="cuobjdump comes with its wheel")
     from benchmarks.compile_offline import cuobjdump
 
     command = [str(cuobjdump()), "--dump-resource-usage", _native.__file__]
@@ -33,12 +33,12 @@ def resources() -> dict[tuple[str, str], dict[str, int]]:
 
 def test_every_kernel_is_there_for_every_target_and_none_spills() -> None:
     found, targets = resources(), build["archs"].split()
-    # An installation for one GPU alone has that GPU's target and no other.
+    # An installation for a single GPU has only that GPU's target.
     assert targets and set(found) == {(arch, kernel) for arch in targets for kernel in KERNELS}
     for (arch, kernel), use in sorted(found.items()):
         print(f"{arch} {kernel:16} {use['REG']:3} registers, {use['SHARED']:5} B shared, {use['LOCAL']} B spilled")
         assert use["LOCAL"] == use["STACK"] == 0
-        # A block of 256 threads has 65,536 registers and, without asking for more, 48 KiB.
+        # A block of 256 threads has 65,536 registers and, by default, 48 KiB of shared memory.
         assert use["REG"] * 256 <= 65536 and use["SHARED"] <= 48 * 1024
 
 
@@ -121,7 +121,7 @@ def test_topk_on_a_gpu_is_the_reference(queries: int, count: int, dim: int, k: i
     from ragturbo.ops.topk import topk
 
     generator = torch.Generator().manual_seed(count + dim)
-    # Small integers: products are exact in fp32 whatever the order, and there are many ties.
+    # Small integers: products are exact in fp32 in any order, and there are many ties.
     keys = torch.randint(-3, 4, (max(count, 1), dim), generator=generator).half()
     keys[::7, 0] = torch.nan
     query = torch.randint(-3, 4, (queries, dim), generator=generator).float()

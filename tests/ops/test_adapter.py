@@ -56,7 +56,7 @@ def test_the_fused_adapter_errs_no_more_than_the_module(adapter, dtype, features
     adapter = adapter.double()
     exact = adapter(*(x.double() for x in low), lam.double(), valid, impl="reference")
     no_worse(out, exact, eager)
-    # And of what the adapter adds alone, which the residual does not hide.
+    # Also for g alone, without the residual that hides its error.
     no_worse((out.double() - low[0].double()).to(torch.float32), exact - low[0].double(), (eager - low[0]).float())
 
 
@@ -95,7 +95,7 @@ def test_lambda_0_is_mode_none_bit_for_bit_and_a_neighbour_matters(adapter, feat
     adapter = adapter.to(device)
     h_tgt, h_retr, lam, valid = features
     for impl in ("triton", "reference"):
-        # λ is 0 wherever nothing is valid, and h_retr then uninitialised memory.
+        # With no valid neighbour λ is 0 and h_retr may be uninitialised memory.
         nothing = fused(adapter, h_tgt, h_retr * torch.nan, torch.zeros_like(lam), torch.zeros_like(valid), impl)
         assert torch.equal(nothing, h_tgt)
         out = fused(adapter, h_tgt, h_retr, lam, valid, impl)

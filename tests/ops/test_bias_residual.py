@@ -9,7 +9,7 @@ from ragturbo.ops import bias_residual
 
 
 def composed(x, bias, residual):
-    """As torch's convolution and the block's sum add them, in the storage type."""
+    """In torch's order and in the storage type."""
     return residual + (x if bias is None else x + bias[:, None, None])
 
 
@@ -23,7 +23,7 @@ def test_one_pass_errs_no_more_than_torch(shape, with_bias, dtype, randn, no_wor
         with counted() as launched:
             out = bias_residual(images[0], bias, images[1], impl="triton")
         assert launched == ["bias_residual"] and out.is_contiguous(memory_format=torch.channels_last)
-        # Each of a few sums may cancel: the size of what is summed counts.
+        # The sums may cancel, so the tolerance follows the size of the terms.
         no_worse(out, exact, composed(x, bias, residual), terms=x.double().norm() + residual.double().norm())
 
 

@@ -1,4 +1,4 @@
-"""Ops in a CUDA graph: replays follow what changes in device memory, and give the bits of an eager run."""
+"""Ops in a CUDA graph: replays read current device memory, and are bit-identical to an eager run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = [
 
 
 def captured(call):
-    """Warmed up on a side stream, then captured: (replay, what the captured call returned)."""
+    """Warm up on a side stream, then capture: (replay, the result of the captured call)."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -29,7 +29,7 @@ def captured(call):
 
 
 def follows(call, changes):
-    """After each change the replay equals an eager run, and differs from what was there before."""
+    """After each change the replay equals an eager run and differs from the previous result."""
     replay, out = captured(call)
     replay()
     before = out.clone()

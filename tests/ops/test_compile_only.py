@@ -1,4 +1,4 @@
-"""Every kernel at its main shapes, compiled for absent GPUs: registers, spills, vector loads, exact division."""
+"""Every kernel at its main shapes, compiled without a GPU: registers, spills, vector loads, exact division."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import pytest
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).resolve().parents[2]
-# One type a target in `make test`; every type for every target in `make test-long`.
+# One dtype per target in `make test`; all combinations in `make test-long`.
 TARGETS = [(80, "bfloat16"), (89, "float32"), (90, "float16")]
-# SiLU's division, one an element; the same kernels without SiLU are among the cases.
+# SiLU uses the fast division; the cases include the same kernels without SiLU.
 SILU = ("group_norm", "group_norm_apply")
-# Those that live by their loads.
+# Kernels bound by their loads.
 WIDE = (
     "bias_residual", "cross_attention", "gather_rows", "group_norm", "group_norm_apply", "group_norm_partial", "linear",
     "scaled_residual", "scan_keys",
@@ -30,7 +30,7 @@ REST = [
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("sm, dtype", [*TARGETS, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in REST)])
 def test_no_kernel_spills_or_asks_for_more_shared_memory_than_there_is(sm, dtype, tmp_path, pytestconfig, capsys):
-    # A process of its own: in this one the kernels belong to the interpreter. Compiled once a source.
+    # In a subprocess, because in this one the kernels are interpreted. Triton caches what is compiled.
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(pytestconfig.cache.mkdir("triton"))}
     command = [sys.executable, "-m", "benchmarks.compile_offline", "--sm", str(sm), "--dtype", dtype]
     command += ["--json", str(tmp_path / "rows.json")]
@@ -51,7 +51,7 @@ def test_no_kernel_spills_or_asks_for_more_shared_memory_than_there_is(sm, dtype
     for row in rows:
         assert row["stack"] == row["local"] == 0, row
         assert row["registers"] <= 255, row
-        # The interpreter, which the other tests run in, rounds every division and square root correctly.
+        # The other tests run in the interpreter, which rounds every division and square root correctly.
         activated = row["kernel"] in SILU and not any("no SiLU" in case for case in row["cases"])
         assert row["inexact"] == (["div.full"] if activated else []), row
         if row["kernel"] in WIDE:

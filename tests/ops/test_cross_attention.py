@@ -33,7 +33,7 @@ def composed(q, k, v, valid, heads):
 
 
 def composed_gradients(q, k, v, g, valid, heads):
-    """Of `composed`, written out: Σ p ∂p of a row as ⟨out, g⟩, the same number from other sums."""
+    """The gradients of `composed`, written out: Σ p ∂p of a row computed as ⟨out, g⟩."""
     n, s = k.shape[1:3]
     k, v = (x.flatten(1, 2).unflatten(-1, (heads, -1)).transpose(1, 2) for x in (k, v))
     q, g = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, g))
@@ -48,7 +48,7 @@ def composed_gradients(q, k, v, g, valid, heads):
     return d_q, d_k.unflatten(1, (n, s)), d_v.unflatten(1, (n, s))
 
 
-# tokens, neighbours, tokens a neighbour, heads, width of a head
+# tokens, neighbours, tokens per neighbour, heads, width of a head
 @pytest.mark.parametrize(
     "t, n, s, heads, d", [(1, 1, 1, 1, 16), (19, 3, 21, 3, 20), (33, 2, 65, 2, 32), (17, 1, 40, 1, 128)]
 )
@@ -68,7 +68,7 @@ def test_the_kernel_errs_no_more_than_torch(t, n, s, heads, d, dtype, randn, dev
     d=st.integers(1, 40), seed=st.integers(0, 2**31), data=st.data(),
 )  # fmt: skip
 def test_any_shape_and_any_neighbours_valid(batch, t, n, s, heads, d, seed, data, device, no_worse):
-    # Each of a few outputs may cancel, which no relative error forgives.
+    # With very few outputs all may cancel, and a relative error means nothing.
     assume(batch * t * heads * d >= 32)
     generator = torch.Generator().manual_seed(seed)
     valid = data.draw(st.lists(st.lists(st.booleans(), min_size=n, max_size=n), min_size=batch, max_size=batch))
@@ -115,7 +115,7 @@ def test_permuting_neighbours_changes_nothing_and_replacing_one_does(randn):
 
 
 def test_views_of_one_projection_are_read_where_they_lie(randn, no_worse):
-    """Q, K and V as thirds of one tensor, and K and V as halves of another: strides, not copies."""
+    """Q, K and V as thirds of one tensor, and K and V as halves of another, are read by strides."""
     qkv = randn(2, 11, 96)
     q, k, v = qkv.chunk(3, dim=-1)
     k, v = k[:, None], v[:, None]
@@ -141,7 +141,7 @@ def test_the_kernels_gradients_are_the_references(t, n, s, heads, d, masked, dty
         return torch.autograd.grad(attention(*leaves), leaves, convert(g))
 
     def in_another_order(gradients_of):
-        """Torch's own sums over tokens and channels, each taken in a random order."""
+        """The same gradients with tokens and channels in random order, so with sums in another order."""
         tokens, channels = torch.randperm(s), (torch.arange(heads)[:, None] * d + torch.randperm(d)).flatten()
         q, k, v = tensors[0], *(x[:, :, tokens] for x in tensors[1:])
         d_q, d_k, d_v = gradients_of(*(x[..., channels] for x in (q, k, v, g)))
@@ -154,13 +154,13 @@ def test_the_kernels_gradients_are_the_references(t, n, s, heads, d, masked, dty
 
     found = gradients(lambda q, k, v: cross_attention(q, k, v, valid, heads=heads, impl="triton"))
     true = gradients(lambda q, k, v: reference(q, k, v, valid, heads), torch.Tensor.double)
-    # One of torch's orders errs more than twice the other at its worst number in up to 8 % of draws: eight are asked,
-    # half of them with each row's inner product as kernels take it.
+    # In up to 8 % of draws, one order of torch's sums has more than twice another's maximum error: use eight, half of
+    # them with each row's inner product as the kernels compute it.
     torch.manual_seed(int(rng.integers(2**31)))
     written_out = partial(composed_gradients, valid=valid, heads=heads)
     eager = [in_another_order(form) for form in (by_autograd, written_out) for _ in range(4)]
     for a, b, *c in zip(found, true, *eager, strict=True):
-        # Scores, probabilities, gradient: in one draw of 200 three roundings move a probability alike.
+        # Scores, probabilities, gradient: in one draw of 200 the three roundings add up.
         no_worse(a, b, *c, chained=3)
 
 
@@ -184,7 +184,7 @@ def test_an_xformers_without_kernels_for_this_torch_is_refused_in_its_own_words(
     def attention(*tensors, attn_bias):
         raise NotImplementedError("No operator found for memory_efficient_attention_forward")
 
-    # What an xformers built for another torch does: it imports, and knows no operator.
+    # An xformers built for another torch can be imported but has no operator.
     module = ModuleType("xformers.ops")
     module.memory_efficient_attention = attention
     monkeypatch.setitem(sys.modules, "xformers", ModuleType("xformers"))

@@ -46,7 +46,7 @@ def test_a_named_implementation_runs_or_raises_with_the_reason(monkeypatch, rand
 
 
 def test_auto_says_what_it_takes_and_why(monkeypatch):
-    # On a GPU where implementations were raced, what won would be taken.
+    # A measured GPU would use its fastest implementation.
     monkeypatch.setattr(dispatch, "_measured", {})
     for device, expected in (("cpu", "reference"), ("cuda", "triton")):
         rows = {row.op: row for row in ops.explain(device)}
@@ -120,7 +120,7 @@ def test_importing_the_ops_imports_no_triton_and_they_work_without_it():
 
 
 def calls(make):
-    """Each op on tensors from make(shape): name -> (function, tensors)."""
+    """name -> (function, tensors made by make(shape))."""
     x, image = make(2, 5, 32), make(1, 32, 3, 4)
     w, c, k = make(16, 32), make(32), make(2, 3, 4, 32)
     lam, valid = make(2).abs(), make(2, 3) > 0
@@ -211,7 +211,7 @@ def test_opcheck_of_every_custom_op(randn, device):
         "topk": (described, randn(2, 40), 3),
     }
     defined = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("ragturbo::")}
-    # The CUDA twins run on a GPU alone.
+    # The CUDA implementations need a GPU.
     assert set(arguments) == defined - {"gather_rows_cuda", "topk_cuda"}
     for name, args in arguments.items():
         torch.library.opcheck(getattr(torch.ops.ragturbo, name).default, args)

@@ -9,7 +9,7 @@ from ragturbo.errors import InvalidRequest
 from ragturbo.ops import Rows, describe, dispatch, gather_rows
 
 GPU = torch.cuda.is_available()
-# The reference reads host memory; the CUDA twin needs a GPU and nvcc at installation.
+# The reference reads host memory; the CUDA implementation needs a GPU and nvcc at installation.
 CUDA = pytest.param(
     "cuda", marks=pytest.mark.skipif(bool(why := dispatch.refusal("gather_rows", "cuda", "cuda")), reason=str(why))
 )
@@ -18,7 +18,7 @@ T, C = 6, 48
 
 
 def fp16_table(count, device, generator, padding=0):
-    """(count, bytes a record) uint8, the features in it, and the description of it."""
+    """The table (count, bytes per record) uint8, its features, and its Rows."""
     features = torch.randn(count, T, C, generator=generator).half()
     table = torch.full((count, T * C * 2 + padding), 0x7E, dtype=torch.uint8)
     table[:, : T * C * 2] = features.view(count, -1).view(torch.uint8)
@@ -71,7 +71,7 @@ def test_a_new_descriptor_in_the_same_memory_moves_the_database(impl, device):
 )  # fmt: skip
 def test_any_ids_and_record_sizes(count, ids, padding, int8, seed, device):
     make = int8_table if int8 else fp16_table
-    # Scales are fp32 and features fp16: a record is aligned to its widest number.
+    # Records are aligned to 4 bytes for their fp32 scales.
     table, features, rows = make(count, device, torch.Generator().manual_seed(seed), 4 * padding)
     ids = torch.tensor(ids, device=device)
     there = ((ids >= 0) & (ids < count))[:, None, None]

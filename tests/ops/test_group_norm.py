@@ -15,7 +15,7 @@ SPLIT = {"ONE_LAUNCH": 1, "BR": 8, "SPLITS": 4}
 
 
 def composed(x, groups, weight, bias, eps=1e-5, silu=False, add=None, add_bias=None):
-    """As diffusers writes it, in the storage type."""
+    """As in diffusers, in the storage type."""
     x = x if add_bias is None else x + add_bias[:, None, None]
     x = x if add is None else x + add
     out = F.group_norm(x, groups, weight, bias, eps)
@@ -32,7 +32,7 @@ def double(options):
     "shape, groups", [((2, 60, 5, 7), 6), ((1, 64, 6, 9), 32), ((1, 64, 8, 16), 16), ((1, 160, 3, 4), 2)]
 )
 def test_both_forms_err_no_more_than_torch(shape, groups, extra, tile, launches, randn, no_worse):
-    # The three types take turns: the arithmetic is fp32 in all of them.
+    # One dtype per combination: the arithmetic is fp32 for all of them.
     dtype = (torch.float32, torch.float16, torch.bfloat16)[(shape[1] // 4 + len(extra) + launches) % 3]
     c = shape[1]
     x, weight, bias = randn(*shape, dtype=dtype) + 1, randn(c, dtype=dtype), randn(c, dtype=dtype)
@@ -61,7 +61,7 @@ def test_both_forms_err_no_more_than_torch(shape, groups, extra, tile, launches,
     w=st.integers(1, 8), split=st.booleans(), seed=st.integers(0, 2**31),
 )  # fmt: skip
 def test_any_shape(batch, groups, width, h, w, split, seed, device, no_worse):
-    # A variance of one number is none; and of a few outputs each may cancel, which no relative error forgives.
+    # One number has no variance; with very few outputs all may cancel, and a relative error means nothing.
     assume(h * w * width >= 2 and batch * groups * width * h * w >= 32)
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, groups * width, h, w, generator=generator).to(device)
@@ -78,15 +78,14 @@ def test_a_mean_a_thousand_times_the_deviation_does_not_cancel(tile, randn, no_w
     with tiles.forced("group_norm", tile):
         out = group_norm(x, 4, weight, bias, impl="triton")
     exact, _ = composed(x.double(), 4, weight.double(), bias.double())
-    # The mean itself is known to half its last place, in torch too: by luck more, but never worse than its size says.
-    # E[x²] - E[x]² would be off by a tenth of the deviation here, a thousand times that.
+    # The mean is rounded at its own size, in torch too. E[x²] - E[x]² would be off by a tenth of the deviation, a
+    # thousand times more.
     no_worse(out, exact, composed(x, 4, weight, bias)[0], terms=1000 * exact.norm())
 
 
 @pytest.mark.parametrize("tile", [{}, SPLIT])
 @pytest.mark.parametrize("outlier", [100.0, 10_000.0])
 def test_first_rows_unlike_the_others_cost_no_accuracy(outlier, tile, randn, no_worse):
-    """What the deviations are taken from is the mean of the first rows."""
     x, weight, bias = randn(1, 32, 16, 16), randn(32), randn(32)
     x[:, :, 0, :2] += outlier
     with tiles.forced("group_norm", tile):

@@ -11,7 +11,7 @@ from ragturbo.ops import linear
 
 
 def composed(x, weights, bias=None, geglu=False, residual=None, lam=None):
-    """As one would write it, in the storage type."""
+    """In plain torch, in the storage type."""
     out = torch.cat([F.linear(x, w) for w in weights], dim=-1)
     out = out if bias is None else out + bias
     if geglu:
@@ -53,7 +53,7 @@ def test_every_epilogue(shape, after, dtype, randn, device, no_worse):
 @pytest.mark.parametrize("splits", [3, 8])
 @pytest.mark.parametrize("after", ["residual", "three", "lam"])
 def test_channels_shared_by_several_programs(splits, after, dtype, randn, device, no_worse):
-    """Split-K: the same launch. 96 channels in steps of 32 are 3 shares, or 8 of which 5 are empty."""
+    """Split-K in one launch. 96 channels in steps of 32 are 3 shares, or 8 of which 5 are empty."""
     x, weights = randn(2, 19, 96, dtype=dtype), [randn(40, 96, dtype=dtype) / 10 for _ in range(3)]
     options = {}
     if after != "three":

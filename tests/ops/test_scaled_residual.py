@@ -11,7 +11,7 @@ from ragturbo.ops.scaled_residual import reference
 
 
 def composed(h, delta, lam):
-    """As one would write it, in the storage type."""
+    """In plain torch, in the storage type."""
     return h + lam.to(h.dtype).reshape(-1, *[1] * (h.ndim - 1)) * delta
 
 

@@ -35,12 +35,12 @@ def test_the_kernel_errs_no_more_than_torch(shape, per, dtype, randn, device, no
     per=st.sampled_from(["sample", "token"]), seed=st.integers(0, 2**31),
 )  # fmt: skip
 def test_any_shape_and_weight(batch, tokens, channels, w, per, seed, device, no_worse):
-    # Each of a few outputs may cancel, which no relative error forgives.
+    # With very few outputs all may cancel, and a relative error means nothing.
     assume(batch * tokens * channels >= 32)
     generator = torch.Generator().manual_seed(seed)
     t, r = (torch.randn(batch, tokens, channels, generator=generator).to(device) for _ in range(2))
     cos = torch.nn.functional.cosine_similarity(*((x.flatten(1) if per == "sample" else x) for x in (t, r)), dim=-1)
-    # Close to opposite the result amplifies the rounding of cos Ω, and at the guards' edges two roundings may part.
+    # Near opposite vectors the rounding of cos Ω is amplified; at the thresholds it may decide between slerp and lerp.
     assume(cos.min() > -0.99 and (cos - 1 + PARALLEL).abs().min() > 1e-7)
     weight = torch.full((batch,), w, device=device)
     out = slerp(t, r, weight, per=per, impl="triton")
@@ -84,7 +84,7 @@ def test_where_the_angle_is_useless_the_blend_is_linear(impl, per, randn):
 @pytest.mark.parametrize("impl", ["reference", "triton"])
 @pytest.mark.parametrize("per", ["sample", "token"])
 def test_a_squared_norm_below_the_normal_numbers_counts_as_zero(impl, per, device):
-    # 1e-21 squared is 1e-42: an fp32 with ten bits left, and 0 where subnormal numbers are flushed.
+    # 1e-21 squared is 1e-42, subnormal in fp32: ten bits are left, or 0 if subnormals are flushed.
     t, r = (torch.eye(2, device=device)[:, None, :] * 1e-21).split(1)
     for target, retrieved in ((t, r), (t, r * 1e21), (t * 1e21, r)):
         target, retrieved = target.clone().requires_grad_(), retrieved.clone().requires_grad_()

@@ -9,7 +9,7 @@ from ragturbo.errors import InvalidRequest
 from ragturbo.kernels.launch import counted
 from ragturbo.ops import describe, dispatch, topk
 
-# The reference reads host memory; the CUDA twin needs a GPU and nvcc at installation.
+# The reference reads host memory; the CUDA implementation needs a GPU and nvcc at installation.
 CUDA = pytest.param(
     "cuda", marks=pytest.mark.skipif(bool(why := dispatch.refusal("topk", "cuda", "cuda")), reason=str(why))
 )
@@ -27,7 +27,7 @@ def described(keys):
 )  # fmt: skip
 def test_the_same_rows_as_a_full_sort(count, width, queries, k, seed, device):
     generator = torch.Generator().manual_seed(seed)
-    # Small integers: the products are exact whatever the order of the sum, and there are many ties.
+    # Small integers: products are exact in any order of summation, and there are many ties.
     keys = torch.randint(-2, 3, (count, width), generator=generator).half().to(device)
     query = torch.randint(-2, 3, (queries, width), generator=generator).float().to(device)
     with counted() as launched:
