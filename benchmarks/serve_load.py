@@ -1,13 +1,12 @@
-"""Open-loop load on `ragturbo serve`, and what the server costs over `generate()`; one JSON record.
+"""Open-loop load on `ragturbo serve`, and the server's overhead over `generate()`.
 
     python benchmarks/serve_load.py --seconds 60 --out benchmarks/results/shapes/cpu-2core/serve.json
     python benchmarks/serve_load.py --page docs/serving.md --out benchmarks/results/shapes/cpu-2core/serve.json
 
-The second writes what the record says into the page, between its marks, and measures nothing.
+The first writes a JSON record. The second writes the record's table into the page and measures nothing.
 
-Starts the server as a process of its own. Arrivals are Poisson at shares of the capacity, whether or not earlier
-requests have been answered, and a latency counts from the intended arrival: a server that falls behind cannot hide it.
-Memory and open files are the server's, read while it runs.
+The server runs in a process of its own. Arrivals are Poisson at shares of the capacity, whether or not earlier requests
+have been answered, and latencies count from the intended arrival. Memory and open files are the server's.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from ragturbo.machine import describe, now
 
 PATH = "/v1/images/generations"
 SHARES = (0.1, 0.5, 0.9, 3.0)
-# A refusal answers within this, by issue 10.
+# Refusals have to answer within this.
 SLOW = 0.02
 WORDS = prompts(256)
 
@@ -51,17 +50,17 @@ class Load:
     accepted: list[float] = field(default_factory=list)
     rejected: list[float] = field(default_factory=list)
     other: dict[str, int] = field(default_factory=dict)
+    # Delays of the load generator itself, which shares the machine with the server.
     late_start: list[float] = field(default_factory=list)
-    """By how much the generator of load itself was late: it shares the machine with the server."""
+    # Refusals that took longer than SLOW from the intended arrival.
     slow: list[dict[str, float]] = field(default_factory=list)
-    """Refusals over SLOW from the intended arrival, each with what held it up."""
+    # `stolen()` at the start, after every second, and at the end.
     stolen: list[float] = field(default_factory=list)
-    """`stolen()` at the start, after every second, and at the end."""
     memory: list[int] = field(default_factory=list)
     files: list[int] = field(default_factory=list)
 
     def refused(self, took: float, late: float, offset: float) -> None:
-        """took: seconds from the intended arrival, which was at `offset`; late: by how much it was sent late."""
+        """took: seconds from the intended arrival at `offset`. late: delay of sending."""
         self.rejected.append(took)
         if took > SLOW:
             self.slow.append(
@@ -71,7 +70,7 @@ class Load:
     def slow_refusals(self) -> dict[str, Any]:
         rows = []
         for row in self.slow:
-            # In the seconds from its arrival to its answer.
+            # Steal time between its arrival and its answer.
             first, last = (min(int(row[name]), len(self.stolen) - 2) for name in ("offset_s", "answered_s"))
             rows.append(row | {"steal_s": self.stolen[last + 1] - self.stolen[first]})
         stolen = [row for row in rows if row["steal_s"] > 0]
@@ -109,14 +108,14 @@ class Load:
 
 
 class Client:
-    """Keep-alive connections to one server; as little of HTTP as the measurement needs, because it is paid for here."""
+    """Keep-alive connections to one server, with a minimal HTTP client to keep its overhead low."""
 
     def __init__(self, port: int) -> None:
         self._port = port
         self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
 
     async def post(self, i: int, mode: str | None) -> tuple[int, float]:
-        """The status, and when it was sent."""
+        """Return the status and the time of sending."""
         body = json.dumps({"prompt": WORDS[i % len(WORDS)], "seed": i} | ({"mode": mode} if mode else {})).encode()
         head = (
             f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -182,7 +181,7 @@ class Server:
 
 
 async def capacity(server: Server, mode: str | None, clients: int, seconds: float) -> float:
-    """Images a second with so many clients, each with one request in flight."""
+    """Return images per second with `clients` clients that have one request in flight each."""
     client, done = Client(server.port), 0
     until = time.perf_counter() + seconds
 
@@ -237,13 +236,13 @@ async def open_loop(server: Server, mode: str | None, share: float, rate: float,
         task = asyncio.ensure_future(one(i, intended))
         running.add(task)
         task.add_done_callback(running.discard)
-    # Goodput is of the minute of arrivals and of the time it took to answer what was accepted.
+    # Goodput counts until the last accepted request is answered.
     await asyncio.gather(*running)
     load.seconds = time.perf_counter() - begin
     watching.cancel()
     load.stolen.append(stolen())
     client.close()
-    # Connections of a burst are the client's; what is left after it is the server's.
+    # After the client has closed the connections of the burst.
     await asyncio.sleep(1)
     load.memory.append(server.memory)
     load.files.append(server.files)
@@ -251,13 +250,13 @@ async def open_loop(server: Server, mode: str | None, share: float, rate: float,
 
 
 def stolen() -> float:
-    """Seconds that this machine's cores wanted to run and somebody else's did, since it was started."""
+    """Return the steal time of this machine's cores in seconds since boot."""
     fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()
     return int(fields[8]) / os.sysconf("SC_CLK_TCK")
 
 
 def overhead(port: int, mode: str | None, pairs: int) -> dict[str, Any]:
-    """The same prompts and seeds by turns: `gen(...)` in a process of its own, and through the idle server."""
+    """Time the same prompts and seeds alternately by `gen(...)` and through the idle server."""
     return asyncio.run(by_turns(port, mode, pairs))
 
 
@@ -266,7 +265,6 @@ async def by_turns(port: int, mode: str | None, pairs: int) -> dict[str, Any]:
 
     client = Client(port)
     plain, served = [], []
-    # The server does not log prompts either.
     with ragturbo.Generator.from_pretrained("shapes", log_prompts=False) as gen:
         gen.warmup()
         for i in range(pairs + 5):
@@ -275,7 +273,7 @@ async def by_turns(port: int, mode: str | None, pairs: int) -> dict[str, Any]:
             between = time.perf_counter()
             assert (await client.post(i, mode))[0] == 200
             end = time.perf_counter()
-            # The first few find cold caches on both sides.
+            # Warm-up.
             if i >= 5:
                 plain.append(between - begin)
                 served.append(end - between)
@@ -293,7 +291,7 @@ async def by_turns(port: int, mode: str | None, pairs: int) -> dict[str, Any]:
 async def loads(
     server: Server, args: argparse.Namespace, full: float, shares: list[float], deadline: float
 ) -> list[Any]:
-    # The generator of load is measured against, and must not stop to collect what it will keep anyway.
+    # No garbage collection in the load generator.
     gc.collect()
     gc.freeze()
     gc.disable()
@@ -317,7 +315,7 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
         record |= {"mode": args.mode or "the model's own", "server": flags(args, args.timeout)}
         record |= {"cold_start_s": server.cold_start}
         if args.pairs:
-            # A model in the process that makes the load would be in its way: this one ends with its model.
+            # In a process of its own, so that the model does not slow down the load generator.
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as child:
                 record["overhead"] = child.submit(overhead, server.port, args.mode, args.pairs).result()
             print(json.dumps(record["overhead"]), file=sys.stderr, flush=True)
@@ -330,7 +328,7 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
     finally:
         record["exit_code_after_sigterm"] = server.stop()
     if args.short_timeout:
-        # Where the deadline is shorter than the queue, it is the deadline that refuses.
+        # A deadline shorter than the queue refuses requests.
         server = Server(flags(args, args.short_timeout), args.log.with_suffix(".short.log"))
         try:
             await capacity(server, args.mode, args.clients, args.warm)
@@ -347,13 +345,13 @@ def counted(server: Server) -> dict[str, float]:
 
 
 def table(record: dict[str, Any], source: Path) -> str:
-    """What the record says, for people."""
+    """Return the record as Markdown."""
 
     def spread(found: dict[str, float] | None) -> str:
         return "–" if found is None else " / ".join(f"{1e3 * found[name]:.1f}" for name in ("p50", "p99", "max"))
 
     facts, lines = record["context"], []
-    # Records from before a context held it have it beside.
+    # Older records have it outside of the context.
     asked = facts["environment"] if "environment" in facts else record["environment"]
     threads = asked.get("OMP_NUM_THREADS", "its own number of")
     commit = facts["commit"][:9] + (" and changes" if facts["dirty"] else "")
@@ -401,7 +399,7 @@ def table(record: dict[str, Any], source: Path) -> str:
 
 
 def fill(page: Path, text: str) -> None:
-    """Puts it between the page's marks."""
+    """Write the text between the page's marks."""
     begin, end = "<!-- measured -->", "<!-- /measured -->"
     before, mark, rest = page.read_text("utf-8").partition(begin)
     _, closing, after = rest.partition(end)
@@ -412,22 +410,22 @@ def fill(page: Path, text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="without it, the record goes to stdout")
+    parser.add_argument("--out", type=Path, help="write the record here instead of to stdout")
     parser.add_argument("--log", type=Path, default=Path("build/serve.log"), help="the server's stderr")
-    parser.add_argument("--seconds", type=float, default=60, help="of each load")
-    parser.add_argument("--shares", type=float, nargs="*", default=SHARES, help="of the capacity")
-    parser.add_argument("--mode", help="adapter, slerp, lerp or none; without it, the model's own")
+    parser.add_argument("--seconds", type=float, default=60, help="duration of each load")
+    parser.add_argument("--shares", type=float, nargs="*", default=SHARES, help="loads, as shares of the capacity")
+    parser.add_argument("--mode", help="adapter, slerp, lerp or none; by default the model's")
     parser.add_argument("--timeout", type=float, default=5.0, help="the server's deadline, seconds")
     parser.add_argument(
-        "--short-timeout", type=float, default=0.6, help="the deadline of one load more, the largest; 0 leaves it out"
+        "--short-timeout", type=float, default=0.6, help="deadline of another run of the largest load; 0 for none"
     )
     parser.add_argument("--max-queue", type=int, default=64)
-    parser.add_argument("--clients", type=int, default=16, help="of the capacity's closed loop")
-    parser.add_argument("--warm", type=float, default=3, help="seconds of load that are not counted")
+    parser.add_argument("--clients", type=int, default=16, help="clients of the capacity's closed loop")
+    parser.add_argument("--warm", type=float, default=3, help="seconds of warm-up")
     parser.add_argument("--capacity-seconds", type=float, default=15)
-    parser.add_argument("--pairs", type=int, default=150, help="of the overhead; 0 leaves it out")
+    parser.add_argument("--pairs", type=int, default=150, help="pairs of the overhead; 0 for none")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--page", type=Path, help="write the record --out into this page, and measure nothing")
+    parser.add_argument("--page", type=Path, help="write the record's table into this page and measure nothing")
     args = parser.parse_args()
     if args.page is not None:
         if args.out is None:
