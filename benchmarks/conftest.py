@@ -150,6 +150,8 @@ class Measure:
         *,
         inputs: Sequence[tuple[Any, ...]] = ((),),
         verify: Callable[[], object] | None = None,
+        exact: Callable[[], torch.Tensor] | None = None,
+        within: float = 8,
         cost: Any = None,
         dtype: str | torch.dtype | None = None,
         sizes: dict[str, Any] | None = None,
@@ -163,6 +165,8 @@ class Measure:
 
         Args:
             verify: raises if the result is wrong; then nothing is timed.
+            exact: returns the fp64 result of the first input, which is verified.
+            within: allowed relative error to `exact` in units of the dtype's epsilon.
             cost: bytes and FLOPs of one call, as `benchmarks.roofline` counts them.
             device: "cpu" for host work on a machine with a GPU.
             capture: capture GPU work of a few milliseconds and replay it in bulk. False for calls that wait for the
@@ -172,6 +176,10 @@ class Measure:
         """
         if verify is not None:
             verify()
+        if exact is not None:
+            out, wanted = call(*inputs[0]), exact()
+            error = (out.double() - wanted).norm() / wanted.norm()
+            assert error < within * torch.finfo(out.dtype).eps, error
         cuda = (device or self._device) == "cuda"
         run = rotating(call, inputs)
         run = synchronized(run) if cuda else run

@@ -1,7 +1,7 @@
 """Eqs. 4–5, the whole adapter at SD 2.1's width: fused launches against torch's layers, eager and max-autotuned.
 
-"with K and V" counts the retrieval branch's launch too; without, it is what the image waits for. The calls take turns
-over copies of the weights: an image's other layers drive them out of the L2 between two calls.
+"with K and V" includes the launch of the retrieval branch. The calls rotate over copies of the weights, because an
+image's other layers evict them from the L2 between two calls.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ IMPLS = ["sdpa", pytest.param("triton", marks=GPU), pytest.param("compile", mark
 
 @pytest.fixture(scope="module")
 def adapters(device: str) -> dict[str, list[HSpaceAdapter]]:
-    """Both kinds with an output projection that is not zero, in as many copies as the L2 does not hold."""
+    """Both kinds with a nonzero output projection, in as many copies as exceed the L2."""
     torch.manual_seed(1)
     dtype = torch.float16 if device == "cuda" else torch.float32
     made = {}
@@ -66,14 +66,14 @@ def test_adapter(
     def verify() -> None:
         adapter, h_tgt, h_retr = inputs[0]
         exact = adapter(h_tgt, h_retr, lam, valid, "reference")
-        # Of what the adapter adds: the residual would hide an error in it.
+        # Relative to what the adapter adds, because the residual would hide an error.
         error = (call(*inputs[0]) - exact).float().norm() / (exact - h_tgt).float().norm()
         assert error < (2e-5 if dtype == torch.float32 else 1e-2), error
 
     counted = roofline.transformer_adapter if kind == "transformer" else roofline.attention_adapter
     cost = counted(batch, TOKENS, neighbours, TOKENS, CHANNELS, dtype.itemsize)
     if branch == "alone":
-        # K and V are made: neither their products nor their weights, but both are read where one row was.
+        # K and V are inputs: their products and weights do not count, and two tensors are read instead of one.
         keys, square = batch * neighbours * TOKENS, CHANNELS**2
         moved = (keys * CHANNELS - 2 * square) * dtype.itemsize
         cost = replace(cost, flops=cost.flops - 4 * square * keys, memory_bytes=cost.memory_bytes + moved)

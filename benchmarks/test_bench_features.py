@@ -1,9 +1,8 @@
-"""Feature rows of 160 KiB in random order, page cache to destination: ours, and what one would write without it.
+"""Reading feature rows of 160 KiB in random order from the page cache: our store and alternatives.
 
-The file is read from beginning to end before each row's clock starts, since some systems give cold pages back within
-seconds. How pages came in may matter: a file read in order, or just written, lies in large folios, one read in random
-order in single pages ("single pages"). "pread" is what ours falls back to without ragturbo._native. memcpy is the same
-pattern from plain memory: records of random places into one buffer.
+The file is read sequentially before each benchmark, because some systems reclaim cold pages within seconds. A file that
+was read sequentially or just written is cached in large folios, one read in random order in single pages ("single
+pages"). "pread" is the fallback without ragturbo._native. memcpy copies the same random records from plain memory.
 """
 
 from __future__ import annotations
@@ -64,13 +63,13 @@ class Rows:
         self.segments = self.database.snapshot.segments
         self.path = self.segments.paths[0]
         forget(self.path)
-        # The same rows in plain memory: what memcpy reads.
+        # The rows in plain memory, for memcpy.
         self.memory = np.fromfile(self.path, np.uint8, ROWS * GEOMETRY.stride, offset=GEOMETRY.offset(0))
         self.memory = self.memory.reshape(ROWS, GEOMETRY.stride)
         self.out = np.zeros((64, GEOMETRY.record_bytes), np.uint8)
 
     def warm(self, path: Path) -> None:
-        """The whole file into the page cache, in order."""
+        """Read the whole file into the page cache sequentially."""
         block = bytearray(1 << 20)
         with open(path, "rb", buffering=0) as file:
             while file.readinto(block):
@@ -90,13 +89,13 @@ def rows() -> Rows:
 
 
 def forget(path: Path) -> None:
-    """Drops what the page cache holds of a file that nothing maps."""
+    """Drop a file from the page cache."""
     with open(path, "rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def reader(name: str, rows: Rows) -> Any:
-    """A function of ids (n,) that puts their rows somewhere and says where; its file is in the page cache."""
+    """Return a function of ids (n,) that reads their rows and returns them; its file is in the page cache."""
     out = rows.out
     if name.startswith("ours"):
         checks, threads, segments = "checksums" in name, 1 if "one thread" in name else 2, rows.segments
@@ -152,7 +151,7 @@ def reader(name: str, rows: Rows) -> Any:
 
 @pytest.fixture
 def torch_threads() -> Iterator[None]:
-    """memcpy is torch's, with as many threads as its name says: they go back to what they were."""
+    """Restore torch's number of threads, which memcpy sets."""
     own = torch.get_num_threads()
     yield
     torch.set_num_threads(own)
@@ -180,7 +179,7 @@ def test_rows(measure: Any, rows: Rows, count: int, name: str) -> None:
 @pytest.mark.usefixtures("torch_threads")
 @pytest.mark.parametrize("count", COUNTS)
 def test_rows_beside_memcpy(benchmark: Any, rows: Rows, count: int) -> None:
-    """In blocks by turns, over the same ids, so that both meet the same noise: two threads, checksums off."""
+    """Alternate blocks of ours and memcpy over the same ids, with two threads and without checksums."""
     rng = np.random.default_rng(count)
     picks = [rng.choice(ROWS, count, replace=False) for _ in range(ROTATE)]
     runs = {}
@@ -191,8 +190,7 @@ def test_rows_beside_memcpy(benchmark: Any, rows: Rows, count: int) -> None:
     from_rest: dict[str, list[float]] = {"memcpy": [], "ours": []}
     for i in range(40):
         for name in ("memcpy", "ours")[:: 1 - 2 * (i % 2)]:
-            # A second thread, torch's above all, looks out for more work for up to 20 ms: on two cores it would be in
-            # the way of the other's. Within a block each has its own at hand.
+            # Idle threads of a pool spin for up to 20 ms, which would slow down the other reader on two cores.
             time.sleep(30e-3)
             block = [once(runs[name]) for _ in range(24)]
             from_rest[name].append(block[0])
@@ -211,7 +209,7 @@ def test_rows_beside_memcpy(benchmark: Any, rows: Rows, count: int) -> None:
 
 @pytest.mark.parametrize("count", COUNTS)
 def test_rows_read_for_the_first_time(benchmark: Any, rows: Rows, count: int) -> None:
-    """In the page cache, but new to the process: each round a database that was just opened. Two threads."""
+    """Read from a database that was just opened, whose file is in the page cache, with two threads."""
     rng = np.random.default_rng(count)
     rows.warm(rows.path)
     times = []
@@ -229,7 +227,7 @@ def test_rows_read_for_the_first_time(benchmark: Any, rows: Rows, count: int) ->
 
 
 def features(kind: str, count: int) -> torch.Tensor:
-    """(count, 64, 1280): Gaussian; or with a few channels 20 times the others, as trained UNets have them."""
+    """Return (count, 64, 1280) Gaussian features; "outlier channels" scales some by 20, as in trained UNets."""
     rng = np.random.default_rng(5)
     out = rng.standard_normal((count, GEOMETRY.tokens, GEOMETRY.channels), np.float32)
     if kind == "outlier channels":
@@ -240,7 +238,7 @@ def features(kind: str, count: int) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["Gaussian", "outlier channels"])
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
 def test_the_error_of_a_stored_dtype_on_what_is_blended(measure: Any, dtype: str, kind: str) -> None:
-    """Relative error of the stored row, of slerp at w = 0.8, and of the adapter's output, against unrounded rows."""
+    """Record the relative error of the stored row, of slerp at w = 0.8, and of the adapter's output."""
     from ragturbo.model.adapter import HSpaceAdapter
     from ragturbo.ops import slerp
     from ragturbo.retrieval.format import decode_rows, encode_rows
@@ -252,7 +250,7 @@ def test_the_error_of_a_stored_dtype_on_what_is_blended(measure: Any, dtype: str
     back = torch.from_numpy(decode_rows(stored, geometry)).float()
     adapter = HSpaceAdapter(channels=1280, heads=20, kind="transformer").eval()
     with torch.no_grad():
-        # Zero at the start, so that training begins at the identity: here it must let something through.
+        # The output projection is initialized to zero.
         for name, parameter in adapter.named_parameters():
             if "proj_out" in name and parameter.ndim == 2:
                 torch.nn.init.normal_(parameter, std=0.02)

@@ -1,6 +1,6 @@
 """Feature rows by random ids: the Triton kernel and its CUDA twin, from page-locked host memory and from the device.
 
-The host table is larger than any cache between; a copy of as many rows that lie one after another is the yardstick.
+The host table exceeds every cache. The baseline is a copy of as many consecutive rows.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ IMPLS = ["reference", *(pytest.param(name, marks=GPU) for name in ("triton", "cu
 @pytest.fixture(scope="module")
 def buffers(device: str) -> dict[str, torch.Tensor]:
     """The same random bytes on the device and, page-locked, in host memory."""
-    # Small enough that any of them as fp16 or as an fp32 scale is finite; drawn on the device in no time.
+    # Small bytes, so that every fp16 value and fp32 scale is finite.
     drawn = torch.randint(0, 60, (TABLE_BYTES[device],), dtype=torch.uint8, device=device)
     if device == "cpu":
         return {"host": drawn}
@@ -31,7 +31,7 @@ def buffers(device: str) -> dict[str, torch.Tensor]:
 
 
 def as_table(buffer: torch.Tensor, stored: str) -> torch.Tensor:
-    """(count, bytes a record) of the buffer's bytes."""
+    """Return the buffer as (count, bytes per record)."""
     values = TOKENS * CHANNELS
     record = 2 * values if stored == "float16" else values + 4 * TOKENS
     count = len(buffer) // record
@@ -62,7 +62,6 @@ def test_gather_rows(measure: Any, device: str, buffers: Any, rows: int, where: 
     def verify() -> None:
         if impl == "copy":
             return
-        # Each row's bytes, dequantised by hand.
         values = TOKENS * CHANNELS
         row = table[ids[0].to(table.device)].cpu()
         if stored == "float16":

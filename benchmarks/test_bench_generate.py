@@ -1,4 +1,4 @@
-"""What a caller waits for: prompt in, uint8 images on the host out. Prompts and seeds differ from call to call."""
+"""Latency from prompt to uint8 images on the host. Prompts and seeds differ from call to call."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MODES = ("none", "slerp", "adapter")
 
 
 def calls(gen: Any, batch: int, **options: Any) -> Any:
-    """A call that takes other prompts and seeds each time."""
+    """Return a call that uses other prompts and seeds each time."""
     turn = itertools.count()
 
     def call() -> Any:
@@ -35,8 +35,7 @@ def draw(gen: Any) -> Any:
 
 
 def verify(gen: Any, bundle: Any, mode: str) -> None:
-    """Mode none makes diffusers' latents and image, the others plain torch's latents, and they heed their neighbour."""
-    # A LoRA in the decoder is in the pipeline's UNet as well: both run the same modules.
+    """Compare mode "none" with diffusers, and the other modes with plain torch."""
     found = (
         agreement(draw(gen), Diffusers(bundle), WORDS[:2], WORDS[2:4])
         if mode == "none"
@@ -47,7 +46,7 @@ def verify(gen: Any, bundle: Any, mode: str) -> None:
 
 
 def check_engine(gen: Any, bundle: Any) -> None:
-    """Raises where batches fell back to plain torch, or the VAE to fp32: their time is not the engine's."""
+    """Fail if batches fell back to plain torch or the VAE to fp32."""
     expected = "graph" if bundle.device.type == "cuda" and gen.config.engine != "reference" else "auto"
     why = engine_mismatch(gen.info, expected, bundle.dtype)
     assert why is None, why
@@ -63,7 +62,7 @@ def record(measure: Any, bundle: Any, gen: Any, mode: str, batch: int, **options
 
     def right() -> None:
         verify(gen, bundle, mode)
-        # As it is timed: searched, and with the VAE.
+        # With search and VAE, as it is timed.
         call()
         check_engine(gen, bundle)
 
@@ -101,7 +100,7 @@ def test_generate_by_capture(measure, bundle, make_generator, capture, mode, bat
 
 @pytest.mark.quick
 def test_peer_diffusers(measure, bundle):
-    """The same modules through diffusers' own pipeline: what generate is compared with."""
+    """The same modules through diffusers' pipeline."""
     peer = Diffusers(bundle)
     turn = itertools.count()
 
@@ -124,7 +123,7 @@ def test_peer_diffusers_compiled(measure, sd21):
     turn = itertools.count()
 
     def same() -> None:
-        # One prompt a call, as it is timed: another batch would compile anew, for minutes.
+        # Batch 1, as it is timed: another batch size would be compiled again, for minutes.
         why = disagreement(agreement(peer, reference, WORDS[:1], WORDS[1:2]), sd21.dtype)
         assert why is None, why
 
@@ -141,14 +140,14 @@ def test_peer_diffusers_compiled(measure, sd21):
 
 @pytest.mark.quick
 def test_library_overhead(measure, bundle, make_generator):
-    """The same modules called by hand, without requests, queue or checks: what the library adds is the difference."""
+    """The same modules called by hand, without requests, queue or checks."""
     gen, hand = make_generator(engine="reference"), by_hand(bundle)
     turn = itertools.count()
 
     def library(prompt: str, seed: int) -> np.ndarray:
         return gen(prompt, seed=seed, mode="none", output_type="uint8").images
 
-    # By hand as by the library: on as many threads as its device thread has.
+    # As many threads as the library's device thread has.
     own, threads = torch.get_num_threads(), gen.info["threads"]
     torch.set_num_threads(threads)
     try:

@@ -15,7 +15,7 @@ from ragturbo.ops.group_norm import reference
 
 GPU = pytest.mark.gpu
 IMPLS = ["torch", "copy", pytest.param("triton", marks=GPU), pytest.param("compile", marks=[GPU, pytest.mark.compiled])]
-# Channels and side: the VAE's, whose larger ones are too much for a CPU's patience, then the UNet's.
+# Channels and side: the VAE's, whose largest are too slow for a CPU, then the UNet's.
 SHAPES = [
     pytest.param(128, 512, marks=[GPU, pytest.mark.quick]),
     pytest.param(256, 512, marks=[GPU, pytest.mark.quick]),

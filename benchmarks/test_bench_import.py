@@ -17,7 +17,7 @@ def record(benchmark: Any, seconds: list[float], **extra: Any) -> None:
 
 @pytest.mark.quick
 def test_import_over_an_empty_package(benchmark):
-    """Interleaved, so that a busy machine is as busy for one as for the other."""
+    """Interleaved, so that other load affects both alike."""
     empty: list[float] = []
     ours: list[float] = []
 
@@ -33,11 +33,11 @@ def test_import_over_an_empty_package(benchmark):
 
 
 def test_first_image(benchmark, bundle, device, tmp_path_factory):
-    """Import, load, first image. The files were written just now: a warm disk cache."""
+    """Import, load and first image, with a warm disk cache."""
     folder = bundle.save(tmp_path_factory.mktemp("cold") / "model")
     parts = [first_image(str(folder), device)]
     benchmark.group = "start"
-    # A slow machine tells enough in one more.
+    # One more round on a slow machine.
     rounds = 4 if parts[0]["total_s"] < 10 else 1
     benchmark.pedantic(lambda: parts.append(first_image(str(folder), device)), rounds=rounds)
     middle = sorted(parts, key=lambda p: p["total_s"])[len(parts) // 2]

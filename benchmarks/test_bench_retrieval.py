@@ -1,7 +1,7 @@
-"""One query against clustered keys of width 1,024: every retriever, beside latent-diffusion's ScaNN and FAISS.
+"""One query against clustered keys of width 1,024: every retriever, latent-diffusion's ScaNN and FAISS.
 
-100,000 keys, or the paper's 630,000 with `--scale paper`. The database and the indexes beside it are made on the spot
-and kept in RAGTURBO_BENCH_CACHE (default ~/.cache/ragturbo-bench); making each is a row of the run that does it.
+100,000 keys, or the paper's 630,000 with `--scale paper`. Databases and indexes are built on first use, which is a
+benchmark row, and kept in RAGTURBO_BENCH_CACHE (default ~/.cache/ragturbo-bench).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ragturbo.retrieval.scann import build_searcher
 
 WIDTH, K, QUERIES, INTERLEAVED = 1024, 10, 512, 3000
 ROWS = {"default": 100_000, "paper": 630_000}
-# ScaNN's build holds the fp32 keys twice and its own copies: measured at 8 GB for 630,000.
+# ScaNN's build needs 8 GB for 630,000 keys (measured): the fp32 keys twice and its own copies.
 BUILD_BYTES = 14_000
 GEOMETRY = Geometry(1, 1, 64, "float16", WIDTH)
 WORDS = "red blue old new small large boat dog cat house tree road lake hill man woman child car train bird".split()
@@ -37,7 +37,7 @@ def cache_folder() -> Path:
 
 
 def clustered(count: int, seed: int) -> np.ndarray:
-    """Two levels of clusters, as captions have topics and wordings; normalised. Another seed, the same clusters."""
+    """Return normalized keys in two levels of clusters, which do not depend on the seed."""
     layout, rng = np.random.default_rng(7), np.random.default_rng(seed)
     topics = layout.standard_normal((200, WIDTH), np.float32)
     wordings = topics[layout.integers(0, 200, 6000)] + 0.8 * layout.standard_normal((6000, WIDTH), np.float32)
@@ -60,7 +60,7 @@ def batches(count: int) -> Any:
 
 @contextmanager
 def faiss_on_one_thread() -> Iterator[Any]:
-    """Threads that wait by spinning do not finish on a machine that others use. torch has the same OpenMP."""
+    """Limit FAISS to one thread, because its spinning threads stall on a shared machine."""
     import faiss
 
     own = faiss.omp_get_max_threads()
@@ -72,7 +72,7 @@ def faiss_on_one_thread() -> Iterator[Any]:
 
 
 class SearchSet:
-    """The database, the indexes it is compared with, queries, and their true neighbours: each made once and kept."""
+    """The database, the indexes of the alternatives, queries and their true neighbours, created once and cached."""
 
     def __init__(self, scale: str) -> None:
         wanted = ROWS[scale]
@@ -149,7 +149,7 @@ class SearchSet:
 
 
 def _cached() -> int:
-    """Page cache that the system gives back when asked."""
+    """Return the bytes of reclaimable page cache."""
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("Cached:"):
             return int(line.split()[1]) * 1024
@@ -162,7 +162,7 @@ def keys(request: pytest.FixtureRequest) -> SearchSet:
 
 
 def one_by_one(measure: Any, keys: SearchSet, who: str, search: Any, least: float | None, **extra: Any) -> None:
-    """search: (1, WIDTH) -> ids (1, K). Recall first: a retriever that finds nothing is fast."""
+    """Measure recall and time. search: (1, WIDTH) -> ids (1, K)."""
     found = np.concatenate([search(keys.queries[i : i + 1]) for i in range(QUERIES)])
     recall = keys.recall(found)
 
@@ -176,11 +176,11 @@ def one_by_one(measure: Any, keys: SearchSet, who: str, search: Any, least: floa
 
 @pytest.mark.parametrize("what", ["database", "index", "latent_diffusion", "faiss"])
 def test_made_once(benchmark: Any, keys: SearchSet, what: str) -> None:
-    """The database, the ScaNN index this library makes of it, and the peers' indexes."""
+    """Build the database, its ScaNN index, and the alternatives' indexes."""
     if what == "faiss":
         pytest.importorskip("faiss", reason="faiss-cpu is not installed: pip install faiss-cpu")
     if keys.made(what):
-        pytest.skip(f"made by an earlier run and kept in {keys.folder}")
+        pytest.skip(f"built by an earlier run, in {keys.folder}")
     began = time.perf_counter()
     benchmark.group = "made once"
     benchmark.pedantic(keys.make, args=(what,), rounds=1)
@@ -191,14 +191,14 @@ def test_made_once(benchmark: Any, keys: SearchSet, what: str) -> None:
 
 @pytest.mark.quick
 def test_open_without_the_index(measure: Any, keys: SearchSet) -> None:
-    """Manifest, tables, and every key read and checked."""
+    """Open: manifest, tables, and every key read and checked."""
     keys.make("database")
     measure(lambda: Database.open(keys.folder / "db", retriever="exact"), sizes=keys.sizes("exact"), group="open",
             device="cpu", rounds=3)  # fmt: skip
 
 
 def test_open_beyond_the_indexs_own_load(benchmark: Any, keys: SearchSet) -> None:
-    """Everything proven and ready to search, beside ScaNN's own loading of the same files, in turns."""
+    """Open with the index, alternating with ScaNN's own loading of the same files."""
     import scann.scann_ops.py.scann_ops_pybind as pybind
 
     folder = str(keys.database.retriever("scann").folder)  # type: ignore[attr-defined]
@@ -227,7 +227,7 @@ def test_scann(measure: Any, keys: SearchSet) -> None:
 
 
 def test_bare_scann_and_our_layer_over_it(benchmark: Any, keys: SearchSet) -> None:
-    """The same searcher called by itself and through Database.search, in turns, so that all meet the same noise."""
+    """Alternate the same searcher called directly and through Database.search."""
     database = keys.database
     bare = database.retriever("scann").searcher.search  # type: ignore[attr-defined]
     queries = [keys.queries[i : i + 1] for i in range(QUERIES)]
@@ -268,7 +268,7 @@ def test_faiss_ivf_pq(measure: Any, keys: SearchSet) -> None:
     ids = keys.database.snapshot.ids
     with faiss_on_one_thread() as faiss:
         index = faiss.read_index(str(keys.folder / "faiss.index"))
-        # The cheapest of a few settings that reaches the recall the others are held to.
+        # The cheapest of a few settings that reaches the required recall.
         for probes, factor in ((16, 10), (24, 10), (32, 10), (32, 20), (48, 20), (64, 40)):
             faiss.ParameterSpace().set_index_parameters(index, f"nprobe={probes},k_factor_rf={factor}")
             if keys.recall(ids[index.search(keys.queries, K)[1]]) >= 0.95:
@@ -282,7 +282,7 @@ def test_exact(measure: Any, keys: SearchSet) -> None:
     inputs = [(keys.queries[i : i + 1], K) for i in range(QUERIES)]
 
     def verify() -> None:
-        """numpy's own product over the same keys, apart from our code."""
+        """Compare with numpy's product over the same keys."""
         blocks = np.array_split(keys.keys, 16)
         every = np.concatenate([block.astype(np.float32) @ keys.queries[:8].T for block in blocks])
         best = np.sort(every, axis=0)[::-1][:K].T
@@ -302,7 +302,7 @@ def test_bm25(measure: Any, keys: SearchSet) -> None:
 
 @pytest.mark.parametrize("reorder, share", [(60, 40), (100, 40), (100, 20), (150, 20), (200, 10)])
 def test_tuning(measure: Any, keys: SearchSet, reorder: int, share: int) -> None:
-    """The trade between time and recall that ScannConfig.by_size chose from: one index, other search settings."""
+    """Time and recall of one index with other search settings than ScannConfig.by_size chose."""
     retriever = keys.database.retriever("scann")
     config: ScannConfig = retriever.config  # type: ignore[attr-defined]
     if not config.leaves:
@@ -315,9 +315,9 @@ def test_tuning(measure: Any, keys: SearchSet, reorder: int, share: int) -> None
 
 
 def test_the_tree_of_another_build_recalls_as_much(keys: SearchSet, benchmark: Any) -> None:
-    """Builds are not reproducible, so what holds of one index must hold of the next."""
+    """Builds are not reproducible: check the recall of another one."""
     if keys.rows > ROWS["default"]:
-        pytest.skip("minutes and 8 GB at the paper's size; the default size shows it")
+        pytest.skip("takes minutes and 8 GB at the paper's size")
     searcher = build_searcher(keys.keys.astype(np.float32), ScannConfig.by_size(keys.rows))
     found = np.stack([searcher.search(q, K)[0] for q in keys.queries])
     recall = keys.recall(keys.database.snapshot.ids[found])

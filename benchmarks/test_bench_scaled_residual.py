@@ -36,7 +36,7 @@ def residual(impl: str) -> Any:
 @pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.quick), 8])
 def test_scaled_residual(measure: Any, device: str, batch: int, impl: str) -> None:
     dtype = torch.float16 if device == "cuda" else torch.float32
-    # In place each call adds on: a small λ keeps the sum finite.
+    # Calls in place add up: a small λ keeps the sum finite.
     lam = torch.full((batch,), 1e-4, device=device)
     turns = rotation(2 * batch * TOKENS * CHANNELS * dtype.itemsize)
     features = normal(2 * turns, batch, TOKENS, CHANNELS, dtype=dtype, device=device)

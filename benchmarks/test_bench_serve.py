@@ -1,4 +1,4 @@
-"""One Generator under load: threads, Poisson arrivals at shares of its capacity, and the first request after a rest."""
+"""One Generator under load: threads, Poisson arrivals at shares of its capacity, first request after idling."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def options(i: int, mode: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def served(bundle, make_generator):
-    """The Generator, its best mode, and how long each load may run."""
+    """The Generator and its mode."""
     return make_generator(engine="auto", max_queue=1024), "adapter" if bundle.adapter is not None else "slerp"
 
 
@@ -34,15 +34,15 @@ def load_seconds(request):
 
 @pytest.fixture(scope="module")
 def capacity(served, load_seconds) -> float:
-    """Images a second with eight callers."""
+    """Images per second with eight callers."""
     gen, mode = served
     return closed_loop(lambda i: gen(**options(i, mode)), threads=8, seconds=load_seconds).summary()["images_per_s"]
 
 
 def record(benchmark: Any, run: Any, bundle: Any, mode: str, **extra: Any) -> None:
-    """One load is one round; its distribution is in extra_info."""
+    """Run one load as one round; its distribution is in extra_info."""
     states: list[Any] = []
-    # Seen while the load runs: a card at rest is held back by nothing.
+    # While the load runs.
     look = threading.Timer(0.5, lambda: states.append(gpu_state()))
     if bundle.device.type == "cuda":
         look.start()

@@ -1,4 +1,4 @@
-"""Each stage of one image by itself: tokenizer, text encoder, UNet to h, adapter, UNet from h, VAE, bytes."""
+"""Each stage of one image alone: tokenizer, text encoder, UNet encoder, adapter, UNet decoder, VAE."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROTATE = 4
 
 
 def inputs(bundle: Any, batch: int) -> dict[str, list[tuple[Any, ...]]]:
-    """Rotating arguments for each stage, other prompts and noise in each."""
+    """Return rotating arguments for each stage, with different prompts and noise."""
     unet, vae, where = bundle.unet, bundle.vae, bundle.device
     size = unet.unet.config.sample_size
     generator = torch.Generator("cpu").manual_seed(1)
@@ -67,7 +67,7 @@ def run_stage(measure: Any, bundle: Any, stage: str, batch: int, config: str | N
             other = rows["adapter"][1][1]
             oracle = inject("adapter", h, h_retr, lam=lam, valid=valid, adapter=bundle.adapter, impl="reference")
             assert relative(adapt(h, h_retr), oracle) < 1e-2
-            # The control: another neighbour is another result.
+            # Another neighbour gives another result.
             assert not torch.equal(adapt(h, h_retr), adapt(h, other))
         elif stage == "text":
             (ids,), (other,) = rows["text"][:2]
@@ -85,7 +85,7 @@ def run_stage(measure: Any, bundle: Any, stage: str, batch: int, config: str | N
     cost = None
     if config is not None:
         counted = stage_counts(config, torch.float16, batch)[stage]
-        # Counted in fp16; weights and activations of another dtype are as many times larger.
+        # Counted in fp16.
         cost = {"bytes": counted.least_bytes * bundle.dtype.itemsize // 2, "flops": counted.total_flops}
     measure(
         calls[stage], inputs=rows[stage], verify=verify, cost=cost, dtype=bundle.dtype, group=f"stage {stage}",

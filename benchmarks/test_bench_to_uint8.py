@@ -32,7 +32,7 @@ def test_to_uint8(measure: Any, device: str, batch: int, impl: str) -> None:
 
     def verify() -> None:
         off = (call(*inputs[0]).int() - reference(inputs[0][0], True).int()).abs().max()
-        # Inductor leaves out the rounding to fp16 before the levels, which moves one byte in a hundred by one level.
+        # Inductor does not round to fp16 before the levels, which changes 1 % of the bytes by one level.
         assert off <= (impl == "compile"), off
 
     cost = roofline.to_uint8(batch, SIZE * SIZE, dtype.itemsize)
