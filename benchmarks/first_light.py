@@ -421,7 +421,7 @@ def form(name: str, bench: Bench) -> dict[str, Any]:
 
 def profile(bench: Bench) -> dict[str, Any]:
     """Profile three images by kernel."""
-    from ragturbo.engine import profile as profiling
+    from ragturbo.bench import profile as profiling
 
     trace = bench.folder / "trace.json"
     with bench.generator(retriever="exact") as gen:

@@ -22,6 +22,7 @@ import torch
 from benchmarks.diffusers_peer import Diffusers, agreement
 from benchmarks.step_record import StepRecord
 from benchmarks.timing import captured, interleaved, once, sample
+from ragturbo.bench import profile as profiling
 from ragturbo.bench.agreement import (
     CONTROLS_BY,
     WITHIN,
@@ -32,7 +33,6 @@ from ragturbo.bench.agreement import (
 )
 from ragturbo.bench.prompts import prompts
 from ragturbo.bench.timing import noise, percentiles
-from ragturbo.engine import profile as profiling
 
 # Rounding errors of the UNet's and the adapter's outputs are larger than those of latents by this factor.
 PARTS_BY = 5

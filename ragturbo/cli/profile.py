@@ -37,7 +37,7 @@ def profile(
     quiet_libraries()
     import torch
 
-    from ragturbo.engine import profile as profiling
+    from ragturbo.bench import profile as profiling
     from ragturbo.errors import InvalidRequest
     from ragturbo.generate import Generator
 

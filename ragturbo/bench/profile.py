@@ -1,4 +1,4 @@
-"""A Generator under a profiler: requests with prompts of their own, warmed up, on the device's own thread."""
+"""Profile a Generator's requests on its device thread, and summarize the trace."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ _ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 
 
 def run(gen: Generator, prompts: list[str], count: int, **options: Any) -> list[dict[str, float]]:
-    """The timings of `count` requests, one prompt each and another seed each."""
+    """Run `count` requests with one prompt and seed each, and return their timings."""
     calls = (gen.submit(prompts[i % len(prompts)], seed=i, output_type="uint8", **options) for i in range(count))
     return [call.result().timings for call in calls]
 
 
 @contextmanager
 def traced(gen: Generator, trace: Path) -> Iterator[None]:
-    """torch.profiler around what the device's thread does meanwhile, written as a Chrome trace."""
+    """Run torch.profiler on the device thread inside the block, and write a Chrome trace."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     profiler = torch.profiler.profile(activities=activities)
-    # A profiler sees the operations of the thread that started it.
+    # A profiler records the operations of the thread that started it.
     with on_device_thread(gen, profiler.start, profiler.stop):
         yield
     trace.parent.mkdir(parents=True, exist_ok=True)
@@ -40,7 +40,7 @@ def traced(gen: Generator, trace: Path) -> Iterator[None]:
 
 @contextmanager
 def cuda_range(gen: Generator) -> Iterator[None]:
-    """cudaProfilerStart and -Stop: what nsys and ncu record when told to wait for them."""
+    """Call cudaProfilerStart and cudaProfilerStop around the block, for nsys and ncu."""
     with on_device_thread(gen, torch.cuda.profiler.start, torch.cuda.profiler.stop):
         yield
 
@@ -55,14 +55,18 @@ def on_device_thread(gen: Generator, start: Callable[[], Any], stop: Callable[[]
 
 
 def median(timings: list[dict[str, float]]) -> dict[str, float]:
-    """By stage, in the order they were met."""
+    """Return the median of each stage, in order of appearance."""
     stages = dict.fromkeys(stage for row in timings for stage in row)
     return {stage: sorted(row.get(stage, 0.0) for row in timings)[len(timings) // 2] for stage in stages}
 
 
 def summary(trace: Path, most: int = 12) -> dict[str, Any]:
-    """What a Chrome trace says of the device: by stream its operations, busy and idle time, the costliest kernels, and
-    how much of what the other streams did lay beside work of the busiest one. Empty without a GPU."""
+    """Summarize the device's work in a Chrome trace; empty without a GPU.
+
+    Returns:
+        "main stream", the busiest, and for each of "streams" its number of operations, busy and idle time, overlap with
+        the main stream, and its `most` costliest kernels.
+    """
     events = [e for e in json.loads(trace.read_text("utf-8"))["traceEvents"] if e.get("cat") in _ON_DEVICE]
     streams: dict[int, list[tuple[float, float, str]]] = {}
     for event in events:
@@ -93,7 +97,7 @@ def summary(trace: Path, most: int = 12) -> dict[str, Any]:
 
 
 def _merged(work: list[tuple[float, float, str]]) -> list[tuple[float, float]]:
-    """Intervals that touch, as one."""
+    """Merge overlapping and adjacent intervals."""
     spans: list[tuple[float, float]] = []
     for start, end, _ in sorted(work):
         if spans and start <= spans[-1][1]:
@@ -108,12 +112,12 @@ def _length(spans: list[tuple[float, float]]) -> float:
 
 
 def commands(arguments: list[str]) -> dict[str, str]:
-    """The exact command lines that record the same requests with NVIDIA's tools."""
+    """Return the command lines that record the same requests with nsys and ncu."""
     import shlex
 
     again = shlex.join(["ragturbo", "profile", *arguments, "--range"])
     return {
-        # Without "node" a replay is one bar; with it, every kernel of the graph is told apart.
+        # "node" shows every kernel of a graph.
         "nsys": "nsys profile --trace=cuda,nvtx,osrt --cuda-graph-trace=node --capture-range=cudaProfilerApi "
         f"--capture-range-end=stop --force-overwrite=true --output=ragturbo {again}",
         "ncu": "ncu --profile-from-start=off --graph-profiling=node --set=full --force-overwrite --export=ragturbo "

@@ -8,9 +8,24 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from ragturbo.bench import profile as profiling
+from ragturbo.bench.models import make_bundle, make_database
 from ragturbo.cli import app
-from ragturbo.engine import profile as profiling
 from ragturbo.errors import InvalidRequest
+from ragturbo.model.bundle import Bundle
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    return make_bundle("rehearsal", "cpu", torch.float32).save(tmp_path_factory.mktemp("profile") / "model")
+
+
+@pytest.fixture(scope="module")
+def database_folder(model_folder):
+    bundle = Bundle.load(model_folder, device="cpu", dtype=torch.float32)
+    make_database(bundle, model_folder.parent / "db", 16)
+    return model_folder.parent / "db"
+
 
 STAGES = {"text", "encode", "adapter", "decode", "vae", "copy"}
 
