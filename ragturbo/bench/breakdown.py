@@ -15,13 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ragturbo.bench.agreement import (
-    disagreement,
-    engine_mismatch,
-    generator_latents,
-    latent_agreement,
-    relative_error,
-)
+from ragturbo.bench.agreement import disagreement, engine_mismatch, generator_latents, latent_agreement, relative_error
 from ragturbo.bench.eager import RETRIEVAL, EagerPipeline
 from ragturbo.bench.models import clustered_keys, make_bundle, make_database
 from ragturbo.bench.prompts import prompts

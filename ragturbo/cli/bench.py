@@ -15,8 +15,7 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 @app.command()
 def breakdown(
     model: Annotated[
-        str,
-        typer.Option(help='"sd21" (random weights), "rehearsal" (small ones), "shapes", a folder or a hub id.'),
+        str, typer.Option(help='"sd21" (random weights), "rehearsal" (small ones), "shapes", a folder or a hub id.')
     ] = "sd21",
     device: Annotated[str | None, typer.Option(help="cuda or cpu; by default a GPU if there is one.")] = None,
     prompts: Annotated[int, typer.Option(help="Number of prompts, one image each.")] = 100,
@@ -65,9 +64,7 @@ def report(
         "benchmarks/results"
     ),
     page: Annotated[Path, typer.Option(help="Page whose marked sections are generated.")] = Path("docs/performance.md"),
-    check: Annotated[
-        bool, typer.Option("--check", help="Change nothing; exit with 3 if out of date.")
-    ] = False,
+    check: Annotated[bool, typer.Option("--check", help="Change nothing; exit with 3 if out of date.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Generate the tables of docs/performance.md from the raw JSON, or check that they are up to date."""

@@ -24,10 +24,7 @@ def profile(
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")] = None,
     engine: Annotated[str, typer.Option(help="auto, reference or graph.")] = "auto",
     ranged: Annotated[
-        bool,
-        typer.Option(
-            "--range", help="Only mark the requests for nsys and ncu, with cudaProfilerStart."
-        ),
+        bool, typer.Option("--range", help="Only mark the requests for nsys and ncu, with cudaProfilerStart.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
