@@ -12,9 +12,10 @@ help:
 	@echo "make test        install, then every test that needs no GPU"
 	@echo "make test-long   the same with full counts and the slow tests; its record is benchmarks/results/test-long.json"
 	@echo "make lint        ruff and mypy"
-	@echo "make bench       the benchmarks; make bench-check: counts that depend on no machine, and docs against data"
-	@echo "make gpu         on a GPU: are kernels and graphs right, and how long takes an image (500 s); RESULTS=folder"
-	@echo "make gpu-more    what else a GPU's budgets ask for (270 s); STEPS=\"tune breakdown …\" chooses steps by name"
+	@echo "make bench       run the benchmarks"
+	@echo "make bench-check compare machine-independent counts with the committed ones, and docs/performance.md with its data"
+	@echo "make gpu         on a GPU: check kernels and graphs, and time an image (500 s); RESULTS=folder"
+	@echo "make gpu-more    on a GPU: measure the other budgets (270 s); STEPS=\"tune breakdown …\" selects steps by name"
 	@echo "make install     the installation alone, into .venv; PYTHON=python3.12 chooses the interpreter"
 	@echo "make clean       remove .venv and what was built"
 
@@ -49,14 +50,14 @@ lint: install
 bench: install
 	$(BIN)/python -m pytest benchmarks -q --benchmark-only
 
-# Nothing here depends on the machine: FLOPs, bytes, launches and allocations against committed counts, and the page of
-# measured results against its raw data.
+# FLOPs, bytes, launches and allocations against the committed counts, and docs/performance.md against its data. Nothing
+# here depends on the machine.
 bench-check: install
 	$(BIN)/python -m benchmarks.check_counts
 	$(PYTEST) tests/engine/test_capture.py -q -k operations
 	$(BIN)/ragturbo bench report --check
 
-# An interpreter that has torch already is taken as it is: GPU images come with one that fits their driver.
+# Use the interpreter as it is if it has torch: GPU images have one that fits their driver.
 gpu: STEPS ?= first
 gpu-more: STEPS ?= more
 gpu gpu-more:
