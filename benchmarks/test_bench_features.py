@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from benchmarks import roofline
-from benchmarks.timing import once, summary
+from benchmarks.timing import CACHE, once, summary
 from ragturbo.bench.timing import percentiles
 from ragturbo.retrieval import Database, FeatureCache, Geometry, Record
 from ragturbo.retrieval.store import PreadStore
@@ -42,15 +42,11 @@ READERS = [
 ]
 
 
-def cache_folder() -> Path:
-    return Path(os.environ.get("RAGTURBO_BENCH_CACHE", Path.home() / ".cache" / "ragturbo-bench"))
-
-
 class Rows:
     def __init__(self) -> None:
         from safetensors.torch import save_file
 
-        self.folder = cache_folder() / f"rows-{ROWS}-v2"
+        self.folder = CACHE / f"rows-{ROWS}-v2"
         if not (self.folder / "done").exists():
             shutil.rmtree(self.folder, ignore_errors=True)
             Database.write(self.folder / "db", self._batches(), geometry=GEOMETRY, segment_records=ROWS)

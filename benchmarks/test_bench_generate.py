@@ -30,6 +30,16 @@ def calls(gen: Any, batch: int, **options: Any) -> Any:
     return call
 
 
+def peer_calls(peer: Diffusers) -> Any:
+    turn = itertools.count()
+
+    def call() -> Any:
+        i = next(turn)
+        return (peer([WORDS[i % len(WORDS)]], [i]) * 255).round().astype("uint8")
+
+    return call
+
+
 def draw(gen: Any) -> Any:
     return lambda words, seeds, output: gen(words, seed=seeds, mode="none", output_type=output).images
 
@@ -101,15 +111,8 @@ def test_generate_by_capture(measure, bundle, make_generator, capture, mode, bat
 @pytest.mark.quick
 def test_peer_diffusers(measure, bundle):
     """The same modules through diffusers' pipeline."""
-    peer = Diffusers(bundle)
-    turn = itertools.count()
-
-    def call() -> Any:
-        i = next(turn)
-        return (peer([WORDS[i % len(WORDS)]], [i]) * 255).round().astype("uint8")
-
     measure(
-        call, dtype=bundle.dtype, capture=False, group="generate, batch 1",
+        peer_calls(Diffusers(bundle)), dtype=bundle.dtype, capture=False, group="generate, batch 1",
         sizes={"model": bundle.name, "batch": 1, "pixels": bundle.default_size},
         extra={"op": "peer.diffusers", "images_a_call": 1, "threads": torch.get_num_threads()},
     )  # fmt: skip
@@ -120,19 +123,14 @@ def test_peer_diffusers(measure, bundle):
 def test_peer_diffusers_compiled(measure, sd21):
     peer = Diffusers(sd21, compile=True)
     reference = Diffusers(sd21)
-    turn = itertools.count()
 
     def same() -> None:
         # Batch 1, as it is timed: another batch size would be compiled again, for minutes.
         why = disagreement(agreement(peer, reference, WORDS[:1], WORDS[1:2]), sd21.dtype)
         assert why is None, why
 
-    def call() -> Any:
-        i = next(turn)
-        return (peer([WORDS[i % len(WORDS)]], [i]) * 255).round().astype("uint8")
-
     measure(
-        call, verify=same, dtype=sd21.dtype, capture=False, group="generate, batch 1",
+        peer_calls(peer), verify=same, dtype=sd21.dtype, capture=False, group="generate, batch 1",
         sizes={"model": sd21.name, "batch": 1, "pixels": sd21.default_size},
         extra={"op": "peer.diffusers_compiled", "images_a_call": 1, "peer": peer.name},
     )  # fmt: skip

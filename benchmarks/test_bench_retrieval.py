@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.timing import interleaved, summary
+from benchmarks.timing import CACHE, interleaved, summary
 from ragturbo.bench.timing import percentiles
 from ragturbo.retrieval import Database, Geometry, Record, ScannConfig
 from ragturbo.retrieval.scann import build_searcher
@@ -30,10 +30,6 @@ ROWS = {"default": 100_000, "paper": 630_000}
 BUILD_BYTES = 14_000
 GEOMETRY = Geometry(1, 1, 64, "float16", WIDTH)
 WORDS = "red blue old new small large boat dog cat house tree road lake hill man woman child car train bird".split()
-
-
-def cache_folder() -> Path:
-    return Path(os.environ.get("RAGTURBO_BENCH_CACHE", Path.home() / ".cache" / "ragturbo-bench"))
 
 
 def clustered(count: int, seed: int) -> np.ndarray:
@@ -79,7 +75,7 @@ class SearchSet:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") + _cached()
         self.rows = min(wanted, max(20_000, (free - (2 << 30)) // BUILD_BYTES))
         self.note = None if self.rows == wanted else f"memory for {self.rows} of {wanted} rows"
-        self.folder = cache_folder() / f"keys-{self.rows}-v2"
+        self.folder = CACHE / f"keys-{self.rows}-v2"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.queries = clustered(QUERIES, 1)
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +17,8 @@ from ragturbo.bench.timing import noise, percentiles
 from ragturbo.machine import NOISE_LIMIT, throttled
 
 Call = Callable[..., Any]
+# Folder of databases and indexes that are built once.
+CACHE = Path(os.environ.get("RAGTURBO_BENCH_CACHE", Path.home() / ".cache" / "ragturbo-bench"))
 # GPU work is captured if one eager call takes less than this: below it, the host's launches may dominate.
 CAPTURE_BELOW = 5e-3
 # Length of one replay: one launch and its synchronize are then below 1 % of it.
