@@ -1,4 +1,4 @@
-"""`ragturbo data …`: what the trainer reads. Each command shares its work by torchrun and goes on where it stopped."""
+"""`ragturbo data …`: make training data. Commands share work between the processes of torchrun and can be resumed."""
 
 from __future__ import annotations
 
@@ -17,27 +17,29 @@ Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the shards.")
 Model = Annotated[str, typer.Option(help="A local folder or a hub id.")]
 Caption = Annotated[str, typer.Option(help="Name of the caption column.")]
 ScoreColumn = Annotated[str | None, typer.Option(help="Name of a column of scores, with --min-score.")]
-MinScore = Annotated[float | None, typer.Option(help="Rows that score less are left out.")]
-Batch = Annotated[int, typer.Option(help="Samples a forward; part of what a resumed run must keep.")]
-ShardSize = Annotated[int, typer.Option(help="Inputs a shard: the unit of work and of restart.")]
-Dtype = Annotated[str, typer.Option(help="What is stored: float16, bfloat16 or float32.")]
-Precision = Annotated[str | None, typer.Option(help="What it is computed in; float16 on a GPU unless said otherwise.")]
-StoreText = Annotated[bool, typer.Option("--store-text", help="Store text states too: more disk, no text encoder.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; the launcher's own by default.")]
+MinScore = Annotated[float | None, typer.Option(help="Skip rows with a lower score.")]
+Batch = Annotated[int, typer.Option(help="Samples per forward pass. Must not change on resume.")]
+ShardSize = Annotated[int, typer.Option(help="Inputs per shard, the unit of work and of resuming.")]
+Dtype = Annotated[str, typer.Option(help="Storage type: float16, bfloat16 or float32.")]
+Precision = Annotated[str | None, typer.Option(help="Compute type; by default float16 on a GPU.")]
+StoreText = Annotated[
+    bool, typer.Option("--store-text", help="Also store text states, so that training needs no text encoder.")
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; by default the launcher's.")]
 
 
 @app.command()
 def teacher(
-    prompts: Annotated[Path, typer.Argument(help=".txt, one prompt a line, or .jsonl, .csv, .parquet.")],
+    prompts: Annotated[Path, typer.Argument(help=".txt with one prompt per line, .jsonl, .csv or .parquet.")],
     out: Out,
     model: Model,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance.")] = 7.5,
     steps: Annotated[int, typer.Option(help="Steps of the teacher.")] = 50,
-    seed: Annotated[int, typer.Option(help="Prompt i has noise (seed, i).")] = 0,
+    seed: Annotated[int, typer.Option(help="The noise of prompt i is drawn from (seed, i).")] = 0,
     caption_column: Caption = "caption",
     score_column: ScoreColumn = None,
     min_score: MinScore = None,
-    limit: Annotated[int | None, typer.Option(help="Take the first so many prompts.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Use only the first prompts.")] = None,
     batch: Batch = 16,
     shard_size: ShardSize = 1024,
     dtype: Dtype = "float16",
@@ -45,7 +47,7 @@ def teacher(
     store_text: StoreText = False,
     device: Device = None,
 ) -> None:
-    """Prompts to the teacher's latents, with the noise that made them."""
+    """Generate latents with the teacher, stored with the noise they were generated from."""
     quiet_libraries()
     from ragturbo.train.prompts import read_prompts
     from ragturbo.train.teacher import make_teacher_data
@@ -70,16 +72,16 @@ def teacher(
 
 @app.command()
 def encode(
-    pairs: Annotated[str, typer.Argument(help="A folder, .jsonl, .csv, .parquet or .tar shards, as for `db build`.")],
+    pairs: Annotated[str, typer.Argument(help="A folder, .jsonl, .csv, .parquet or .tar files, as for `db build`.")],
     out: Out,
     model: Model,
-    min_size: Annotated[int, typer.Option(help="Images with a shorter side in pixels are left out.")] = 1024,
+    min_size: Annotated[int, typer.Option(help="Skip images with a shorter side, in pixels.")] = 1024,
     caption_column: Caption = "caption",
-    image_column: Annotated[str, typer.Option(help="Name of the image column, or a pattern of columns.")] = "image",
-    image_root: Annotated[Path | None, typer.Option(help="Where the image paths start.")] = None,
+    image_column: Annotated[str, typer.Option(help="Name of the image column, or a pattern over columns.")] = "image",
+    image_root: Annotated[Path | None, typer.Option(help="Folder that image paths are relative to.")] = None,
     score_column: ScoreColumn = None,
     min_score: MinScore = None,
-    size: Annotated[int | None, typer.Option(help="Side in pixels; the model's own by default.")] = None,
+    size: Annotated[int | None, typer.Option(help="Image side in pixels; by default the model's.")] = None,
     batch: Batch = 16,
     shard_size: ShardSize = 1024,
     dtype: Dtype = "float16",
@@ -87,7 +89,7 @@ def encode(
     store_text: StoreText = False,
     device: Device = None,
 ) -> None:
-    """Real captioned images to latents."""
+    """Encode real captioned images as latents."""
     quiet_libraries()
     from ragturbo.retrieval.sources import Columns
     from ragturbo.train.encode import make_encoded_data
@@ -116,15 +118,15 @@ def neighbors(
     data: Annotated[Path, typer.Argument(help="A folder made by `data teacher` or `data encode`.")],
     database: Annotated[Path, typer.Option(help="The database to retrieve from.")],
     model: Model,
-    num_neighbors: Annotated[int, typer.Option("--num-neighbors", "-k", help="Neighbours a sample.")] = 4,
+    num_neighbors: Annotated[int, typer.Option("--num-neighbors", "-k", help="Neighbours per sample.")] = 4,
     max_cosine: Annotated[
-        float | None, typer.Option(help="Rows with a key this close to the sample's are near-duplicates, left out.")
+        float | None, typer.Option(help="Exclude rows whose key has at least this cosine with the sample's.")
     ] = None,
     retriever: Annotated[str, typer.Option(help="auto, scann or exact.")] = "auto",
-    batch: Annotated[int, typer.Option(help="Samples a search.")] = 256,
+    batch: Annotated[int, typer.Option(help="Samples per search.")] = 256,
     device: Device = None,
 ) -> None:
-    """For every sample, the rows it is trained with: never its own record."""
+    """Find the database rows each sample is trained with, excluding its own record and duplicates."""
     quiet_libraries()
     from ragturbo.train.neighbors import make_neighbors
 
@@ -145,8 +147,8 @@ def neighbors(
 def lpips(
     data: Annotated[Path, typer.Argument(help="A folder made by `data teacher` or `data encode`.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The .safetensors file to write.")],
-    width: Annotated[int, typer.Option(help="Channels of the first block; VGG16's own are 64.")] = 64,
-    words: Annotated[int, typer.Option(help="Words of the captions to tell apart.")] = 512,
+    width: Annotated[int, typer.Option(help="Channels of the first block; 64 in VGG16.")] = 64,
+    words: Annotated[int, typer.Option(help="Size of the vocabulary to predict.")] = 512,
     steps: Annotated[int, typer.Option()] = 20_000,
     batch: Annotated[int, typer.Option()] = 64,
     lr: Annotated[float, typer.Option()] = 1e-3,
@@ -159,7 +161,7 @@ def lpips(
 
     result = train_vgg(data, out, width=width, words=words, steps=steps, batch=batch, lr=lr, seed=seed, device=device)
     typer.echo(
-        f"wrote {out}: held-out words told with average precision {result['average_precision']:.3f} "
+        f"wrote {out}: average precision on the words of held-out captions {result['average_precision']:.3f} "
         f"(by frequency alone {result['by_frequency']:.3f})"
     )
 

@@ -1,4 +1,4 @@
-"""`ragturbo train`: the LADD trainer from a configuration."""
+"""`ragturbo train`: run the LADD trainer with a configuration."""
 
 from __future__ import annotations
 
@@ -12,22 +12,24 @@ from ragturbo.cli.terminal import quiet_libraries
 
 
 def train(
-    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or paper, one-gpu or shapes.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for checkpoints, statistics and the result.")],
-    max_steps: Annotated[int | None, typer.Option(help="Stop after this many optimiser steps in all.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG", help="A YAML file, or a built-in one: paper, one-gpu or shapes.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for checkpoints, statistics and the export.")],
+    max_steps: Annotated[
+        int | None, typer.Option(help="Stop at this optimiser step, counted from the start of the run.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint in --out.")] = False,
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, such as loop.batch=64.")
     ] = None,
     bundle: Annotated[
-        bool, typer.Option("--bundle", help="Write a whole model with its database to OUT/bundle, too.")
+        bool, typer.Option("--bundle", help="Also write a complete model with its database to OUT/bundle.")
     ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be trained, held and computed, and stop.")
-    ] = False,
-    processes: Annotated[int, typer.Option(help="With --dry-run: on this many processes.")] = 1,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; the launcher's own by default.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Report for machines.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print parameters, memory and FLOPs, and stop.")] = False,
+    processes: Annotated[int, typer.Option(help="Number of processes, for --dry-run.")] = 1,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; by default the launcher's.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Train an adapter and decoder LoRA, or a one-step student. Several GPUs: torchrun --no-python … ragturbo train"""
     quiet_libraries()
@@ -62,8 +64,8 @@ def _readable(report: dict[str, Any]) -> str:
         lines += [f"{kind:<10} {name:<44} {count:>15,}" for name, count in parts.items()]
     lines += [f"{'memory':<10} {name:<44} {n / 2**30:>11.2f} GiB" for name, n in report["memory_bytes"].items()]
     flops, parts = report["flops_per_step"] / 1e12, report["micro_batches_per_step"]
-    lines += [f"{'a sample':<10} {k:<44} {n / 1e9:>9,.2f} GFLOP" for k, n in report["flops_per_sample"].items()]
-    lines.append(f"a step: {flops:,.2f} TFLOP in all, {parts} micro-batches on each process")
+    lines += [f"{'per sample':<10} {k:<44} {n / 1e9:>9,.2f} GFLOP" for k, n in report["flops_per_sample"].items()]
+    lines.append(f"per step: {flops:,.2f} TFLOP, {parts} micro-batches on each process")
     rate = report["samples_per_s"]
-    lines.append("samples/s: not measured here" if rate is None else f"samples/s, measured by the run: {rate:.1f}")
+    lines.append("samples/s: not measured" if rate is None else f"samples/s, median of the run in --out: {rate:.1f}")
     return "\n".join(lines)

@@ -17,10 +17,6 @@ from ragturbo.config import one_of
 from ragturbo.errors import InvalidRequest
 from ragturbo.train import require
 
-DECODER_TARGETS = (
-    r"up_blocks\..*\.(to_q|to_k|to_v|to_out\.0|proj_in|proj_out|ff\.net\.0\.proj|ff\.net\.2|conv1|conv2|conv_shortcut)"
-)
-
 
 @dataclass(frozen=True)
 class LoRAConfig:
@@ -30,7 +26,10 @@ class LoRAConfig:
     """0: no LoRA."""
     alpha: float = 64.0
     dropout: float = 0.0
-    targets: str = DECODER_TARGETS
+    targets: str = (
+        r"up_blocks\..*\.(to_q|to_k|to_v|to_out\.0|proj_in|proj_out|ff\.net\.0\.proj|ff\.net\.2"
+        r"|conv1|conv2|conv_shortcut)"
+    )
     """A regular expression over module names. It may match decoder modules only."""
 
     def __post_init__(self) -> None:
@@ -187,16 +186,17 @@ class LoopConfig:
         _check_range("loop", self, **dict.fromkeys(ones, 1), sample_every=0)
         if not 0 <= self.ema < 1:
             raise InvalidRequest(f"loop.ema={self.ema} must be in [0, 1)")
-        if self.batch % self.micro_batch:
-            raise InvalidRequest(f"loop.batch={self.batch} is not a multiple of loop.micro_batch={self.micro_batch}")
+        self.accumulation(1)
 
     def accumulation(self, processes: int) -> int:
         """Micro-batches per step and process."""
-        if self.batch % (self.micro_batch * processes):
+        count, rest = divmod(self.batch, self.micro_batch * processes)
+        if rest:
             raise InvalidRequest(
-                f"loop.batch={self.batch} does not divide into {processes} processes of micro_batch={self.micro_batch}"
+                f"loop.batch={self.batch} is not a multiple of loop.micro_batch={self.micro_batch} times the number of "
+                f"processes ({processes})"
             )
-        return self.batch // (self.micro_batch * processes)
+        return count
 
 
 @dataclass(frozen=True)

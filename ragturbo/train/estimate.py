@@ -105,8 +105,7 @@ def _build(
     student = Student(HSpaceUNet(unet), EulerDiscreteScheduler(timestep_spacing="trailing"), config).to("meta")
     for parameter in student.parameters():
         parameter.data = parameter.data.to(dtype)
-    teacher = None if config.teacher == "self" else teacher
-    discriminator = make_discriminator(teacher, student, config).to("meta")
+    discriminator = make_discriminator(None if config.teacher == "self" else teacher, student, config).to("meta")
     lpips = None
     if config.loss.beta:
         lpips = LatentLPIPS(LatentVGG(unet.config.in_channels, vgg_width)).to("meta", dtype)

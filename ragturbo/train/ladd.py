@@ -181,10 +181,9 @@ class LADDTrainer:
             grad.copy_(mean.view_as(grad))
 
     def _set_rates(self) -> None:
-        options = {self.optimizer_g: self.config.optim, self.optimizer_d: self.config.discriminator.optim}
-        for optimizer, settings in options.items():
-            for group in optimizer.param_groups:
-                group["lr"] = settings.rate(self.updates, self.config.loop.max_steps)
+        steps = self.config.loop.max_steps
+        self.optimizer_g.param_groups[0]["lr"] = self.config.optim.rate(self.updates, steps)
+        self.optimizer_d.param_groups[0]["lr"] = self.config.discriminator.optim.rate(self.updates, steps)
 
     def _skip(self) -> None:
         self.skipped += 1
@@ -195,8 +194,6 @@ class LADDTrainer:
                 f"{self.skipped_in_a_row} steps in a row had a gradient that is not finite, up to step {self.step}. "
                 "Resume from the last checkpoint with a lower optim.lr, or check the data for NaN"
             )
-
-    # Statistics and samples
 
     def _add(self, values: dict[str, Tensor]) -> None:
         for name, value in values.items():
@@ -230,8 +227,6 @@ class LADDTrainer:
             path.parent.mkdir(parents=True, exist_ok=True)
             batch = self.data.batch(range(self.config.loop.samples)).to(self.device)
             sample_grid(batch, self.objective.estimate, self.bundle.vae.decode, self.config.seed).save(path)
-
-    # Checkpoints
 
     def _save_checkpoint(self) -> None:
         """All processes have the same state; the main one writes it."""

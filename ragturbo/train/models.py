@@ -101,19 +101,15 @@ def open_database(config: LADDConfig, bundle: Bundle) -> Database | None:
 def open_data(config: LADDConfig, database: Database | None) -> tuple[TrainingData, HeldOut | None]:
     """The mixture of data.sources, and data.held_out if it is set."""
     student, settings = config.student, config.data
-    options: Any = {
-        "seed": config.seed,
-        "database": database,
-        "num_neighbors": student.num_neighbors,
-        "random_neighbors": student.neighbors == "random",
-    }
+    retrieval: Any = {"database": database, "num_neighbors": student.num_neighbors}
+    retrieval["random_neighbors"] = student.neighbors == "random"
     sources = [Shards(source.path) for source in settings.sources]
     if config.discriminator.real == "images" and all("noise" in source.fields for source in sources):
         raise InvalidRequest(
             "discriminator.real=images, but no source of data.sources has images: all hold teacher latents. Add a "
             "folder made by `ragturbo data encode`, or set discriminator.real=all"
         )
-    data = TrainingData(sources, [source.weight for source in settings.sources], **options)
+    data = TrainingData(sources, [source.weight for source in settings.sources], config.seed, **retrieval)
     if settings.held_out is None:
         return data, None
-    return data, HeldOut(TrainingData([Shards(settings.held_out)], [1.0], **options))
+    return data, HeldOut(TrainingData([Shards(settings.held_out)], [1.0], config.seed, **retrieval))

@@ -14,8 +14,6 @@ from ragturbo.train.losses import masked_mean, smooth_l1
 
 # (batch, noise, retrieve=True) -> ẑ_0
 Estimate = Callable[..., Tensor]
-# Held-out samples that are measured at most.
-LIMIT = 512
 
 
 class HeldOut:
@@ -27,7 +25,7 @@ class HeldOut:
             raise InvalidRequest(
                 f"data.held_out={source.folder} has no noise to start from: make it with `ragturbo data teacher`"
             )
-        self.data, self.count = data, min(LIMIT, len(source))
+        self.data, self.count = data, min(512, len(source))
 
     @torch.no_grad()
     def measure(self, estimate: Estimate, batch_size: int, device: torch.device) -> dict[str, float]:

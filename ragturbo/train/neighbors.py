@@ -54,9 +54,8 @@ def make_neighbors(
     bundle = Bundle.load(model, device=device or local_device(), adapter=False)
     db.check_encoder(bundle.fingerprint(), bundle.text.key_kind)
     folder = shards.folder / NEIGHBORS
-    write_or_check_index(
-        folder, {"k": k, "database": database_name(db), "max_cosine": max_cosine, "retriever": retriever}
-    )
+    made_by = {"k": k, "database": database_name(db), "max_cosine": max_cosine, "retriever": retriever}
+    write_or_check_index(folder, made_by)
     todo = remaining(folder, len(shards.files), *rank_and_world())
     search = NeighborSearch(db, k, max_cosine)
     for shard in track(todo, len(todo), "neighbors"):

@@ -34,8 +34,9 @@ def read_prompts(
     for row in _rows(path, caption, score_column):
         if caption not in row:
             raise InvalidRequest(f"{path} has no column {caption!r}; its columns are {', '.join(map(str, row))}")
+        text = str(row[caption] or "").strip()
         good = score_column is None or min_score is None or _number(row.get(score_column)) >= min_score
-        if good and (text := str(row[caption] or "").strip()):
+        if text and good:
             prompts.append(text)
     if not prompts:
         which = f" with {score_column} ≥ {min_score}" if score_column else ""

@@ -44,8 +44,8 @@ def train_vgg(
     of the words of held-out captions, the same "by_frequency" alone, and the number of "words"."""
     place = torch.device(device or local_device())
     shards = Shards(data)
-    records = [record for shard in range(len(shards.files)) for record in shards.records(shard)]
-    captions = [set(re.findall(r"\w+", record["caption"].casefold())) for record in records]
+    texts = [record["caption"] for shard in range(len(shards.files)) for record in shards.records(shard)]
+    captions = [set(re.findall(r"\w+", text.casefold())) for text in texts]
     vocabulary = most_informative_words(captions, words)
     if len(vocabulary) < 2:
         raise InvalidRequest(f"{data}: its {len(captions)} captions have no words in common that distinguish them")

@@ -1,4 +1,4 @@
-"""A world small enough to train in: a tiny student with its teacher, a database, and data made by our own commands."""
+"""Fixtures: a tiny student with its teacher, a database, and training data made by the library."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def small_unet(tiny: Any, seed: int, **overrides: Any) -> Any:
         return tiny.unet("sd21", **{**UNET, **overrides})
 
 
-# Two levels: quick to step, and still with a middle block, text and skips.
+# Two levels with a middle block, cross-attention and skips.
 UNET = {
     "sample_size": 8,
     "block_out_channels": (16, 32),
@@ -113,7 +113,7 @@ def real_copy(source: Path, target: Path, database: Path, model: Path) -> Path:
 
 @pytest.fixture
 def make(world, tmp_path):
-    """A trainer of the tiny world; each call has an --out of its own."""
+    """Make a trainer; each call has its own output folder."""
     count = iter(range(100))
 
     from ragturbo.train.ladd import LADDTrainer
@@ -125,7 +125,7 @@ def make(world, tmp_path):
 
 
 def _grown(trainer):
-    """The same trainer with adapter and LoRA away from zero, as after some training: all of them get gradients."""
+    """Move adapter and LoRA away from zero, so that all parameters get gradients."""
     state = trainer.masters.state()
     generator = torch.Generator().manual_seed(1)
     moved = {name: v + 0.05 * torch.randn(v.shape, generator=generator) for name, v in state.items()}
@@ -139,7 +139,7 @@ def _batches(trainer, count=None):
 
 
 def _gradients(trainer, parts):
-    """The gradients of one step's micro-batches, before anything moves."""
+    """The accumulated gradients of one step, without the update."""
     trainer.student.train()
     trainer.discriminator.train()
     for m, batch in enumerate(parts):

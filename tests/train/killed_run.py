@@ -1,4 +1,4 @@
-"""Runs a trainer in forked children: imports once, then one run a line of JSON on stdin; answers with their exit codes.
+"""Run trainers in forked children: one job per line of JSON on stdin; prints the exit codes of its processes.
 
 Line: {"settings": …, "out": …, "world": 1|2, "port": …, "kill_after": seconds|null, "kill_at_sync": n|null}.
 kill_after kills every child from outside; kill_at_sync makes the first kill itself at its n-th file sync, which is
@@ -23,7 +23,7 @@ from ragturbo.train.config import from_dict
 torch.set_num_threads(1)
 for name in ("peft", "accelerate", "diffusers", "transformers"):
     require(name)
-# What the first run would import one by one, and every child again.
+# Import lazily loaded classes now, so that the children need not.
 for name in ("UNet2DConditionModel", "AutoencoderKL", "EulerDiscreteScheduler", "DDPMScheduler"):
     getattr(require("diffusers"), name)
 for name in ("CLIPTextModel", "AutoTokenizer", "CLIPTokenizer"):
@@ -73,7 +73,7 @@ def run(job):
                 done, status = os.waitpid(pid, os.WNOHANG)
                 if done:
                     codes[pid] = os.waitstatus_to_exitcode(status)
-        # One process of two is gone: the other would wait for it for half an hour.
+        # If one process of two has ended, the other would wait for it.
         if (deadline and time.monotonic() > deadline) or any(code != 0 for code in codes.values()):
             for pid in pids:
                 if pid not in codes:

@@ -1,4 +1,4 @@
-"""D's two halves: the right features, the right norms, the right noise."""
+"""The discriminator: features of the backbone, heads, and the noise schedule."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_z_s_is_what_diffusers_would_add_noise_to(tiny):
 
 
 def test_heads_learn_to_tell_apart_what_differs_in_the_teachers_eyes(unet):
-    """The measured cure, at work: within 60 steps every head leaves its starting loss of 2."""
+    """Within 60 steps every head leaves its starting loss of 2."""
     from ragturbo.train.losses import hinge_d
 
     torch.manual_seed(0)

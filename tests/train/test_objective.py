@@ -1,4 +1,4 @@
-"""What a step's gradients are, and every way to train."""
+"""The gradients of a step, and every kind of training run."""
 
 from __future__ import annotations
 
@@ -41,8 +41,7 @@ def test_a_misaligned_pair_with_the_same_prompt_counts_for_nothing(make, batches
 
 
 def test_a_wrong_prompt_is_a_fake_only_to_heads_that_read_it(make, batches, gradients):
-    """The embedded model reads its prompt in the middle block alone: a wrong one would teach the other heads that true
-    pictures are fake."""
+    """To a head whose stage does not depend on the prompt, a misaligned pair is a real image labelled fake."""
     trainer = make(discriminator__misaligned=True)
     assert trainer.discriminator.backbone.reads_text == [True, True, True]
     trainer.discriminator.backbone.reads_text = [False, False, True]
@@ -56,13 +55,13 @@ def test_a_wrong_prompt_is_a_fake_only_to_heads_that_read_it(make, batches, grad
 
 
 def test_with_images_alone_as_real_a_teachers_latents_are_none(make, world, gradients):
-    """Measured: a student soon looks like the latents it copies, and heads that take these for real learn nothing."""
+    """A student soon resembles the latents it is trained on, and heads that take these as real learn nothing."""
     sources = [{"path": str(world.data)}, {"path": str(world.real)}]
     trainer = make(data__sources=sources, discriminator__real="images", loop__micro_batch=4)
     batch = next(b for b in (trainer.load_batch(range(n, n + 4)) for n in range(0, 64, 4)) if 0 < b.paired.sum() < 4)
     _, d = gradients(trainer, [batch])
     other = dataclasses.replace(batch, z0=torch.where(batch.paired.view(-1, 1, 1, 1), -batch.z0, batch.z0))
-    # At t = T the student sees its own noise alone: other latents in paired samples change nothing D is shown.
+    # At t = T the student sees only noise, so other latents in paired samples do not change the input of D.
     same, all_real = (gradients(make(data__sources=sources, discriminator__real=real, loop__micro_batch=4), [other])[1]
                       for real in ("images", "all"))  # fmt: skip
     weights = [name for name in d if "original" in name]

@@ -1,4 +1,4 @@
-"""The latent VGG's recipe, the dry run, and the commands over them."""
+"""Training the latent VGG, the dry run, and the commands."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_from_prompts_to_an_adapter_by_commands_alone(commands, world, tmp_path)
     plan = commands("train", config, "--out", tmp_path / "out", "--dry-run", "--json", *changes)
     assert json.loads(plan.stdout)["config"]["loss"]["beta"] == 1.0 and not (tmp_path / "out").exists()
     readable = commands("train", config, "--out", tmp_path / "out", "--dry-run", *changes)
-    assert "discriminator heads" in readable.output and "samples/s: not measured here" in readable.output
+    assert "discriminator heads" in readable.output and "samples/s: not measured" in readable.output
     for steps, extra in ((1, []), (2, ["--resume"])):
         run = commands("train", config, "--out", tmp_path / "out", "--max-steps", steps, "--device", "cpu", "--json",
                        *changes, *extra)  # fmt: skip

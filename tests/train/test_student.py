@@ -1,4 +1,4 @@
-"""The student's steps and the fp32 copies it is trained by."""
+"""The student's steps, its fp32 masters and their moving average."""
 
 from __future__ import annotations
 

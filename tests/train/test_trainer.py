@@ -1,4 +1,4 @@
-"""The loop's promises, among them every failure that public LADD trainers have been reported with."""
+"""The training loop, including the failures reported for public LADD trainers."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_the_export_is_the_average_and_a_generator_loads_it(make, world):
 
 
 def test_a_whole_bundle_answers_with_what_was_trained(make):
-    """From the trainer to an image: the exported folder is a model with adapter, LoRA and database of its own."""
+    """The exported folder is a model with its own adapter, LoRA and database."""
     import ragturbo
     from ragturbo.model.info import BundleInfo
 
@@ -176,7 +176,7 @@ def test_a_batch_of_one_is_a_batch_like_any_other(make, monkeypatch, grown, batc
     eps = torch.randn(2, 4, 4, 8, 8, generator=draws)
 
     class Draws:
-        """torch's functions, on the same numbers for the same samples however they are batched."""
+        """torch's random functions, with the same numbers for a sample however it is batched."""
 
         start = 0
 
@@ -198,7 +198,7 @@ def test_a_batch_of_one_is_a_batch_like_any_other(make, monkeypatch, grown, batc
         for name in ("randint", "randn", "rand"):
             monkeypatch.setattr(torch, name, getattr(given, name))
         trainer.student.train()
-        # One power iteration a pass would move D between the micro-batches: held still to compare.
+        # eval: each power iteration in train mode would change D between the micro-batches.
         trainer.discriminator.eval()
         for m, batch in enumerate(parts):
             given.start, given.count = m * size, 0
@@ -224,7 +224,7 @@ def test_batches_of_one_train_without_collapse(make, batches):
 
 
 def test_a_head_at_its_starting_loss_is_reported_by_name(make, caplog):
-    """Measured elsewhere: heads that stay at a hinge of 2 give no signal at all."""
+    """Heads that stay at a hinge loss of 2 give no signal."""
     trainer = make(loop__max_steps=3, loop__dead_after=2, discriminator__optim={"lr": 0.0})
     with torch.no_grad():
         for head in trainer.discriminator.heads.values():
