@@ -1,4 +1,4 @@
-"""`ragturbo db …`: build, change, prove and describe a retrieval database."""
+"""`ragturbo db …`: build, change, verify and describe a retrieval database."""
 
 from __future__ import annotations
 
@@ -15,36 +15,36 @@ import typer
 from ragturbo.cli.terminal import interactive, quiet_libraries
 from ragturbo.errors import DatabaseCorrupt, InvalidRequest
 
-app = typer.Typer(name="db", help="Build, change, prove and describe a retrieval database.", no_args_is_help=True)
+app = typer.Typer(name="db", help="Build, change, verify and describe a retrieval database.", no_args_is_help=True)
 
-_Folder = Annotated[Path, typer.Argument(metavar="DATABASE", help="The database's folder.")]
+_Folder = Annotated[Path, typer.Argument(metavar="DATABASE", help="Folder of the database.")]
 _Pairs = Annotated[
-    list[str], typer.Argument(metavar="PAIRS…", help="A folder, or .jsonl, .csv, .parquet or .tar files or a pattern.")
+    list[str], typer.Argument(metavar="PAIRS…", help="A folder, or .jsonl, .csv, .parquet or .tar files, or a pattern.")
 ]
-_Json = Annotated[bool, typer.Option("--json", help="For machines.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 _Model = Annotated[str, typer.Option(help='"shapes" (embedded), a local folder or a hub id.')]
-_Caption = Annotated[str, typer.Option(help="The column of the captions.")]
-_Image = Annotated[str, typer.Option(help='The column of the images, or a pattern: "train/{image_id}.jpg".')]
-_Root = Annotated[Path | None, typer.Option(help="The folder image paths are under.")]
-_Columns = Annotated[list[str] | None, typer.Option("--column", help="A column to keep; once for each. Default: all.")]
+_Caption = Annotated[str, typer.Option(help="Column of the captions.")]
+_Image = Annotated[str, typer.Option(help='Column of the images, or a pattern: "train/{image_id}.jpg".')]
+_Root = Annotated[Path | None, typer.Option(help="Folder of the image paths.")]
+_Columns = Annotated[list[str] | None, typer.Option("--column", help="Column to keep; repeatable. Default: all.")]
 _Batch = Annotated[int, typer.Option(help="Images encoded at once.")]
-_Workers = Annotated[int | None, typer.Option(help="Decoding threads.")]
-_Thumbnails = Annotated[bool, typer.Option("--thumbnails/--no-thumbnails", help="Keep a small WebP of every image.")]
+_Workers = Annotated[int | None, typer.Option(help="Threads that decode images.")]
+_Thumbnails = Annotated[bool, typer.Option("--thumbnails/--no-thumbnails", help="Store a small WebP of each image.")]
 _Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first bad image or caption.")]
-_Resume = Annotated[bool, typer.Option("--resume/--restart", help="Go on where a killed run stopped.")]
-_Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …")]
+_Resume = Annotated[bool, typer.Option("--resume/--restart", help="Continue a run that was killed.")]
+_Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …")]
 _Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")]
 
 
 @app.command()
 def build(
     pairs: _Pairs,
-    database: Annotated[Path, typer.Option("--out", "-o", help="The folder of the new database.")],
+    database: Annotated[Path, typer.Option("--out", "-o", help="Folder of the new database.")],
     model: _Model = "shapes",
     key: Annotated[str | None, typer.Option(help="pooled or clip. Default: the model's own.")] = None,
-    feature_dtype: Annotated[str, typer.Option(help="float16, or int8 with a scale a token.")] = "float16",
+    feature_dtype: Annotated[str, typer.Option(help="float16, or int8 with one scale per token.")] = "float16",
     size: Annotated[int | None, typer.Option(help="Side of the images in pixels. Default: the model's own.")] = None,
-    segment_records: Annotated[int | None, typer.Option(help="Pairs a segment. Default: about 1 GiB.")] = None,
+    segment_records: Annotated[int | None, typer.Option(help="Pairs per segment. Default: about 1 GiB.")] = None,
     index: Annotated[bool, typer.Option("--index/--no-index", help="Build the ScaNN index afterwards.")] = True,
     centred: Annotated[bool, typer.Option("--centred", help="Search about the mean of the keys.")] = False,
     caption: _Caption = "caption",
@@ -60,7 +60,7 @@ def build(
     dtype: _Dtype = None,
     as_json: _Json = False,
 ) -> None:
-    """Encode pairs into a new database. Killed, it resumes; under torchrun, every process takes a share."""
+    """Encode pairs into a new database. Resumes after a kill; torchrun shares the work among processes."""
     quiet_libraries()
     from ragturbo.retrieval import build as builder
 
@@ -69,7 +69,7 @@ def build(
             _one(pairs), database, model=model, key=key, feature_dtype=feature_dtype, size=size,
             segment_records=segment_records, index=index, centred=centred, caption=caption, image=image,
             image_root=image_root, columns=columns, batch_size=batch_size, workers=workers, thumbnails=thumbnails,
-            strict=strict, resume=resume, on_progress=progress, **_where(device, dtype),
+            strict=strict, resume=resume, on_progress=progress, **_device_options(device, dtype),
         )  # fmt: skip
     _say_report(report, as_json)
 
@@ -92,7 +92,7 @@ def append(
     dtype: _Dtype = None,
     as_json: _Json = False,
 ) -> None:
-    """Encode more pairs with the model the database was built with."""
+    """Encode more pairs with the model that built the database."""
     quiet_libraries()
     from ragturbo.retrieval import build as builder
 
@@ -100,7 +100,7 @@ def append(
         report = builder.append(
             _one(pairs), database, model=model, caption=caption, image=image, image_root=image_root, columns=columns,
             batch_size=batch_size, workers=workers, thumbnails=thumbnails, strict=strict, resume=resume,
-            on_progress=progress, **_where(device, dtype),
+            on_progress=progress, **_device_options(device, dtype),
         )  # fmt: skip
     _say_report(report, as_json)
 
@@ -109,29 +109,27 @@ def append(
 def remove(
     database: _Folder,
     ids: Annotated[list[int] | None, typer.Argument(metavar="ID…", help="Ids to remove.")] = None,
-    where: Annotated[
-        list[str] | None, typer.Option(help="column=value; several must all hold. Quarantines a source.")
-    ] = None,
+    where: Annotated[list[str] | None, typer.Option(help="column=value; a pair must match all of them.")] = None,
     as_json: _Json = False,
 ) -> None:
-    """Take pairs out of every search from now on. `compact` then deletes their bytes."""
+    """Remove pairs from every later search. `compact` then deletes their bytes."""
     from ragturbo.retrieval import Database
 
     conditions = dict(_condition(text) for text in where or [])
     if bool(ids) == bool(conditions):
         raise InvalidRequest("give ids, or --where column=value")
     opened = Database.open(database, retriever="exact")
-    removed = opened.remove(ids) if ids else opened.remove(where=_typed(opened, conditions))
+    removed = opened.remove(ids) if ids else opened.remove(where=_typed(conditions))
     _say({"removed": removed, "pairs": len(opened)}, f"removed {removed} pairs; {len(opened)} are left", as_json)
 
 
 @app.command()
 def verify(
     database: _Folder,
-    quick: Annotated[bool, typer.Option("--quick", help="Sizes, manifest, tables, keys and index only.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Manifest, sizes, tables, keys and index only.")] = False,
     as_json: _Json = False,
 ) -> None:
-    """Read every byte and compare it with the manifest. Exit code 3 and a list of what is damaged, if anything is."""
+    """Read every byte and compare it with the manifest. If there is damage, list it and exit with code 3."""
     from ragturbo.retrieval.snapshot import open_snapshot
     from ragturbo.retrieval.verify import problems
 
@@ -143,7 +141,7 @@ def verify(
         found = [str(error)]
     if say:
         print("\r", end="", file=sys.stderr)
-    text = "\n".join(found) if found else f"{database} is whole: {len(snapshot)} pairs"
+    text = "\n".join(found) if found else f"{database} is undamaged: {len(snapshot)} pairs"
     _say({"whole": not found, "problems": found}, text, as_json)
     if found:
         raise typer.Exit(3)
@@ -151,10 +149,10 @@ def verify(
 
 @app.command()
 def info(database: _Folder, as_json: _Json = False) -> None:
-    """What is in a database, what made it, and how it is searched."""
+    """Describe a database, its encoder and its retriever."""
     from ragturbo.retrieval import Database
 
-    facts = Database.open(database, retriever="auto").info.to_dict()
+    facts = Database.open(database).info.to_dict()
     width = max(len(name) for name in facts)
     _say(facts, "\n".join(f"{name:{width}}  {_plain(value)}" for name, value in facts.items()), as_json)
 
@@ -177,13 +175,13 @@ def reindex(
     centred: Annotated[
         bool | None, typer.Option("--centred/--uncentred", help="Search about the mean of the keys.")
     ] = None,
-    leaves: Annotated[int | None, typer.Option(help="Partitions of the tree; 0: no tree.")] = None,
+    leaves: Annotated[int | None, typer.Option(help="Leaves of the tree; 0: no tree.")] = None,
     leaves_to_search: Annotated[int | None, typer.Option()] = None,
-    reorder: Annotated[int | None, typer.Option(help="Candidates scored again at full width.")] = None,
+    reorder: Annotated[int | None, typer.Option(help="Candidates rescored in bfloat16.")] = None,
     threads: Annotated[int, typer.Option(help="0: all.")] = 0,
     as_json: _Json = False,
 ) -> None:
-    """Build the ScaNN index anew over all live pairs."""
+    """Build the ScaNN index over all live pairs."""
     from dataclasses import replace
 
     from ragturbo.retrieval import Database, ScannConfig
@@ -208,15 +206,14 @@ def _one(pairs: list[str]) -> Any:
     return pairs[0] if len(pairs) == 1 else pairs
 
 
-def _where(device: str | None, dtype: str | None) -> dict[str, Any]:
+def _device_options(device: str | None, dtype: str | None) -> dict[str, Any]:
     if dtype is None:
         return {"device": device}
     import torch
 
-    names = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-    if dtype not in names:
+    if dtype not in (names := ("float32", "float16", "bfloat16")):
         raise InvalidRequest(f"dtype={dtype!r} is not one of {', '.join(names)}")
-    return {"device": device, "dtype": names[dtype]}
+    return {"device": device, "dtype": getattr(torch, dtype)}
 
 
 def _condition(text: str) -> tuple[str, str]:
@@ -226,8 +223,8 @@ def _condition(text: str) -> tuple[str, str]:
     return column, value
 
 
-def _typed(database: Any, conditions: dict[str, str]) -> dict[str, Any]:
-    """A value as text, and as the number or truth value it may be: columns keep the types they came with."""
+def _typed(conditions: dict[str, str]) -> dict[str, Any]:
+    """Return each value as text and as the numbers it may stand for: columns have types."""
     typed: dict[str, Any] = {}
     for column, value in conditions.items():
         options: list[Any] = [value]
@@ -242,7 +239,7 @@ def _typed(database: Any, conditions: dict[str, str]) -> dict[str, Any]:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[int, int | None, int], None] | None]:
-    """A bar with rate and time left, on stderr, where somebody looks at it."""
+    """Show a progress bar on stderr if it is a terminal."""
     if not interactive():
         yield None
         return
@@ -266,7 +263,7 @@ def _say_report(report: Any, as_json: bool) -> None:
              "skipped": report.skipped, "seconds": report.seconds, "encoded": report.encoded}  # fmt: skip
     text = f"{report.pairs} pairs in {report.path}"
     if report.encoded:
-        text += f", {report.rate:.1f} encoded a second"
+        text += f", {report.rate:.1f} encoded per second"
     if report.skipped:
         first = report.skipped[0]
         text += (
