@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -87,9 +88,7 @@ def load_lora(unet: Any, folder: str | Path) -> None:
     pairs = _pairs(state, folder)
     for path, (a, b) in pairs.items():
         _check_fits(unet, path, a, b, folder)
-    for path, module in list(unet.named_modules()):
-        if path not in pairs or not isinstance(module, LoRALayer):
-            _unwrap(unet, path, module)
+    remove_lora(unet, keep=pairs)
     for path, (a, b) in pairs.items():
         layer = unet.get_submodule(path)
         if not isinstance(layer, LoRALayer):
@@ -97,7 +96,6 @@ def load_lora(unet: Any, folder: str | Path) -> None:
             unet.set_submodule(path, layer)
         rank = len(a)
         layer.merge(a, b, config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank))
-    _remove_peft_config(unet)
     setattr(unet, _LOADED, config)
 
 
@@ -112,24 +110,17 @@ def save_lora(unet: Any, folder: str | Path) -> None:
         (folder / CONFIG).write_text(json.dumps(loaded, indent=2) + "\n", "utf-8")
 
 
-def remove_lora(unet: Any) -> None:
-    """Restore the base layers."""
+def remove_lora(unet: Any, keep: Container[str] = ()) -> None:
+    """Restore the base layers, except below the LoRALayers with a path in `keep`."""
     for path, module in list(unet.named_modules()):
-        _unwrap(unet, path, module)
-    _remove_peft_config(unet)
-    setattr(unet, _LOADED, None)
-
-
-def _unwrap(unet: Any, path: str, module: Any) -> None:
-    """Restore the base layer of a LoRALayer or of a layer of peft."""
-    if isinstance(module, LoRALayer) or (hasattr(module, "get_base_layer") and hasattr(module, "lora_A")):
-        unet.set_submodule(path, module.base_layer)
-
-
-def _remove_peft_config(unet: Any) -> None:
+        # peft's layers have these attributes, too.
+        if hasattr(module, "base_layer") and hasattr(module, "lora_A"):
+            if not (isinstance(module, LoRALayer) and path in keep):
+                unet.set_submodule(path, module.base_layer)
     # Deleted, not emptied: even an empty one makes peft warn of a second adapter.
     if getattr(unet, "peft_config", None) is not None:
         del unet.peft_config
+    setattr(unet, _LOADED, None)
 
 
 def _pairs(state: dict[str, Tensor], folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
@@ -137,10 +128,10 @@ def _pairs(state: dict[str, Tensor], folder: Path) -> dict[str, tuple[Tensor, Te
     suffixes = (".lora_A.weight", ".lora_B.weight")
     if odd := sorted(name for name in state if not name.endswith(suffixes)):
         raise ModelError(f"{folder} is not a plain LoRA: it holds {odd[0]}. {_MERGE}")
-    paths = sorted({name.removesuffix(suffix) for name in state for suffix in suffixes if name.endswith(suffix)})
-    if single := [path for path in paths if any(path + suffix not in state for suffix in suffixes)]:
+    a, b = ({n.removesuffix(suffix): v for n, v in state.items() if n.endswith(suffix)} for suffix in suffixes)
+    if single := sorted(a.keys() ^ b.keys()):
         raise ModelError(f"{folder} is incomplete: {single[0]} has only one of lora_A and lora_B")
-    return {path: (state[path + suffixes[0]], state[path + suffixes[1]]) for path in paths}
+    return {path: (a[path], b[path]) for path in sorted(a)}
 
 
 def _check_fits(unet: Any, path: str, a: Tensor, b: Tensor, folder: Path) -> None:

@@ -50,19 +50,15 @@ def resolve(
         raise ModelError(f"{path} is a file; a model is a folder in diffusers' layout (model_index.json, unet/, …)")
     if not _HUB_ID.fullmatch(str(name)):
         raise ModelError(f"there is no folder {path}, and {str(name)!r} is not a hub id (owner/name)")
-    return _snapshot(str(name), local_files_only, revision, cache_dir)
-
-
-def _snapshot(name: str, local_files_only: bool, revision: str | None, cache_dir: Any) -> Path:
     from huggingface_hub import constants, snapshot_download
 
     offline = local_files_only or constants.HF_HUB_OFFLINE
     try:
         return Path(
             snapshot_download(
-                name,
+                str(name),
                 revision=revision,
-                cache_dir=cache_dir,
+                cache_dir=None if cache_dir is None else os.fspath(cache_dir),
                 local_files_only=offline,
                 allow_patterns=list(_WANTED),
                 ignore_patterns=list(_UNWANTED),
@@ -72,7 +68,7 @@ def _snapshot(name: str, local_files_only: bool, revision: str | None, cache_dir
     except Exception as error:
         where = "the local cache (offline)" if offline else "the hub or the local cache"
         version = "" if revision is None else f" at revision {revision}"
-        raise ModelError(f"no folder {name!r}, and no model of that name in {where}{version}: {error}") from error
+        raise ModelError(f"no folder {str(name)!r}, and no model of that name in {where}{version}: {error}") from error
 
 
 def load_text_encoder(folder: Path) -> Any:
