@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import logging
 import os
 import time
@@ -21,8 +22,7 @@ from typing import Any
 import numpy as np
 
 from ragturbo.errors import DatabaseCorrupt, DatabaseError, DatabaseMismatch, InvalidRequest
-from ragturbo.retrieval import images, ranks, writer
-from ragturbo.retrieval.build_report import BuildReport
+from ragturbo.retrieval import durable, images, ranks, writer
 from ragturbo.retrieval.encoder import PairEncoder, load_encoder
 from ragturbo.retrieval.format import Geometry, encode_keys, encode_rows, generation_name
 from ragturbo.retrieval.jobs import Finished, Job, SegmentWriter
@@ -33,7 +33,41 @@ from ragturbo.retrieval.sources import Columns, Item, Source, check_caption, ope
 log = logging.getLogger("ragturbo")
 # done, total or None, skipped
 Progress = Callable[[int, "int | None", int], None]
+_REPORT = "build-report.json"
 _MODEL_OPTIONS = ("device", "dtype", "vae", "local_files_only", "revision", "cache_dir")
+
+
+@dataclass
+class BuildReport:
+    """`skipped` has one entry per item: its number in the input, its source and the reason."""
+
+    path: str
+    generation: int
+    pairs: int
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+    encoded: int = 0
+    """Pairs encoded in this run, not in an earlier one or by another process."""
+
+    @property
+    def rate(self) -> float:
+        return self.encoded / self.seconds if self.seconds else 0.0
+
+    @classmethod
+    def read(cls, folder: Path) -> BuildReport:
+        with durable.naming(folder / _REPORT, "reading"):
+            raw = (folder / _REPORT).read_bytes()
+        try:
+            body = json.loads(raw)
+            return cls(str(folder), body["generation"], body["pairs"], body["skipped"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise DatabaseCorrupt(f"{folder / _REPORT}: not the report of a build: {error}") from error
+
+    def save(self, folder: Path) -> None:
+        """Write the report, without times: a resumed build must leave the same bytes as an uninterrupted one."""
+        body = {"generation": self.generation, "pairs": self.pairs, "skipped": self.skipped}
+        durable.write_file(folder / _REPORT, (json.dumps(body, indent=1, sort_keys=True) + "\n").encode())
+        durable.sync_folder(folder)
 
 
 def build(

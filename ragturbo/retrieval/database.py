@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ from ragturbo.retrieval.verify import problems
 if TYPE_CHECKING:
     import torch
 
-    from ragturbo.retrieval.build_report import BuildReport
+    from ragturbo.retrieval.build import BuildReport
     from ragturbo.retrieval.encoder import PairEncoder
 
 RETRIEVERS = ("auto", "scann", "exact", "bm25")
@@ -338,9 +338,9 @@ class Database:
         reindex(self.path, config, centred=centred, threads=threads)
         self.refresh()
 
-    def verify(self, level: str = "full", *, on_file: Callable[[str], None] | None = None) -> None:
+    def verify(self, level: str = "full") -> None:
         """Raise DatabaseCorrupt with a list of what is damaged. "full" reads every byte of this generation."""
-        found = list(problems(self.snapshot, level, on_file))
+        found = list(problems(self.snapshot, level))
         if found:
             more = f"; and {len(found) - 8} more" if len(found) > 8 else ""
             raise DatabaseCorrupt(f"{self.path} is damaged: " + "; ".join(found[:8]) + more)

@@ -43,11 +43,10 @@ class Selection:
         """ids, scores (B, n), n ≥ k, best first -> (B, k)."""
         out_ids = np.full((len(ids), k), -1, np.int64)
         out_scores = np.full((len(ids), k), np.nan, np.float32)
-        for row in range(len(ids)):
-            good = ids[row] >= 0
-            if self.min_score is not None:
-                good &= scores[row] >= self.min_score
-            chosen = np.flatnonzero(good)
+        good = ids >= 0
+        if self.min_score is not None:
+            good &= scores >= self.min_score
+        for row, chosen in enumerate(map(np.flatnonzero, good)):
             if self.compares and len(chosen):
                 chosen = chosen[self._choose(ids[row][chosen], scores[row][chosen], k, snapshot)]
             chosen = chosen[:k]
