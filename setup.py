@@ -1,8 +1,8 @@
-"""What pyproject.toml cannot say: the package map, the licence for old and new setuptools, the native extension.
+"""The parts of the build that pyproject.toml cannot express: package map, licence and native extension.
 
-RAGTURBO_NATIVE=auto (default) builds ragturbo._native and, where it cannot, warns and installs pure Python;
-`require` makes that an error; `off` does not try. `ragturbo info` says which it was and why.
-RAGTURBO_ARCHS="90" builds the CUDA part for these compute capabilities alone (default "80 89 90").
+RAGTURBO_NATIVE=auto (default) builds ragturbo._native; if that fails, it warns and installs pure Python. `require`
+makes a failure an error, `off` skips the build. `ragturbo info` shows the result and the reason.
+RAGTURBO_ARCHS="90" builds the CUDA part for these compute capabilities only (default "80 89 90").
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ ROOT = Path(__file__).resolve().parent
 CPP = [f"csrc/{name}.cpp" for name in ("bindings", "store", "mapped", "crc32", "pool", "pinned")]
 CUDA = ["csrc/gather.cu", "csrc/topk.cu"]
 HEADERS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.hpp"))
-# Ampere (A100), Ada (L40S) and Hopper (H100, H200) in machine code; newer ones compile the PTX on first load.
-# RAGTURBO_ARCHS="90" builds for one kind of GPU, in a fraction of the time.
+# Machine code for Ampere (A100), Ada (L40S) and Hopper (H100, H200); newer GPUs compile the PTX on first load.
 ARCHS = (os.environ.get("RAGTURBO_ARCHS") or "80 89 90").split()
 REASON_FILE = "_native_off.txt"
 
@@ -38,7 +37,7 @@ def native_mode() -> str:
 
 
 class CudaToolkit:
-    """nvcc and the folders that belong to it. `top` comes from nvcc itself: what is on PATH may be a wrapper script."""
+    """nvcc and its folders. `top` is what nvcc reports, because the nvcc on PATH may be a wrapper script."""
 
     def __init__(self, nvcc: str) -> None:
         self.nvcc = nvcc
@@ -71,7 +70,7 @@ class CudaToolkit:
 
 
 def find_cuda() -> CudaToolkit | str:
-    """The toolkit, or why there is none."""
+    """Return the toolkit, or the reason why there is none."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     tried = [str(Path(home, "bin", "nvcc"))] if home else []
     tried += [shutil.which("nvcc") or "nvcc", "/usr/local/cuda/bin/nvcc"]
@@ -80,12 +79,12 @@ def find_cuda() -> CudaToolkit | str:
             try:
                 return CudaToolkit(nvcc)
             except (OSError, subprocess.CalledProcessError, RuntimeError) as error:
-                return f"nvcc was there but not usable when ragturbo was installed: {error}"
+                return f"nvcc was found but not usable when ragturbo was installed: {error}"
     return "nvcc was not found when ragturbo was installed (CUDA_HOME, PATH, /usr/local/cuda)"
 
 
 class BuildNative(build_ext):
-    """Builds the extension, or leaves `_native_off.txt` beside where it would be, with the reason."""
+    """Build the extension, or write the reason for its absence to `_native_off.txt`."""
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
@@ -105,7 +104,7 @@ class BuildNative(build_ext):
 
     def copy_extensions_to_source(self) -> None:
         super().copy_extensions_to_source()
-        # The editable install: the reason goes where the module would be, and an older build must not outlive it.
+        # Editable install: put the reason where the module would be, and delete an older build.
         source = ROOT / "ragturbo"
         reason_file = Path(self.build_lib, "ragturbo", REASON_FILE)
         (source / REASON_FILE).unlink(missing_ok=True)
@@ -138,7 +137,7 @@ class BuildNative(build_ext):
         folder = self.object_folder(sys.version, pybind11.__version__, *ext.extra_compile_args, *map(str, macros))
 
         def compile_cpp(source: str, target: Path) -> None:
-            # distutils names the object after the source: <output_dir>/csrc/store.o.
+            # distutils writes <output_dir>/csrc/store.o.
             self.compiler.compile(
                 [source],
                 output_dir=str(folder),
@@ -157,13 +156,13 @@ class BuildNative(build_ext):
         return [*compile_stale(CUDA, folder, cuda.compile), str(cuda.static_runtime())]
 
     def object_folder(self, *settings: str) -> Path:
-        """Objects outlive one build, so that a small change is a quick install; each setting has its folder."""
+        """Folder of the objects for these settings. They are kept, so that a small change compiles quickly."""
         tag = hashlib.sha256("\n".join(settings).encode()).hexdigest()[:12]
         return ROOT / "build" / "native" / tag
 
 
 def compile_stale(sources: list[str], folder: Path, compile_one: Callable[[str, Path], None]) -> list[str]:
-    """The objects of `sources`; those older than their source, a header or this file are compiled, all at once."""
+    """Compile the sources that changed, in parallel, and return all objects. Headers and this file count as sources."""
     shared = max((ROOT / name).stat().st_mtime for name in [*HEADERS, "setup.py"])
     targets = [(folder / source).with_suffix(".o") for source in sources]
     stale = [
@@ -179,14 +178,14 @@ def compile_stale(sources: list[str], folder: Path, compile_one: Callable[[str, 
 
 
 def c_string(text: str) -> str:
-    """A C string literal, to be defined as a macro."""
+    """Return `text` as a C string literal."""
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", " ") + '"'
 
 
 native = Extension(
     "ragturbo._native",
     CPP,
-    # distutils would swallow the failure of an optional extension, and insists on one that is not.
+    # distutils ignores the failure of an optional extension only.
     optional=native_mode() != "require",
     language="c++",
     extra_compile_args=["-std=c++17", "-O3", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra"],
@@ -197,7 +196,7 @@ native = Extension(
 setup(
     license="Apache-2.0",
     packages=[*find_packages(include=["ragturbo", "ragturbo.*"]), "ragturbo.kernels"],
-    # Hugging Face's libraries probe for a package named `kernels`: ours must never be installed under that name.
+    # Hugging Face's libraries look for a package named `kernels`, so ours must not be installed under that name.
     package_dir={"ragturbo.kernels": "kernels"},
     ext_modules=[native],
     cmdclass={"build_ext": BuildNative},
