@@ -204,23 +204,19 @@ class FeatureCache:
                         return
                     table.wait(deadline, "another request's read did not end")
                     continue
-                pinned[missing] = table.place(rows[missing], self._wanted)
-                lease.host_pins.append(pinned[missing])
-                self.stats.disk_reads += len(rows[missing])
+                mine = pinned[missing] = table.place(rows[missing], self._wanted)
+                lease.host_pins.append(mine)
+                self.stats.disk_reads += len(mine)
                 self.stats.evicted, self.stats.passed = table.evicted, table.passed
-            self._read(rows[missing], pinned[missing])
-
-    def _read(self, rows: np.ndarray, slots: np.ndarray) -> None:
-        table = self._table
-        try:
-            self._snapshot.segments.read_into(rows, self._host, slots=slots, **self._read_options)
-        except BaseException:
+            try:
+                self._snapshot.segments.read_into(rows[missing], self._host, slots=mine, **self._read_options)
+            except BaseException:
+                with table.lock:
+                    table.drop(mine)
+                raise
             with table.lock:
-                table.drop(slots)
-            raise
-        with table.lock:
-            table.ready[slots] = True
-            table.lock.notify_all()
+                table.ready[mine] = True
+                table.lock.notify_all()
 
     def _pin_device_rows(self, lease: Lease, rows: np.ndarray) -> None:
         table = self._hot

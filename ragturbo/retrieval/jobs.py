@@ -67,26 +67,20 @@ class SegmentWriter:
         self._records.extend(records)
 
     def finish(self) -> tuple[SegmentEntry, np.ndarray]:
-        """Sync and name the files. Returns the manifest entry and the fp64 sum of the keys."""
+        """Sync and name the files; `discard` after an error. Return the manifest entry and the fp64 sum of the keys."""
         keys = np.concatenate(self._keys or [np.empty((0, self.geometry.key_dim), "<f2")])
-        try:
-            footer, trailer_crc = pack_footer(
-                np.array(self._ids, np.int64), np.array(self._crcs, np.uint32), self.geometry, self._header_crc
-            )
-            self._file.write(footer)
-            sums = {
-                "hseg": self._file.finish(),
-                "keys": durable.write_file(segment_path(self._folder, self.number, "keys"), keys.tobytes()),
-                "parquet": durable.write_file(
-                    segment_path(self._folder, self.number, "parquet"), pairs.encode(self._records)
-                ),
-            }
-        except BaseException:
-            self.discard()
-            raise
+        ids, crcs = np.array(self._ids, np.int64), np.array(self._crcs, np.uint32)
+        footer, trailer_crc = pack_footer(ids, crcs, self.geometry, self._header_crc)
+        self._file.write(footer)
+        parquet = segment_path(self._folder, self.number, "parquet")
+        sums = {
+            "hseg": self._file.finish(),
+            "keys": durable.write_file(segment_path(self._folder, self.number, "keys"), keys.tobytes()),
+            "parquet": durable.write_file(parquet, pairs.encode(self._records)),
+        }
         durable.sync_folder(self._folder / "segments")
-        ids = self._ids or [0]
-        entry = SegmentEntry(self.number, len(self._ids), ids[0], ids[-1], trailer_crc, sums)
+        first, last = (self._ids[0], self._ids[-1]) if self._ids else (0, 0)
+        entry = SegmentEntry(self.number, len(ids), first, last, trailer_crc, sums)
         return entry, keys.astype(np.float64).sum(axis=0)
 
     def discard(self) -> None:

@@ -74,13 +74,11 @@ def _scann() -> Any:
 
 def build_searcher(keys: np.ndarray, config: ScannConfig, threads: int = 0) -> Any:
     """keys: (N, K) float32, normalised. The result is not reproducible: compare indexes by recall, not by bytes."""
+    builder = _scann().builder(keys, 10, "dot_product").set_n_training_threads(threads)
     from scann.scann_ops.py.scann_builder import ReorderType
 
     rows = len(keys)
-    if config.leaves > rows:
-        raise InvalidRequest(f"{config.leaves} leaves are more than the {rows} pairs; use fewer leaves, or no tree")
     sample = min(config.training_sample, rows)
-    builder = _scann().builder(keys, 10, "dot_product").set_n_training_threads(threads)
     if config.leaves:
         builder = builder.tree(
             config.leaves, config.leaves_to_search, training_sample_size=sample,
@@ -109,11 +107,11 @@ def build_index(snapshot: Snapshot, config: ScannConfig, folder: Path, threads: 
     rows = np.flatnonzero(snapshot.alive)
     if len(rows) < 16:
         raise InvalidRequest(f"{len(rows)} pairs are too few for ScaNN; use exact search")
+    if config.leaves > len(rows):
+        raise InvalidRequest(f"{config.leaves} leaves are more than the {len(rows)} pairs; use fewer, or no tree")
     try:
         searcher = build_searcher(vectors(snapshot, rows, config.centred), config, threads)
         searcher.serialize(str(folder), relative_path=True)
-    except InvalidRequest:
-        raise
     except (RuntimeError, ValueError) as error:
         raise DatabaseError(f"{folder}: ScaNN could not build an index of {len(rows)} pairs: {error}") from error
     durable.write_file(folder / IDS, write_ids(snapshot.ids[rows]))
