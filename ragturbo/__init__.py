@@ -2,7 +2,7 @@
 
     image = ragturbo.generate("a red circle left of a blue square", seed=7)
 
-Light to import: torch, diffusers and the rest load with the first model.
+Importing it loads no heavy package: torch, diffusers and the rest are imported with the first model.
 """
 
 from __future__ import annotations
@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from ragturbo import errors
 
-# The submodule first, then the function under its name: `import ragturbo.generate as g` is the function,
-# `from ragturbo.generate import Generator` is the module's.
-from ragturbo.generate import Generator, Neighbor, Output, generate
+# The function replaces the submodule's attribute: `import ragturbo.generate as g` gives the function, and
+# `from ragturbo.generate import Generator` still finds the module.
+from ragturbo.generate import Generator, generate
+from ragturbo.neighbor import Neighbor
+from ragturbo.output import Output
+from ragturbo.version import __version__
 
 if TYPE_CHECKING:
     from ragturbo.retrieval import Database
 
-__version__ = "0.1.0"
 __all__ = ["Database", "Generator", "Neighbor", "Output", "__version__", "errors", "generate"]
 
 

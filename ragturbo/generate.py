@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from ragturbo.config import GeneratorConfig
 from ragturbo.errors import InvalidRequest
-from ragturbo.output import Neighbor, Output
+from ragturbo.output import Output
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ragturbo.model.bundle import Bundle
     from ragturbo.retrieval import Database
 
-__all__ = ["Generator", "Neighbor", "Output", "generate"]
+__all__ = ["Generator", "Output", "generate"]
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -25,7 +25,7 @@ PACKAGES = (
 
 def collect() -> dict[str, Any]:
     """Return everything that `ragturbo info` prints, as JSON types."""
-    from ragturbo import __version__
+    from ragturbo.version import __version__
 
     devices = _devices()
     fast_paths = {

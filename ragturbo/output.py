@@ -1,4 +1,4 @@
-"""What a Generator returns: Output, with images, Neighbors and timings."""
+"""What a Generator returns."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import io
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from ragturbo.errors import InvalidRequest
+from ragturbo.neighbor import Neighbor
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,75 +19,6 @@ if TYPE_CHECKING:
 
     from ragturbo.engine.request import Request
     from ragturbo.engine.result import Result
-    from ragturbo.retrieval.pairs import Record
-
-
-def _nothing() -> None:
-    return None
-
-
-@dataclass(frozen=True)
-class Neighbor:
-    """A retrieved text-image pair. `score` is the retriever's own, `lam` the cosine of the two text keys.
-
-    `caption`, `source` and `metadata` of a stored pair are read from the database on first access.
-    """
-
-    id: int
-    score: float
-    lam: float
-    # Default factories: a default would become a class attribute, and `__getattr__` would not be called.
-    caption: str | None = field(default_factory=_nothing)
-    source: str | None = field(default_factory=_nothing)
-    used: bool = True
-    """False if its score is below min_score."""
-    metadata: dict[str, Any] = field(default_factory=dict)
-    read_thumbnail: Callable[[], bytes | None] | None = field(default=None, repr=False, compare=False)
-    """Reads from the generation it was found in."""
-
-    @classmethod
-    def stored(cls, id: int, score: float, lam: float, used: bool, read: Callable[[bool], Record]) -> Neighbor:
-        """read(with_thumbnail) returns the record. It is called on access, since it takes 0.1 ms per request."""
-        neighbor = cls.__new__(cls)
-        neighbor.__dict__.update(
-            id=id, score=score, lam=lam, used=used, _read=read, read_thumbnail=lambda: read(True).thumbnail
-        )
-        return neighbor
-
-    def __getattr__(self, name: str) -> Any:
-        read = self.__dict__.get("_read")
-        if read is None or name not in ("caption", "source", "metadata"):
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        record = read(False)
-        for field_, value in (("caption", record.caption), ("source", record.source), ("metadata", dict(record.extra))):
-            self.__dict__.setdefault(field_, value)
-        return self.__dict__[name]
-
-    @property
-    def thumbnail(self) -> bytes | None:
-        """WebP bytes, read at every call; None if the database has no thumbnails."""
-        return None if self.read_thumbnail is None else self.read_thumbnail()
-
-    def image(self) -> Image | None:
-        """The stored thumbnail, or None if the database has no thumbnails."""
-        if (thumbnail := self.thumbnail) is None:
-            return None
-        from PIL import Image
-
-        return Image.open(io.BytesIO(thumbnail)).convert("RGB")
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Read everything now: the process that unpickles it may not have the database.
-        own = {f.name: getattr(self, f.name) for f in fields(self)}
-        return own | {"read_thumbnail": _StoredThumbnail(self.thumbnail)}
-
-
-@dataclass(frozen=True)
-class _StoredThumbnail:
-    thumbnail: bytes | None
-
-    def __call__(self) -> bytes | None:
-        return self.thumbnail
 
 
 @dataclass

@@ -30,7 +30,7 @@ app.command("info")(info.info)
 @app.callback(invoke_without_command=True)
 def version(show: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
     if show:
-        from ragturbo import __version__
+        from ragturbo.version import __version__
 
         print(__version__)
         raise typer.Exit

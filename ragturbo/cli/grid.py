@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from ragturbo.output import Neighbor
+    from ragturbo.neighbor import Neighbor
 
 CELL, GAP, TEXT = 192, 12, 60
 

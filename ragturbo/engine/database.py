@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ragturbo.engine.result import Retrieved
 from ragturbo.errors import DatabaseMismatch
-from ragturbo.output import Neighbor
+from ragturbo.neighbor import Neighbor
 
 if TYPE_CHECKING:
     from ragturbo.config import GeneratorConfig

@@ -12,7 +12,7 @@ from torch import Tensor
 from ragturbo.engine.database import DatabaseGeneration
 from ragturbo.engine.result import Retrieved
 from ragturbo.errors import InvalidRequest
-from ragturbo.output import Neighbor
+from ragturbo.neighbor import Neighbor
 
 EncodePairs = Callable[[list[str], Tensor], tuple[Tensor, Tensor]]
 """Captions and images (B, 3, H, W) in [-1, 1] -> keys (B, K), features (B, S, C)."""

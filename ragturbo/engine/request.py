@@ -19,7 +19,7 @@ from ragturbo.engine.timings import host_stage
 from ragturbo.errors import DeadlineExceeded
 from ragturbo.model.inject import check_equal_grids
 from ragturbo.model.onestep import DISTILLED_MAX_STEPS
-from ragturbo.output import Neighbor
+from ragturbo.neighbor import Neighbor
 
 if TYPE_CHECKING:
     from ragturbo.engine.database import DatabaseGeneration

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ragturbo import __version__
 from ragturbo.errors import ModelError
+from ragturbo.version import __version__
 
 FILE = "ragturbo.json"
 FORMAT = 1

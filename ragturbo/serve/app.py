@@ -14,7 +14,6 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
-from ragturbo import __version__
 from ragturbo.errors import DatabaseError, InvalidRequest
 from ragturbo.output import Output
 from ragturbo.serve import schema
@@ -22,6 +21,7 @@ from ragturbo.serve.api_errors import APIError, ErrorBody, validation_error
 from ragturbo.serve.config import ServeConfig
 from ragturbo.serve.middleware import IMAGES, RequestMiddleware
 from ragturbo.serve.service import Service
+from ragturbo.version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Callable

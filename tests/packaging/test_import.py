@@ -16,7 +16,8 @@ assert not heavy & set(sys.modules), heavy & set(sys.modules)
 from ragturbo import generate
 from ragturbo.generate import Generator
 import ragturbo.generate as g
-assert callable(generate) and g is generate and g.Generator is Generator and g.Output and g.Neighbor
+assert callable(generate) and g is generate is ragturbo.generate and Generator is ragturbo.Generator
+assert ragturbo.Output and ragturbo.Neighbor
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 """
 
