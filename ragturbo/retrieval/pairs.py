@@ -18,7 +18,8 @@ from ragturbo.errors import DatabaseCorrupt
 from ragturbo.retrieval import durable
 from ragturbo.retrieval.durable import FileSum
 
-COLUMNS = ("id", "caption", "source", "sha256", "thumbnail")
+_SCHEMA = {"id": pa.int64(), "caption": pa.string(), "source": pa.string(), "sha256": pa.string(),
+           "thumbnail": pa.binary()}  # fmt: skip
 # Small row groups: reading one thumbnail reads only its group.
 _ROW_GROUP = 256
 _SMALL = 1 << 20
@@ -48,16 +49,9 @@ def _column(values: list[Any]) -> pa.Array:
 
 def encode(records: Sequence[Record]) -> bytes:
     """Return the parquet file of these records. The same records give the same bytes."""
-    names = sorted({name for record in records for name in record.extra} - set(COLUMNS))
-    columns: dict[str, pa.Array] = {
-        "id": pa.array([r.id for r in records], pa.int64()),
-        "caption": pa.array([r.caption for r in records], pa.string()),
-        "source": pa.array([r.source for r in records], pa.string()),
-        "sha256": pa.array([r.sha256 for r in records], pa.string()),
-        "thumbnail": pa.array([r.thumbnail for r in records], pa.binary()),
-    }
-    for name in names:
-        columns[name] = _column([r.extra.get(name) for r in records])
+    names = sorted({name for record in records for name in record.extra} - set(_SCHEMA))
+    columns = {name: pa.array([getattr(r, name) for r in records], kind) for name, kind in _SCHEMA.items()}
+    columns |= {name: _column([r.extra.get(name) for r in records]) for name in names}
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(columns), sink, compression="zstd", row_group_size=_ROW_GROUP, use_dictionary=["source"],
                    write_page_checksum=True)  # fmt: skip
@@ -140,7 +134,7 @@ class PairsFile:
     def record(self, row: int, thumbnail: bool) -> Record:
         table = self.text()
         values: dict[str, Any] = {name: table.column(name)[row].as_py() for name in table.column_names}
-        id, caption, source, sha256 = (values.pop(name) for name in COLUMNS[:4])
+        id, caption, source, sha256 = (values.pop(name) for name in ("id", "caption", "source", "sha256"))
         return Record(id, caption, source, sha256, self.thumbnail(row) if thumbnail else None, values)
 
     def check(self) -> None:

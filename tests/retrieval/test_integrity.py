@@ -303,7 +303,7 @@ def test_moving_or_copying_the_folder_changes_nothing(original, plain, tmp_path)
 
 
 @pytest.mark.skipif(store._native is None, reason="ragturbo._native is not built")
-def test_the_native_store_and_its_python_twin_agree(original, rng):
+def test_the_native_and_the_python_store_agree(original, rng):
     manifest = load(original)
     paths = [str(original / "segments" / f"{entry.name}.hseg") for entry in manifest.segments]
     options = dict(header_bytes=4096, record_bytes=GEOMETRY.stride, payload_bytes=GEOMETRY.record_bytes,
