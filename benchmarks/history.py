@@ -2,7 +2,7 @@
 
 `python -m benchmarks.history [FILE…]` stores the rows of one image, batch 1, of the runs in benchmarks/results and of
 the given files (such as older ones from git) as `<machine>/history/<commit>.json`, and prints all of them. Of two runs
-of one commit the one with more benchmarks is kept, of equals the newer.
+of one commit the one with more benchmarks is kept; on a tie, the newer.
 """
 
 from __future__ import annotations

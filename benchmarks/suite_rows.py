@@ -24,7 +24,7 @@ def rows_to_json(path: Path) -> dict[str, Any] | None:
     Failed rows are in "failed", {name: end of the traceback}.
 
     Args:
-        path: lines of one or several suites; of a row that ran twice the last result counts.
+        path: lines of one or several suites; if a row ran twice, its last result is used.
     """
     if not path.is_file():
         return None

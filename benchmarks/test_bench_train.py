@@ -1,7 +1,7 @@
 """One LADD step at real sizes with random weights: D and G updated, all three losses, every head, data from disk.
 
-The row "straightforward" is the same objective as one would first write it: autocast over fp32 weights, the encoder's
-activations kept, passes of their own for real and for fake, unfused optimisers. samples_per_s is in the extra.
+The row "straightforward" is a plain implementation of the same objective: autocast over fp32 weights, stored encoder
+activations, separate passes for real and fake samples, unfused optimisers. samples_per_s is in extra_info.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Setup:
         bundle = make_bundle(self.name, device, dtype, adapter=False)
         bundle.teacher = make_bundle(self.name, device, dtype, seed=1, adapter=False).unet.unet
         bundle.save(folder / "model")
-        # As it will be loaded: the database's fingerprints must be those.
+        # Reloaded, because the database must have the fingerprints of the saved model.
         make_database(bundle, folder / "db", 512)
         self._data(bundle)
 
@@ -191,7 +191,7 @@ def _measure(measure: Any, setup: Setup, call: Any, verify: Any, extra: dict[str
 
 
 class Straightforward:
-    """The same objective without any of our ways: what a first version looks like."""
+    """The same objective in a plain implementation."""
 
     def __init__(self, trainer: LADDTrainer) -> None:
         self.trainer = trainer
@@ -242,7 +242,7 @@ class Straightforward:
         student = self.trainer.student
         i = torch.zeros(len(batch), dtype=torch.int64, device=batch.z0.device)
         x = student.noisy(batch.z0, batch.noise, i)
-        # Gradients asked of the input keep every activation of the encoder, as a trained encoder's would be.
+        # Requesting gradients of the input stores every activation of the encoder, as if it were trained.
         sample = (student.to_input[i].view(-1, 1, 1, 1) * x).requires_grad_()
         state = student.hspace.encode(sample, student.timesteps[i], text)
         h = inject("adapter", state.h, h_retr.to(text.dtype), lam=lam, valid=valid, adapter=student.adapter)

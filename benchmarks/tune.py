@@ -173,7 +173,7 @@ def tune_case(
         expected = calls[0]()
     shapes = [shape for kernel, shape in asked if kernel == case.tiled]
     if not shapes:
-        raise ValueError(f"{case.op} ({case.label}) asked for no tile of {case.tiled!r}, only {sorted(set(asked))}")
+        raise ValueError(f"{case.op} ({case.label}) requested no tile of {case.tiled!r}, only of {sorted(set(asked))}")
     with tiles.forced(case.tiled, {}):
         default = measure(calls)
     best, seconds = {}, default

@@ -10,7 +10,7 @@ namespace ragturbo {
 enum class Stored { float16, int8 };
 
 // out[i] = row ids[i] of the table at *base_at, as fp16 (n, tokens, channels); zeros where ids[i] is not in
-// 0..*count_at - 1. Rows lie `stride` bytes apart in device or page-locked host memory. An int8 row is tokens·channels
+// 0..*count_at - 1. Rows are `stride` bytes apart in device or page-locked host memory. An int8 row is tokens·channels
 // int8, then `tokens` fp32 scales: value = int8 · scale.
 struct Gather {
   const int64_t* base_at;

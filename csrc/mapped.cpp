@@ -42,10 +42,10 @@ void on_bus(int number, siginfo_t* info, void* context) {
     ::pthread_sigmask(SIG_SETMASK, &static_cast<ucontext_t*>(context)->uc_sigmask, nullptr);
     siglongjmp(own->back, 1);
   }
-  // Not ours: do what would have happened without this handler.
+  // Not an access of ours: call the previous handler.
   if (previous.sa_flags & SA_SIGINFO) return previous.sa_sigaction(number, info, context);
   if (previous.sa_handler != SIG_DFL && previous.sa_handler != SIG_IGN) return previous.sa_handler(number);
-  // The instruction runs again, under the default action.
+  // There was none: restore the default or ignored action; the instruction runs again on return.
   ::sigaction(SIGBUS, &previous, nullptr);
 }
 

@@ -52,7 +52,7 @@ class Pool {
     }
     work_.notify_all();
     job.work();
-    // Every task is taken. Unanswered calls for helpers are withdrawn, so that a busy pool does not delay the caller.
+    // Every task has started. Pending requests for helpers are cancelled: a busy pool must not delay the caller.
     std::unique_lock lock(mutex_);
     wanted_.erase(std::remove(wanted_.begin(), wanted_.end(), &job), wanted_.end());
     calls_.store(wanted_.size(), std::memory_order_release);

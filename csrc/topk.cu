@@ -36,7 +36,7 @@ struct WarpBest {
     mine = bar = {-INFINITY, kNoRow};
   }
 
-  // `candidate` is the same in every lane. NaN never beats the bar.
+  // `candidate` is the same in every lane. NaN is never better than `bar`.
   __device__ void offer(Candidate candidate) {
     if (!better(candidate, bar)) return;
     const int lane = threadIdx.x & 31;

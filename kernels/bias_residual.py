@@ -14,7 +14,7 @@ from ragturbo.kernels.portable import cast
 
 @triton.jit
 def bias_residual(x_ptr, bias_ptr, residual_ptr, out_ptr, N, C: tl.constexpr, BLOCK: tl.constexpr):
-    """bias may be None. C is constexpr so that, as a multiple of 8, it allows wide loads of the bias."""
+    """bias may be None. C is constexpr, so that the compiler uses wide loads of the bias if C is a multiple of 8."""
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m = o < N
     s = tl.load(x_ptr + o, mask=m, other=0.0).to(tl.float32)

@@ -79,8 +79,8 @@ def cross_attention(
         q, k_ptr + o_k, v_ptr + o_k, valid_ptr, n, S, stride_kn, stride_ks, D, scale_log2e, BT, BS, BD
     )
     inverse = _inverse(total)
-    # Backward recomputes the probabilities from these two. Stored as one number, a log-sum-exp, the rounding at the
-    # size of the maximum would scale every probability of the row.
+    # Backward recomputes the probabilities from these two. A single log-sum-exp would be rounded at the magnitude of
+    # the maximum, and this error would scale every probability of the row.
     p_softmax = softmax_ptr + (i_b * tl.num_programs(1) + i_h) * 2 * T + i_t
     tl.store(p_softmax, top, mask=m_t)
     tl.store(p_softmax + T, inverse, mask=m_t)
@@ -134,7 +134,7 @@ def flags(valid: Tensor | None) -> Tensor | None:
     return None if valid is None else valid.contiguous().view(torch.uint8)
 
 
-# Half of an H100's multiprocessors: with fewer programs most of it is idle.
+# Half of an H100's multiprocessors: fewer programs would leave most of the GPU idle.
 PROGRAMS = 66
 
 

@@ -119,7 +119,7 @@ def _group_moments(n, mean, m2, WIDTH: tl.constexpr, BC: tl.constexpr, GROUPS: t
         g_mean = tl.reshape(tl.broadcast_to(of_group[:, None], [COUNT, WIDTH]), [BC])
         g_m2 = tl.reshape(tl.broadcast_to(m2_of_group[:, None], [COUNT, WIDTH]), [BC])
     else:
-        # 10, 20, 40 or 80 channels per group: no reshape to powers of two separates them.
+        # Groups have 10, 20, 40 or 80 channels: a reshape to powers of two cannot separate them.
         own = tl.arange(0, GROUPS)[:, None] == (tl.arange(0, BC) // WIDTH)[None, :]  # [GROUPS, BC]
         of_group = tl.sum(tl.where(own, mean[None, :], 0.0), axis=1) * (1.0 / WIDTH)
         g_mean = tl.sum(tl.where(own, of_group[:, None], 0.0), axis=0)
@@ -217,7 +217,7 @@ def group_norm_apply(
     WIDTH: tl.constexpr, PER_BLOCK: tl.constexpr, SILU: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of rows, block of groups, image)."""
-    # In reverse order of the statistics launch: L2 still holds what that read last.
+    # In the reverse order of the statistics launch, because L2 still holds the rows that it read last.
     i_r = tl.num_programs(0) - 1 - tl.program_id(0)
     i_c = tl.num_programs(1) - 1 - tl.program_id(1)
     i_b = (tl.num_programs(2) - 1 - tl.program_id(2)).to(tl.int64)

@@ -66,7 +66,7 @@ def note(path: Path, tool: str, machine: dict[str, Any], **sections: Any) -> Non
     found = known(path)
     found |= {"made_on": {**found.get("made_on", {}), tool: machine}, **sections}
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Written whole and renamed: a reader never sees part of a file, even after a kill.
+    # Written under another name and renamed, so that a reader never sees a partial file, even after a kill.
     part = path.with_name(f"{path.name}.{os.getpid()}")
     part.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     part.replace(path)

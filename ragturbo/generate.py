@@ -293,7 +293,7 @@ class Generator:
         return self._executor.healthy
 
     def check_room(self, images: int = 1, timeout: float | None = None) -> None:
-        """Raise Overloaded if a call for so many images would, before anything is spent on it."""
+        """Raise Overloaded if a call for this many images would, before any work is done for it."""
         self._executor.check_room(images, timeout)
 
     def reserve(self, images: int = 1, timeout: float | None = None) -> Reservation:

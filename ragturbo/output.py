@@ -40,7 +40,7 @@ class Output:
 
     @classmethod
     def make(cls, request: Request, result: Result) -> Output:
-        """Convert a request's result to what the caller asked for."""
+        """Convert a request's result to the requested output type."""
         images = _images(result, request.output_type, request.postprocess)
         neighbors = _neighbors(request, result)
         now = time.perf_counter()
@@ -79,7 +79,7 @@ def _images(result: Result, output_type: str, postprocess: Callable[[Any], Any] 
 
         shape, batch = batch.shape, np.asarray(postprocess(batch))
         if batch.shape != shape or batch.dtype != np.uint8:
-            raise InvalidRequest(f"postprocess gave {batch.dtype} {batch.shape} for uint8 {shape}")
+            raise InvalidRequest(f"postprocess returned {batch.dtype} {batch.shape} for uint8 {shape}")
     if output_type == "uint8":
         return batch
     if output_type == "pil":
@@ -91,7 +91,7 @@ def _images(result: Result, output_type: str, postprocess: Callable[[Any], Any] 
 
 @lru_cache(maxsize=1)
 def _encoders() -> ThreadPoolExecutor:
-    """For encoding several files at once. Not the pool that finishes futures: its threads wait for this one."""
+    """Encodes several files at once. Separate from the pool that finishes futures, whose threads wait for this one."""
     return ThreadPoolExecutor(max_workers=4, thread_name_prefix="ragturbo-encode")
 
 

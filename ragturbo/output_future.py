@@ -48,7 +48,7 @@ class OutputFuture(Future[Output]):
         return cancelled
 
     def _finish(self) -> None:
-        # Dropped first: whoever keeps this future keeps only its output.
+        # Dropped first, so that a caller that keeps this future keeps only its output.
         request, self._request = self._request, None
         if request is None or not self.set_running_or_notify_cancel():
             return

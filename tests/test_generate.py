@@ -1,4 +1,4 @@
-"""The front door over a real model with random weights, held against diffusers' own pipeline."""
+"""`generate()` and Generator on a real model with random weights, compared with diffusers' own pipeline."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_the_postprocess_hook_gets_the_batch_and_its_result_is_used(gen):
 
     out = gen([PROMPT, "a dog"], seed=2, postprocess=blank)
     assert seen == [(2, 128, 128, 3)] and max(np.asarray(i).max() for i in out.images) == 0
-    with pytest.raises(InvalidRequest, match="postprocess gave"):
+    with pytest.raises(InvalidRequest, match="postprocess returned"):
         gen(PROMPT, postprocess=lambda batch: batch[:, :1])
 
 

@@ -111,7 +111,7 @@ REFUSED = [
     ({"height": 65}, "height=65 must be a positive multiple of 8"),
     ({"num_inference_steps": 5}, "1 to 4"),
     ({"guidance_scale": 7.5}, "a distilled model"),
-    ({"guidance_scale": 0.5}, "guides nothing"),
+    ({"guidance_scale": 0.5}, "has no effect: use 0"),
     ({"negative_prompt": "ugly"}, "negative_prompt has no effect without guidance"),
     ({"query": torch.zeros(16)}, "only zeros"),
     ({"query": torch.ones(15)}, r"query key must be \(1, 16\)"),

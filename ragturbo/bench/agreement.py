@@ -59,7 +59,7 @@ def plain_latents(bundle: Bundle, database: Any = None, mode: str = "none") -> L
 
 
 def generator_latents(gen: Any, mode: str) -> Latents:
-    """Return the same by a Generator."""
+    """Return the same latents computed by a Generator."""
 
     def latents(prompt: str, seed: int, neighbour: int) -> torch.Tensor:
         # Random keys are nearly orthogonal to a prompt's key: a λ from the cosine would be close to 0.

@@ -28,7 +28,7 @@ class Figure:
 
 
 def best(figures: Sequence[Figure]) -> Figure:
-    """Return the figure with the most rounds, of equals the newest."""
+    """Return the figure with the most rounds; on a tie, the newest."""
     return max(figures, key=lambda figure: (figure.rounds, figure.when, figure.source))
 
 
@@ -36,7 +36,7 @@ CARDS = ("H200", "H100")
 
 
 def card(gpu: str | None) -> str | None:
-    """Return which of `CARDS` a GPU's name means; None for others, such as a GH200 or a MIG slice."""
+    """Return the entry of `CARDS` for a GPU's name; None for others, such as a GH200 or a MIG slice."""
     words = (gpu or "").split()
     return next((name for name in CARDS if name in words and "MIG" not in words), None)
 

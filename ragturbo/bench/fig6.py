@@ -46,7 +46,7 @@ def rows(record: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def verdict(record: dict[str, Any]) -> str:
-    """Return whether the paper's latencies were reproduced; only an L40S with SD 2.1's size can tell."""
+    """Say whether the paper's latencies were reproduced, which can only be judged on an L40S at SD 2.1's size."""
     name = machine_name(record)
     if "L40S" not in name or record["pixels"] != 512 or not record["model"].startswith("sd21"):
         return (
@@ -82,7 +82,7 @@ def markdown(record: dict[str, Any]) -> str:
             f"| {row['retrieval_ms']:.3f} | {row['denoising_ms']:.2f} | {paper} |"
         )
     if any(row["engine"] == "graph" for row in timed):
-        lines += ["", "The graph engine searches beside the encoder: its retrieval is what ours takes longer."]
+        lines += ["", "The graph engine searches while the encoder runs: its retrieval is the time that ours adds."]
     stages = list(dict.fromkeys(name for row in timed for name in row["stages_ms"]))
     lines += ["", "Stages, mean ms:", ""]
     lines += [f"| model | profile | {' | '.join(stages)} |", f"|---|---|{'--:|' * len(stages)}"]

@@ -49,7 +49,7 @@ class Machine:
     def table(self, belongs: Callable[[dict[str, Any]], bool]) -> list[tuple[Run, list[dict[str, Any]]]]:
         """Return the benchmarks of one table by file, because rows of two runs cannot be compared.
 
-        The first is the file with the most rows, of equals the newest. The others follow with the rows that only they
+        The first is the file with the most rows; on a tie, the newest. The others follow with the rows that only they
         have.
         """
         suites = sorted((r for r in self.runs if r.kind == "suite"), key=lambda r: (r.when, r.path.name), reverse=True)

@@ -224,7 +224,7 @@ def _condition(text: str) -> tuple[str, str]:
 
 
 def _typed(conditions: dict[str, str]) -> dict[str, Any]:
-    """Return each value as text and as the numbers it may stand for: columns have types."""
+    """Return each value as text and as the numbers it parses as, because columns are typed."""
     typed: dict[str, Any] = {}
     for column, value in conditions.items():
         options: list[Any] = [value]

@@ -26,15 +26,15 @@ class Arena:
             size += -(-math.prod(shape) * dtype.itemsize // _ALIGN) * _ALIGN
         self.bytes = size
         self._places = {name: (offsets[name], *spec) for name, spec in layout.items()}
-        # Zeros: kernels read unused places too, which must hold numbers.
+        # Zeroed, because kernels also read unused elements, which must be finite.
         self._host = torch.zeros(size, dtype=torch.uint8, pin_memory=page_locked)
         self._device = torch.zeros(size, dtype=torch.uint8, device=device)
         self.host = {name: _view(self._host, *place) for name, place in self._places.items()}
         self.device = {name: _view(self._device, *place) for name, place in self._places.items()}
 
     def copy_of_host(self) -> tuple[Callable[[], Any], dict[str, Tensor]]:
-        """Return views of new memory, and a function that copies the host buffer there. Call it while the device works:
-        the memory is then allocated, and its pages touched, before the copy is waited for."""
+        """Return views of new memory, and a function that copies the host buffer there. Call it while the device is
+        busy, so that memory is allocated, and its pages are touched, before the host waits for the copy."""
         own = torch.zeros(self.bytes, dtype=torch.uint8)
         return lambda: own.copy_(self._host), {name: _view(own, *place) for name, place in self._places.items()}
 

@@ -60,7 +60,7 @@ def make_engine(bundle: Bundle, config: GeneratorConfig) -> Engine:
         )
     if config.engine == "reference" and config.compile:
         raise InvalidRequest("compile=True is for the graph engine; use engine='auto', or 'graph' with capture=False")
-    reason = "it was asked for" if config.engine == "reference" else "the fused modules are for GPUs"
+    reason = "it was requested" if config.engine == "reference" else "the fused modules are for GPUs"
     if config.engine == "graph" or (config.engine == "auto" and (on_gpu or config.compile)):
         from ragturbo.engine.graph_engine import GraphEngine
 

@@ -20,15 +20,15 @@ from ragturbo.errors import GenerationError
 log = logging.getLogger("ragturbo")
 WARMUPS = 3
 # Held from the beginning of a capture to its end and while a replay is launched, so that in one process no capture
-# overlaps another capture, a replay or a device-wide call of ours. While any stream of a device is capturing:
+# overlaps another capture, a replay or one of our device-wide calls. While any stream of a device is capturing:
 # * torch.cuda.synchronize, which torch.cuda.graph calls first, fails on every other thread and breaks the capture in
 #   every capture_error_mode; empty_cache may synchronise as well;
 # * replays on other threads fail in torch releases whose default generator has one "capturing" flag for all graphs;
 # * the garbage collector's switch and the table of cuBLAS workspaces are process-wide.
 # Warm-ups, uploads and allocations on other threads are allowed.
 RECORDING = threading.Lock()
-# Graphs whose capture failed. Torch's allocator of page-locked memory may keep asking them for their stream (torch 2.10
-# to 2.13 cannot stop that), so they are never destroyed.
+# Graphs whose capture failed. Torch's allocator of page-locked memory may keep querying their stream (in torch 2.10 to
+# 2.13 this cannot be prevented), so they are never destroyed.
 _ABANDONED: list[torch.cuda.CUDAGraph] = []
 _MODELS = (
     "ragturbo.model", "ragturbo.ops", "ragturbo.kernels", "ragturbo.engine.segments", "ragturbo.engine.fast_model",
@@ -57,7 +57,7 @@ class CudaGraphs:
     def record(self, label: str, segment: Callable[[], None], *, on_retrieval: bool = False) -> Program:
         stream = self._retrieval if on_retrieval else self._main
         stream.wait_stream(torch.cuda.current_stream(self._device))
-        # Library loading, autotuning and lazy buffers happen here, outside the capture. Errors are the segment's own.
+        # Library loading, autotuning and lazy buffers happen here, outside the capture. Errors are the segment's.
         with torch.cuda.stream(stream):
             for _ in range(WARMUPS):
                 segment()
@@ -72,7 +72,7 @@ class CudaGraphs:
         return _Graph(label, graph, stream, marks)
 
     def _capture_twice(self, label: str, stream: torch.cuda.Stream, segment: Callable[[], Any]) -> torch.cuda.CUDAGraph:
-        """Retry once: a capture can also fail because another thread calls torch.cuda.synchronize or the like."""
+        """Retry once: a capture also fails if another thread synchronizes the device meanwhile."""
         last = False
         while True:
             if self._keeper is None:
@@ -96,15 +96,16 @@ class CudaGraphs:
                 self._marks.clear()
 
     def _capture(self, graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, segment: Callable[[], Any]) -> None:
-        """Call with RECORDING held."""
+        """The caller must hold RECORDING."""
         collecting = gc.isenabled()
         # A collection could free events and page-locked buffers of other threads, which breaks a capture.
         gc.disable()
         # Torch keeps one cuBLAS workspace per handle and stream, made on first use and freed when anything clears the
-        # table (Inductor does, before each of its own recordings). A workspace made by a warm-up would be freed under
-        # this graph. Cleared at the start of the capture, a new one is made in the graph's pool; cleared afterwards, no
-        # one else uses it. Clearing before the capture would empty the allocator's cache, while another thread may be
-        # about to launch a product with the cleared workspace.
+        # table (Inductor does, before each of its own recordings). A workspace made by a warm-up could be freed while
+        # this graph still uses it. Clearing the table at the start of the capture allocates a new workspace from the
+        # graph's pool; clearing it afterwards keeps other work from using that one. It must not be cleared before the
+        # capture: that would empty the allocator's cache while another thread may be about to launch a product with
+        # the cleared workspace.
         try:
             # thread_local: other threads may allocate and copy meanwhile, but not synchronise the device (RECORDING).
             # The outer context restores the current stream, which torch.cuda.graph leaves changed if its exit fails.
@@ -118,9 +119,9 @@ class CudaGraphs:
                 gc.enable()
 
     def _open_pool(self) -> None:
-        """Open a new memory pool and keep it open with a graph that is never replayed: a pool ends with its last graph,
-        and its handle cannot be opened again. After a failed capture, capturing the keeper also resets the default
-        generator, which would otherwise still be in capturing state (older torch) and raise in every replay."""
+        """Open a new memory pool and keep it open with a graph that is never replayed: a pool is freed with its last
+        graph, and its handle cannot be reused. After a failed capture, capturing the keeper also resets the default
+        generator, which would otherwise stay in capturing state (older torch) and raise in every replay."""
         self._pool = torch.cuda.graph_pool_handle()
         keeper = torch.cuda.CUDAGraph()
         try:
@@ -137,7 +138,7 @@ class CudaGraphs:
         self._open_pool()
 
     def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
-        """Close what the failed capture left open in torch's allocator; an open pool refuses the next capture."""
+        """Close what the failed capture left open in torch's allocator: the next capture fails if a pool is open."""
         self._keeper = None
         _ABANDONED.append(graph)
         graph.reset()
@@ -192,7 +193,7 @@ class CudaGraphs:
         self._main.wait_event(self._retrieved)
 
     def synchronize_default(self) -> None:
-        # Neither stream waits for the default stream by itself.
+        # Neither stream waits for the default stream implicitly.
         torch.cuda.current_stream(self._device).synchronize()
 
 
@@ -201,7 +202,7 @@ class _Graph:
         self._label, self._graph, self._stream, self._marks = label, graph, stream, marks
 
     def replay(self) -> None:
-        # The range is on the host: a replay contains kernels only, no ranges (docs/profiling.md maps them).
+        # An NVTX range on the host, because a replay contains kernels only (docs/profiling.md maps them to stages).
         with torch.cuda.nvtx.range(self._label), torch.cuda.stream(self._stream), RECORDING:
             self._graph.replay()
 
@@ -215,7 +216,7 @@ class _Graph:
 def culprit(error: BaseException) -> tuple[str, BaseException]:
     """Return the innermost model, op or kernel call in which a capture failed, and the error raised there.
 
-    Leaving a broken capture raises again, so the error that broke it is in the context of the one caught.
+    Exiting a failed capture raises a second error, so the original one is in the `__context__` of the error caught.
     """
     chain = _chain(error)
     for candidate in reversed(chain):

@@ -47,7 +47,7 @@ class DatabaseGeneration:
             self._cache = self.cache
         self._named = retriever
         self.asked_retriever: Any = database.asked_retriever if _is_auto(retriever) else retriever
-        """From `retriever`, or else from opening the database; "auto" if neither named one."""
+        """The argument `retriever`, else the one the database was opened with, else "auto"."""
         if not (_is_auto(self.asked_retriever) and torch.device(device).type == "cuda"):
             # Fail now if the index cannot be made. On a GPU, "auto" may search there and needs no index.
             self._retriever  # noqa: B018

@@ -1,4 +1,4 @@
-"""The device thread: it alone runs the engine, on batches of queued requests.
+"""The device thread, the only one that runs the engine, on batches of queued requests.
 
 Any number of threads submit requests. A request's deadline, cancellation and error affect only that request, not the
 others in its batch.
@@ -68,7 +68,7 @@ class Executor:
         return self.queue.closed is None and os.getpid() == self._pid and self._thread.is_alive()
 
     def check_room(self, rows: int = 1, timeout: float | None = None) -> None:
-        """Raise what `submit` would raise, before anything is spent on the request."""
+        """Raise what `submit` would raise, before any work is done for the request."""
         self._check_process()
         self.queue.check_room(rows, timeout)
 
@@ -107,9 +107,9 @@ class Executor:
         return future.result()
 
     def close(self) -> None:
-        """Accept nothing more, finish what is queued, and end the thread."""
+        """Stop accepting requests, finish the queued ones, and end the thread."""
         if os.getpid() != self._pid:
-            # A forked child has no such thread, and its copy of the lock may be held by a thread it does not have.
+            # A forked child has no such thread, and its copy of the lock may be held by a thread that does not exist.
             return
         self.queue.close(GenerationError("this Generator is closed; make a new one"))
         if threading.current_thread() is not self._thread:
@@ -125,7 +125,7 @@ class Executor:
     def _loop(self) -> None:
         while (work := self._next()) is not None:
             work()
-            # Not kept until the next request: results are the caller's.
+            # Dropped now, so that the loop does not keep the results in memory until the next request.
             del work
 
     def _next(self) -> Callable[[], None] | None:

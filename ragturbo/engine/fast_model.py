@@ -75,7 +75,7 @@ class FastModel:
 
     @property
     def replaced(self) -> list[Replaced]:
-        """Which module replaces which. The bundle keeps the originals."""
+        """The replaced modules and their replacements. The bundle keeps the originals."""
         return [*self.text_encoder.replaced, *self.unet.replaced, *self._vae_replaced]
 
     def _make_unet(self) -> None:
@@ -98,7 +98,7 @@ class FastModel:
             self._vae_replaced.append(_compiled("vae.decoder", self.vae.decoder))
 
     def refresh(self) -> bool:
-        """Take over new weights. True: copied into the memory that graphs read. False: the networks were rebuilt, and
+        """Apply new weights. True: copied into the memory that graphs read. False: the networks were rebuilt, and
         every graph must be recorded again."""
         adapter = self.bundle.adapter
         if self.unet.refresh() and _same_shape(self.adapter, adapter):

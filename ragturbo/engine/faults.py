@@ -1,4 +1,4 @@
-"""What an engine's error means: this request failed, or the device is lost."""
+"""Classify an engine's error: either the request failed, or the device is lost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def typed(error: BaseException) -> BaseException:
     if _out_of_memory(error):
         reason: RagTurboError = OutOfDeviceMemory(f"the device has no room for this request: {error}")
     elif _lost(error):
-        reason = DeviceLost(f"the device is lost ({error}); this Generator is dead: restart the process")
+        reason = DeviceLost(f"the device is lost ({error}); this Generator cannot be used again: restart the process")
     else:
         reason = GenerationError(f"the step failed: {type(error).__name__}: {error}")
     reason.__cause__ = error

@@ -1,4 +1,4 @@
-"""A process that has run a model cannot be forked: torch's own threads do not survive it."""
+"""A process that has run a model must not be forked: torch's threads do not exist in the child."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def note_use() -> None:
 
 
 def refuse_after_fork() -> None:
-    """Raise GenerationError in a child of a process that has run a model, where torch would hang or CUDA would fail."""
+    """Raise GenerationError in a child of a process that has run a model: torch would hang, or CUDA would fail."""
     if _forked_after_use:
         raise GenerationError(
             f"process {os.getpid()} was forked from one that had already run a model, and torch cannot continue in it. "

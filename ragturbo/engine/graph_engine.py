@@ -170,7 +170,7 @@ class GraphEngine:
         return recording
 
     def _tables_of(self, database: DatabaseGeneration) -> Tables:
-        # A batch accepted before a swap still uses its own generation; its tables are then made again.
+        # A batch accepted before a swap still uses its own generation, whose tables are made again.
         if self._tables is None or self._tables.database is not database:
             self._tables = Tables(database, self.device)
             self.recorder.synchronize_default()

@@ -141,7 +141,7 @@ def check_steps(num_inference_steps: Any, guidance_scale: Any, *, most: int, dis
     if guidance_scale > 1 and distilled:
         raise InvalidRequest(f"guidance_scale={guidance_scale}: a distilled model overshoots with guidance; use 0")
     if 0 < guidance_scale <= 1:
-        raise InvalidRequest(f"guidance_scale={guidance_scale} guides nothing: use 0, or more than 1")
+        raise InvalidRequest(f"guidance_scale={guidance_scale} has no effect: use 0, or more than 1")
 
 
 def check_negative(
@@ -280,7 +280,7 @@ def _draw(generator: Any, count: int, shape: tuple[int, int, int]) -> Tensor:
 
 def _seeds(seed: int | Sequence[int] | None, prompts: int, repeats: int) -> list[int]:
     if seed is None:
-        # Below 2**32, so that a seed survives being read out, typed in again and passed through JSON.
+        # Below 2**32, so that a seed can be typed in again and passed through JSON without losing precision.
         seed = [secrets.randbits(32) for _ in range(prompts * repeats)]
     bases = list(seed) if isinstance(seed, (list, tuple)) else [seed] * prompts
     if any(isinstance(s, bool) or not isinstance(s, int) or not 0 <= s <= MAX_SEED - repeats for s in bases):

@@ -59,7 +59,7 @@ class Recorder(Protocol):
         ...
 
     def wait_for_mark(self) -> None:
-        """Block the host until the main stream reaches the mark, not what was replayed after it."""
+        """Block the host until the main stream reaches the mark, without waiting for later replays."""
         ...
 
     def wait_for_main(self) -> None:
@@ -71,7 +71,7 @@ class Recorder(Protocol):
         ...
 
     def synchronize_default(self) -> None:
-        """Block the host until work on neither stream has finished: copied weights, uploaded keys."""
+        """Block the host until work outside both streams has finished, such as copies of weights and keys."""
         ...
 
 

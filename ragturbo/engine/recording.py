@@ -63,7 +63,7 @@ class Recording:
             else:
                 self._run_whole(request, tables, host)
             launched = time.perf_counter()
-            # Everything that needs no value from the device is done while it works.
+            # Work that needs no value from the device is done while the device is busy.
             copy, out = self.segments.out.copy_of_host()
             result = self._result(out, request, ids)
         finally:

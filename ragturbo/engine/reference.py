@@ -27,7 +27,7 @@ log = logging.getLogger("ragturbo")
 class ReferenceEngine:
     name = "reference"
 
-    def __init__(self, bundle: Bundle, *, prompt_cache: int = 0, reason: str = "it was asked for") -> None:
+    def __init__(self, bundle: Bundle, *, prompt_cache: int = 0, reason: str = "it was requested") -> None:
         """reason: why this engine was chosen, for `gen.info`."""
         self.bundle = bundle
         self.prompts = PromptCache(prompt_cache)
@@ -110,13 +110,13 @@ class ReferenceEngine:
             return Result(ok, torch.zeros(len(request)), nothing.long(), nothing, nothing, nothing.bool()), lambda h: h
         if (found := request.retrieved) is None:
             if key is None or request.database is None:
-                raise InvalidRequest("nothing to search by: give a prompt, query= or neighbors=")
+                raise InvalidRequest("no search key: give a prompt, query= or neighbors=")
             with clock.stage("search"):
                 ids, scores = request.database.search(key, request.texts or None, request.k)
             with clock.stage("gather"):
                 found = request.database.gather(ids, scores)
         found = found.map(lambda value: value.to(self.device))
-        # Embeddings without a query have no key: then the neighbours weigh the same and λ is the caller's.
+        # Embeddings without a query have no key: neighbours have equal weights, and the caller gives λ.
         weights = torch.ones_like(found.scores) if key is None else cosine(key, found.keys)
         limit, given = request.min_score.to(self.device), request.lam.to(self.device)
         lam, valid = blend_weights(weights, found.ids, found.scores, min_score=limit, lam=given)

@@ -195,12 +195,12 @@ class RequestQueue:
         )
 
     def _count_rejected(self) -> None:
-        # From any thread, and not always with `changed` held.
+        # Called from any thread, with or without `changed` held.
         with self._counting:
             self.counts["rejected"] += 1
 
     def _forget_cancelled(self, future: Future[Result]) -> None:
-        """Make room at once for a cancelled request, not when the device thread next takes a batch."""
+        """Free a cancelled request's room at once, instead of when the device thread takes the next batch."""
         if future.cancelled():
             with self.changed:
                 for request in self._requests:

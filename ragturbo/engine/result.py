@@ -62,8 +62,8 @@ class Result:
 
     @staticmethod
     def join(results: list[Result]) -> Result:
-        """The results of one request's pieces as one. Times add up, but for the wait in the queue: a piece also waits
-        for the pieces before it, so the request's own wait is the first piece's."""
+        """The results of one request's pieces as one. Times are summed, except the wait in the queue: a piece also
+        waits for the pieces before it, so the request's wait is that of the first piece."""
         if len(results) == 1:
             return results[0]
         parts = [result._tensors() for result in results]

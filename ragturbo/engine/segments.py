@@ -1,7 +1,7 @@
-"""The device's part of one batch, in segments over fixed buffers: what a CUDA graph records.
+"""The device work of one batch, split into segments over fixed buffers. Each segment can be a CUDA graph.
 
-Everything that varies is read from the arenas. Nothing here waits for the device or makes a tensor on the host, and
-host-device copies happen only in Arena.upload and Arena.download.
+Everything that varies between requests is read from the arenas. No segment waits for the device or creates a tensor on
+the host, and host-device copies happen only in Arena.upload and Arena.download.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from ragturbo.ops import Rows, gather_rows, to_uint8, topk
 
 @dataclass(frozen=True)
 class Spec:
-    """What a graph is recorded for. Batches of equal specs differ only in their values."""
+    """The properties that a recording depends on. Batches with equal specs share a recording."""
 
     rows: int
     latents: tuple[int, ...]
     length: int
     """Tokens of a prompt."""
     has_ids: bool
-    """Prompts come as tokens; False: as hidden states or cached keys and values."""
+    """True if prompts are token ids, False if they are hidden states or cached keys and values."""
     cached: bool
     """Keys and values of all cross-attentions come from the prompt cache, on the device."""
     query: str
@@ -77,7 +77,7 @@ class Spec:
 
     @property
     def split(self) -> bool:
-        """Whether the host has work between the search key and the features."""
+        """Whether the host searches, or reads features, between two segments."""
         return self.retrieval in ("fetched", "host")
 
     @property
@@ -96,7 +96,7 @@ def _retrieval_of(request: Request, tables: Tables | None) -> dict[str, Any]:
         shape = request.retrieved.h_retr.shape
         return {"k": shape[1], "retrieval": "given", "stored": ("given", 0, shape[2], shape[3])}
     if tables is None:
-        raise InvalidRequest("nothing to search by: give a database or neighbors=")
+        raise InvalidRequest("no database to search: give database= or neighbors=")
     geometry = tables.database.database.geometry
     form = "host" if tables.keys is None else "resident" if tables.rows.resident else "fetched"
     return {
@@ -127,7 +127,7 @@ class Segments:
         self.from_host = arena(self._from_host_layout())
         self.to_host = arena(self._to_host_layout())
         self.out = arena(self._out_layout())
-        # Attributes, so that a tensor made on one stream outlives its use on the other.
+        # Kept as attributes, so that the allocator does not reuse a tensor's memory while the other stream reads it.
         self.key: Tensor | None = None
         self.text_kv: Any = None
         self.state: Any = None
@@ -157,7 +157,7 @@ class Segments:
         return layout
 
     def _inputs_layout(self) -> dict[str, Any]:
-        """The request's other values."""
+        """The request's other inputs."""
         spec, model = self.spec, self.model
         n, k, width = spec.rows, spec.k, model.bundle.text.key_dim
         layout: dict[str, Any] = {"latents": ((n, *spec.latents), torch.float32)}
@@ -173,7 +173,7 @@ class Segments:
         return layout
 
     def _from_host_layout(self) -> dict[str, Any]:
-        """What the host found in a split retrieval, and where the features are."""
+        """Results of the host's part of a split retrieval, and the addresses of the features."""
         if not self.spec.split:
             return {}
         n, k = self.spec.rows, self.spec.k
@@ -181,7 +181,7 @@ class Segments:
         return _found(n, k, self.model.bundle.text.key_dim) | slots | {"tables": ((4, 2), torch.int64)}
 
     def _to_host_layout(self) -> dict[str, Any]:
-        """What the host waits for in a split retrieval: the search key, or what the device found by it."""
+        """What the host needs in a split retrieval: the search key, or the rows that the device found."""
         if self.spec.retrieval == "host":
             return {"key": ((self.spec.rows, self.model.bundle.text.key_dim), torch.float32)}
         if self.spec.retrieval == "fetched":
@@ -208,8 +208,8 @@ class Segments:
         return layout
 
     def release(self) -> None:
-        """Let later recordings reuse the memory of tensors between this spec's segments: no other graph runs in
-        between. The prompt cache reads key and text_kv after a run."""
+        """Drop the tensors passed between segments, so that later recordings reuse their memory. This is safe because
+        no other graph runs between this spec's segments. The prompt cache reads key and text_kv after a run."""
         self.state = self.features = None
         if not self._caches_prompts:
             self.text_kv = self.key = None
@@ -236,8 +236,8 @@ class Segments:
                 self.to_host.download()
 
     def generate(self) -> None:
-        """Everything after the text encoder if nothing waits for the host: retrieval runs beside the UNet's encoder and
-        is joined before the adapter."""
+        """Everything after the text encoder, if retrieval needs no host work: it runs beside the UNet's encoder and is
+        joined before the adapter."""
         with self.recorder.stage("copy"):
             self.inputs.upload()
         if self.spec.mode != "none":

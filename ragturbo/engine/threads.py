@@ -35,7 +35,7 @@ def settle_threads(bundle: Bundle, on_device_thread: Callable[[Callable[[], Any]
 
 
 def _use_one_thread() -> None:
-    # A thread takes over the global setting on its first query; only after that does its own setting hold.
+    # A thread copies the global setting at its first query, which would overwrite a setting made before that.
     torch.get_num_threads()
     torch.set_num_threads(1)
 

@@ -35,7 +35,7 @@ class Tifa:
 
 
 def nearest_choice(reply: str, choices: Sequence[str]) -> str:
-    """Return the choice that equals the reply, else one that is a word of it, else the most similar one."""
+    """Return the choice that equals the reply, else one that occurs in it as a word, else the most similar one."""
     said = reply.strip().lower()
     for choice in choices:
         if said == choice.strip().lower():

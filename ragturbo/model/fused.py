@@ -83,7 +83,7 @@ class Resnet(nn.Module):
 
 
 def not_fusible(block: Any) -> str | None:
-    """Why `Resnet` does not compute what this ResnetBlock2D does; None if it does."""
+    """Why `Resnet` cannot replace this ResnetBlock2D; None if it can."""
     if block.upsample is not None or block.downsample is not None:
         return "it resamples"
     if not isinstance(block.nonlinearity, nn.SiLU):

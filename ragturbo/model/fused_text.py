@@ -1,7 +1,7 @@
 """CLIP's text transformer with fewer kernel launches: the same weights and result, Q, K and V in one product.
 
-transformers chooses masks and attention kernels by the state of the caller, such as a graph capture; this one computes
-the same in a plain call and in a captured one.
+transformers chooses masks and attention kernels by the caller's state, such as a graph capture. This module computes
+the same with and without a capture.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class FusedText:
             x = layer(x)
         hidden, end = layer_norm_of(x, self._norm), self._text.end_of_text(input_ids)
         if self._text.clip_key is not None:
-            # The CLIP key continues the transformer from the states before the final norm.
+            # The CLIP key's block takes the states before the final norm.
             key = self._text.clip_key(x, end)
         else:
             key = hidden[torch.arange(len(end), device=end.device), end]

@@ -124,7 +124,7 @@ def max_steps(scheduler: Any, *, distilled: bool) -> int:
 
 
 def is_trailing(scheduler: Any) -> bool:
-    """True for schedulers with trailing timesteps, as distilled models have: decides for folders that do not say."""
+    """True for trailing timesteps, as distilled models have. Used for folders that do not say whether they are."""
     return getattr(scheduler.config, "timestep_spacing", None) == "trailing"
 
 

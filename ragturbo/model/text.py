@@ -54,7 +54,7 @@ class TextEncoder:
         self.width: int = config.hidden_size
         self.max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
         self._backend = _fixed_length(tokenizer, self.max_length)
-        # CLIP's unknown token is also its end of text: its byte-level vocabulary is open.
+        # CLIP's byte-level vocabulary has no unknown words: its unknown token is its end-of-text token.
         unknown = tokenizer.unk_token_id
         self._unknown_id = None if unknown == tokenizer.eos_token_id else unknown
         if clip_key is not None and clip_key.width != self.width:
@@ -72,13 +72,13 @@ class TextEncoder:
         """Pad or truncate prompts to the encoder's maximum length; report what was cut off and unknown words."""
         if isinstance(prompts, str):
             raise InvalidRequest("tokenize takes a list of prompts")
-        # encode_batch hands its work to the tokenizer's threads and waits for them: not for a single prompt.
+        # encode_batch wakes the tokenizer's threads and waits for them, which a single prompt does not need.
         encode, one = self._backend.encode, len(prompts) == 1
         encodings = [encode(prompts[0])] if one else self._backend.encode_batch(list(prompts))
         input_ids = np.array([encoding.ids for encoding in encodings], np.int64)
         return Tokens(
             torch.from_numpy(input_ids.reshape(len(encodings), self.max_length)),
-            # Special tokens are not the prompt's own.
+            # Special tokens are not part of the prompt.
             tuple(sum(part.special_tokens_mask.count(0) for part in e.overflowing) for e in encodings),
             tuple(self._unknown(prompt, encoding) for prompt, encoding in zip(prompts, encodings, strict=True)),
         )
@@ -103,7 +103,7 @@ class TextEncoder:
             key = out.pooler_output
         else:
             out = self.text_encoder(input_ids=input_ids, output_hidden_states=True)
-            # The CLIP key continues the transformer from the states before the final norm.
+            # The CLIP key's block takes the states before the final norm.
             key = self.clip_key(out.hidden_states[-1], self.end_of_text(input_ids))
         return TextStates(out.last_hidden_state, F.normalize(key.float(), dim=-1))
 

@@ -38,7 +38,7 @@ class UNetState:
     attention: Mapping[str, Any]
     """The keyword arguments of blocks with cross-attention: text states (B, L, D), masks and processors' options."""
     forward_upsample_size: bool
-    """Whether upsampling has to match the size of the next skip, which doubling would miss."""
+    """Whether upsampling needs the size of the next skip, because doubling would give another size."""
 
 
 class HSpaceUNet:

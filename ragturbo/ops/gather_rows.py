@@ -56,7 +56,7 @@ def gather_rows(rows: Rows, ids: Tensor, impl: str = "auto") -> Tensor:
 
 
 def _cuda_limit(rows: Rows, ids: Tensor) -> str | None:
-    """Why csrc/gather.cu cannot run, if so: it reads records by 16 bytes, with one block column per row."""
+    """Why csrc/gather.cu cannot run; None if it can. It reads 16 bytes at a time, with one block column per row."""
     lane = 16 if rows.stored == "int8" else 8
     if rows.channels % lane or rows.row_bytes % 16:
         return (

@@ -38,7 +38,7 @@ def topk(keys: Tensor, query: Tensor, k: int, impl: str = "auto") -> tuple[Tenso
 
 
 def _cuda_limit(k: int, width: int) -> str | None:
-    """Why csrc/topk.cu cannot run, if so: each lane of a warp holds one of the best, and keys are read by 16 bytes."""
+    """Why csrc/topk.cu cannot run; None if it can. A lane holds one of the best; keys are read 16 bytes at a time."""
     if k > 32:
         return f"the CUDA kernel keeps at most 32 neighbours, k is {k}; impl='triton' takes 64"
     if width % 8 or not 8 <= width <= 2048:

@@ -79,7 +79,7 @@ def to_api_error(error: BaseException, *, log_messages: bool = False) -> APIErro
 
 
 def _format_chain(error: BaseException, with_messages: bool) -> str:
-    """Format an exception and its causes: types and tracebacks, and their messages only if asked for."""
+    """Format an exception and its causes: types and tracebacks, and their messages only if requested."""
     text = ""
     cause: BaseException | None = error
     while cause is not None:

@@ -163,7 +163,7 @@ def _response(service: Service, fields: schema.ImageRequest, options: dict[str, 
         timings=output.timings,
         notes=output.notes,
     )
-    # NaN is written as null; neighbors are left out if they were not asked for.
+    # NaN is written as null; neighbors are left out if they were not requested.
     return Response(body.model_dump_json(exclude_unset=True), media_type="application/json")
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ragturbo.serve.service import Service
 
 IMAGES = "/v1/images/generations"
-# nginx's status for a client that closed the connection; only the metrics see it.
+# nginx's status for a client that closed the connection; used in the metrics only.
 CLIENT_CLOSED_REQUEST = 499
 PATHS = (IMAGES, "/v1/models", "/health/live", "/health/ready", "/metrics", "/admin/database")
 
