@@ -24,7 +24,7 @@ __all__ = ["Database", "FeatureCache", "Geometry", "Record", "Retriever", "Scann
 
 
 def __getattr__(name: str) -> Any:
-    # Each name loads its own module: the format and the writer must not bring torch along.
+    # Names are imported on access, so that importing the format or the writer does not import torch.
     if name in _HOMES:
         from importlib import import_module
 

@@ -197,7 +197,7 @@ def _committed(folder: Path, job: Job, start: Manifest, spec: dict[str, Any]) ->
         if current.job == job.name or indexed_since:
             return current
         raise DatabaseError(f"{folder} holds a database already; append to it, or build in another folder")
-    # Two iterables cannot be told apart.
+    # It is unknown whether two iterables have the same items.
     if before is None or spec["source"]["kind"] == "iterable":
         return None
     return current if current.job == Job(folder, before, spec).name else None
@@ -276,7 +276,7 @@ class _Build:
         if not any(part.entry.count for part in done):
             raise InvalidRequest(f"none of {self.seen} items could be stored; the first: {self.skipped[:1]}")
         manifest = writer.joined(start, done, start.next_id + self.seen, job.name)
-        # The report is written before the commit: after it, a kill must not leave anything undone.
+        # The report is written before the commit, so that a kill after the commit leaves nothing unfinished.
         skipped = [entry for part in done for entry in part.notes["skipped"]]
         BuildReport(str(job.folder), manifest.generation, manifest.rows - start.rows, skipped).save(job.folder)
         removed = writer.removed_ids(job.folder, start)

@@ -44,7 +44,7 @@ class Database:
         self.path = folder
         self.checksums, self.threads, self.device = checksums, threads, device
         self.asked_retriever: Any = retriever
-        """The `retriever` that `open` was given. `choice()` says what "auto" stands for."""
+        """The `retriever` that `open` was given. `choice()` returns what "auto" resolves to."""
         self._state: tuple[Snapshot, dict[Any, Retriever]] = (snapshot, {})
         self._lock = threading.RLock()
         self._frozen = False
@@ -136,7 +136,7 @@ class Database:
         return view
 
     def refresh(self) -> bool:
-        """Move to the newest generation and return whether there was one. Running searches keep the old one."""
+        """Move to the newest generation; returns whether there was a newer one. Running searches keep the old one."""
         with self._lock:
             manifest = load(self.path)
             before, ready = self._state
@@ -145,13 +145,13 @@ class Database:
             snapshot, kept = open_snapshot(self.path, before), dict[Any, Retriever]()
             index = ready.get(("scann", None))
             if isinstance(index, scann.ScannRetriever) and snapshot.manifest.index == before.manifest.index:
-                # The same index: it is not loaded again.
+                # The index is unchanged, so it is not loaded again.
                 kept["scann", None] = scann.ScannRetriever(snapshot, before=index)
             self._state = (snapshot, kept)
             return True
 
     def check_encoder(self, fingerprints: Mapping[str, str], key_kind: str) -> None:
-        """Raise DatabaseMismatch if a model with these fingerprints did not make this database."""
+        """Raise DatabaseMismatch if the database was built by a model with other fingerprints or another key."""
         if key_kind != self.key_kind:
             raise DatabaseMismatch(f"{self.path} has {self.key_kind!r} keys, the model makes {key_kind!r} ones")
         for part, found in fingerprints.items():
@@ -171,7 +171,7 @@ class Database:
         if not isinstance(asked, str):
             return getattr(asked, "name", type(asked).__name__), "given by the caller"
         if asked != "auto":
-            return asked, "asked for"
+            return asked, "requested"
         if len(snapshot) < EXACT_BELOW:
             return "exact", f"{len(snapshot)} pairs, fewer than {EXACT_BELOW}: brute force is exact and as fast"
         if snapshot.manifest.index is None:
@@ -188,7 +188,7 @@ class Database:
             centred: subtract the mean of the keys before the cosine; None: the setting of this database.
         """
         snapshot, ready = self._state
-        # Called by every search: known retrievers are returned without further checks.
+        # Called by every search: a retriever that was made before is returned without checks.
         if (name is None or type(name) is str) and (found := ready.get((name, centred))) is not None:
             return found
         asked = self.asked_retriever if name is None or (isinstance(name, str) and name == "auto") else name
@@ -237,7 +237,7 @@ class Database:
         """
         plain = min_score is None and max_similarity is None and not diversity and centred is None
         if plain and exclude is None and (retriever is None or type(retriever) is str):
-            # The common call takes few lines: after a search in ScaNN's tables, Python's own data is out of the cache.
+            # A short path for the common call: a search in ScaNN's tables evicts Python's own data from the CPU cache.
             ready = self._state[1].get((retriever, None))
             if type(ready) is scann.ScannRetriever and (found := ready.search_one(keys, k)) is not None:
                 return found
@@ -347,7 +347,7 @@ class Database:
 
 
 def _check_retriever(asked: Any, snapshot: Snapshot) -> None:
-    """Refuse a retriever that cannot be made, without importing its package or loading its index."""
+    """Raise if a retriever cannot be made, without importing its package or loading its index."""
     if not isinstance(asked, str):
         if not isinstance(asked, Retriever):
             raise InvalidRequest(f"retriever={asked!r} has no search(keys, k, *, exclude=None)")
@@ -378,6 +378,6 @@ def _matching(snapshot: Snapshot, where: Mapping[str, Any]) -> np.ndarray:
         masks.append(mask)
     for column in where:
         if column not in known:
-            raise InvalidRequest(f"no pair has a column {column!r}; there are {', '.join(sorted(known)) or 'none'}")
+            raise InvalidRequest(f"no pair has a column {column!r}; columns: {', '.join(sorted(known)) or 'none'}")
     hit = np.concatenate(masks or [np.empty(0, bool)]) & snapshot.alive
     return snapshot.ids[hit]

@@ -1,4 +1,4 @@
-"""Crash-safe writes: a file gets its name by rename, after its bytes are on disk and before another file names it.
+"""Crash-safe writes: a file is renamed into place after its bytes are on disk and before another file refers to it.
 
 Errors of the operating system are raised as `DatabaseError` with the file's path.
 """
@@ -57,7 +57,7 @@ def sync_file(path: Path) -> None:
 
 
 class NewFile:
-    """A file that is written under another name, with checksums, and gets its own in `finish`."""
+    """A file that is written under a temporary name, with checksums, and renamed in `finish`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -68,7 +68,7 @@ class Manifest:
     index: IndexEntry | None = None
     centred: bool = False
     job: str = ""
-    """Name of the change that made this generation. A job that was killed finds here that it was committed."""
+    """Name of the change that made this generation. A resumed job reads here whether it was committed."""
 
     @property
     def encoder_digest(self) -> bytes:

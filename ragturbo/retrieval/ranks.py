@@ -21,7 +21,7 @@ PATIENCE = 600.0
 
 @dataclass
 class Rank:
-    """This process's place among those of a build."""
+    """The rank of this process among the processes of a build."""
 
     rank: int
     world: int

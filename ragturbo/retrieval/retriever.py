@@ -39,7 +39,7 @@ def to_host(keys: Any) -> np.ndarray:
 
 
 def like(keys: Any, ids: Any, scores: Any) -> tuple[Any, Any]:
-    """Return arrays or tensors as the keys came: numpy arrays, or tensors on the device of the keys."""
+    """Return ids and scores in the form of the keys: numpy arrays, or tensors on the device of the keys."""
     if not hasattr(keys, "detach"):
         return to_numpy(ids), to_numpy(scores)
     import torch

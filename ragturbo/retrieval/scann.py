@@ -91,7 +91,7 @@ def build_searcher(keys: np.ndarray, config: ScannConfig, threads: int = 0) -> A
 
 
 def vectors(snapshot: Snapshot, rows: np.ndarray, centred: bool) -> np.ndarray:
-    """Return the keys of `rows` for an index: (n, K) fp32, of length 1, centred if asked."""
+    """Return the keys of `rows` for an index: (n, K) fp32, of length 1, centred if requested."""
     out = np.empty((len(rows), snapshot.geometry.key_dim), np.float32)
     for start in range(0, len(rows), 16384):
         part = rows[start : start + 16384]
@@ -268,12 +268,12 @@ class ScannRetriever:
     def _from_index(
         self, query: np.ndarray, want: int, spare: int, hidden: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The best `want` vectors of the index that are not hidden. Asks for `spare` more, then for more still."""
+        """The best `want` vectors of the index that are not hidden: requests `spare` more, and repeats if too few."""
         if not want:
             return np.empty(0, np.int64), np.empty(0, np.float32)
         total = len(self.index_ids)
         ask = min(total, want + spare)
-        # Tuned for the first few neighbours: more of them lie in more leaves and behind more candidates.
+        # Tuned for the first few neighbours: finding more of them takes more leaves and candidates.
         deeper = -(-ask // _SHALLOW)
         reorder = self.config.reorder * deeper
         leaves = min(self.config.leaves, self.config.leaves_to_search * deeper)

@@ -47,7 +47,7 @@ class Segments:
         self.ids: np.ndarray = np.concatenate([np.empty(0, np.int64), *(ids for ids, _ in tables)])
         self.crcs: np.ndarray = np.concatenate([np.empty(0, np.uint32), *(crcs for _, crcs in tables)])
         self.starts = np.cumsum([0] + [entry.count for entry in entries], dtype=np.int64)
-        # Ids without gaps need no search: row = id - first.
+        # If ids have no gaps, row = id - first, without a search.
         rows = len(self.ids)
         self._first = int(self.ids[0]) if rows else 0
         self._contiguous = bool(rows and int(self.ids[-1]) - self._first + 1 == rows)

@@ -111,7 +111,7 @@ class SlotTable:
         raise Overloaded(f"all {self.count} slots are being read")
 
     def drop(self, slots: np.ndarray) -> None:
-        """Forget rows whose read failed. Their pins are left to the requests that hold them."""
+        """Remove rows whose read failed. Their pins remain until the requests that hold them release them."""
         for slot in slots.tolist():
             row = int(self.slot_row[slot])
             if row >= 0:

@@ -1,7 +1,7 @@
 """Reads of many records into one buffer: `ragturbo._native.Store`, or the same interface in Python.
 
-The native store copies from maps of its files and survives a file that is truncated while it is read. Python cannot
-catch that signal, so `PreadStore` reads: a truncated file is a short read.
+The native store copies from memory maps and handles the SIGBUS of a file that is truncated while it is read. Python
+cannot handle SIGBUS, so `PreadStore` uses pread: a truncated file is a short read.
 """
 
 from __future__ import annotations

@@ -152,7 +152,7 @@ def write_encoded(folder: Path, start: Manifest, batches: Iterable[Batch]) -> Ma
                     f"the database has {name} {getattr(base, name)}, the pairs {getattr(start, name)}"
                 )
         job = Job(folder, base, {"encoded": True})
-        # The batches of an earlier run may have been others: nothing is resumed.
+        # An earlier run may have had other batches, so nothing is resumed.
         job.clear(resume=False)
         done: list[Finished] = []
         next_id = base.next_id

@@ -90,7 +90,7 @@ def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     states = {}
     for name, expected in sums.items():
         if not (path / name).is_file() or durable.sum_file(path / name).sha256 != expected:
-            raise ModelError(f"{path / name} is not what was saved; delete {path} to resume from an older checkpoint")
+            raise ModelError(f"{path / name} is missing or damaged; delete {path} to resume from an older checkpoint")
         states[name.removesuffix(".safetensors")] = read_safetensors(path / name)
     return states, facts
 

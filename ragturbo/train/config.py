@@ -39,7 +39,7 @@ class LoRAConfig:
 @dataclass(frozen=True)
 class StudentConfig:
     steps: int = 1
-    """n of T_n, 1 to 4."""
+    """Number of steps, the n of T_n: 1 to 4."""
     adapter: str = "transformer"
     heads: int | None = None
     num_neighbors: int = 1
@@ -69,7 +69,7 @@ class OptimConfig:
     """Largest gradient norm; 0: no clipping."""
     warmup: int = 0
     decay: str = "none"
-    """"cosine": to a fiftieth of the rate at loop.max_steps; a resumed run follows the schedule of its max_steps."""
+    """"cosine" decays to lr / 50 at loop.max_steps; a resumed run uses the schedule of its own max_steps."""
 
     def __post_init__(self) -> None:
         _check_range("optim", self, lr=0, eps=0, weight_decay=0, clip=0, warmup=0)
@@ -98,13 +98,13 @@ class DiscriminatorConfig:
     r1: float = 0.0
     """γ of the R1 penalty on real features; 0: none."""
     misaligned: bool = False
-    """Add real images with other samples' prompts as fakes, for heads whose stage depends on the prompt."""
+    """Also use real images paired with other samples' prompts as fakes, for heads whose stage sees the prompt."""
     real: str = "all"
-    """The samples D takes as real: "all", as in the paper, or only "images", those without a noise of their own. A
-    student soon resembles its teacher's latents, and D then has nothing to learn from them."""
+    """The samples that D treats as real: "all", as in the paper, or "images", only those without a stored noise. The
+    student's output soon resembles the teacher's latents, and D learns nothing from telling them apart."""
     shared_fake: bool = True
-    """Use one backbone pass of the fakes for both D and G. False: D runs its own, batched with the real samples and
-    without gradients. The gradients are the same."""
+    """Use one backbone pass of the fakes for both D and G. False: D runs a separate pass, batched with the real samples
+    and without gradients. The gradients are the same."""
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     def __post_init__(self) -> None:
@@ -166,7 +166,7 @@ class LoopConfig:
     ema: float = 0.999
     """Decay of the moving average that is exported; 0: no average."""
     max_skipped: int = 50
-    """Stop after this many steps in a row with a gradient that is not finite."""
+    """Stop after this many consecutive steps with a gradient that is not finite."""
     log_every: int = 10
     held_out_every: int = 100
     """Steps between measurements of data.held_out; a multiple of log_every."""
@@ -176,7 +176,7 @@ class LoopConfig:
     """Steps between sample grids; 0: none."""
     samples: int = 8
     dead_after: int = 200
-    """Steps after which a discriminator head at its starting loss is reported."""
+    """Report a discriminator head that is still at its initial loss after this many steps."""
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
@@ -230,7 +230,7 @@ class LADDConfig:
                 "adapter on the result with mode=adapter"
             )
         if self.mode == "student" and self.teacher == "self":
-            raise InvalidRequest("mode=student trains the student's encoder: with teacher=self D would drift with it")
+            raise InvalidRequest("mode=student trains the student's encoder: with teacher=self D would change with it")
         if self.data.held_out is not None and loop.held_out_every % loop.log_every:
             raise InvalidRequest(
                 f"loop.held_out_every={loop.held_out_every} is not a multiple of loop.log_every={loop.log_every}"
@@ -255,7 +255,7 @@ def load_config(source: str | Path, changes: Sequence[str] = ()) -> LADDConfig:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InvalidRequest(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(values, dict):
-        raise InvalidRequest(f"{path} holds no settings")
+        raise InvalidRequest(f"{path} contains no settings")
     for change in changes:
         name, separator, text = change.partition("=")
         if not separator:
@@ -284,7 +284,7 @@ def from_dict(values: dict[str, Any]) -> LADDConfig:
 
 def to_dict(config: LADDConfig) -> dict[str, Any]:
     """Nested dicts, lists and scalars."""
-    # JSON has lists in place of tuples.
+    # A round trip through JSON turns tuples into lists.
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
@@ -316,7 +316,7 @@ def _put(values: dict[str, Any], name: str, value: Any) -> None:
 
 
 def _build(kind: Any, values: Any, where: str) -> Any:
-    """A dataclass from a mapping. Errors name the setting."""
+    """Build a dataclass from a mapping. Errors name the setting."""
     if not isinstance(values, dict):
         raise InvalidRequest(f"{where or 'the configuration'} must be a group of settings, not {values!r}")
     hints = typing.get_type_hints(kind)
@@ -357,7 +357,7 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
 
 
 def _check_range(group: str, config: Any, **bounds: float | tuple[float, float]) -> None:
-    """bounds: the least value of a setting, or the least and the greatest. None is allowed."""
+    """bounds: by setting, the minimum or (minimum, maximum). A value of None is allowed."""
     for name, bound in bounds.items():
         value = getattr(config, name)
         low, high = bound if isinstance(bound, tuple) else (bound, math.inf)

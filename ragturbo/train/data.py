@@ -1,6 +1,6 @@
 """Training batches by sample number, mixed from several sources.
 
-What sample n of a run is (source, index, neighbours) is a function of (seed, n). There is no position or buffer to
+The source, index and neighbours of sample n of a run are a function of (seed, n). There is no position or buffer to
 store, so a resumed run continues at sample step·batch, on any number of processes.
 """
 

@@ -22,8 +22,8 @@ MID = "mid"
 class Head(nn.Module):
     """Features of one stage (B, C, h, w) -> logits (B, P).
 
-    With spectral norm on every convolution and features as they are, heads stay at their starting loss and give no
-    signal. So the features are normalised, and the last 1×1 convolution has no spectral norm.
+    With raw features and spectral norm on every convolution, heads stay at their initial loss and give no signal. So
+    the features are normalised, and the last 1×1 convolution has no spectral norm.
     """
 
     def __init__(self, channels: int, width: int, spectral: bool = True, normalise: bool = True) -> None:

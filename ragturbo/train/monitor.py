@@ -1,4 +1,4 @@
-"""What a run shows of the student while it trains: its error on held-out pairs, and grids of sample images."""
+"""Monitoring during training: the student's error on held-out pairs, and grids of sample images."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Estimate = Callable[..., Tensor]
 
 
 class HeldOut:
-    """Smooth L1 to the teacher's latents on pairs that are not trained on, the same 512 at most each time."""
+    """Smooth L1 to the teacher's latents on held-out pairs: the first 512 at most, the same ones each time."""
 
     def __init__(self, data: TrainingData) -> None:
         (source,) = data.sources
         if "noise" not in source.fields:
             raise InvalidRequest(
-                f"data.held_out={source.folder} has no noise to start from: make it with `ragturbo data teacher`"
+                f"data.held_out={source.folder} has no stored noise: make it with `ragturbo data teacher`"
             )
         self.data, self.count = data, min(512, len(source))
 
@@ -42,7 +42,7 @@ class HeldOut:
 
 @torch.no_grad()
 def sample_grid(batch: Batch, estimate: Estimate, decode: Callable[[Tensor], Tensor], seed: int) -> Any:
-    """A PIL image of two rows: z_0 decoded, and ẑ_0 from pure noise, drawn by `seed` for samples without their own."""
+    """A PIL image of two rows: decoded z_0, and ẑ_0 from pure noise (drawn with `seed` for samples without noise)."""
     from PIL import Image
 
     device = batch.z0.device

@@ -42,8 +42,8 @@ def make_neighbors(
 ) -> int:
     """Write the missing tables of this process's share of the shards; returns their number.
 
-    A sample's own record and its duplicates are excluded, or the student would learn to copy: rows with the same
-    caption (ignoring case and spaces), image or source, or a key with a cosine of at least `max_cosine`.
+    A sample's own record and its duplicates are excluded, because the student would learn to copy them: rows with the
+    same caption (ignoring case and spaces), image or source, or a key with a cosine of at least `max_cosine`.
     """
     from ragturbo.retrieval.database import Database
 
@@ -117,7 +117,7 @@ class NeighborSearch:
 
 
 def _mark(name: str, value: Any) -> int:
-    """A hash to compare values by; 0 for a missing value, which equals nothing."""
+    """A hash for comparing values; 0 for a missing value, which matches no other."""
     if not value:
         return 0
     text = " ".join(str(value).casefold().split()) if name == "caption" else str(value)

@@ -1,4 +1,4 @@
-"""A progress bar on a terminal, and the process's place among several, as the launcher sets it."""
+"""A progress bar on a terminal, and this process's rank and device as the launcher sets them."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def write_or_check_index(folder: Path, values: dict[str, Any]) -> None:
     """Write `values` to index.json, or raise InvalidRequest if it is there with other values."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / INDEX
-    # As JSON has them: a tuple is a list.
+    # Compared as JSON, in which a tuple is a list.
     values = json.loads(json.dumps(values))
     if path.is_file():
         if changed := changed_settings(_read_json(path), values):

@@ -53,7 +53,7 @@ def run():
 
 
 def settings_of(world, processes: int = 1) -> dict:
-    """Everything with a state of its own switched on; a checkpoint every step, so that kills meet saves."""
+    """All components that have a state are on, with a checkpoint every step, so that kills coincide with saves."""
     return world.settings(
         loop__max_steps=STEPS, loop__save_every=1, loop__batch=4, loop__micro_batch=4 // processes // 2,
         student__retrieval_dropout=0.3, student__steps=2, student__lora={"rank": 2, "alpha": 2.0, "dropout": 0.1},
@@ -90,7 +90,7 @@ def test_a_killed_run_resumed_until_it_ends_has_the_bits_of_an_unbroken_one(
                 break
             assert set(codes) <= {-9, 0, 1}, codes
             kills += -9 in codes
-            # After one aimed kill the rest of the run goes unharmed; the others are killed a few times over.
+            # After one aimed kill the rest of the run is not killed; the others are killed several times.
             aim = aim and {"kill_after": None}
             if kills > 3 * (attempt + 1):
                 aim = {"kill_after": None}
@@ -109,7 +109,7 @@ def test_a_checkpoint_that_was_changed_is_refused_by_name(world, tmp_path):
     raw = bytearray(file.read_bytes())
     raw[-1] ^= 1
     file.write_bytes(raw)
-    with pytest.raises(ModelError, match="heads.safetensors is not what was saved"):
+    with pytest.raises(ModelError, match="heads.safetensors is missing or damaged"):
         LADDTrainer(world.config(loop__max_steps=2, loop__batch=2), tmp_path, device="cpu", resume=True)
 
 
