@@ -1,4 +1,4 @@
-"""Fixtures every part shares: randomness that says its seed, and counts that are full only in `make test-long`."""
+"""Shared fixtures: random generators whose seed is reported, and counts that are full only in `make test-long`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompt to neighbours to image: what the database holds must reach the picture, and nothing else may."""
+"""From prompt to neighbours to image: retrieved features must affect the image, and nothing else may."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fig. 6 on any machine: all its bars, parts that add up, and words that promise no more than was measured."""
+"""Fig. 6 on any machine: all bars, parts that add up to the total, and a text that claims only what was measured."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_breakdown_that_is_stopped_leaves_the_rows_that_were_done(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         breakdown(small, stop_at_lcm)
     part = json.loads(out.read_text())
-    # No record of all bars: by its kind nothing draws it as one.
+    # A partial record has another kind, so that it is not drawn as a complete one.
     assert part["kind"] == "breakdown-part" and part["profiles"]["paper"]["teacher"]["seconds"]["p50"] > 0
 
 

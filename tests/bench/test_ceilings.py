@@ -13,7 +13,7 @@ from benchmarks.ceilings import ceilings, measured
 
 @pytest.fixture
 def counted(monkeypatch):
-    """Measuring is counted, not done; each call is a process of its own."""
+    """Count the measurements instead of measuring; each call simulates a process of its own."""
     made: list[str] = []
 
     def count(device, quick=False):
@@ -28,9 +28,9 @@ def test_a_second_process_reads_what_the_first_has_measured(counted, monkeypatch
     made, fresh = counted
     monkeypatch.setenv("RAGTURBO_CEILINGS", str(tmp_path / "new" / "ceilings.json"))
     assert fresh("cpu") == fresh("cpu") == {"bytes_per_s": 1.0} and made == ["cpu"]
-    # A file that stays whole while others read it leaves nothing else behind.
+    # The atomic write leaves no other file.
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["ceilings.json"]
-    # A rehearsal's own are neither stored nor read.
+    # The ceilings of a rehearsal are neither stored nor read.
     assert fresh("cpu", True) == {"bytes_per_s": 2.0} and fresh("cpu") == {"bytes_per_s": 1.0}
 
 

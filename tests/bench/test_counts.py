@@ -83,7 +83,7 @@ def test_a_count_that_moved_is_named_with_its_change():
 
 
 def test_inference_mode_changes_no_count(stages):
-    """In it linear and conv2d are taken apart after the counter has looked, and would count as nothing."""
+    """In inference mode linear and conv2d are decomposed below the counter, which would count nothing."""
     stage_counts.cache_clear()
     layer, x = nn.Linear(64, 32, bias=False), torch.randn(8, 64)
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""What `impl="auto"` takes on a GPU that was measured: the winner of a suite's races, and never a loser by noise."""
+"""`impl="auto"` on a measured GPU: the fastest implementation of a suite, if it is faster by more than the noise."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_auto_takes_the_fastest_measured_on_this_gpu(tmp_path, monkeypatch, caps
     assert "cross_attention: sdpa" in capsys.readouterr().out
     written = json.loads((tmp_path / "configs" / "nvidia_imaginary_9000.json").read_text())["fastest"]
     assert written["cross_attention"] == {"impl": "sdpa", "microseconds": {"triton": 5.0, "sdpa": 4.0}}
-    # A win within the noise is none, and an op nobody raced is left as it was.
+    # A gain within the noise is ignored, and an op that was not measured is left unchanged.
     assert written["topk"]["impl"] == "triton" and "gather_rows" not in written
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -1,4 +1,4 @@
-"""The GPU script without a GPU: its plan, and that no step can cost another its result."""
+"""The GPU script without a GPU: its plan, and that no step affects the results of another."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def shell(text: str) -> list[str]:
 
 
 def stand_in(step: Any, fault: str | None = None) -> Any:
-    """A step whose process leaves what a real one would, as fast as a shell can, or does what is wrong with it."""
+    """A step whose shell command writes what a real step would, or fails in a given way."""
     key = {"image": "image_p50_s", "parts": "unet_s", "added": "retrieval_added_s"}.get(step.name, "cold_start_s")
     result: dict[str, Any] = {"measured": {key: 0.004}, "flags": []}
     if fault == "is wrong":
@@ -225,7 +225,7 @@ def test_a_set_leaves_no_more_files_than_come_back(tmp_path, plan, name):
         left |= {"first_light.jsonl"} if step.name == "first-light" else set()
         left |= {"suite.json"} if step.result is not None and step.result.suffix == ".jsonl" else set()
         left |= {"configs/nvidia_h100_80gb_hbm3.json"} if "configs" in " ".join(step.command) else set()
-        # What a step leaves lies in scratch, and is merged.
+        # A step's files are in scratch, and are merged.
         assert step.result is None or step.result.parent == tmp_path / "scratch"
     assert len(left) <= FILES
 

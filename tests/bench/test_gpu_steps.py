@@ -1,4 +1,4 @@
-"""What a GPU step leaves behind: figures only of what was compared, and every finished phase whatever follows."""
+"""The record of a GPU step: figures only of verified results, and every finished phase whatever fails later."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_every_line_of_a_step_runs_at_tiny_sizes_and_its_file_is_what_it_returns
     assert set(found["measured"]) <= {budget.key for budget in budgets.BUDGETS} and found["measured"]
     assert not {"withheld", "unverified", "errors"} & set(found)
     assert all(value == value for value in found["measured"].values())
-    # A rehearsal on a busy machine is noisy, and no card is asked.
+    # A rehearsal on a busy machine is noisy, and no GPU is queried.
     assert found["gpu_states"] == [] and all(flag.startswith("noise ") for flag in found["flags"])
     assert json.loads((tmp_path / "out.json").read_text()) == found
     assert [path.name for path in tmp_path.iterdir()] == ["out.json"]

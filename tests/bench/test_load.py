@@ -1,4 +1,4 @@
-"""Load that cannot be gamed: open-loop latency counts from the intended arrival."""
+"""Open-loop load: latency counts from the intended arrival."""
 
 from __future__ import annotations
 

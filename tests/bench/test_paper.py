@@ -1,4 +1,4 @@
-"""The paper's figures, and where its text and its tables part."""
+"""The paper's figures, and the claims of its text that its tables contradict."""
 
 from __future__ import annotations
 
@@ -20,6 +20,6 @@ def test_a_footnote_stands_where_the_paper_disagrees_with_itself_and_nowhere_els
     assert "1.37 %" in notes and "1.25 %" in notes
     assert "5.83" in notes and "5.85" in notes
     assert "47 % less, not more" in notes
-    # Controls: what its figures do give is no footnote.
+    # Controls: claims that agree with the figures get no footnote.
     assert "2.5 % overhead" not in notes and "25 times" not in notes and "1.03 %" not in notes
     assert 0 < len(footnotes()) < len(paper()["claims"])

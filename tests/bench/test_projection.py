@@ -1,4 +1,4 @@
-"""A projection follows from counts, a datasheet and fractions: from nothing else."""
+"""A projection depends only on counts, a datasheet and measured efficiencies."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_fractions_measured_here_carry_over():
 
 
 def test_the_papers_latencies_are_no_input(monkeypatch):
-    """Another paper, the same projection."""
+    """The projection does not depend on the paper's figures."""
     from ragturbo.bench import paper
 
     kinds = {"ours": {"counts": {"vae": counts()}, "evaluations": 1}}

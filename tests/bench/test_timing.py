@@ -1,4 +1,4 @@
-"""The numbers behind every number: percentiles, noise, order of measurement."""
+"""Percentiles, noise and the order of measurements."""
 
 from __future__ import annotations
 

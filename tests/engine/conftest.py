@@ -1,4 +1,4 @@
-"""A small real model with an adapter that does something, a database it made itself, and engines over both."""
+"""A small real model with an adapter that has an effect, a database built with it, and engines over both."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def reference(bundle: Bundle) -> ReferenceEngine:
 
 @pytest.fixture
 def graph_engine(bundle: Bundle) -> Callable[..., GraphEngine]:
-    """The graph engine, its steps called where a GPU would replay them: every line but the capture itself."""
+    """The graph engine with its steps called instead of replayed: everything except the capture itself."""
 
     def make(of: Bundle = bundle, **options: object) -> GraphEngine:
         return GraphEngine(of, GeneratorConfig(**options), Uncaptured())  # type: ignore[arg-type]

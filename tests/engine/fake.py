@@ -1,8 +1,8 @@
-"""Real model sizes on a GPU that is not there: fake CUDA tensors, and a watch over every operation on them.
+"""Real model sizes without a GPU: fake CUDA tensors, with checks of every operation on them.
 
-FakeTensorMode runs shapes, types and devices through the whole step and raises where a value is asked for (`.item()`,
-`.tolist()`, `nonzero`, indexing by a mask). The watch adds what it lets through and a capture would not: tensors made
-on the host, and copies across the border outside the arenas.
+FakeTensorMode propagates shapes, types and devices through the whole step and raises if a value is read (`.item()`,
+`.tolist()`, `nonzero`, indexing by a mask). The checks find what it allows and a capture does not: tensors made on the
+host, and host-device copies outside the arenas.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Watch(TorchDispatchMode):
 
 
 def _works(func: Any, args: Any, kwargs: Any, out: Any) -> bool:
-    """Whether an operation reads and writes memory: a view is not told by its name, as `reshape` and `to` may copy."""
+    """Whether an operation reads and writes memory. A name does not show a view: `reshape` and `to` may copy."""
     if func.name().startswith(NO_LAUNCH):
         return False
     if func._schema.is_mutable:
@@ -90,7 +90,7 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
 
 
 class StagedRecorder(Uncaptured):
-    """Says which stage is running, and that "copy" is the border."""
+    """Records the running stage; only "copy" may copy between host and device."""
 
     def __init__(self) -> None:
         super().__init__()

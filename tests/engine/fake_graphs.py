@@ -1,6 +1,6 @@
 """What torch does around a capture, without a GPU: pools and their use counts, the generator's flag, cuBLAS workspaces.
 
-Written after CUDAGraph.cpp, CUDACachingAllocator.cpp and CUDAGeneratorImpl.cpp. How far a failed capture is undone
+Modelled on CUDAGraph.cpp, CUDACachingAllocator.cpp and CUDAGeneratorImpl.cpp. How far a failed capture is undone
 depends on the release: 2.11 leaves the pool open and the default generator capturing, 2.13 leaves the use count of the
 pool, 2.14 nothing.
 """
@@ -81,7 +81,7 @@ class FakeCuda:
     # What a step does
 
     def multiply(self) -> None:
-        """A matrix product: its workspace is the one of this thread and stream, made where memory comes from now."""
+        """A matrix product: its workspace is that of this thread and stream, allocated from the current pool."""
         graph = self.mine
         place = self.workspaces.setdefault((threading.get_ident(), self.current.number), graph.pool if graph else 0)
         if graph is not None:

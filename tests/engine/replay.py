@@ -1,8 +1,8 @@
-"""A CUDA graph without a GPU: what a step did is written down once, operation by operation, and done again.
+"""A CUDA graph without a GPU: the operations of a step are recorded once, and replayed.
 
-As in a graph, a replay runs no line of Python: it does the same operations on the same memory, and whatever the host
-decided or read while recording is as it was then. What a step would read from the host and not from the arenas is
-stale in the next replay, and the result is wrong.
+As in a graph, a replay runs no line of Python: it repeats the same operations on the same memory, and everything that
+the host decided or read while recording stays as it was. A value that a step reads from the host instead of from the
+arenas is stale in the next replay, and the result is wrong.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ class _Replay:
         for func, args, kwargs, recorded in self._done:
             out = func(*args, **kwargs)
             for old, new in zip(recorded, (t for t in tree_leaves(out) if isinstance(t, Tensor)), strict=True):
-                # A view lies where it lay; what was made anew (also by a `reshape` or a `to` that had to copy) is put
-                # where the recording's was.
+                # A view keeps its memory; a new tensor (also of a `reshape` or a `to` that had to copy) is copied to
+                # the memory of the recorded one.
                 if old.data_ptr() != new.data_ptr():
                     old.copy_(new)
 

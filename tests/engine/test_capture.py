@@ -1,4 +1,4 @@
-"""Whatever would break a CUDA graph capture breaks here, on a machine without a GPU: fake CUDA tensors, watched."""
+"""Operations that would break a CUDA graph capture fail here without a GPU, on watched fake CUDA tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recording under faults and from several threads, over a torch.cuda that is not there (fake_graphs.py)."""
+"""Recording under faults and from several threads, with a simulated torch.cuda (fake_graphs.py)."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_no_pool_is_released_too_often_or_kept(cuda, recorder):
     for _ in range(3):
         with pytest.raises(GenerationError):
             recorder.record("broken", fails_in_capture(cuda, 2, cuda.item))
-    # 2.13 keeps the count of each failed capture for good, and no call of ours could tell.
+    # 2.13 never lowers the count after a failed capture, and no call of ours can detect that.
     leaked = 1 if cuda.release == "2.13" else 0
     assert cuda.uses[first] == 1 + leaked
     assert cuda.uses[recorder._pool] == 1

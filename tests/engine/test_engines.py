@@ -1,4 +1,4 @@
-"""Which engine runs, what it says of itself, and what a capture that fails says of the model."""
+"""Which engine runs, what it reports about itself, and what a failed capture reports about the model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_a_decoder_that_overflows_in_plain_torch_moves_to_fp32_and_says_so(model
     bundle = Bundle.load(model_folder, device="cpu", dtype=torch.float16)
     engine, batch = ReferenceEngine(bundle), make_request(*PROMPTS, output_type="pt")
     assert bool(engine.run(batch).ok.all()) and engine.describe()["vae dtype"] == "float16"
-    # Latents that are no numbers are the request's own fault.
+    # NaN latents are an error of the request, not of the engine.
     broken = replace(batch, latents=torch.full_like(batch.latents, float("nan")))
     assert not engine.run(broken).ok.any() and engine.describe()["vae dtype"] == "float16"
     with torch.no_grad():
@@ -57,7 +57,7 @@ def test_attention_is_what_was_asked_for_or_the_fastest_that_was_measured(monkey
     times = {"sdpa": 2e-3, "triton": 1e-3, "xformers": 1e-4}
     tiles.note(tmp_path / "nvidia_h200.json", "attention", {"gpu": "NVIDIA H200"}, attention=times)
     name, why = attention.choose("auto", gpu, torch.float16)
-    # What is not installed cannot win.
+    # An implementation that is not installed is not chosen.
     assert name == "triton" and "triton 1000 us, sdpa 2000 us" in why
     assert attention.choose("sdpa", gpu, torch.float16) == ("sdpa", "requested")
     assert attention.choose("auto", torch.device("cpu"), torch.float32)[0] == "sdpa"
@@ -106,7 +106,7 @@ def test_the_compiled_engine_is_the_oracle_and_compiles_every_block_whole_and_on
 
 
 def test_a_broken_capture_names_the_call_that_broke_it(bundle, monkeypatch):
-    """Leaving it raises again, from torch's own frames: the first error is behind that one."""
+    """Exiting the capture raises again, from torch's own frames: the first error is the context of that one."""
 
     class Capture:
         def __enter__(self) -> None: ...

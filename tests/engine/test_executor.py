@@ -117,7 +117,7 @@ def test_a_reservation_holds_until_it_is_used_or_released(engine, executor):
                 refuse()
         kept = batch(*range(9))
         executor.submit(kept, reservation)
-        # A reservation serves once.
+        # A reservation can be used once.
         with pytest.raises(Overloaded):
             submit(executor, batch(1), reservation=reservation)
     assert len(executor.queue) == 16 and kept.pieces[1].future.cancel()
@@ -149,7 +149,7 @@ def test_a_reservation_is_for_so_many_and_is_not_refused_for_its_deadline(engine
 
 
 def test_a_reservation_is_never_refused_whoever_else_submits(engine, executor, long_count):
-    """Threads that reserve, think, and submit, among others that do not reserve; a queue for half of them."""
+    """Threads that reserve, wait and submit, among others that do not reserve; the queue has room for half of them."""
     refused, beyond, times = [], [], long_count(500)
 
     def client(i: int) -> None:
@@ -251,7 +251,7 @@ def test_not_a_number_is_the_error_of_the_request_it_belongs_to(engine, executor
 
 
 def test_a_batch_that_runs_again_one_by_one_finds_what_it_held_freed(engine, executor):
-    """Tensors in a traceback's frames would be there still: the device would be as full as at the first try."""
+    """Tensors in a traceback's frames would still be allocated: the device would be as full as at the first try."""
     held_at_first, still_there = [], []
 
     def fail(b: Request) -> None:

@@ -1,4 +1,4 @@
-"""What only a GPU can show: a replay is the call, bit for bit, follows new numbers and weights, and costs no memory.
+"""Tests that need a GPU: a replay equals the call bit for bit, follows new values and weights, and leaks no memory.
 
 The model is small and random; budgets at real sizes are measured by `make gpu`.
 """
@@ -193,7 +193,7 @@ def test_memory_is_flat_over_many_requests(on_gpu, database, make_request, long_
                for n in (1, 2) for m, k in (("adapter", 1), ("none", 0))]  # fmt: skip
 
     def memory() -> tuple[int, int]:
-        # What a cycle still holds is no leak.
+        # Memory held by reference cycles is not a leak.
         gc.collect()
         torch.cuda.synchronize()
         return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()

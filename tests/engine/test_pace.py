@@ -1,4 +1,4 @@
-"""What the executor promises a deadline by."""
+"""The pace from which the executor predicts whether a deadline can be met."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A service's day on a real small model: many threads, faults at every stage, cancellations, overload, swaps."""
+"""A small real model under load: many threads, faults at every stage, cancellations, overload, swaps."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ def test_cancellations_leave_queue_and_memory_where_they_were(rng, long_count, r
                 futures.append(submit(executor, batch))
                 if rng.random() < 0.3:
                     time.sleep(0.0005)
-                # Mostly one that still waits, now and then one long since answered.
+                # Usually a request that still waits, sometimes one that was answered long ago.
                 futures[-rng.integers(1, 1 + min(len(futures), 20))].cancel()
             for i, future in enumerate(futures):
                 try:

@@ -1,4 +1,4 @@
-"""Who searches: what was asked for does, here or where the database was opened; else the device, if the keys fit."""
+"""The retriever that searches: the requested one, else the database's own, else the device if the keys fit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CPU threads: a small model's device thread computes alone, and nobody else's number changes."""
+"""CPU threads: a small model's device thread uses one, and the number of all other threads is unchanged."""
 
 from __future__ import annotations
 

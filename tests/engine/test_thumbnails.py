@@ -1,4 +1,4 @@
-"""A neighbour's thumbnail costs a request nothing: it is read when somebody looks, from the generation it was of."""
+"""A neighbour's thumbnail adds no work to a request: it is read on access, from the generation it was found in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""_native.PinnedArena from Python: memory that stays put, is freed with its last view, and says what it is."""
+"""_native.PinnedArena from Python: memory that does not move, is freed with its last view, and describes itself."""
 
 from __future__ import annotations
 

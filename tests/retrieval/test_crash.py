@@ -1,4 +1,4 @@
-"""Killed, starved of disk, or failed by it: the old generation or the new one, and the same bytes after a resume."""
+"""After a kill, a full or a failing disk: the old generation or the new one, and the same bytes after a resume."""
 
 from __future__ import annotations
 

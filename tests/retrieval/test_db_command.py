@@ -52,7 +52,7 @@ def test_a_database_is_built_changed_and_proven_from_the_command_line(images, ti
 
 @pytest.mark.slow
 def test_torchrun_builds_with_two_processes_what_one_builds(images, plain, tiny_sd21, tmp_path):
-    """Each writes its own segments; what binds them is the folder, so no process group and no backend is needed."""
+    """Each writes its own segments; they communicate through the folder, without a process group or a backend."""
     for i, (caption, picture, _) in enumerate(plain.pairs(20, 3), start=6):
         picture.save(images / f"{i:02d}.png")
         (images / f"{i:02d}.txt").write_text(caption)

@@ -69,7 +69,7 @@ def test_every_bit_of_current_and_manifest_counts(original, tmp_path, long_count
         bits = 8 * path.stat().st_size
         for bit in sorted(rng.choice(bits, long_count(bits), replace=False).tolist()):
             flip(path, bit)
-            # The name is as good as the file: only a wrong one must be noticed.
+            # Every flipped bit must be detected, whichever field it is in.
             with pytest.raises(DatabaseError, match=str(folder)):
                 Database.open(folder)
             flip(path, bit)

@@ -1,4 +1,4 @@
-"""Search by every retriever: right, complete, and honest about what it cannot find."""
+"""Search by every retriever: correct and complete results, and -1 and NaN for missing neighbours."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_scann_finds_what_exact_search_finds(database):
 
 @pytest.mark.parametrize("k", [1, 60, 61, 500, N, N + 3])
 def test_scann_returns_k_neighbours_whatever_its_reorder_count(k, database):
-    """Its own k is capped without a word; padding is index 0 with a NaN distance."""
+    """ScaNN silently caps k; padding is index 0 with a NaN distance."""
     ids, scores = database.search(near(3, 8), k, retriever="scann")
     assert ids.shape == (3, k)
     for row, values in zip(ids, scores, strict=True):
@@ -181,7 +181,7 @@ def test_removed_and_new_pairs_are_seen_by_an_old_index(plain, tmp_path, folder)
 
 
 def test_centring_searches_about_the_mean_of_the_keys(tmp_path):
-    """Keys that all lean one way: cosines bunch near 1 until the mean is taken away."""
+    """Keys with a large common mean: cosines are close to 1 until the mean is subtracted."""
     lean = clustered(400, 13) + 30
     database = Database.write(tmp_path / "db", [batch(lean)], geometry=GEOMETRY)
     assert database.info.key_mean_norm > 0.99
