@@ -24,7 +24,7 @@ _TINY = tl.constexpr(1.1754943508222875e-38)
 
 @triton.jit
 def _arccos(x):
-    """arccos to fp32 rounding: π/2 - arcsin x, or near ±1, where that cancels, 2·arcsin √((1-|x|)/2)."""
+    """arccos to fp32 rounding: π/2 - arcsin x; near ±1, where this cancels, 2·arcsin √((1-|x|)/2)."""
     size = tl.abs(x)
     steep = size > 0.5
     z = tl.where(steep, (1 - size) * 0.5, x * x)

@@ -20,7 +20,7 @@ SIDE = 64
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "heart", "cross", "ring")
 COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
 GROUNDS = ("white", "gray", "black", "brown")
-# Half extents in pixels. Defaults where a caption says nothing: medium size, white ground.
+# Half extents in pixels. If a caption does not mention them, the size is medium and the ground white.
 SIZES = {"small": 6.5, "medium": 9.0, "large": 12.5}
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}

@@ -1,4 +1,4 @@
-"""The races of attention and upsampling: only correct results are timed, and their sums go where the engine looks."""
+"""Comparing attention and upsampling: only correct results are timed, and the times are stored for the engine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CARD = {"gpu": {"name": "NVIDIA Imaginary 9000", "driver": "1"}, "packages": {"t
 
 
 def width(call):
-    """In place of a time."""
+    """Returned instead of a measured time."""
     return float(call().shape[1])
 
 

@@ -1,4 +1,4 @@
-"""A peer does the same work on weights of its own, and a comparison that proves nothing gives no speed-up."""
+"""A baseline does the same work on a copy of the weights, and an inconclusive comparison yields no speed-up."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def compile_cpp(target: Path, sources: list[Path], *flags: str) -> None:
 
 
 def without_randomisation() -> list[str]:
-    """Thread sanitizer's shadow memory can collide with a randomised layout; some containers forbid the way out."""
+    """Thread sanitizer's shadow memory can collide with a randomised layout, which some containers cannot disable."""
     prefix = ["setarch", "-R"]
     allowed = shutil.which("setarch") and subprocess.run([*prefix, "true"], capture_output=True).returncode == 0
     return prefix if allowed else []

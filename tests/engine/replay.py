@@ -24,7 +24,7 @@ from ragturbo.engine.recorder import Uncaptured
 gather, search = import_module("ragturbo.ops.gather_rows"), import_module("ragturbo.ops.topk")
 
 
-# The CPU's references read a table's address and count on the host, which on a GPU the kernels do: one operation here.
+# The CPU references read a table's address and count on the host, where GPU kernels read them: recorded as one op.
 @torch.library.custom_op("ragturbo_tests::gather_rows", mutates_args=())
 def _gather(descriptor: Tensor, ids: Tensor, row_bytes: int, tokens: int, channels: int, stored: str) -> Tensor:
     return gather.reference(gather.Rows(descriptor, row_bytes, tokens, channels, stored), ids)
@@ -48,7 +48,7 @@ class _Log(TorchDispatchMode):
 
 
 class Replayed(Uncaptured):
-    """Lanes that record. `before(label)` is called at each replay, and may raise in a graph's place."""
+    """A recorder. `before(label)` is called at each replay, and may raise instead of the graph."""
 
     name = "replayed operations"
 

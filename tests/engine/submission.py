@@ -1,4 +1,4 @@
-"""Requests handed to an executor by tests, which submit the same rows many times."""
+"""Submit the same rows to an executor many times."""
 
 from __future__ import annotations
 

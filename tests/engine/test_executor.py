@@ -1,4 +1,4 @@
-"""The thread that owns the device, driven by an engine whose work is a known function of each row."""
+"""The device thread, with an engine that computes a known function of each row."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ragturbo.errors import (
 
 
 class Doubler:
-    """An engine that doubles. `gate` holds it back; `fail(batch)` may raise."""
+    """An engine that doubles its input. It waits for `gate`; `fail(batch)` may raise."""
 
     name = "doubler"
 
@@ -77,7 +77,7 @@ def executor(engine: Doubler) -> Iterator[Executor]:
 
 
 def held(engine: Doubler, executor: Executor) -> Future[Result]:
-    """A request that is on the device and stays there until the gate opens: what comes next has to queue."""
+    """A request that stays on the device until the gate opens, so that later requests have to queue."""
     engine.gate.clear()
     first = submit(executor, batch(-1))
     assert engine.entered.acquire(timeout=30)
@@ -91,7 +91,7 @@ def test_waiting_requests_of_one_kind_run_as_one_padded_batch_and_get_their_own_
     engine.gate.set()
     assert [values(f) for f in futures] == [[0, 1], [2, 3], [4, 5]]
     assert values(other) == [18]
-    # Six rows run in the bucket of eight, and another kind runs apart.
+    # Six rows run in the bucket of eight, and requests of another kind run in a batch of their own.
     assert engine.sizes == [1, 8, 1]
     assert futures[0].result().bucket == 8 and other.result().bucket == 1
 
@@ -126,7 +126,7 @@ def test_a_reservation_holds_until_it_is_used_or_released(engine, executor):
     with executor.reserve() as reservation:
         pass
     submit(executor, batch(1))
-    # A released reservation holds nothing.
+    # A released reservation holds no room.
     with pytest.raises(Overloaded):
         submit(executor, batch(1), reservation=reservation)
     assert executor.counts["rejected"] == 6

@@ -39,7 +39,7 @@ FORMS = {
 
 @pytest.fixture(autouse=True)
 def freed() -> Iterator[None]:
-    """Engines hold themselves in cycles, and a graph holds memory of the driver's that no collector knows of."""
+    """Engines are in reference cycles, and a graph holds driver memory that the garbage collector does not see."""
     yield
     gc.collect()
     torch.cuda.empty_cache()
@@ -140,7 +140,7 @@ def test_after_a_capture_that_failed_and_without_any_recording_the_next_is_recor
 
 
 def driver_bytes() -> int:
-    """What this process has of the card beyond torch's allocator: context, modules, graphs."""
+    """GPU memory of this process outside torch's allocator: context, modules, graphs."""
     pynvml = pytest.importorskip("pynvml")
     pynvml.nvmlInit()
     handle = pynvml.nvmlDeviceGetHandleByIndex(0)

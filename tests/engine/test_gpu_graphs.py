@@ -1,4 +1,4 @@
-"""What a GPU alone can show of recording: after a failure, from two threads, and with cuBLAS workspaces cleared."""
+"""Recording tests that need a GPU: after a failure, from two threads, and with cleared cuBLAS workspaces."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ Make = Callable[..., tuple[Callable[[], None], torch.Tensor, torch.Tensor]]
 
 @pytest.fixture
 def make_step() -> Make:
-    """A step, what it writes and what is expected there: products on both recorder. `fault` is called inside it."""
-    # A graph does not keep what its caller made: freed, it would be written by whatever comes next.
+    """A step with products on both streams of `recorder`, its output and the expected output. It calls `fault`."""
+    # A graph does not keep the caller's tensors alive: if they were freed, later allocations would overwrite them.
     kept: list[torch.Tensor] = []
 
     def make(
@@ -56,7 +56,7 @@ def replays(program, out: torch.Tensor, expected: torch.Tensor, recorder: CudaGr
 
 
 def test_after_a_failed_capture_all_goes_on(make_step):
-    """The branch is not joined when the fault comes, as where an error breaks a step of the model."""
+    """The branch is not joined when the fault is raised, as if a step of the model failed."""
     recorder = CudaGraphs(torch.device("cuda"))
     step, *values = make_step(recorder)
     earlier = recorder.record("earlier", step)
@@ -92,12 +92,12 @@ def test_a_capture_broken_by_another_threads_synchronize_is_tried_again(make_ste
     step, *values = make_step(recorder, fault)
     program = recorder.record("label", step)
     assert replays(program, *values, recorder)
-    # What CUDA does here decides whether RECORDING is needed for it.
+    # The printed result shows whether RECORDING is needed for this call.
     print("synchronize beside a capture:", said or "allowed", "| tried again:", "tried again" in caplog.text)
 
 
 def test_two_threads_record_and_replay_at_once(make_step):
-    """Their numbers are drawn before: while one records, the other may not use the default generator."""
+    """Inputs are drawn before: while one thread records, the other may not use the default generator."""
     failed: list[BaseException] = []
     engines = [CudaGraphs(torch.device("cuda")) for _ in range(2)]
 

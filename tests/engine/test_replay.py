@@ -60,7 +60,7 @@ def test_without_retrieval_as_well(graph_engine, replayed_engine, make_request, 
 
 
 def test_a_number_read_from_the_host_would_be_stale(graph_engine, replayed_engine, make_request, monkeypatch):
-    """That this file can fail: a step that takes a number from the host repeats the first request's."""
+    """A control for this file: a step that reads a value on the host repeats that of the first request."""
     encode = Segments.encode
 
     def stale(self: Segments) -> None:
@@ -86,7 +86,7 @@ def test_new_weights_and_another_database_take_effect_under_the_live_recording(
     make_request,
 ):
     own = [Bundle.load(model_folder, device="cpu") for _ in range(2)]
-    # What a cache remembers of a prompt is a product of the weights.
+    # Cached values of a prompt depend on the weights.
     replayed, called = replayed_engine(own[0], prompt_cache=8), graph_engine(own[1])
     other = DatabaseGeneration(write_database(tmp_path / "other", ["a dog on a boat", "a photo of a cat"], seed=5))
     seen = []
@@ -113,7 +113,7 @@ def test_remembered_prompts_give_the_same_bytes_under_one_recording_each(
             batch = make_request(*prompts, seed=seed, **fields)
             assert equal(engine.run(batch), plain.run(batch))
     ways = engine.describe()
-    # Known: the second mode of each new pair of prompts, then both modes of what has been there.
+    # Cached: the second mode of each new pair of prompts, then both modes of the earlier pairs.
     assert ways["prompts"] == {"held": 4, "hits": 8, "misses": 2} and len(ways["graphs"]) == 3
 
 
@@ -222,5 +222,5 @@ def test_rows_are_held_until_the_batch_has_ended_also_after_an_error(database, r
         with pytest.raises(ValueError, match="injected"):
             engine.run(replace(batch, latents=batch.latents + seed))
     engine.recorder.before = lambda label: None
-    # Four slots: six leases that were never given back would have left none.
+    # With four slots, six leases that were not released would leave none.
     assert bool(engine.run(batch).ok.all())

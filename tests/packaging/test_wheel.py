@@ -1,4 +1,4 @@
-"""What a wheel holds, asks for and is called; and the native module's three settings."""
+"""The contents, requirements and name of a wheel, and the three settings of the native module."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a database holds after it has changed: ids, quarantine, generations, and the records beside the rows."""
+"""The contents of a database after changes: ids, removed pairs, generations, and the records of the rows."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_removal_takes_effect_at_once_and_a_frozen_view_keeps_its_generation(p
     assert other.search(keys, 1)[0][0, 0] != 4
     database.compact()
     plain.append_encoded(database, [batch(2, 3)])
-    # Its files are gone by name; what it opened it can still read.
+    # Its files are deleted, but it can still read those that it has open.
     assert frozen.records([4])[0].caption == "caption 4" and frozen.rows([4]).shape == (1, 16)
 
 

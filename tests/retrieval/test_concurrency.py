@@ -26,8 +26,8 @@ def batch(first: int, n: int) -> tuple:
 
 @pytest.fixture
 def often() -> Iterator[None]:
-    """Threads change places fifty times as often: more orders of events, and a writer that releases Python's lock at
-    every system call does not wait for sixteen readers' full turns each time."""
+    """Threads switch fifty times as often. This gives more interleavings, and a writer, which releases the GIL at every
+    system call, does not wait for the full switch intervals of sixteen readers each time."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-4)
     yield
@@ -94,7 +94,7 @@ def test_sixteen_readers_and_a_writer(plain, tmp_path, long_count, record_proper
 
 
 def test_of_two_writers_at_once_none_is_lost(plain, tmp_path, long_count):
-    """Each change is there in the end, or was refused by name."""
+    """Each change is in the final database, or was refused with an error that names the reason."""
     folder = tmp_path / "db"
     Database.write(folder, [batch(0, 20)], geometry=GEOMETRY)
     done = []

@@ -39,7 +39,7 @@ def content(folder: Path) -> tuple | None:
 
 @pytest.fixture(scope="module")
 def outcomes(plain, tmp_path_factory):
-    """For each change: what is seen before and after it, and the bytes of an unbroken run."""
+    """For each change: the contents before and after it, and the bytes of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole") / "db"
     found, start = {}, None
     for what in CHANGES:
@@ -96,7 +96,7 @@ def _span(program: list[str], start: Path, folder: Path) -> tuple[float, float]:
 
 
 def _wait_for_first_write(child: subprocess.Popen, folder: Path) -> None:
-    """Until the writer holds the lock: before that there is nothing to break."""
+    """Wait until the writer holds the lock, because it writes nothing before that."""
     lock = folder / "LOCK"
     held = None
     while child.poll() is None and held is None:
@@ -110,7 +110,7 @@ def _wait_for_first_write(child: subprocess.Popen, folder: Path) -> None:
 
 
 class Failing:
-    """Stands in for one function of `os`, and fails at its n-th call in the way a disk does."""
+    """Replaces one function of `os`, and fails at its n-th call as a failing disk does."""
 
     def __init__(self, name: str, at: int, how: str) -> None:
         self.real, self.at, self.how, self.calls = getattr(os, name), at, how, 0
