@@ -1,6 +1,10 @@
 """Segments recorded as CUDA graphs: capture, recovery from failed captures, replay.
 
 All graphs share one memory pool; there is a main stream and a retrieval stream, neither of them the default stream.
+
+`record` warms a segment up, then captures it into the open pool. If the capture fails, torch's allocator and default
+generator are left in capturing state: `_abandon` closes the pool, `_open_pool` opens a new one, and the capture is
+tried once more. Graphs recorded before keep the old pool.
 """
 
 from __future__ import annotations
@@ -31,8 +35,8 @@ RECORDING = threading.Lock()
 # 2.13 this cannot be prevented), so they are never destroyed.
 _ABANDONED: list[torch.cuda.CUDAGraph] = []
 _MODELS = (
-    "ragturbo.model", "ragturbo.ops", "ragturbo.kernels", "ragturbo.engine.segments", "ragturbo.engine.fast_model",
-    "diffusers.", "transformers.",
+    "ragturbo.model", "ragturbo.ops", "ragturbo.kernels", "ragturbo.engine.graph_segments",
+    "ragturbo.engine.fast_model", "diffusers.", "transformers.",
 )  # fmt: skip
 
 

@@ -28,13 +28,14 @@ from ragturbo.config import GeneratorConfig
 from ragturbo.engine.cuda_graphs import RECORDING, CudaGraphs
 from ragturbo.engine.database import DatabaseGeneration
 from ragturbo.engine.fast_model import FastModel
+from ragturbo.engine.graph_segments import Segments
 from ragturbo.engine.prompt_cache import PromptCache
 from ragturbo.engine.recorder import Recorder, Uncaptured
 from ragturbo.engine.recording import Recording
 from ragturbo.engine.reference import ReferenceEngine
 from ragturbo.engine.request import Request
 from ragturbo.engine.result import Result
-from ragturbo.engine.segments import Segments, Spec
+from ragturbo.engine.spec import Spec
 from ragturbo.engine.tables import Tables
 from ragturbo.errors import InvalidRequest
 from ragturbo.model.bundle import Bundle
@@ -180,7 +181,7 @@ class GraphEngine:
         """Whether the VAE's decoder overflowed in fp16: finite latents whose image is not finite."""
         if self.model.vae_dtype != torch.float16 or all(result.ok.tolist()):
             return False
-        out = next(reversed(self._recordings.values())).segments.out.host
+        out = next(reversed(self._recordings.values())).segments.buffers.out.host
         return bool((out["latents_ok"] & ~out["ok"]).any())
 
 

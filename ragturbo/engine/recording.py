@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ragturbo.engine.graph_segments import Segments
 from ragturbo.engine.recorder import Program
 from ragturbo.engine.request import Request
 from ragturbo.engine.result import RETRIEVED_FIELDS, Result
-from ragturbo.engine.segments import Segments
 from ragturbo.engine.tables import Tables
 from ragturbo.engine.timings import host_stage
 
@@ -64,7 +64,7 @@ class Recording:
                 self._run_whole(request, tables, host)
             launched = time.perf_counter()
             # Work that needs no value from the device is done while the device is busy.
-            copy, out = self.segments.out.copy_of_host()
+            copy, out = self.segments.buffers.out.copy_of_host()
             result = self._result(out, request, ids)
         finally:
             # Also after an error: launched work still reads the features and the buffers.
@@ -105,14 +105,14 @@ class Recording:
         self.recorder.mark_main()
         self._replay("encoder", host)
         self.recorder.wait_for_mark()
-        answer, device = segments.to_host.host, segments.model.device
+        answer, device = segments.buffers.to_host.host, segments.model.device
         with host_stage("search", stages, device):
             if self.spec.searches:
                 ids, scores = _ids_of(answer["rows"], tables), answer["scores"]
             else:
                 ids, scores = tables.database.search(answer["key"], request.texts or None, self.spec.k)
         with host_stage("gather", stages, device):
-            found = segments.from_host.host
+            found = segments.buffers.from_host.host
             # The features stay in place until the batch has finished.
             with self.recorder.retrieval_stream():
                 self._lease = tables.rows.lease(ids.reshape(-1))
@@ -128,7 +128,7 @@ class Recording:
         return ids.clone()
 
     def _fill_text(self, request: Request) -> None:
-        for name, place in self.segments.text_inputs.host.items():
+        for name, place in self.segments.buffers.text_inputs.host.items():
             place.copy_(getattr(request, name))
         if self.spec.cached:
             assert self.segments.cached_kv is not None and request.text_kv is not None
@@ -136,7 +136,7 @@ class Recording:
                 self.segments.cached_kv.copy_(request.text_kv)
 
     def _fill(self, request: Request, tables: Tables | None) -> None:
-        host = self.segments.inputs.host
+        host = self.segments.buffers.inputs.host
         for name in ("latents", "lam", "w", "min_score"):
             if name in host:
                 host[name].copy_(getattr(request, name))

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ragturbo.engine import segments as steps
+from ragturbo.engine import graph_segments
 from ragturbo.engine.recorder import Uncaptured
 
 # `ragturbo.ops` has functions of the same names.
@@ -54,8 +54,8 @@ class Replayed(Uncaptured):
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         super().__init__()
-        patch.setattr(steps, "gather_rows", lambda rows, ids: _gather(*rows[:1], ids, *rows[1:]))
-        patch.setattr(steps, "topk", _topk)
+        patch.setattr(graph_segments, "gather_rows", lambda rows, ids: _gather(*rows[:1], ids, *rows[1:]))
+        patch.setattr(graph_segments, "topk", _topk)
         self.before: Callable[[str], None] = lambda label: None
 
     def record(self, label: str, step: Callable[[], None], *, on_retrieval: bool = False) -> Any:

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from ragturbo.engine.fast_model import FastModel
-from ragturbo.engine.segments import Segments, Spec
+from ragturbo.engine.graph_segments import Segments
+from ragturbo.engine.spec import Spec
 
 sys.path.insert(0, str(Path(__file__).parent))
 import fake  # noqa: E402

@@ -11,7 +11,7 @@ from submission import submit
 
 from ragturbo.engine.database import DatabaseGeneration
 from ragturbo.engine.executor import Executor
-from ragturbo.engine.segments import Segments
+from ragturbo.engine.graph_segments import Segments
 from ragturbo.errors import DeviceLost, GenerationError, OutOfDeviceMemory
 from ragturbo.model.bundle import Bundle
 
@@ -64,7 +64,7 @@ def test_a_number_read_from_the_host_would_be_stale(graph_engine, replayed_engin
     encode = Segments.encode
 
     def stale(self: Segments) -> None:
-        self.inputs.device["latents"].mul_(1 + float(self.inputs.host["latents"][0, 0, 0, 0]))
+        self.buffers.inputs.device["latents"].mul_(1 + float(self.buffers.inputs.host["latents"][0, 0, 0, 0]))
         encode(self)
 
     monkeypatch.setattr(Segments, "encode", stale)
@@ -126,7 +126,9 @@ def test_the_text_encoder_runs_while_the_other_numbers_are_written(database, rep
     (recorded,) = engine._recordings.values()
 
     def before(label: str) -> None:
-        seen.append((label.split(": ")[-1], torch.equal(recorded.segments.inputs.host["latents"], second.latents)))
+        seen.append(
+            (label.split(": ")[-1], torch.equal(recorded.segments.buffers.inputs.host["latents"], second.latents))
+        )
 
     engine.recorder.before = before
     engine.run(second)

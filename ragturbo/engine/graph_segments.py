@@ -6,107 +6,20 @@ the host, and host-device copies happen only in Arena.upload and Arena.download.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ragturbo.engine.arena import Arena
+from ragturbo.engine.buffers import Buffers
 from ragturbo.engine.fast_model import FastModel
 from ragturbo.engine.recorder import Recorder
-from ragturbo.engine.request import Request
-from ragturbo.engine.tables import Tables
+from ragturbo.engine.spec import Spec
 from ragturbo.errors import InvalidRequest
 from ragturbo.model.adapter import RetrievedKV
 from ragturbo.model.inject import blend_weights, cosine, inject
 from ragturbo.ops import Rows, gather_rows, to_uint8, topk
-
-
-@dataclass(frozen=True)
-class Spec:
-    """The properties that a recording depends on. Batches with equal specs share a recording."""
-
-    rows: int
-    latents: tuple[int, ...]
-    length: int
-    """Tokens of a prompt."""
-    has_ids: bool
-    """True if prompts are token ids, False if they are hidden states or cached keys and values."""
-    cached: bool
-    """Keys and values of all cross-attentions come from the prompt cache, on the device."""
-    query: str
-    """Source of the search key: "prompt", "ids" (another text), "key" (given) or "none"."""
-    mode: str
-    k: int
-    per: str
-    steps: int
-    want: str
-    retrieval: str
-    """"none"; "given" with the request; "resident": searched and gathered on the device; "fetched": searched on the
-    device, features read by the host; "host": searched on the host."""
-    stored: tuple[str, int, int, int] | None = None
-    """Features: type, stride, tokens, channels."""
-    grid: tuple[int, int] | None = None
-    centred: bool = False
-    hot: bool = False
-    """Some features may be in the device cache."""
-
-    @classmethod
-    def of(cls, request: Request, tables: Tables | None, length: int) -> Spec:
-        given = request.text if request.text_kv is None else request.text_kv
-        query = "prompt" if given is None else "none"
-        if request.query_key is not None:
-            query = "key"
-        elif request.query_ids is not None:
-            query = "ids"
-        return cls(
-            rows=len(request),
-            latents=tuple(request.latents.shape[1:]),
-            length=length if given is None else given.shape[1],
-            has_ids=given is None,
-            cached=request.text_kv is not None,
-            query=query if request.mode != "none" else "none",
-            mode=request.mode,
-            per=request.per,
-            steps=request.num_inference_steps,
-            want=request.want,
-            **_retrieval_of(request, tables),
-        )
-
-    @property
-    def split(self) -> bool:
-        """Whether the host searches, or reads features, between two segments."""
-        return self.retrieval in ("fetched", "host")
-
-    @property
-    def searches(self) -> bool:
-        return self.retrieval in ("resident", "fetched")
-
-    @property
-    def label(self) -> str:
-        return f"{self.rows} x {self.latents}, {self.mode}, {self.steps} steps, retrieval {self.retrieval}"
-
-
-def _retrieval_of(request: Request, tables: Tables | None) -> dict[str, Any]:
-    if request.mode == "none":
-        return {"k": request.k, "retrieval": "none"}
-    if request.retrieved is not None:
-        shape = request.retrieved.h_retr.shape
-        return {"k": shape[1], "retrieval": "given", "stored": ("given", 0, shape[2], shape[3])}
-    if tables is None:
-        raise InvalidRequest("no database to search: give database= or neighbors=")
-    geometry = tables.database.database.geometry
-    form = "host" if tables.keys is None else "resident" if tables.rows.resident else "fetched"
-    return {
-        "k": request.k,
-        "retrieval": form,
-        "stored": (geometry.dtype, tables.rows.stride, geometry.tokens, geometry.channels),
-        "grid": tables.database.grid,
-        "centred": tables.keys is not None and tables.keys.centred,
-        "hot": form != "resident" and tables.rows.device_rows is not None,
-    }
 
 
 class Segments:
@@ -117,16 +30,7 @@ class Segments:
     ) -> None:
         """caches_prompts: the prompt cache reads `key` and `text_kv` after a run."""
         self.model, self.spec, self.recorder, self._caches_prompts = model, spec, recorder, caches_prompts
-        device = model.device
-
-        def arena(layout: dict[str, Any]) -> Arena:
-            return Arena(layout, device, page_locked=page_locked)
-
-        self.text_inputs = arena(self._text_inputs_layout())
-        self.inputs = arena(self._inputs_layout())
-        self.from_host = arena(self._from_host_layout())
-        self.to_host = arena(self._to_host_layout())
-        self.out = arena(self._out_layout())
+        self.buffers = Buffers(spec, model.bundle, page_locked=page_locked)
         # Kept as attributes, so that the allocator does not reuse a tensor's memory while the other stream reads it.
         self.key: Tensor | None = None
         self.text_kv: Any = None
@@ -136,76 +40,9 @@ class Segments:
         self.cached_kv: Tensor | None = None
         if spec.cached:
             shape = (spec.rows, spec.length, model.unet.text_kv_width)
-            self.cached_kv = torch.empty(shape, dtype=model.dtype, device=device)
+            self.cached_kv = torch.empty(shape, dtype=model.dtype, device=model.device)
         empty = torch.empty(0)
         self.rows_found = self.scores = self.lam = self.valid = self.cosine = empty
-
-    # Layouts
-
-    def _text_inputs_layout(self) -> dict[str, Any]:
-        """What the text encoder reads, or what replaces its output."""
-        spec, text = self.spec, self.model.bundle.text
-        n, layout = spec.rows, dict[str, Any]()
-        if spec.has_ids:
-            layout["input_ids"] = ((n, spec.length), torch.int64)
-        elif not spec.cached:
-            layout["text"] = ((n, spec.length, text.width), self.model.dtype)
-        if spec.query == "ids":
-            layout["query_ids"] = ((n, text.max_length), torch.int64)
-        elif spec.query == "key":
-            layout["query_key"] = ((n, text.key_dim), torch.float32)
-        return layout
-
-    def _inputs_layout(self) -> dict[str, Any]:
-        """The request's other inputs."""
-        spec, model = self.spec, self.model
-        n, k, width = spec.rows, spec.k, model.bundle.text.key_dim
-        layout: dict[str, Any] = {"latents": ((n, *spec.latents), torch.float32)}
-        if spec.mode != "none":
-            layout |= {name: ((n,), torch.float32) for name in ("lam", "w", "min_score")}
-        if spec.searches:
-            layout["tables"] = ((4, 2), torch.int64)
-        if spec.centred:
-            layout["mean"] = ((width,), torch.float32)
-        if spec.retrieval == "given":
-            assert spec.stored is not None
-            layout |= _found(n, k, width) | {"h_retr": ((n, k, *spec.stored[2:]), model.dtype)}
-        return layout
-
-    def _from_host_layout(self) -> dict[str, Any]:
-        """Results of the host's part of a split retrieval, and the addresses of the features."""
-        if not self.spec.split:
-            return {}
-        n, k = self.spec.rows, self.spec.k
-        slots = {name: ((n, k), torch.int64) for name in ("slots", "hot")}
-        return _found(n, k, self.model.bundle.text.key_dim) | slots | {"tables": ((4, 2), torch.int64)}
-
-    def _to_host_layout(self) -> dict[str, Any]:
-        """What the host needs in a split retrieval: the search key, or the rows that the device found."""
-        if self.spec.retrieval == "host":
-            return {"key": ((self.spec.rows, self.model.bundle.text.key_dim), torch.float32)}
-        if self.spec.retrieval == "fetched":
-            shape = (self.spec.rows, self.spec.k)
-            return {"rows": (shape, torch.int64), "scores": (shape, torch.float32)}
-        return {}
-
-    def _out_layout(self) -> dict[str, Any]:
-        spec, vae = self.spec, self.model.bundle.vae
-        n, k = spec.rows, spec.k
-        layout: dict[str, Any] = {"ok": ((n,), torch.bool), "latents_ok": ((n,), torch.bool)}
-        if spec.mode != "none":
-            layout |= {"lam": ((n,), torch.float32), "valid": ((n, k), torch.bool)}
-            layout |= {"scores": ((n, k), torch.float32), "cosine": ((n, k), torch.float32)}
-        if spec.searches:
-            layout["rows"] = ((n, k), torch.int64)
-        height, width = (side * vae.factor for side in spec.latents[1:])
-        if spec.want == "latent":
-            layout["latents"] = ((n, *spec.latents), torch.float32)
-        elif spec.want == "float":
-            layout["image"] = ((n, 3, height, width), torch.float32)
-        else:
-            layout["uint8"] = ((n, height, width, 3), torch.uint8)
-        return layout
 
     def release(self) -> None:
         """Drop the tensors passed between segments, so that later recordings reuse their memory. This is safe because
@@ -214,32 +51,32 @@ class Segments:
         if not self._caches_prompts:
             self.text_kv = self.key = None
 
-    # Segments
+    # The segments
 
     def encode_text(self) -> None:
         """Prompts to hidden states and search key: the first graph."""
         with self.recorder.stage("copy"):
-            self.text_inputs.upload()
+            self.buffers.text_inputs.upload()
             if self.spec.split:
-                self.inputs.upload()
+                self.buffers.inputs.upload()
         with self.recorder.stage("text"):
             self._text()
         if self.spec.split:
             if self.spec.searches:
                 self._search()
-                self.to_host.device["rows"].copy_(self.rows_found)
-                self.to_host.device["scores"].copy_(self.scores)
+                self.buffers.to_host.device["rows"].copy_(self.rows_found)
+                self.buffers.to_host.device["scores"].copy_(self.scores)
             else:
                 assert self.key is not None
-                self.to_host.device["key"].copy_(self.key)
+                self.buffers.to_host.device["key"].copy_(self.key)
             with self.recorder.stage("copy"):
-                self.to_host.download()
+                self.buffers.to_host.download()
 
     def generate(self) -> None:
         """Everything after the text encoder, if retrieval needs no host work: it runs beside the UNet's encoder and is
         joined before the adapter."""
         with self.recorder.stage("copy"):
-            self.inputs.upload()
+            self.buffers.inputs.upload()
         if self.spec.mode != "none":
             with self.recorder.fork():
                 self._search()
@@ -253,7 +90,9 @@ class Segments:
         """The UNet's encoder at the first timestep, beside retrieval. Split: the second graph."""
         spec, model = self.spec, self.model
         with self.recorder.stage("encode"):
-            sample = (self.inputs.device["latents"] * model.schedules[spec.steps].constants[0].p).to(model.dtype)
+            sample = (self.buffers.inputs.device["latents"] * model.schedules[spec.steps].constants[0].p).to(
+                model.dtype
+            )
             if model.device.type == "cuda":
                 sample = sample.contiguous(memory_format=torch.channels_last)
             self.state = model.unet.encode(sample, model.timestep(spec.steps, 0), self.text_kv)
@@ -261,13 +100,13 @@ class Segments:
     def gather(self) -> None:
         """On the retrieval stream, after the host's part of a split retrieval: features, λ, the adapter's K and V."""
         with self.recorder.stage("copy"):
-            self.from_host.upload()
+            self.buffers.from_host.upload()
         self._gather()
 
     def finish(self) -> None:
         """Adapter, decoder, further steps, VAE, and the copy to the host. Split: the third graph."""
         spec, model = self.spec, self.model
-        x = self.inputs.device["latents"]
+        x = self.buffers.inputs.device["latents"]
         for i, c in enumerate(model.schedules[spec.steps].constants):
             state = self.state
             if i > 0:
@@ -284,7 +123,7 @@ class Segments:
     # Parts of segments
 
     def _text(self) -> None:
-        spec, inputs, model = self.spec, self.text_inputs.device, self.model
+        spec, inputs, model = self.spec, self.buffers.text_inputs.device, self.model
         hidden, key = inputs.get("text"), None
         if spec.has_ids:
             ids = inputs["input_ids"]
@@ -297,7 +136,7 @@ class Segments:
         self.text_kv = self.cached_kv if hidden is None else model.unet.text_kv(hidden)
 
     def _search(self) -> None:
-        spec, inputs = self.spec, self.inputs.device
+        spec, inputs = self.spec, self.buffers.inputs.device
         if not spec.searches:
             return
         with self.recorder.stage("search"):
@@ -309,7 +148,7 @@ class Segments:
 
     def _gather(self) -> None:
         """Features, cosines of the keys, λ and the adapter's K and V: all that does not depend on h_tgt."""
-        spec, inputs, model = self.spec, self.inputs.device, self.model
+        spec, inputs, model = self.spec, self.buffers.inputs.device, self.model
         with self.recorder.stage("gather"):
             assert spec.stored is not None
             stored, stride, tokens, channels = spec.stored
@@ -321,12 +160,12 @@ class Segments:
                     tables, width = inputs["tables"], model.bundle.text.key_dim
                     keys = gather_rows(Rows(tables[1], 2 * width, 1, width), ids)[:, :, 0]
                 else:
-                    found = self.from_host.device
+                    found = self.buffers.from_host.device
                     ids, slots, tables = found["ids"], found["slots"], found["tables"]
                     self.scores, keys = found["scores"], found["keys"]
                 h_retr = gather_rows(Rows(tables[2], stride, tokens, channels, stored), slots)
                 if spec.hot:
-                    hot = self.from_host.device["hot"]
+                    hot = self.buffers.from_host.device["hot"]
                     on_device = gather_rows(Rows(tables[3], stride, tokens, channels, stored), hot)
                     h_retr = torch.where((hot >= 0)[..., None, None], on_device, h_retr)
             h_retr = h_retr.to(model.dtype)
@@ -351,7 +190,7 @@ class Segments:
             h,
             features,
             lam=self.lam,
-            w=self.inputs.device["w"],
+            w=self.buffers.inputs.device["w"],
             valid=self.valid,
             weights=self.cosine,
             adapter=self.model.adapter,
@@ -361,7 +200,7 @@ class Segments:
 
     def _write_out(self, x: Tensor) -> None:
         """Latents to the wanted form in the output arena, and its copy to the host."""
-        spec, model, out = self.spec, self.model, self.out.device
+        spec, model, out = self.spec, self.model, self.buffers.out.device
         finite = torch.isfinite(x).flatten(1).all(1)
         out["latents_ok"].copy_(finite)
         if spec.want == "latent":
@@ -383,12 +222,4 @@ class Segments:
         if spec.searches:
             out["rows"].copy_(self.rows_found)
         with self.recorder.stage("copy"):
-            self.out.download()
-
-
-def _found(rows: int, k: int, width: int) -> dict[str, Any]:
-    return {
-        "ids": ((rows, k), torch.int64),
-        "scores": ((rows, k), torch.float32),
-        "keys": ((rows, k, width), torch.float32),
-    }
+            self.buffers.out.download()
