@@ -100,8 +100,7 @@ class Executor:
                 future.set_exception(error)
 
         with self.queue.changed:
-            if self.queue.closed is not None:
-                raise self.queue.closed
+            self.queue.check_open()
             self._calls.append(run)
             self.queue.changed.notify()
         return future.result()

@@ -62,7 +62,7 @@ class RequestQueue:
         Raises:
             Overloaded: the queue is full, or so long that the deadline would pass in it.
         """
-        self._check_open()
+        self.check_open()
         pieces = self._pieces(rows)
         # Without the lock, so that refusing is cheap under overload. While a batch is taken, the queue looks shorter
         # than it is, never longer.
@@ -102,7 +102,7 @@ class RequestQueue:
         with self.changed:
             held = reservation is not None and self.release(reservation)
             if held and reservation is not None and reservation.rows >= rows and reservation.pieces >= len(pieces):
-                self._check_open()
+                self.check_open()
             else:
                 self._check_room(rows, len(pieces), timeout)
             self._requests.extend(pieces)
@@ -168,12 +168,13 @@ class RequestQueue:
     def _pieces(self, rows: int) -> int:
         return -(-rows // self.max_rows)
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
         if self.closed is not None:
-            raise self.closed
+            # A new exception each time: a shared one would collect the tracebacks of all its callers.
+            raise type(self.closed)(str(self.closed))
 
     def _check_room(self, rows: int, pieces: int, timeout: float | None) -> None:
-        self._check_open()
+        self.check_open()
         taken = len(self._requests) + self._reserved
         if taken + pieces > self._max_queue:
             raise self._full(self._expected_wait(0))
