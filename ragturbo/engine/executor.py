@@ -151,7 +151,6 @@ class Executor:
         ended = time.perf_counter()
         self.queue.batch_ended(counts=error is None)
         if error is not None:
-            self.queue.update_retry_after()
             self._fail(requests, error)
             return
         assert result is not None
@@ -163,8 +162,6 @@ class Executor:
             own.bucket, own.ended = bucket, ended
             own.timings["queue"] = started - request.queued_at
             self._finish(request, own)
-        # After the results are delivered: no caller waits for it.
-        self.queue.update_retry_after()
 
     def _attempt(self, requests: list[Request], bucket: int) -> tuple[Result | None, BaseException | None]:
         try:

@@ -78,6 +78,7 @@ class RequestQueue:
             self._check_room(reservation.rows, reservation.pieces, timeout)
             self._reservations.add(reservation)
             self._reserved += reservation.pieces
+            self._update_retry_after()
         return reservation
 
     def release(self, reservation: Reservation) -> bool:
@@ -107,6 +108,7 @@ class RequestQueue:
                 self._check_room(rows, len(pieces), timeout)
             self._requests.extend(pieces)
             self.counts["accepted"] += len(pieces)
+            self._update_retry_after()
             self.changed.notify()
 
     def take(self) -> list[Request]:
@@ -150,10 +152,7 @@ class RequestQueue:
     def batch_ended(self, *, counts: bool) -> None:
         with self.changed:
             self._pace.ended(counts=counts)
-
-    def update_retry_after(self) -> None:
-        with self.changed:
-            self._retry_after = self._expected_wait(0)
+            self._update_retry_after()
 
     def expected_wait(self, rows: int = 1) -> float:
         """Seconds until `rows` more would be done, by the pace of the last batches; 0 if that is not known yet."""
@@ -194,6 +193,10 @@ class RequestQueue:
             "raise it",
             retry_after=retry_after,
         )
+
+    def _update_retry_after(self) -> None:
+        if len(self._requests) + self._reserved >= self._max_queue:
+            self._retry_after = self._expected_wait(0)
 
     def _count_rejected(self) -> None:
         # Called from any thread, with or without `changed` held.
