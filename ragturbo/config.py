@@ -68,6 +68,8 @@ class GeneratorConfig:
 
     def __post_init__(self) -> None:
         one_of("engine", self.engine, ENGINES)
+        if self.engine == "reference" and not self.capture:
+            raise InvalidRequest("capture=False has no effect with engine='reference', which captures nothing")
         one_of("attention", self.attention, ATTENTIONS)
         if isinstance(self.retriever, str):
             one_of("retriever", self.retriever, RETRIEVERS)

@@ -218,14 +218,15 @@ class Generator:
             DeadlineExceeded: `timeout` has passed.
             GenerationError: the engine failed, or the Generator is closed.
         """
-        request = self._submit(
-            prompt, seed=seed, generator=generator, latents=latents, num_images_per_prompt=num_images_per_prompt,
+        options = dict(
+            seed=seed, generator=generator, latents=latents, num_images_per_prompt=num_images_per_prompt,
             mode=mode, num_neighbors=num_neighbors, min_score=min_score, lam=lam, w=w, per=per, query=query,
             neighbors=neighbors, negative_prompt=negative_prompt, prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds, num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale, height=height, width=width, output_type=output_type,
             postprocess=postprocess, timeout=timeout, reservation=reservation,
         )  # fmt: skip
+        request = self._submit(prompt, options)
         return Output.make(request, request.wait())
 
     @_same_parameters(__call__)
@@ -233,7 +234,7 @@ class Generator:
         """Generate without waiting; takes what `__call__` takes. Cancelling the future frees its room in the queue."""
         from ragturbo.output_future import OutputFuture
 
-        return OutputFuture(self._submit(prompt, **options))
+        return OutputFuture(self._submit(prompt, options))
 
     @_same_parameters(__call__)
     async def agenerate(self, prompt: Any = None, **options: Any) -> Output:
@@ -244,7 +245,7 @@ class Generator:
         from ragturbo.output_future import OutputFuture
 
         # Tokenising and drawing noise for many prompts would block the event loop.
-        submitting = asyncio.ensure_future(asyncio.to_thread(self._submit, prompt, **options))
+        submitting = asyncio.ensure_future(asyncio.to_thread(self._submit, prompt, options))
         try:
             request = await asyncio.shield(submitting)
         except asyncio.CancelledError:
@@ -269,7 +270,7 @@ class Generator:
         # Largest first: the graphs of smaller sizes reuse its memory.
         for size in reversed(self.config.batch_sizes):
             for _ in range(times):
-                self._submit(["warm up"] * size, seed=0, output_type="uint8", quiet=True).wait()
+                self._submit(["warm up"] * size, {"seed": 0, "output_type": "uint8"}, quiet=True).wait()
         self._executor.queue.forget_pace()
 
     def use_database(self, database: Database | str | os.PathLike[str] | None) -> None:
@@ -355,12 +356,11 @@ class Generator:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _submit(
-        self, prompt: Any, *, reservation: Reservation | None = None, quiet: bool = False, **options: Any
-    ) -> Request:
+    def _submit(self, prompt: Any, options: dict[str, Any], *, quiet: bool = False) -> Request:
         from ragturbo.engine.request import Request
 
         started = time.perf_counter()
+        reservation = options.pop("reservation", None)
         with self._swap:
             if self._database is not None:
                 self._database = self._database.current()

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
 import inspect
 import io
 import math
 import os
 import subprocess
 import sys
+import threading
+import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -142,6 +146,36 @@ def test_a_call_a_future_and_a_coroutine_agree(gen):
     assert np.array_equal(called, future) and np.array_equal(called, awaited)
 
 
+def test_embeddings_may_be_overwritten_once_submitted(gen):
+    states = gen._bundle.text.encode(gen._bundle.text.tokenize([PROMPT] * 2).input_ids).hidden_states
+    expected = gen(prompt_embeds=states.clone(), seed=3, mode="none", output_type="np").images
+    busy, leave = threading.Event(), threading.Event()
+    blocked = threading.Thread(target=gen.call, args=(lambda: busy.set() or leave.wait(60),))
+    blocked.start()
+    busy.wait(60)
+    future = gen.submit(prompt_embeds=states, seed=3, mode="none", output_type="np")
+    states.zero_()
+    leave.set()
+    blocked.join()
+    assert np.array_equal(future.result(60).images, expected)
+
+
+def test_a_failed_future_does_not_keep_its_request(gen):
+    gc.collect()
+    gc.disable()
+    try:
+        future = gen.submit(PROMPT, seed=1, postprocess=lambda batch: batch[:, :1])
+        late = gen.submit([PROMPT] * 4, seed=1, timeout=1e-6)
+        requests = [weakref.ref(f._request) for f in (future, late)]
+        assert future.exception(60) is not None and isinstance(late.exception(60), DeadlineExceeded)
+        until = time.monotonic() + 30
+        while requests[1]() is not None and time.monotonic() < until:
+            time.sleep(0.01)
+        assert requests[1]() is None
+    finally:
+        gc.enable()
+
+
 def test_a_cancelled_task_cancels_its_request(gen):
     async def run() -> None:
         with pytest.raises(asyncio.TimeoutError):
@@ -197,6 +231,8 @@ def test_what_cannot_be_loaded_is_named(tmp_path, tiny_sd21):
         Generator.from_pretrained(tiny_sd21, turbo=True)
     with pytest.raises(InvalidRequest, match="compile=True is for the graph engine"):
         Generator.from_pretrained(tiny_sd21, engine="reference", compile=True)
+    with pytest.raises(InvalidRequest, match="capture=False has no effect"):
+        Generator.from_pretrained(tiny_sd21, engine="reference", capture=False)
     with pytest.raises(InvalidRequest, match="batch_sizes"):
         Generator.from_pretrained(tiny_sd21, batch_sizes=(1, 3))
     with pytest.raises(InvalidRequest, match="device='tpu'"):
@@ -267,7 +303,7 @@ def test_from_pretrained_has_every_option_of_the_config_by_name_and_default():
 
 @pytest.mark.parametrize("engine", ["reference", "graph"])
 def test_an_engine_asked_for_by_name_runs(tiny_sd21, engine):
-    with Generator.from_pretrained(tiny_sd21, device="cpu", engine=engine, capture=False) as gen:
+    with Generator.from_pretrained(tiny_sd21, device="cpu", engine=engine, capture=engine == "reference") as gen:
         out = gen(PROMPT, seed=1, output_type="np")
         assert gen.info["engine"] == engine
     with Generator.from_pretrained(tiny_sd21, device="cpu") as gen:

@@ -19,7 +19,7 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor
 
 from ragturbo.engine import fork
-from ragturbo.engine.faults import typed
+from ragturbo.engine.faults import fresh, typed
 from ragturbo.engine.request import Request
 from ragturbo.engine.request_queue import RequestQueue, Reservation
 from ragturbo.engine.result import Result
@@ -203,13 +203,14 @@ class Executor:
             for request in requests:
                 if isinstance(self.queue.closed, DeviceLost):
                     self.queue.counts["failed"] += 1
-                    request.future.set_exception(self.queue.closed)
+                    request.future.set_exception(fresh(self.queue.closed))
                 else:
                     self._run([request])
 
     def _die(self, requests: list[Request], error: DeviceLost) -> None:
         log.error("the device is lost: %s", error)
-        self.queue.closed = error
+        with self.queue.changed:
+            self.queue.closed = error
         for request in requests + self.queue.drop_all():
             self.queue.counts["failed"] += 1
-            request.future.set_exception(error)
+            request.future.set_exception(fresh(error))

@@ -21,6 +21,13 @@ def typed(error: BaseException) -> BaseException:
     return reason
 
 
+def fresh(error: RagTurboError) -> RagTurboError:
+    """Return a copy to raise. One exception raised by several callers would collect the tracebacks of all of them."""
+    copy = type(error)(str(error))
+    copy.__cause__ = error.__cause__
+    return copy
+
+
 def _out_of_memory(error: BaseException) -> bool:
     """Out of memory, also as reported by the driver, cuBLAS and page-locked allocations. The device stays usable."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):

@@ -177,7 +177,7 @@ def check_query(query: Any, prompts: int, key_width: int) -> tuple[list[str] | N
     norm = key.norm(dim=1, keepdim=True)
     if not bool(torch.isfinite(key).all()) or not bool((norm > 0).all()):
         raise InvalidRequest("query key holds NaN, infinity or only zeros")
-    return None, (key / norm).expand(prompts, -1)
+    return None, (key / norm).expand(prompts, -1).contiguous()
 
 
 def choose_size(height: Any, width: Any, latents: Any, *, factor: int, default: int) -> tuple[int, int]:

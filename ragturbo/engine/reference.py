@@ -121,7 +121,7 @@ class ReferenceEngine:
         limit, given = request.min_score.to(self.device), request.lam.to(self.device)
         lam, valid = blend_weights(weights, found.ids, found.scores, min_score=limit, lam=given)
         ok = torch.empty(0, dtype=torch.bool)
-        result = Result(ok, lam.cpu(), found.ids.cpu(), found.scores.cpu(), weights.cpu(), valid.cpu())
+        result = Result(ok, lam, found.ids, found.scores, weights, valid)
         return result, partial(self._inject, request, found, lam, weights, valid)
 
     def _inject(
@@ -188,6 +188,8 @@ class ReferenceEngine:
 
 
 def _fill(result: Result, want: str, latents: Tensor, image: Tensor | None) -> None:
+    for name in ("lam", "ids", "scores", "cosine", "valid"):
+        setattr(result, name, getattr(result, name).cpu())
     ok = torch.isfinite(latents).flatten(1).all(1)
     if image is None:
         result.latents = latents.cpu()

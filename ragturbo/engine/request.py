@@ -297,16 +297,20 @@ class Request:
     def wait(self) -> Result:
         """Wait for the result in the caller's thread; on an error the pieces still in the queue are cancelled."""
         results = []
-        try:
-            for piece in self.pieces or (self,):
-                left = None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
+        for piece in self.pieces or (self,):
+            left = None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
+            try:
                 results.append(piece.future.result(left))
-        except BaseException as error:
-            self.cancel()
-            # In Python 3.11 and later, DeadlineExceeded is also a FutureTimeout.
-            if isinstance(error, FutureTimeout) and not isinstance(error, DeadlineExceeded):
-                raise self.late() from None
-            raise
+            except BaseException as error:
+                self.cancel()
+                # In Python 3.11 and later, DeadlineExceeded is also a FutureTimeout.
+                timed_out = isinstance(error, FutureTimeout) and not isinstance(error, DeadlineExceeded)
+                late = self.late() if timed_out else None
+                # The traceback references this frame: whoever keeps the error must not keep the request.
+                del self, piece, results
+                if late is not None:
+                    raise late from None
+                raise
         return Result.join(results)
 
     def cancel(self) -> None:
@@ -329,7 +333,8 @@ def _repeat(rows: Tensor, repeats: int) -> Tensor:
 def _embeds(embeds: Tensor | None, count: int, repeats: int) -> Tensor | None:
     if embeds is None:
         return None
-    embeds = embeds.detach().to("cpu")
+    # A copy: the caller may reuse its buffer before the request runs.
+    embeds = embeds.detach().to("cpu", copy=True)
     return embeds.expand(count, -1, -1) if len(embeds) == 1 else _repeat(embeds, repeats)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
+from ragturbo.engine.faults import fresh
 from ragturbo.engine.pace import Pace
 from ragturbo.engine.request import Request
 from ragturbo.engine.result import Result
@@ -66,7 +67,7 @@ class RequestQueue:
         pieces = self._pieces(rows)
         # Without the lock, so that refusing is cheap under overload. While a batch is taken, the queue looks shorter
         # than it is, never longer.
-        if len(self._requests) + self._reserved + pieces > self._max_queue:
+        if len(self._requests) + self._reserved >= self._max_queue:
             raise self._full(self._retry_after)
         with self.changed:
             self._check_room(rows, pieces, timeout)
@@ -138,7 +139,9 @@ class RequestQueue:
         """Empty the queue and return the requests that were not cancelled; they are now running."""
         with self.changed:
             waiting, self._requests = list(self._requests), deque()
-        return [request for request in waiting if request.future.set_running_or_notify_cancel()]
+        running = [request for request in waiting if request.future.set_running_or_notify_cancel()]
+        self.counts["cancelled"] += len(waiting) - len(running)
+        return running
 
     def close(self, why: RagTurboError) -> None:
         with self.changed:
@@ -169,8 +172,7 @@ class RequestQueue:
 
     def check_open(self) -> None:
         if self.closed is not None:
-            # A new exception each time: a shared one would collect the tracebacks of all its callers.
-            raise type(self.closed)(str(self.closed))
+            raise fresh(self.closed)
 
     def _check_room(self, rows: int, pieces: int, timeout: float | None) -> None:
         self.check_open()

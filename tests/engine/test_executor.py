@@ -317,6 +317,32 @@ def test_a_lost_device_fails_everything_at_once_and_says_restart(engine, executo
         submit(executor, batch(1))
 
 
+def test_every_request_of_a_lost_device_has_an_error_of_its_own(engine, executor):
+    def fail(b: Request) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    first = held(engine, executor)
+    futures = [first, *(submit(executor, batch(float(i))) for i in range(3))]
+    engine.fail = fail
+    engine.gate.set()
+    errors = [future.exception(30) for future in futures]
+    with pytest.raises(DeviceLost) as later:
+        submit(executor, batch(1))
+    assert len({id(error) for error in [*errors, later.value]}) == 5
+    assert all("illegal memory access" in str(error.__cause__) for error in [*errors, later.value])
+
+
+def test_a_refusal_of_several_pieces_says_when_to_retry(engine, executor):
+    values(submit(executor, batch(1)))
+    assert engine.entered.acquire(timeout=30)
+    held(engine, executor)
+    for i in range(15):
+        submit(executor, batch(float(i)))
+    with pytest.raises(Overloaded) as checked:
+        executor.check_room(9)
+    assert checked.value.retry_after > 0
+
+
 def test_close_finishes_what_waits_and_takes_no_more(engine, executor):
     held(engine, executor)
     futures = [submit(executor, batch(float(i))) for i in range(5)]
