@@ -306,7 +306,7 @@ class Request:
                 # In Python 3.11 and later, DeadlineExceeded is also a FutureTimeout.
                 timed_out = isinstance(error, FutureTimeout) and not isinstance(error, DeadlineExceeded)
                 late = self.late() if timed_out else None
-                # The traceback references this frame: whoever keeps the error must not keep the request.
+                # The traceback references this frame: a caller that keeps the error would also keep the request.
                 del self, piece, results
                 if late is not None:
                     raise late from None
