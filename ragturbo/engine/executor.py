@@ -14,6 +14,7 @@ import traceback
 from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
@@ -135,7 +136,7 @@ class Executor:
                     return self._calls.popleft()
                 if len(self.queue):
                     if batch := self.queue.take():
-                        return lambda: self._run(batch)
+                        return partial(self._run, batch)
                 elif self.queue.closed is not None:
                     return None
                 else:
@@ -152,6 +153,7 @@ class Executor:
         self.queue.batch_ended(counts=error is None)
         if error is not None:
             self._fail(requests, error)
+            del requests
             return
         assert result is not None
         self.batch_sizes[bucket] += 1
@@ -169,6 +171,8 @@ class Executor:
         except BaseException as error:  # the thread must survive every error
             # The traceback's frames reference the failed batch's tensors, which would stay allocated with the error.
             traceback.clear_frames(error.__traceback__)
+            # This frame and its caller's are still running, and the traceback references both: each drops the requests.
+            del requests
             return None, error
 
     def _finish(self, request: Request, result: Result) -> None:

@@ -139,8 +139,8 @@ class RequestQueue:
         """Empty the queue and return the requests that were not cancelled; they are now running."""
         with self.changed:
             waiting, self._requests = list(self._requests), deque()
-        running = [request for request in waiting if request.future.set_running_or_notify_cancel()]
-        self.counts["cancelled"] += len(waiting) - len(running)
+            running = [request for request in waiting if request.future.set_running_or_notify_cancel()]
+            self.counts["cancelled"] += len(waiting) - len(running)
         return running
 
     def close(self, why: RagTurboError) -> None:

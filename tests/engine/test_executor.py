@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import time
@@ -330,6 +331,25 @@ def test_every_request_of_a_lost_device_has_an_error_of_its_own(engine, executor
         submit(executor, batch(1))
     assert len({id(error) for error in [*errors, later.value]}) == 5
     assert all("illegal memory access" in str(error.__cause__) for error in [*errors, later.value])
+
+
+def test_the_error_of_a_failed_batch_does_not_keep_its_request(engine, executor):
+    def fail(b: Request) -> None:
+        raise ValueError("an injected fault")
+
+    engine.fail = fail
+    gc.collect()
+    gc.disable()
+    try:
+        request = batch(1)
+        executor.submit(request)
+        error = request.future.exception(30)
+        kept = weakref.ref(request)
+        executor.call(lambda: None)
+        del request
+        assert isinstance(error, GenerationError) and kept() is None
+    finally:
+        gc.enable()
 
 
 def test_a_refusal_of_several_pieces_says_when_to_retry(engine, executor):
