@@ -33,6 +33,8 @@ from ragturbo.retrieval.sources import Columns, Item, Source, check_caption, ope
 log = logging.getLogger("ragturbo")
 # done, total or None, skipped
 Progress = Callable[[int, "int | None", int], None]
+# Images encoded at once, of builds and of single pairs: in another shape an image's feature has other bits.
+BATCH_SIZE = 16
 _REPORT = "build-report.json"
 _MODEL_OPTIONS = ("device", "dtype", "vae", "local_files_only", "revision", "cache_dir")
 
@@ -48,6 +50,15 @@ class BuildReport:
     seconds: float = 0.0
     encoded: int = 0
     """Pairs encoded in this run, not in an earlier one or by another process."""
+    first_id: int = 0
+    """Item i has id `first_id` + i."""
+
+    @property
+    def ids(self) -> list[int]:
+        """Ids of the pairs that were stored."""
+        skipped = {entry["item"] for entry in self.skipped}
+        items = range(self.pairs + len(skipped))
+        return [self.first_id + item for item in items if item not in skipped]
 
     @property
     def rate(self) -> float:
@@ -59,13 +70,16 @@ class BuildReport:
             raw = (folder / _REPORT).read_bytes()
         try:
             body = json.loads(raw)
-            return cls(str(folder), body["generation"], body["pairs"], body["skipped"])
+            first_id = body.get("first_id", 0)
+            return cls(str(folder), body["generation"], body["pairs"], body["skipped"], first_id=first_id)
         except (ValueError, KeyError, TypeError) as error:
             raise DatabaseCorrupt(f"{folder / _REPORT}: not the report of a build: {error}") from error
 
     def save(self, folder: Path) -> None:
         """Write the report, without times: a resumed build must leave the same bytes as an uninterrupted one."""
-        body = {"generation": self.generation, "pairs": self.pairs, "skipped": self.skipped}
+        body = {
+            "generation": self.generation, "pairs": self.pairs, "first_id": self.first_id, "skipped": self.skipped,
+        }  # fmt: skip
         durable.write_file(folder / _REPORT, (json.dumps(body, indent=1, sort_keys=True) + "\n").encode())
         durable.sync_folder(folder)
 
@@ -120,13 +134,18 @@ def append(
     folder = Path(path).expanduser()
     base = load(folder)
     encoder = _encoder(encoder, model, options, key=base.key_kind, size=base.encoder.get("size"))
+    check_encoder(folder, base, encoder)
+    return _run(pairs, folder, base, encoder, fresh=False, **options)
+
+
+def check_encoder(folder: Path, base: Manifest, encoder: PairEncoder) -> None:
+    """Raise DatabaseMismatch unless the encoder is the one that built the database."""
     geometry, key_kind, description = _description(encoder, base.geometry.dtype)
     if (geometry, key_kind, description) != (base.geometry, base.key_kind, base.encoder):
         raise DatabaseMismatch(
             f"{folder} was built with {base.encoder}, {base.key_kind!r} keys and {base.geometry}; "
             f"this encoder has {description}, {key_kind!r} keys and {geometry}"
         )
-    return _run(pairs, folder, base, encoder, fresh=False, **options)
 
 
 def _encoder(given: PairEncoder | None, model: Any, options: dict[str, Any], **settings: Any) -> PairEncoder:
@@ -147,7 +166,7 @@ def _description(encoder: PairEncoder, dtype: str) -> tuple[Geometry, str, dict[
 def _run(
     pairs: Any, folder: Path, start: Manifest, encoder: PairEncoder, *, fresh: bool, caption: str = "caption",
     image: str = "image", image_root: str | os.PathLike[str] | None = None, columns: list[str] | None = None,
-    thumbnails: bool = True, batch_size: int = 16, workers: int | None = None, strict: bool = False,
+    thumbnails: bool = True, batch_size: int = BATCH_SIZE, workers: int | None = None, strict: bool = False,
     resume: bool = True, on_progress: Progress | None = None,
 ) -> BuildReport:  # fmt: skip
     if batch_size < 1:
@@ -160,6 +179,10 @@ def _run(
     writer.prepare(folder)
     rank = ranks.current()
     with rank.lock(folder):
+        if not fresh:
+            # Another process may have committed since `append` read the manifest: its pairs would be lost.
+            start = load(folder)
+            check_encoder(folder, start, encoder)
         job = Job(folder, start, spec)
         work = _Build(job, source, encoder, thumbnails, batch_size, workers, strict, rank, on_progress)
         manifest = _committed(folder, job, start, spec)
@@ -278,7 +301,10 @@ class _Build:
         manifest = writer.joined(start, done, start.next_id + self.seen, job.name)
         # The report is written before the commit, so that a kill after the commit leaves nothing unfinished.
         skipped = [entry for part in done for entry in part.notes["skipped"]]
-        BuildReport(str(job.folder), manifest.generation, manifest.rows - start.rows, skipped).save(job.folder)
+        report = BuildReport(
+            str(job.folder), manifest.generation, manifest.rows - start.rows, skipped, first_id=start.next_id
+        )
+        report.save(job.folder)
         removed = writer.removed_ids(job.folder, start)
         return writer.commit(job.folder, manifest, removed, writer.index_folder(job.folder, start))
 

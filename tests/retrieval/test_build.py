@@ -21,6 +21,7 @@ from PIL import Image
 from ragturbo import Database
 from ragturbo.errors import DatabaseError, DatabaseMismatch, InvalidRequest
 from ragturbo.model.bundle import Bundle
+from ragturbo.retrieval import ranks
 from ragturbo.retrieval.build import append, build
 from ragturbo.retrieval.encoder import BundleEncoder
 from ragturbo.retrieval.images import square
@@ -254,6 +255,29 @@ def test_append_gives_new_ids_and_refuses_another_encoder(encoder, tmp_path):
     other.fingerprints = {**encoder.fingerprints, "unet": "0" * 64}
     with pytest.raises(DatabaseMismatch, match="was built with .* this encoder has"):
         append(pairs(2), tmp_path / "db", encoder=other)
+
+
+def test_an_append_keeps_what_another_process_committed_before_it_got_the_lock(encoder, tmp_path, monkeypatch):
+    build(pairs(3), tmp_path / "db", encoder=encoder)
+    current = ranks.current
+
+    def after_another_append() -> ranks.Rank:
+        # Called after the manifest was read and before the lock is taken.
+        monkeypatch.setattr(ranks, "current", current)
+        append([("a cat", picture(7))], tmp_path / "db", encoder=encoder)
+        return current()
+
+    monkeypatch.setattr(ranks, "current", after_another_append)
+    report = append([("a dog", picture(8)), ("a boat", picture(9))], tmp_path / "db", encoder=encoder)
+    database = Database.open(tmp_path / "db")
+    assert [r.caption for r in database.records(database.ids)][3:] == ["a cat", "a dog", "a boat"]
+    assert report.ids == [4, 5]
+
+
+def test_a_report_names_the_ids_of_the_stored_pairs(encoder, tmp_path):
+    build(pairs(3), tmp_path / "db", encoder=encoder)
+    report = append([("a cat", picture(7)), ("", picture(8)), ("a dog", picture(9))], tmp_path / "db", encoder=encoder)
+    assert report.ids == [3, 5] == Database.open(tmp_path / "db").ids[3:].tolist()
 
 
 def test_an_append_that_was_committed_is_not_done_twice(encoder, tmp_path):
