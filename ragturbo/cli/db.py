@@ -77,9 +77,15 @@ def build(
 @app.command()
 def append(
     database: _Folder,
-    pairs: _Pairs,
+    pairs: Annotated[
+        list[str],
+        typer.Argument(metavar="PAIRS…", help="As for build, or image files with one --caption each."),
+    ],
     model: _Model = "shapes",
-    caption: _Caption = "caption",
+    caption: Annotated[
+        list[str] | None, typer.Option(help="Caption of an image file; repeatable. For tables: as for build.")
+    ] = None,
+    create: Annotated[bool, typer.Option("--create", help="Make the database if it does not exist.")] = False,
     image: _Image = "image",
     image_root: _Root = None,
     columns: _Columns = None,
@@ -92,17 +98,37 @@ def append(
     dtype: _Dtype = None,
     as_json: _Json = False,
 ) -> None:
-    """Encode more pairs with the model that built the database."""
+    """Encode more pairs with the model that built the database. Of image files, all are added or none."""
     quiet_libraries()
     from ragturbo.retrieval import build as builder
 
+    source, column, named = _with_captions(pairs, caption or [])
+    change = builder.append
+    if not (database.expanduser() / "CURRENT").exists():
+        _check_creation(database, create)
+        change = builder.build
+        typer.echo(f"{database} does not exist: making it, for the model {model}", err=True)
     with _progress() as progress:
-        report = builder.append(
-            _one(pairs), database, model=model, caption=caption, image=image, image_root=image_root, columns=columns,
-            batch_size=batch_size, workers=workers, thumbnails=thumbnails, strict=strict, resume=resume,
+        report = change(
+            source, database, model=model, caption=column, image=image, image_root=image_root, columns=columns,
+            batch_size=batch_size, workers=workers, thumbnails=thumbnails, strict=strict or named, resume=resume,
             on_progress=progress, **_device_options(device, dtype),
         )  # fmt: skip
-    _say_report(report, as_json)
+    _say_report(report, as_json, appended=True)
+
+
+@app.command()
+def copy(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A database, or a model that has one: shapes.")],
+    database: Annotated[Path, typer.Argument(metavar="COPY", help="Folder of the new database.")],
+    as_json: _Json = False,
+) -> None:
+    """Copy a database, for example a model's own to append to it. Ids stay the same."""
+    from ragturbo.retrieval import Database
+
+    made = Database.copy(source, database)
+    facts = {"database": str(database), "pairs": len(made), "generation": made.snapshot.manifest.generation}
+    _say(facts, f"{len(made)} pairs in {database}", as_json)
 
 
 @app.command()
@@ -206,6 +232,37 @@ def _one(pairs: list[str]) -> Any:
     return pairs[0] if len(pairs) == 1 else pairs
 
 
+def _with_captions(pairs: list[str], captions: list[str]) -> tuple[Any, str, bool]:
+    """Return the pairs, the column of their captions, and whether they are image files with captions."""
+    from ragturbo.retrieval.sources import IMAGE_TYPES
+
+    images = [path for path in pairs if Path(path).suffix.lower() in IMAGE_TYPES and not Path(path).is_dir()]
+    if not images:
+        if len(captions) > 1:
+            raise InvalidRequest(f"{len(captions)} captions but no image file; for a table, --caption is its column")
+        return _one(pairs), captions[0] if captions else "caption", False
+    if len(images) < len(pairs):
+        other = next(path for path in pairs if path not in images)
+        raise InvalidRequest(f"{images[0]} is an image file and {other} is not; append them one after the other")
+    if len(images) != len(captions):
+        raise InvalidRequest(
+            f"{len(images)} image files and {len(captions)} captions; give one --caption for each, in their order"
+        )
+    return list(zip(captions, images, strict=True)), "caption", True
+
+
+def _check_creation(database: Path, create: bool) -> None:
+    from ragturbo.errors import DatabaseError
+    from ragturbo.retrieval.writer import check_new
+
+    if not create:
+        raise DatabaseError(
+            f"there is no database {database}; make one with --create, or copy a model's: "
+            f"`ragturbo db copy shapes {database}`"
+        )
+    check_new(database.expanduser())
+
+
 def _device_options(device: str | None, dtype: str | None) -> dict[str, Any]:
     if dtype is None:
         return {"device": device}
@@ -258,11 +315,14 @@ def _progress() -> Iterator[Callable[[int, int | None, int], None] | None]:
         yield show
 
 
-def _say_report(report: Any, as_json: bool) -> None:
+def _say_report(report: Any, as_json: bool, *, appended: bool = False) -> None:
     facts = {"database": report.path, "generation": report.generation, "pairs": report.pairs,
-             "skipped": report.skipped, "seconds": report.seconds, "encoded": report.encoded}  # fmt: skip
+             "first_id": report.first_id, "skipped": report.skipped, "seconds": report.seconds,
+             "encoded": report.encoded}  # fmt: skip
     text = f"{report.pairs} pairs in {report.path}"
-    if report.encoded:
+    if appended:
+        text = _appended(report)
+    elif report.encoded:
         text += f", {report.rate:.1f} encoded per second"
     if report.skipped:
         first = report.skipped[0]
@@ -271,6 +331,14 @@ def _say_report(report: Any, as_json: bool) -> None:
             f"all of them: {report.path}/build-report.json"
         )
     _say(facts, text, as_json)
+
+
+def _appended(report: Any) -> str:
+    """Say which ids the new pairs have, and for a few how to remove them."""
+    ids, few = report.ids, report.pairs <= 8
+    named = " ".join(map(str, ids)) if few else f"{ids[0]} to {ids[-1]}"
+    text = f"{report.pairs} {'pair' if report.pairs == 1 else 'pairs'} added to {report.path}: id {named}"
+    return f"{text} (`ragturbo db remove {report.path} {named}` undoes it)" if few else text
 
 
 def _say(facts: dict[str, Any], text: str, as_json: bool) -> None:

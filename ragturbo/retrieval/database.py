@@ -95,6 +95,22 @@ class Database:
         writer.write_encoded(folder, start, batches)
         return cls.open(folder)
 
+    @classmethod
+    def copy(cls, source: str | os.PathLike[str], path: str | os.PathLike[str]) -> Database:
+        """Copy a database to a new folder, with the same ids, and open the copy.
+
+        Args:
+            source: a folder, or a model with a database of its own: "shapes", a model's folder or a hub id.
+
+        Raises:
+            DatabaseError: there is no such database, or `path` holds something already.
+        """
+        from ragturbo.retrieval.copy import copy, find
+
+        folder = Path(path).expanduser()
+        copy(find(source), folder)
+        return cls.open(folder)
+
     @property
     def snapshot(self) -> Snapshot:
         return self._state[0]

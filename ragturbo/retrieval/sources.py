@@ -93,7 +93,7 @@ def open_source(pairs: Any, columns: Columns) -> Source:
         return _files([Path(p).expanduser() for p in pairs], columns)
     if isinstance(pairs, Iterable):
         total = len(pairs) if isinstance(pairs, Sized) else None
-        return Source({"kind": "iterable"}, total, lambda: map(_from_tuple, iter(pairs)))
+        return Source({"kind": "iterable"}, total, lambda: map(from_tuple, iter(pairs)))
     raise InvalidRequest(f"pairs={type(pairs).__name__} is neither a path nor an iterable of (caption, image)")
 
 
@@ -112,7 +112,8 @@ def check_caption(caption: Any) -> str | None:
     return None
 
 
-def _from_tuple(entry: Any) -> Item:
+def from_tuple(entry: Any) -> Item:
+    """(caption, image) or (caption, image, metadata) -> an Item, whose source is the metadata's or the image's path."""
     if not isinstance(entry, (tuple, list)) or len(entry) not in (2, 3):
         return Item(problem=f"not (caption, image) or (caption, image, metadata) but {type(entry).__name__}")
     extra = entry[2] if len(entry) == 3 else None
@@ -153,6 +154,10 @@ def _folder(path: Path) -> Source:
 
 def _files(files: Sequence[Path], columns: Columns) -> Source:
     kinds = {path.suffix.lower() for path in files}
+    if kinds & set(IMAGE_TYPES):
+        raise InvalidRequest(
+            "an image file needs a caption: give [(caption, image), …], or --caption on the command line"
+        )
     if kinds != {".tar"} and (unknown := kinds - set(_READERS)):
         raise InvalidRequest(f"{', '.join(sorted(unknown))} is not supported; use .jsonl, .csv, .parquet or .tar")
     rows = 0

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ragturbo.errors import DatabaseCorrupt, DatabaseMismatch, InvalidRequest
+from ragturbo.errors import DatabaseCorrupt, DatabaseError, DatabaseMismatch, InvalidRequest
 from ragturbo.retrieval import durable
 from ragturbo.retrieval.format import GENERATION_NAME, Geometry, generation_name
 from ragturbo.retrieval.jobs import Finished, Job, SegmentWriter
@@ -45,6 +45,15 @@ def prepare(folder: Path) -> None:
     """Create the folders of a database."""
     with durable.naming(folder, "creating"):
         (folder / "segments").mkdir(parents=True, exist_ok=True)
+
+
+def check_new(folder: Path) -> None:
+    """Raise DatabaseError if a new database at `folder` would be among files of something else."""
+    if folder.exists() and not (folder / "segments").is_dir():
+        with durable.naming(folder, "reading"):
+            held = next((path.name for path in folder.iterdir()), None)
+        if held is not None:
+            raise DatabaseError(f"{folder} is no database and not empty (it holds {held}); choose another folder")
 
 
 def commit(folder: Path, manifest: Manifest, removed: np.ndarray, index: Path | None = None) -> Manifest:
@@ -136,15 +145,16 @@ def index_folder(folder: Path, manifest: Manifest) -> Path | None:
 Batch = tuple[Sequence[Record], np.ndarray, np.ndarray]
 
 
-def write_encoded(folder: Path, start: Manifest, batches: Iterable[Batch]) -> Manifest:
+def write_encoded(folder: Path, start: Manifest, batches: Iterable[Batch], *, patience: float = 2.0) -> Manifest:
     """Add pairs that are already encoded. They get new ids; those of the records are ignored.
 
     Args:
         start: manifest of the new database; an existing one must have its geometry, key kind and encoder.
         batches: (records, keys (n, K), features (n, T, C)).
+        patience: seconds to wait for another writer.
     """
     prepare(folder)
-    with durable.writer_lock(folder):
+    with durable.writer_lock(folder, patience=patience):
         base = load(folder) if (folder / "CURRENT").exists() else start
         for name in ("geometry", "key_kind", "encoder"):
             if getattr(base, name) != getattr(start, name):

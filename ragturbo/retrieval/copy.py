@@ -1,0 +1,53 @@
+"""Copy a database: the newest generation with its index, with the same ids and bytes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ragturbo.errors import DatabaseError, ModelError
+from ragturbo.retrieval import durable, writer
+from ragturbo.retrieval.manifest import Manifest, load, segment_path
+
+
+def copy(source: Path, target: Path) -> Manifest:
+    """Copy a database to a new folder. Its files never change, so they are hard-linked where the file system can.
+
+    A copy that was killed is not a database yet, and may be made again.
+    """
+    base = load(source)
+    writer.check_new(target)
+    writer.prepare(target)
+    with durable.writer_lock(target):
+        if (target / "CURRENT").exists():
+            raise DatabaseError(f"{target} holds a database already; copy to another folder")
+        for entry in base.segments:
+            for kind in entry.files:
+                path = segment_path(target, entry.number, kind)
+                with durable.naming(path, "deleting"):
+                    path.unlink(missing_ok=True)
+                durable.link_or_copy(segment_path(source, entry.number, kind), path)
+        durable.sync_folder(target / "segments")
+        removed = writer.removed_ids(source, base)
+        return writer.commit(target, base, removed, writer.index_folder(source, base))
+
+
+def find(source: str | os.PathLike[str]) -> Path:
+    """Return the folder of a database, given that folder, or a model with a database of its own.
+
+    Raises:
+        DatabaseError: it is neither.
+    """
+    path = Path(source).expanduser()
+    if (path / "CURRENT").exists():
+        return path
+    from ragturbo.model.bundle import DATABASE
+    from ragturbo.model.source import resolve
+
+    try:
+        own = resolve(source) / DATABASE
+    except ModelError as error:
+        raise DatabaseError(f"{source} is neither a database nor a model: {error}") from error
+    if not own.is_dir():
+        raise DatabaseError(f"{source} is neither a database nor a model with a database of its own")
+    return own
