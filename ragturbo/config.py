@@ -9,7 +9,7 @@ from typing import Any
 from ragturbo.errors import InvalidRequest
 
 ENGINES = ("auto", "reference", "graph")
-RETRIEVERS = ("auto", "scann", "exact", "bm25")
+RETRIEVERS = ("auto", "scann", "exact", "bm25", "hybrid")
 VAES = ("full", "tiny")
 ATTENTIONS = ("auto", "sdpa", "triton", "xformers")
 # "lerp" is the control for slerp: the same blend along the chord.

@@ -19,7 +19,7 @@ from ragturbo.machine import no_gpu_reason
 
 PACKAGES = (
     *("torch", "triton", "diffusers", "transformers", "safetensors", "numpy", "pillow", "pyarrow"),
-    *("scann", "bm25s", "peft", "accelerate", "open_clip_torch", "xformers"),
+    *("scann", "peft", "accelerate", "open_clip_torch", "xformers"),
 )
 
 

@@ -1,10 +1,14 @@
-"""BM25 over captions: search by words, for comparison and for names that embeddings miss."""
+"""BM25 over captions: search by words, which finds names that the text encoder does not know.
+
+Postings belong to a segment and are kept for as long as it exists. Document frequencies are sums over the live pairs of
+all segments, so that scores do not depend on how pairs are divided into segments.
+"""
 
 from __future__ import annotations
 
-import sys
-import threading
-from types import ModuleType
+import math
+from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,6 +16,37 @@ import numpy as np
 from ragturbo.errors import InvalidRequest
 from ragturbo.retrieval.retriever import check_k, excluded_ids
 from ragturbo.retrieval.snapshot import Snapshot
+from ragturbo.retrieval.words import may_be_name, words
+
+# Lucene's constants and formula.
+_K1, _B = 1.5, 0.75
+
+
+def rare_at_most(pairs: int) -> int:
+    """The number of captions that may hold a rare word: half the square root of all, 2 of 20 and 70 of 20,000."""
+    return max(1, math.isqrt(pairs) // 2)
+
+
+@dataclass(frozen=True)
+class Matches:
+    """What a text has in common with every caption."""
+
+    bm25: np.ndarray
+    """(N,) fp32 by row; 0 for rows that are removed or excluded."""
+    rare_share: np.ndarray | None
+    """(N,) by row: the share of the text's rare words that the caption holds, weighted by idf; None without any."""
+
+    def best(self, k: int) -> np.ndarray:
+        """Return at most k rows, best first. If the text has rare words, only captions with one of them count, and
+        those with the larger share come first. Of equal captions, the older one comes first."""
+        if self.rare_share is not None:
+            rows = np.flatnonzero(self.rare_share)
+            return rows[np.lexsort((rows, -self.bm25[rows], -self.rare_share[rows]))][:k]
+        rows = np.flatnonzero(self.bm25)
+        scores = self.bm25[rows]
+        if len(rows) > k:
+            rows = rows[scores >= np.partition(scores, -k)[-k]]
+        return rows[np.argsort(-self.bm25[rows], kind="stable")][:k]
 
 
 class Bm25Retriever:
@@ -21,16 +56,14 @@ class Bm25Retriever:
     query_kind = "text"
 
     def __init__(self, snapshot: Snapshot) -> None:
-        bm25s = _bm25s()
         self.snapshot = snapshot
-        self._tokenize = bm25s.tokenize
-        self._index: Any = None
-        tables = [pairs.text() for pairs in snapshot.segments.pairs]
-        captions = [text for table in tables for text in table.column("caption").to_pylist()]
-        tokens = bm25s.tokenize(captions, stopwords="en", show_progress=False)
-        if tokens.vocab:
-            self._index = bm25s.BM25()
-            self._index.index(tokens, show_progress=False)
+        segments = snapshot.segments
+        self._parts = [
+            (int(start), pairs.postings()) for start, pairs in zip(segments.starts[:-1], segments.pairs, strict=True)
+        ]
+        lengths = np.concatenate([np.empty(0, np.int64), *(part.lengths for _, part in self._parts)])
+        mean = lengths[snapshot.alive].mean() if len(snapshot) else 0.0
+        self._norms = (_K1 * (1 - _B + _B * lengths / (mean or 1.0))).astype(np.float32)
 
     def search(self, keys: Any, k: int, *, exclude: Any = None) -> tuple[np.ndarray, np.ndarray]:
         """keys: B prompts."""
@@ -42,51 +75,45 @@ class Bm25Retriever:
         ids = np.full((len(prompts), k), -1, np.int64)
         scores = np.full((len(prompts), k), np.nan, np.float32)
         for row, prompt in enumerate(prompts):
-            found = self._scores(prompt)
-            if found is None:
-                continue
-            found[~self.snapshot.alive] = 0
-            if banned is not None:
-                hidden = self.snapshot.rows_of(banned[row])
-                found[hidden[hidden >= 0]] = 0
-            width = min(k, len(found))
-            top = np.argpartition(-found, width - 1)[:width]
-            top = top[np.lexsort((top, -found[top]))]
-            top = top[found[top] > 0]
+            bm25 = self.match(prompt, None if banned is None else banned[row]).bm25
+            top = Matches(bm25, None).best(k)
             ids[row, : len(top)] = self.snapshot.ids[top]
-            scores[row, : len(top)] = found[top]
+            scores[row, : len(top)] = bm25[top]
         return ids, scores
 
-    def _scores(self, prompt: str) -> np.ndarray | None:
-        if self._index is None:
-            return None
-        words = self._tokenize([prompt], stopwords="en", show_progress=False, return_ids=False)[0]
-        known = [word for word in words if word in self._index.vocab_dict]
-        return np.array(self._index.get_scores(known), np.float32) if known else None
+    def match(self, text: str, exclude: np.ndarray | None = None) -> Matches:
+        """Compare a text with every caption. exclude: ids that must not be found."""
+        pairs = len(self.snapshot)
+        most = rare_at_most(pairs)
+        bm25 = np.zeros(len(self.snapshot.ids), np.float32)
+        rare: list[tuple[np.ndarray, float]] = []
+        for word, times in Counter(words(text)).items():
+            rows, counts = self._postings(word)
+            if not len(rows):
+                continue
+            idf = math.log(1 + (pairs - len(rows) + 0.5) / (len(rows) + 0.5))
+            bm25[rows] += np.float32(times * idf) * counts / (counts + self._norms[rows])
+            if len(rows) <= most and may_be_name(word):
+                rare.append((rows, idf))
+        share = None
+        if rare:
+            share = np.zeros(len(bm25))
+            total = sum(idf for _, idf in rare)
+            for rows, idf in rare:
+                share[rows] += idf / total
+        if exclude is not None:
+            hidden = self.snapshot.rows_of(exclude)
+            for values in (bm25, share):
+                if values is not None:
+                    values[hidden[hidden >= 0]] = 0
+        return Matches(bm25, share)
 
-
-_importing = threading.Lock()
-
-
-def _bm25s() -> ModuleType:
-    """Import bm25s as if JAX were not installed.
-
-    Otherwise bm25s runs a JAX operation at import, and the first one on a GPU reserves three quarters of its memory.
-    While it is imported, importing JAX in another thread fails.
-    """
-    with _importing:
-        if "bm25s" in sys.modules:
-            import bm25s
-
-            return bm25s
-        missing = object()
-        jax: Any = sys.modules.get("jax", missing)
-        sys.modules["jax"] = None  # type: ignore[assignment]
-        try:
-            import bm25s
-        finally:
-            if jax is missing:
-                del sys.modules["jax"]
-            else:
-                sys.modules["jax"] = jax
-        return bm25s
+    def _postings(self, word: str) -> tuple[np.ndarray, np.ndarray]:
+        """The live rows of the generation that hold a word, and how often each does."""
+        found = [(rows + start, counts) for start, part in self._parts for rows, counts in [part.of(word)] if len(rows)]
+        rows = np.concatenate([np.empty(0, np.int64), *(rows for rows, _ in found)])
+        counts = np.concatenate([np.empty(0, np.float32), *(counts for _, counts in found)])
+        if not self.snapshot.manifest.removed:
+            return rows, counts
+        alive = self.snapshot.alive[rows]
+        return rows[alive], counts[alive]

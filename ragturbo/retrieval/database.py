@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +31,7 @@ if TYPE_CHECKING:
     from ragturbo.retrieval.build import BuildReport
     from ragturbo.retrieval.encoder import PairEncoder
 
-RETRIEVERS = ("auto", "scann", "exact", "bm25")
-_PACKAGES = {"scann": "scann", "bm25": "bm25s"}
+RETRIEVERS = ("auto", "scann", "exact", "bm25", "hybrid")
 
 
 class Database:
@@ -56,7 +55,7 @@ class Database:
 
         Args:
             verify: "quick" checks the manifest, file sizes, record tables and keys; "full" reads every byte.
-            retriever: "auto", "exact", "scann", "bm25" or an object with `search` (see `Retriever`).
+            retriever: "auto", "exact", "scann", "bm25", "hybrid" or an object with `search` (see `Retriever`).
             checksums: check each record against its CRC-32 as it is read.
             threads: threads for reading records.
             device: where exact search keeps its keys.
@@ -186,8 +185,9 @@ class Database:
         asked = self.asked_retriever
         if not isinstance(asked, str):
             return getattr(asked, "name", type(asked).__name__), "given by the caller"
-        if asked != "auto":
-            return asked, "requested"
+        return (asked, "requested") if asked != "auto" else self._by_size(snapshot)
+
+    def _by_size(self, snapshot: Snapshot) -> tuple[str, str]:
         if len(snapshot) < EXACT_BELOW:
             return "exact", f"{len(snapshot)} pairs, fewer than {EXACT_BELOW}: brute force is exact and as fast"
         if snapshot.manifest.index is None:
@@ -200,7 +200,7 @@ class Database:
         """Return a retriever of this generation. The first call for a kind of retriever loads its index.
 
         Args:
-            name: "exact", "scann", "bm25" or an object with `search`. None and "auto": the default of this database.
+            name: "exact", "scann", "bm25", "hybrid" or an object with `search`; None and "auto": the default.
             centred: subtract the mean of the keys before the cosine; None: the setting of this database.
         """
         snapshot, ready = self._state
@@ -213,37 +213,49 @@ class Database:
             return asked
         kind = self._choice(snapshot)[0] if asked == "auto" else asked
         mean = snapshot.manifest.centred if centred is None else centred
-        key = (kind, mean if kind == "exact" else None)
         with self._lock:
             try:
-                found = ready.get(key) or self._make(kind, snapshot, mean)
+                found = self._made(kind, mean, snapshot, ready)
             except DatabaseCorrupt:
                 # The generation may have been replaced, and its index deleted, since it was opened.
                 if self._frozen or not self.refresh():
                     raise
                 return self.retriever(name, centred=centred)
-            ready[key] = ready[name, centred] = found
+            ready[name, centred] = found
             return found
 
-    def _make(self, kind: str, snapshot: Snapshot, centred: bool) -> Retriever:
+    def _made(self, kind: str, centred: bool, snapshot: Snapshot, ready: dict[Any, Any]) -> Any:
+        key = (kind, centred if kind in ("exact", "hybrid") else None)
+        if key not in ready:
+            ready[key] = self._make(kind, centred, snapshot, ready)
+        return ready[key]
+
+    def _make(self, kind: str, centred: bool, snapshot: Snapshot, ready: dict[Any, Any]) -> Retriever:
         if kind == "scann":
             return scann.ScannRetriever(snapshot)
         if kind == "bm25":
             from ragturbo.retrieval.bm25 import Bm25Retriever
 
             return Bm25Retriever(snapshot)
+        if kind == "hybrid":
+            from ragturbo.retrieval.hybrid import HybridRetriever
+
+            dense = self._made(self._by_size(snapshot)[0], centred, snapshot, ready)
+            return HybridRetriever(dense, self._made("bm25", centred, snapshot, ready))
         from ragturbo.retrieval.exact import ExactRetriever
 
         return ExactRetriever(snapshot, device=self.device, centred=centred)
 
     def search(
-        self, keys: Any, k: int = 1, *, exclude: Any = None, min_score: float | None = None,
-        max_similarity: float | None = None, diversity: float = 0.0, centred: bool | None = None, retriever: Any = None,
+        self, keys: Any, k: int = 1, *, texts: Sequence[str] | None = None, exclude: Any = None,
+        min_score: float | None = None, max_similarity: float | None = None, diversity: float = 0.0,
+        centred: bool | None = None, retriever: Any = None,
     ) -> tuple[Any, Any]:  # fmt: skip
         """Find the k nearest pairs of each query.
 
         Args:
             keys: (B, K) floats; a list of prompts for bm25.
+            texts: B prompts, for hybrid.
             exclude: ids that are not returned, (m,) for all queries or (B, m) per query, padded with -1.
             min_score, max_similarity, diversity: see `Selection`.
             centred, retriever: see `retriever`.
@@ -251,14 +263,17 @@ class Database:
         Returns:
             ids (B, k) int64 and scores (B, k) float32, best first; -1 and NaN if there are fewer than k neighbours.
         """
-        plain = min_score is None and max_similarity is None and not diversity and centred is None
+        plain = texts is None and min_score is None and max_similarity is None and not diversity and centred is None
         if plain and exclude is None and (retriever is None or type(retriever) is str):
             # A short path for the common call: a search in ScaNN's tables evicts Python's own data from the CPU cache.
             ready = self._state[1].get((retriever, None))
             if type(ready) is scann.ScannRetriever and (found := ready.search_one(keys, k)) is not None:
                 return found
-        searcher = self.retriever(retriever, centred=centred)
+        searcher: Any = self.retriever(retriever, centred=centred)
         name = getattr(searcher, "name", type(searcher).__name__)
+        both = getattr(searcher, "query_kind", "key") == "both"
+        if texts is not None and not both:
+            raise InvalidRequest(f"texts has no effect with retriever {name!r}; use 'hybrid'")
         if isinstance(searcher, scann.ScannRetriever):
             if plain:
                 return searcher.search(keys, k, exclude=exclude)
@@ -268,7 +283,7 @@ class Database:
         check_k(k)
         selection = Selection(min_score, max_similarity, diversity)
         many = selection.candidates(k)
-        ids, scores = searcher.search(keys, many, exclude=exclude)
+        ids, scores = searcher.search(keys, many, exclude=exclude, **({"texts": texts} if both else {}))
         check_results(ids, scores, len(keys), many, name)
         if selection == Selection():
             return ids, scores
@@ -363,16 +378,15 @@ class Database:
 
 
 def _check_retriever(asked: Any, snapshot: Snapshot) -> None:
-    """Raise if a retriever cannot be made, without importing its package or loading its index."""
+    """Raise if a retriever cannot be made, without importing ScaNN or loading its index."""
     if not isinstance(asked, str):
         if not isinstance(asked, Retriever):
             raise InvalidRequest(f"retriever={asked!r} has no search(keys, k, *, exclude=None)")
         return
     if asked not in RETRIEVERS:
         raise InvalidRequest(f"retriever={asked!r} is not one of {', '.join(RETRIEVERS)}")
-    package = _PACKAGES.get(asked)
-    if package is not None and importlib.util.find_spec(package) is None:
-        raise DatabaseError(f"retriever {asked!r} needs the package {package}: pip install {package}, or use 'exact'")
+    if asked == "scann" and importlib.util.find_spec("scann") is None:
+        raise DatabaseError("retriever 'scann' needs the package scann: pip install scann, or use 'exact'")
     if asked == "scann" and snapshot.manifest.index is None:
         raise DatabaseError(f"{snapshot.folder} has no ScaNN index; make one with `ragturbo db reindex`")
 

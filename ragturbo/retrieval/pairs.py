@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from ragturbo.errors import DatabaseCorrupt
 from ragturbo.retrieval import durable
 from ragturbo.retrieval.durable import FileSum
+from ragturbo.retrieval.postings import Postings
 
 _SCHEMA = {"id": pa.int64(), "caption": pa.string(), "source": pa.string(), "sha256": pa.string(),
            "thumbnail": pa.binary()}  # fmt: skip
@@ -70,6 +71,7 @@ class PairsFile:
         self._ids = ids
         self._lock = threading.Lock()
         self._text: pa.Table | None = None
+        self._postings: Postings | None = None
         self._whole: bytes | None = None
         with durable.naming(path, "opening"):
             # Kept open: a compaction may delete the file while this generation is in use.
@@ -109,6 +111,14 @@ class PairsFile:
             if self._text is None:
                 self._text = self._read()
             return self._text
+
+    def postings(self) -> Postings:
+        """Return the index of the captions' words, made at first use."""
+        captions = self.text().column("caption")
+        with self._lock:
+            if self._postings is None:
+                self._postings = Postings(captions.to_pylist())
+            return self._postings
 
     def _source(self) -> Any:
         """A small file is read whole, checked and kept; of a large one, pages are read and checked one by one."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -16,7 +16,8 @@ EXACT_BELOW = 20_000
 class Retriever(Protocol):
     """Any object with this method can be passed as `retriever=`, for example a client of a vector database.
 
-    With the attribute `query_kind = "text"`, it gets the prompts, a list of str, instead of keys.
+    With the attribute `query_kind = "text"`, it gets the prompts, a list of str, instead of keys; with "both", it gets
+    keys and `texts=`, the prompts.
     """
 
     def search(self, keys: Any, k: int, *, exclude: Any = None) -> tuple[Any, Any]:
@@ -31,6 +32,17 @@ class Retriever(Protocol):
             id -1 with score NaN.
         """
         ...
+
+
+class Hits(NamedTuple):
+    """What a search found, each (B, k): numpy arrays, or tensors if the keys are."""
+
+    ids: Any
+    scores: Any
+    bm25: Any
+    """NaN where the words were not searched."""
+    rare_share: Any
+    """fp32 in [0, 1]: the share of the query's rare words that the caption holds, weighted by idf."""
 
 
 def to_host(keys: Any) -> np.ndarray:

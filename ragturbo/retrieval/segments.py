@@ -40,8 +40,15 @@ def read_tables(folder: Path, manifest: Manifest, entry: SegmentEntry) -> tuple[
 class Segments:
     """All segments of one generation as one table of rows, in id order. Immutable and thread-safe."""
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, before: Segments | None = None) -> None:
+        """before: an earlier generation, whose open text and postings are used for segments that are the same."""
         self.folder, self.manifest, self.geometry = folder, manifest, manifest.geometry
+        held: dict[int, tuple[SegmentEntry, PairsFile]] = {}
+        if before is not None:
+            held = {
+                entry.number: (entry, pairs)
+                for entry, pairs in zip(before.manifest.segments, before.pairs, strict=True)
+            }
         entries = manifest.segments
         tables = [read_tables(folder, manifest, entry) for entry in entries]
         self.ids: np.ndarray = np.concatenate([np.empty(0, np.int64), *(ids for ids, _ in tables)])
@@ -57,8 +64,10 @@ class Segments:
                 [str(path) for path in self.paths], header_bytes=HEADER_BYTES, record_bytes=self.geometry.stride,
                 payload_bytes=self.geometry.record_bytes, counts=[entry.count for entry in entries],
             )  # fmt: skip
-            self.pairs = [
-                PairsFile(segment_path(folder, entry.number, "parquet"), entry.files["parquet"], ids)
+            self.pairs: list[PairsFile] = [
+                known[1]
+                if (known := held.get(entry.number)) is not None and known[0] == entry
+                else PairsFile(segment_path(folder, entry.number, "parquet"), entry.files["parquet"], ids)
                 for entry, (ids, _) in zip(entries, tables, strict=True)
             ]
         except FileNotFoundError as error:
@@ -72,7 +81,7 @@ class Segments:
                     "run `ragturbo db compact`"
                 ) from error
             raise DatabaseError(f"{error.filename or folder}: {error.strerror or error}") from error
-        self.keys = self._load_keys()
+        self.keys: np.ndarray = self._load_keys()
 
     def _load_keys(self) -> np.ndarray:
         """Read every key, (N, K) float16, into memory and check it, so that later damage on disk has no effect."""

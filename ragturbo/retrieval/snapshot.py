@@ -16,10 +16,11 @@ from ragturbo.retrieval.segments import Segments
 
 class Snapshot:
     def __init__(self, folder: Path, manifest: Manifest, before: Snapshot | None = None) -> None:
-        """before: a snapshot whose open segments are used if they are the same, as after a removal."""
+        """before: a snapshot whose open segments are used where they are the same."""
         self.folder, self.manifest, self.geometry = folder, manifest, manifest.geometry
-        same = before is not None and before.manifest.segments == manifest.segments
-        self.segments: Segments = before.segments if before is not None and same else Segments(folder, manifest)
+        held = None if before is None else before.segments
+        same = held is not None and held.manifest.segments == manifest.segments
+        self.segments: Segments = held if held is not None and same else Segments(folder, manifest, held)
         self.ids = self.segments.ids
         """(N,) int64, ascending, removed pairs included."""
         self.keys = self.segments.keys

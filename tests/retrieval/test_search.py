@@ -300,7 +300,6 @@ def test_a_retriever_is_checked_at_open_and_its_index_loaded_by_the_first_search
         ("faiss", InvalidRequest, "not one of"),
         (object(), InvalidRequest, "no search"),
         ("scann", DatabaseError, "needs the package scann"),
-        ("bm25", DatabaseError, "needs the package bm25s"),
     ):
         with pytest.raises(error, match=message):
             Database.open(plain.path, retriever=asked)
@@ -393,7 +392,7 @@ def test_searching_imports_scann_only_when_it_searches(folder):
         "from ragturbo import Database\n"
         f"db = Database.open({str(folder)!r})\n"
         "db.search(db.keys(db.ids[:1]), 2)\n"
-        "print(sorted({'scann', 'diffusers', 'bm25s'} & set(sys.modules)))"
+        "print(sorted({'scann', 'diffusers'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
 
