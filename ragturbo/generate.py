@@ -281,6 +281,39 @@ class Generator:
         with self._swap:
             self._database = opened
 
+    def teach(self, caption: str, image: Any, *, source: str | None = None) -> int:
+        """Add a pair to the database, for this Generator's next request and for good. Nothing is trained.
+
+        The pair is encoded on the device thread between two batches, with the model in use, and stored as a build
+        stores it. Other processes find it once they call `database.refresh()`.
+
+        Args:
+            caption: the text that names what the image shows.
+            image: a PIL image, a path or bytes.
+            source: the pair's provenance; default: the path of the image, if it is one.
+
+        Returns:
+            The pair's id, for `forget`.
+
+        Raises:
+            InvalidRequest: caption or image cannot be stored, or there is no database that may be changed.
+            DatabaseMismatch: the database was built with other settings than the model's.
+            DatabaseError: the database cannot be written.
+            GenerationError: the pair could not be encoded, or the Generator is closed.
+        """
+        from ragturbo.engine.teaching import LoadedEncoder, writable
+        from ragturbo.retrieval.one_pair import add_pair
+
+        database = writable(self.database, self._bundle)
+        encoder = LoadedEncoder(self._bundle, database, self._executor.call)
+        return add_pair(database, caption, image, encoder=encoder, source=source)
+
+    def forget(self, id: int) -> None:
+        """Remove a pair from the database; no later request of this Generator finds it. Twice is allowed."""
+        from ragturbo.engine.teaching import writable
+
+        writable(self.database, self._bundle).remove([id])
+
     def load_adapter(self, path: str | os.PathLike[str]) -> None:
         """Load adapter.safetensors and, if the folder has one, decoder_lora; used from the next batch on."""
         self._executor.call(lambda: self._engine.load_adapter(path))

@@ -1,6 +1,6 @@
 """Pairs and an encoder without torch, so that a child process is up in a fraction of a second and can be killed often.
 
-As a program: `plain.py build|append|remove|compact FOLDER SEED`, the changes whose crashes are tested.
+As a program: `plain.py build|append|add_pair|remove|compact FOLDER SEED`, the changes whose crashes are tested.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from PIL import Image
 
 from ragturbo.retrieval import Database, Geometry, Record, writer
 from ragturbo.retrieval.build import append, build
+from ragturbo.retrieval.one_pair import add_pair
 
 SMALL = Geometry(2, 3, 40, "float16", 16)
 
@@ -68,6 +69,9 @@ def change(what: str, folder: Path, seed: int) -> None:
         build(pairs(60, seed), folder, encoder=PixelEncoder(), batch_size=4, segment_records=16, index=False)
     elif what == "append":
         append(pairs(40, seed + 1), folder, encoder=PixelEncoder(), batch_size=4)
+    elif what == "add_pair":
+        [(caption, image, _)] = pairs(1, seed + 2)
+        add_pair(Database.open(folder), caption, image, encoder=PixelEncoder())
     elif what == "remove":
         Database.open(folder).remove(where={"source": "site-1"})
     elif what == "compact":

@@ -17,7 +17,7 @@ from ragturbo import Database
 from ragturbo.errors import DatabaseError, RagTurboError
 from ragturbo.retrieval import durable
 
-CHANGES = ["build", "append", "remove", "compact"]
+CHANGES = ["build", "append", "add_pair", "remove", "compact"]
 
 
 def content(folder: Path) -> tuple | None:
