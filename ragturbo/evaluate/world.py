@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -24,7 +25,7 @@ GROUNDS = ("white", "gray", "black", "brown")
 SIZES = {"small": 6.5, "medium": 9.0, "large": 12.5}
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-SPLITS = {"train": (0, 70), "database": (70, 90), "eval": (90, 100)}
+SPLITS = {"train": (0, 70), "database": (70, 88), "eval": (90, 100), "demo": (88, 90)}
 
 # Two colours of every shape are rare: excluded from most training scenes, included in the database.
 RARE = frozenset(
@@ -48,12 +49,16 @@ _JOINS = ("and", "with", "beside")
 
 @dataclass(frozen=True, order=True)
 class Noun:
-    """`count` things of one kind; `size` is None if the caption does not mention it."""
+    """`count` things of one kind; `size` is None if the caption does not mention it.
+
+    `name` is a word that the caption uses in place of colour and shape (`names.py`).
+    """
 
     shape: str
     colour: str
     size: str | None = None
     count: int = 1
+    name: str | None = None
 
     @property
     def kind(self) -> tuple[str, str]:
@@ -165,17 +170,25 @@ def arrange(meaning: Meaning, rng: np.random.Generator) -> tuple[Thing, ...]:
     )
 
 
-def parse(caption: str) -> Meaning:
-    """Parse a caption of this world; raises InvalidRequest for any other text."""
+def parse(caption: str, names: Mapping[str, tuple[str, str]] | None = None) -> Meaning:
+    """Parse a caption of this world; raises InvalidRequest for any other text.
+
+    names: the kind, (shape, colour), of each name that the caption may use.
+    """
+    names = names or {}
     text = " ".join(caption.lower().replace(",", " ").replace(".", " ").split())
     ground = re.search(rf"\b(?:on|with|against) an? ({'|'.join(GROUNDS)}) (?:background|ground)\b", text)
     if ground:
         text = text[: ground.start()] + text[ground.end() :]
+    kinds = [rf"(?P<colour>{'|'.join(COLOURS)}) (?P<shape>{'|'.join(SHAPES)})"]
+    if names:
+        # Longest first: of two names where one begins with the other, the whole word is meant.
+        kinds.append(rf"(?P<name>{'|'.join(sorted(map(re.escape, names), key=len, reverse=True))})")
     noun = re.compile(
-        rf"\b({'|'.join(_COUNTS)}) (?:({'|'.join(_SIZE_WORDS)}) )?({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})(?:s|es)?\b"
+        rf"\b(?P<count>{'|'.join(_COUNTS)}) (?:(?P<size>{'|'.join(_SIZE_WORDS)}) )?(?:{'|'.join(kinds)})(?:s|es)?\b"
     )
     found = list(noun.finditer(text))
-    nouns = tuple(Noun(m[4], m[3], _SIZE_WORDS.get(m[2]), _COUNTS[m[1]]) for m in found)
+    nouns = tuple(_noun(match.groupdict(), names) for match in found)
     if not 1 <= len(nouns) <= 2 or sum(n.count for n in nouns) > 3:
         raise InvalidRequest(
             f"{caption!r} is not a caption of the shapes world: expected one or two phrases such as "
@@ -190,10 +203,16 @@ def parse(caption: str) -> Meaning:
 
 def vocabulary() -> list[str]:
     """Return every word that a caption can contain, sorted."""
-    words = {*_COUNTS, *_SIZE_WORDS, *COLOURS, *GROUNDS, *_JOINS, *SHAPES, *map(_plural, SHAPES)}
+    words = {*_COUNTS, *_SIZE_WORDS, *COLOURS, *GROUNDS, *_JOINS, *SHAPES, *map(plural, SHAPES)}
     for phrases in (_OPENINGS, _GROUND_PHRASES, *_RELATION_PHRASES.values()):
         words.update(word for text in phrases for word in text.split() if word != "{}")
     return sorted(words)
+
+
+def _noun(found: dict[str, str | None], names: Mapping[str, tuple[str, str]]) -> Noun:
+    name = found.get("name")
+    shape, colour = names[name] if name else (str(found["shape"]), str(found["colour"]))
+    return Noun(shape, colour, _SIZE_WORDS.get(found["size"] or ""), _COUNTS[str(found["count"])], name)
 
 
 def _sample_meaning(rng: np.random.Generator, kinds: tuple[tuple[str, str], ...] | None, rare: bool | None) -> Meaning:
@@ -242,14 +261,15 @@ def _readable(centres: np.ndarray, radii: list[float]) -> bool:
 
 def _noun_phrase(noun: Noun, rng: np.random.Generator) -> str:
     size = [str(rng.choice([word for word, size in _SIZE_WORDS.items() if size == noun.size]))] if noun.size else []
-    words = [*size, noun.colour, noun.shape if noun.count == 1 else _plural(noun.shape)]
+    *adjectives, word = [noun.name] if noun.name else [noun.colour, noun.shape]
+    words = [*size, *adjectives, word if noun.count == 1 else plural(word)]
     if noun.count > 1:
         return " ".join([("two", "three")[noun.count - 2], *words])
     return " ".join(["an" if words[0][0] in "aeiou" else "a", *words])
 
 
-def _plural(shape: str) -> str:
-    return shape + ("es" if shape.endswith("s") else "s")
+def plural(word: str) -> str:
+    return word + ("es" if word.endswith("s") else "s")
 
 
 def _spell(noun: Noun) -> str:
