@@ -114,6 +114,24 @@ def encode(
 
 
 @app.command()
+def relabel(
+    data: Annotated[Path, typer.Argument(help="A folder made by `data teacher`.")],
+    prompts: Annotated[Path, typer.Argument(help="One prompt per sample, in order; see `data teacher`.")],
+    out: Out,
+    model: Model,
+    caption_column: Caption = "caption",
+    device: Device = None,
+) -> None:
+    """Give teacher latents other prompts for the student, such as short ones. D keeps the teacher's."""
+    quiet_libraries()
+    from ragturbo.train.prompts import read_prompts
+    from ragturbo.train.relabel import relabel
+
+    written = relabel(data, read_prompts(prompts, caption=caption_column), out, model=model, device=device)
+    typer.echo(f"wrote {written} shards to {out}")
+
+
+@app.command()
 def neighbors(
     data: Annotated[Path, typer.Argument(help="A folder made by `data teacher` or `data encode`.")],
     database: Annotated[Path, typer.Option(help="The database to retrieve from.")],

@@ -138,7 +138,7 @@ def _trace(
     attention = nullcontext if config.loop.gradient_checkpointing else _FlashAttention
     with attention(), _stored(weights) as kept:
         with _counted(flops, "student forward"):
-            z0_hat = student(student.noisy(z0, noise, i), i, text, retrieved)
+            z0_hat, _ = student(student.noisy(z0, noise, i), i, text, retrieved)
         with _counted(flops, "discriminator backbone forward"):
             with torch.no_grad():
                 real = discriminator.backbone(z0, i, text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -70,6 +71,25 @@ def make_neighbors(
     if search.short:
         log.warning("%d samples have fewer than %d neighbours: the other rows were duplicates", search.short, k)
     return len(todo)
+
+
+def write_neighbors(shards: Shards, ids: Tensor, lam: Tensor, database: str) -> None:
+    """Write the neighbours of all samples of a folder, if they are known without a search.
+
+    Args:
+        ids: (N, k) int64, −1 for none.
+        lam: (N, k) fp32, λ of each; NaN for none.
+        database: `database_name` or `pairs_name` of what the ids are rows of.
+    """
+    if ids.shape != lam.shape or len(ids) != len(shards):
+        raise InvalidRequest(
+            f"{shards.folder} has {len(shards)} samples; got ids {tuple(ids.shape)} and lam {tuple(lam.shape)}"
+        )
+    folder = shards.folder / NEIGHBORS
+    write_or_check_index(folder, {"k": ids.shape[1], "database": database, "max_cosine": None, "retriever": "given"})
+    for shard, (start, stop) in enumerate(itertools.pairwise(shards.starts)):
+        part = {"ids": ids[start:stop].contiguous(), "lam": lam[start:stop].float().contiguous()}
+        durable.write_file(shard_path(folder, shard), save(part))
 
 
 class NeighborSearch:

@@ -56,13 +56,15 @@ class Objective:
         i, s = integers(self.student.steps), integers(len(self.noise))
         drop = torch.rand(size, generator=generator, device=device) < config.student.retrieval_dropout
 
-        # Student: ẑ_0.
-        text = self.text(batch)
-        z0_hat = self._denoise(batch, noise, i, text, drop)
+        # Student: ẑ_0. D reads the prompt that the teacher drew.
+        text, shown = self.text(batch), self.teacher_text(batch)
+        retrieved = self.retrieved(batch, text.key, drop)
+        x = self.student.noisy(batch.z0, noise, i)
+        z0_hat, h = self._student(x, i, text.hidden_states, retrieved)
 
         # Discriminator features of z_s and ẑ_s.
         z_s, z_s_hat = self.noise.noised(batch.z0, eps, s), self.noise.noised(z0_hat, eps, s)
-        real, fake, own, wrong = self._features(z_s, z_s_hat, s, text.hidden_states)
+        real, fake, own, wrong = self._features(z_s, z_s_hat, s, shown)
 
         # D, Eq. 6: on detached features.
         penalty = config.discriminator.r1
@@ -85,20 +87,25 @@ class Objective:
             lpips = masked_mean(self.lpips(z0_hat, batch.z0, generator), batch.paired)
         weights = config.loss
         loss_g = total(adv, distill, lpips, adversarial=weights.adversarial, alpha=weights.alpha, beta=weights.beta)
+        further: dict[str, Tensor] = {}
+        if weights.hspace:
+            further["hspace"] = self._hspace(batch, x, i, h, shown, drop)
+            loss_g = loss_g + weights.hspace * further["hspace"]
+        if weights.reconstruct:
+            further["reconstruct"] = self._reconstruct(batch, retrieved)
+            loss_g = loss_g + weights.reconstruct * further["reconstruct"]
         (loss_g / accumulation).backward()
 
         right = accuracy(on_real, [x[:size] for x in on_fake], real_weight)
-        values = {"d": loss_d, "g": loss_g, "adv": adv, "distill": distill, "lpips": lpips}
+        values = {"d": loss_d, "g": loss_g, "adv": adv, "distill": distill, "lpips": lpips, **further}
         return {name: x.detach() for name, x in {**values, "head": per_head, "accuracy": right}.items()}
 
     def estimate(self, batch: Batch, noise: Tensor, *, retrieve: bool = True) -> Tensor:
         """ẑ_0 by one step from pure noise. retrieve=False: without neighbours (λ = 0)."""
         first = torch.zeros(len(batch), dtype=torch.int64, device=batch.z0.device)
-        return self._denoise(batch, noise, first, self.text(batch), torch.full_like(batch.paired, not retrieve))
-
-    def _denoise(self, batch: Batch, noise: Tensor, i: Tensor, text: TextStates, drop: Tensor) -> Tensor:
-        x = self.student.noisy(batch.z0, noise, i)
-        return self._student(x, i, text.hidden_states, self.retrieved(batch, text.key, drop))
+        text = self.text(batch)
+        retrieved = self.retrieved(batch, text.key, torch.full_like(batch.paired, not retrieve))
+        return self._student(self.student.noisy(batch.z0, noise, first), first, text.hidden_states, retrieved)[0]
 
     @torch.no_grad()
     def text(self, batch: Batch) -> TextStates:
@@ -106,15 +113,44 @@ class Objective:
             return TextStates(batch.text, batch.key)
         return self.encode_text(batch.input_ids)
 
+    @torch.no_grad()
+    def teacher_text(self, batch: Batch) -> Tensor:
+        """(B, L, D): the states of the prompts that the teacher drew."""
+        if batch.teacher_ids is None:
+            return self.text(batch).hidden_states
+        if batch.teacher_text is not None:
+            return batch.teacher_text
+        return self.encode_text(batch.teacher_ids).hidden_states
+
     def retrieved(self, batch: Batch, key: Tensor, drop: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-        """h_retr (B, k, S, C), λ (B,) and valid (B, k), as in a Generator. Samples in `drop` (B,) get no neighbours."""
-        if batch.h_retr is None:
+        """h_retr (B, k, S, C), λ and valid (B, k), as in a Generator. Samples in `drop` (B,) get no neighbours."""
+        if batch.ids is None:
             return None
-        assert batch.ids is not None and batch.scores is not None and batch.retr_keys is not None
         fixed = self.config.student.lam
         lam = None if fixed is None else torch.full_like(key[:, 0], fixed)
-        lam, valid = blend_weights(cosine(key, batch.retr_keys), batch.ids, batch.scores, lam=lam)
-        return batch.h_retr, torch.where(drop, 0.0, lam), valid & ~drop[:, None]
+        weights = batch.lam
+        if weights is None:
+            assert batch.retr_keys is not None
+            weights = cosine(key, batch.retr_keys)
+        lam, valid = blend_weights(weights, batch.ids, weights, lam=lam)
+        h_retr, used = batch.h_retr, valid & ~drop[:, None]
+        if h_retr is None:
+            assert batch.pair_latents is not None and batch.pair_text is not None
+            h_retr = self.student.retrieval_features(batch.pair_latents, batch.pair_text, used)
+        return h_retr, torch.where(drop[:, None], 0.0, lam), used
+
+    def _hspace(self, batch: Batch, x: Tensor, i: Tensor, h: Tensor, shown: Tensor, drop: Tensor) -> Tensor:
+        """Squared error between the decoded feature and the one of the teacher's prompt, over the latter's variance."""
+        with torch.no_grad():
+            wanted = self.student.encode(x, i, shown).h.float()
+        error = (h.float() - wanted).square().flatten(1).mean(1) / wanted.var()
+        return masked_mean(error, batch.paired & ~drop)
+
+    def _reconstruct(self, batch: Batch, retrieved: tuple[Tensor, Tensor, Tensor] | None) -> Tensor:
+        """Smooth L1 between the neighbours' latents and what a linear layer reads from each token of their h_retr."""
+        assert retrieved is not None and batch.pair_latents is not None
+        h_retr, _, used = retrieved
+        return smooth_l1(self.student.reconstruct(h_retr[used]), batch.pair_latents[used]).mean()
 
     def _features(self, z_s: Tensor, z_s_hat: Tensor, s: Tensor, text: Tensor) -> tuple[list[Tensor], ...]:
         """Features of every stage: of z_s; of ẑ_s with its graph; of ẑ_s without one, for D alone, unless the pass is
@@ -135,6 +171,7 @@ class Objective:
     def fake_weight(self, batch: Batch) -> Tensor:
         """(K, 2·B): weights of the fakes, then of the misaligned pairs, for each head. 0 for pairs whose prompt is the
         sample's own, and for heads whose stage does not depend on the prompt: to those a pair is a real image."""
-        differs = (batch.input_ids != batch.input_ids.roll(1, 0)).any(1).float()
+        ids = batch.input_ids if batch.teacher_ids is None else batch.teacher_ids
+        differs = (ids != ids.roll(1, 0)).any(1).float()
         reads = self.discriminator.backbone.reads_text
         return torch.stack([torch.cat([torch.ones_like(differs), differs * read]) for read in reads])
