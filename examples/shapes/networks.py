@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import string
 from pathlib import Path
 
+import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, EulerDiscreteScheduler, UNet2DConditionModel
 from settings import Settings
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -33,6 +35,24 @@ def make_tokenizer(folder: Path, s: Settings) -> CLIPTokenizer:
     )
     bpe.train_from_iterator(vocabulary(), trainer)
     bpe.model.save(str(folder))
+    return complete_tokenizer(folder, s)
+
+
+def complete_tokenizer(folder: Path, s: Settings) -> CLIPTokenizer:
+    """Add every letter, and every syllable of two, after the existing tokens and merges, which keep their numbers.
+
+    So a made-up word becomes a few tokens of its own instead of unknown ones.
+    """
+    words = json.loads((folder / "vocab.json").read_text())
+    header, *merges = (folder / "merges.txt").read_text().splitlines()
+    ends = ("", "</w>")
+    letters = [letter + end for letter in string.ascii_lowercase for end in ends]
+    syllables = [(c, v + end) for c in string.ascii_lowercase for v in "aeiou" if c not in "aeiou" for end in ends]
+    merges += [" ".join(pair) for pair in syllables if "".join(pair) not in words]
+    for token in [*letters, *("".join(pair) for pair in syllables)]:
+        words.setdefault(token, len(words))
+    (folder / "vocab.json").write_text(json.dumps(words, ensure_ascii=False))
+    (folder / "merges.txt").write_text("\n".join([header, *merges]) + "\n")
     tokenizer = CLIPTokenizer(
         vocab=str(folder / "vocab.json"),
         merges=str(folder / "merges.txt"),
@@ -44,6 +64,18 @@ def make_tokenizer(folder: Path, s: Settings) -> CLIPTokenizer:
     if split:
         raise RuntimeError(f"words that are not a single token: {split}")
     return tokenizer
+
+
+def grow_embeddings(encoder: CLIPTextModel, count: int, seed: int) -> None:
+    """Add embeddings for new tokens, as large as the trained ones; the others stay as they are."""
+    old = encoder.get_input_embeddings().weight.detach().float()
+    if len(old) >= count:
+        return
+    generator = torch.Generator().manual_seed(seed)
+    new = torch.randn((count - len(old), old.shape[1]), generator=generator) * old.std()
+    table = nn.Embedding.from_pretrained(torch.cat([old, new]).to(encoder.dtype), freeze=False)
+    encoder.set_input_embeddings(table)
+    encoder.config.vocab_size = count
 
 
 def make_text_encoder(folder: Path, s: Settings) -> CLIPTextModel:

@@ -19,6 +19,7 @@ from settings import SIZES, Settings
 from stage_adapter import train_adapter
 from stage_adopt import adopt
 from stage_bundle import build_database, build_large_database, write_bundle
+from stage_joint import name_pairs, train_joint
 from stage_lcm import distil_lcm
 from stage_student import distil_student, make_pairs
 from stage_teacher import train_teacher
@@ -45,6 +46,8 @@ STAGES: dict[str, Callable[[Path, Settings, float | None], None]] = {
     "teacher": train_teacher,
     "pairs": make_pairs,
     "student": distil_student,
+    "names": name_pairs,
+    "joint": train_joint,
     "lcm": distil_lcm,
     "bundle": write_bundle,
     "database": build_database,

@@ -38,14 +38,20 @@ class Settings:
     guidance: float = 3.0
     sampling_steps: int = 50
 
-    pairs: int = 16_000
+    pairs: int = 24_576
     pair_steps: int = 20
     # Pictures of other captions, the discriminator's real samples.
     real: int = 8_000
+    # Ordinary pictures among the lessons that explain names.
+    ordinary_pairs: int = 8_000
     lpips_steps: int = 600
     student_steps: int = 2_000
     student_batch: int = 128
     student_rate: float = 5e-4
+
+    joint_steps: int = 2_400
+    joint_rate: float = 4e-4
+    reconstruct: float = 1.0
 
     lcm_steps: int = 2_000
     lcm_rate: float = 3e-4
@@ -61,7 +67,7 @@ class Settings:
 SIZES = {
     "short": Settings(
         vae_steps=1_600, decoder_steps=1_500, tiny_steps=800, text_steps=800, teacher_steps=4_000,
-        pairs=8_000, real=4_000, student_batch=64, lcm_steps=1_000,
+        pairs=8_192, real=4_000, student_batch=64, lcm_steps=1_000,
     ),
     "cpu": Settings(),
     "gpu": Settings(

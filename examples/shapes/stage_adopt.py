@@ -9,8 +9,10 @@ import json
 import shutil
 from pathlib import Path
 
+from networks import complete_tokenizer, grow_embeddings
 from settings import Settings
 from stage_teacher import START
+from transformers import CLIPTextModel
 
 import ragturbo
 
@@ -22,7 +24,12 @@ STAGES = ("text", "vae", "decoder", "tiny")
 def adopt(work: Path, s: Settings, minutes: float | None = None, source: Path = EMBEDDED) -> None:
     for part in PARTS:
         shutil.copytree(source / part, work / part, dirs_exist_ok=True)
+    tokenizer = complete_tokenizer(work / "tokenizer", s)
+    encoder = CLIPTextModel.from_pretrained(work / "text_encoder")
+    grow_embeddings(encoder, len(tokenizer), s.seed + 9)
+    encoder.save_pretrained(work / "text_encoder")
     shutil.copytree(source / "teacher_unet", work / START, dirs_exist_ok=True)
+    shutil.copytree(source / "unet", work / "unet", dirs_exist_ok=True)
     stages = json.loads((source / "ragturbo.json").read_text())["provenance"]["stages"]
     for stage in STAGES:
         (work / f"{stage}.jsonl").write_text(json.dumps(stages[stage]) + "\n")

@@ -20,6 +20,7 @@ from PIL import Image
 from settings import Settings
 from stage_bundle import save_bundle
 
+from ragturbo.evaluate.world import sample_scene
 from ragturbo.train import LADDTrainer, load_config
 from ragturbo.train.encode import make_encoded_data
 from ragturbo.train.stats import STATS
@@ -38,7 +39,8 @@ def make_pairs(work: Path, s: Settings, minutes: float | None = None) -> None:
     parallel.barrier()
     model, device = str(work / BASE), str(DEVICE)
     batch = 512 if DEVICE.type == "cuda" else 64
-    prompts = [captions[pair_caption(i, s)] for i in range(s.pairs)]
+    # The teacher draws rare kinds well, so that the student need not miss them.
+    prompts = [sample_scene(s.seed * 13_000_000 + i, "train").caption for i in range(s.pairs)]
     make_teacher_data(
         prompts, work / PAIRS, model=model, guidance=s.guidance, steps=s.pair_steps, batch=batch, store_text=True,
         precision="bfloat16", device=device,
@@ -53,14 +55,8 @@ def make_pairs(work: Path, s: Settings, minutes: float | None = None) -> None:
 
 def _pictures(work: Path, captions: list[str], s: Settings) -> Iterator[tuple[str, Image.Image]]:
     images = np.load(work / "images.npy", mmap_mode="r")
-    for i in range(s.pairs, s.pairs + s.real):
-        row = pair_caption(i, s)
+    for row in range(s.scenes - s.real, s.scenes):
         yield captions[row], Image.fromarray(images[row])
-
-
-def pair_caption(i: int, s: Settings) -> int:
-    # The stride is coprime to the number of scenes: the captions are all different and spread over the set.
-    return (i * 7_919) % s.scenes
 
 
 def distil_student(work: Path, s: Settings, minutes: float | None = None) -> None:

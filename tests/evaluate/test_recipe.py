@@ -140,10 +140,28 @@ def test_a_consistency_model_that_knows_the_picture_ends_at_it(recipe):
     torch.testing.assert_close(made, picture, atol=1e-4, rtol=0)
 
 
-def test_pairs_and_true_pictures_have_captions_of_their_own(recipe):
-    for s in recipe["settings"].SIZES.values():
-        drawn = [recipe["stage_student"].pair_caption(i, s) for i in range(s.pairs + s.real)]
-        assert len(set(drawn)) == len(drawn)
+def test_a_completed_tokenizer_keeps_every_token_and_knows_every_letter(recipe, tmp_path):
+    networks, s = recipe["networks"], recipe["settings"].Settings()
+    before = networks.make_tokenizer(tmp_path, s)
+    words = before.get_vocab()
+    after = networks.complete_tokenizer(tmp_path, s)
+    assert {word: after.get_vocab()[word] for word in words} == words
+    text = "the quick brown fox jumps over a lazy dog vexed by zib"
+    assert after.unk_token_id not in after(text)["input_ids"]
+
+
+def test_every_name_of_the_training_data_has_a_lesson_of_its_kind(recipe):
+    """Names never stand for the kinds kept for the evaluation, and no two samples share a name."""
+    from ragturbo.evaluate.names import UNNAMED, named
+    from ragturbo.evaluate.world import sample_scene
+
+    meanings = [sample_scene(i, "train").meaning for i in range(300)]
+    made = [recipe["stage_names"]._name(meaning, 1, i) for i, meaning in enumerate(meanings)]
+    nouns = [noun for meaning in made if meaning for noun in named(meaning)]
+    assert not UNNAMED & {noun.kind for noun in nouns}
+    assert len({noun.name for noun in nouns}) > 0.98 * len(nouns)
+    for meaning, original in zip(made, meanings, strict=True):
+        assert meaning is None or meaning.canonical == original.canonical
 
 
 def test_a_pictures_noise_is_a_function_of_its_seed(recipe):
