@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 import time
@@ -30,7 +29,6 @@ __all__ = ["Generator", "Output", "generate"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
-log = logging.getLogger("ragturbo")
 COUNTS = ("accepted", "finished", "failed", "cancelled", "expired", "rejected", "non_finite")
 
 
@@ -270,7 +268,7 @@ class Generator:
         # Largest first: the graphs of smaller sizes reuse its memory.
         for size in reversed(self.config.batch_sizes):
             for _ in range(times):
-                self._submit(["warm up"] * size, {"seed": 0, "output_type": "uint8"}, quiet=True).wait()
+                self._submit(["warm up"] * size, {"seed": 0, "output_type": "uint8"}).wait()
         self._executor.queue.forget_pace()
 
     def use_database(self, database: Database | str | os.PathLike[str] | None) -> None:
@@ -389,7 +387,7 @@ class Generator:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _submit(self, prompt: Any, options: dict[str, Any], *, quiet: bool = False) -> Request:
+    def _submit(self, prompt: Any, options: dict[str, Any]) -> Request:
         from ragturbo.engine.request import Request
 
         started = time.perf_counter()
@@ -403,9 +401,7 @@ class Generator:
             return self._executor.call(lambda: self._engine.encode_pairs(captions, images))
 
         request = Request.make(self._bundle, database, prompt, encode_pairs=encode_pairs, started=started, **options)
-        if self.config.log_prompts and not quiet:
-            for note in request.notes:
-                log.warning("%s", note)
+        request.log_notes = self.config.log_prompts
         self._executor.submit(request, reservation)
         return request
 

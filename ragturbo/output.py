@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from ragturbo.engine.request import Request
     from ragturbo.engine.result import Result
 
+log = logging.getLogger("ragturbo")
+
 
 @dataclass
 class Output:
@@ -36,18 +39,19 @@ class Output:
     timings: dict[str, float]
     """Seconds by stage."""
     notes: list[str] = field(default_factory=list)
-    """Warnings about the prompts: tokens cut off, words the model does not know."""
+    """Warnings about the prompts: tokens cut off, words the model does not know and where they were found."""
 
     @classmethod
     def make(cls, request: Request, result: Result) -> Output:
         """Convert a request's result to the requested output type."""
         images = _images(result, request.output_type, request.postprocess)
         neighbors = _neighbors(request, result)
+        notes = _notes(request, neighbors)
         now = time.perf_counter()
         timings = request.timings | result.timings
         timings |= {"answer": now - result.ended, "total": now - request.started}
         seeds, lam = list(request.seeds), result.lam.tolist()
-        return cls(images, neighbors, lam, seeds, request.mode, result.bucket, timings, request.notes)
+        return cls(images, neighbors, lam, seeds, request.mode, result.bucket, timings, notes)
 
 
 def _neighbors(request: Request, result: Result) -> list[list[Neighbor]]:
@@ -64,6 +68,19 @@ def _neighbors(request: Request, result: Result) -> list[list[Neighbor]]:
         [replace(n, score=score, lam=lam, used=used) for n, (_, score, lam, used) in zip(own, row, strict=True)]
         for own, row in zip(given, rows, strict=True)
     ]
+
+
+def _notes(request: Request, neighbors: list[list[Neighbor]]) -> list[str]:
+    if not request.notes:
+        return []
+    from ragturbo.engine.notes import lines
+
+    of_prompts = None if request.mode == "none" else neighbors[:: request.repeats]
+    notes = lines(request.notes, of_prompts, request.database)
+    if request.log_notes:
+        for note in notes:
+            log.warning("%s", note)
+    return notes
 
 
 def _images(result: Result, output_type: str, postprocess: Callable[[Any], Any] | None) -> Any:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ragturbo.engine import options
 from ragturbo.engine.neighbors import EncodePairs, resolve_neighbors
+from ragturbo.engine.notes import TextNote
 from ragturbo.engine.result import Result, Retrieved
 from ragturbo.engine.timings import host_stage
 from ragturbo.errors import DeadlineExceeded
@@ -78,7 +79,9 @@ class Request:
     """Per prompt, the neighbours chosen by the caller."""
     repeats: int = 1
     """Images per prompt."""
-    notes: list[str] = field(default_factory=list)
+    notes: list[str | TextNote] = field(default_factory=list)
+    log_notes: bool = False
+    """Whether the notes are logged once they are complete: they may quote the prompts."""
     timings: dict[str, float] = field(default_factory=dict)
     started: float = 0.0
     """time.perf_counter() when the call began."""
@@ -166,22 +169,21 @@ class Request:
             check_equal_grids(unet.grid(*cells), theirs, size=(height, width))
 
         timings: dict[str, float] = {}
-        notes: list[str] = []
+        notes: list[str | TextNote] = []
 
-        def tokens(texts: list[str] | None, what: str) -> Tensor | None:
+        def tokens(texts: list[str] | None, what: str, *, retrieves: bool = True) -> Tensor | None:
             if texts is None:
                 return None
             encoded = bundle.text.tokenize(texts)
-            for value, dropped, unknown in zip(texts, encoded.dropped, encoded.unknown, strict=True):
-                note = _token_note(what, value, dropped, unknown)
-                if note and note not in notes:
-                    notes.append(note)
+            for i, (value, dropped, unknown) in enumerate(zip(texts, encoded.dropped, encoded.unknown, strict=True)):
+                if dropped or unknown:
+                    notes.append(TextNote(what, value, dropped, unknown, i if retrieves else None))
             return _repeat(encoded.input_ids, repeats)
 
         with host_stage("tokenize", timings, bundle.device):
             ids = tokens(prompts, "prompt")
             query_ids = tokens(query_texts, "query")
-            negative_ids = tokens(negative, "negative prompt")
+            negative_ids = tokens(negative, "negative prompt", retrieves=False)
         retrieved = named = None
         if chosen is not None:
             retrieved, named = resolve_neighbors(
@@ -336,13 +338,3 @@ def _embeds(embeds: Tensor | None, count: int, repeats: int) -> Tensor | None:
     # A copy: the caller may reuse its buffer before the request runs.
     embeds = embeds.detach().to("cpu", copy=True)
     return embeds.expand(count, -1, -1) if len(embeds) == 1 else _repeat(embeds, repeats)
-
-
-def _token_note(what: str, value: str, dropped: int, unknown: Sequence[str]) -> str:
-    parts = []
-    if dropped:
-        parts.append(f"its last {dropped} tokens were cut off")
-    if unknown:
-        parts.append(f"the model does not know: {', '.join(unknown[:8])}")
-    shown = value if len(value) <= 60 else value[:57] + "..."
-    return f"{what} {shown!r}: {'; '.join(parts)}" if parts else ""
