@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,11 @@ MODES = ("adapter", "slerp", "lerp", "none")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent", "uint8", "png", "jpeg", "webp")
 # Limits of one request.
 MAX_NEIGHBORS = 16
+MAX_PHRASES = 4
 MAX_SEED = 2**64 - 1
+
+Compose = bool | Callable[[str], list[str]]
+"""Whether to search by the phrases of the prompt, or the function that returns them."""
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -52,6 +57,8 @@ class GeneratorConfig:
     capture: bool = True
     """False: the graph engine calls its segments instead of capturing them, which also runs on a CPU. For debugging."""
     retriever: Any = "auto"
+    compose: Compose | None = None
+    """Default of the requests; None: as the bundle's adapter was trained."""
     vae: str = "full"
     attention: str = "auto"
     compile: bool = False
@@ -77,6 +84,10 @@ class GeneratorConfig:
             names = ", ".join(map(repr, RETRIEVERS))
             raise InvalidRequest(
                 f"retriever={self.retriever!r} must be one of {names} or implement search(keys, k, *, exclude=None)"
+            )
+        if not (self.compose is None or isinstance(self.compose, bool) or callable(self.compose)):
+            raise InvalidRequest(
+                f"compose={self.compose!r} must be True, False or a function from a prompt to its phrases"
             )
         if not isinstance(self.vae, str) or not self.vae:
             raise InvalidRequest(f"vae={self.vae!r} must be 'full', 'tiny' or a path or id of an AutoencoderTiny")

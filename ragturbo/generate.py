@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from ragturbo.config import GeneratorConfig
+from ragturbo.config import Compose, GeneratorConfig
 from ragturbo.errors import InvalidRequest
 from ragturbo.output import Output
 
@@ -60,6 +60,8 @@ class Generator:
 
         self.config = config or GeneratorConfig()
         self._bundle = bundle
+        default = bundle.info.compose if self.config.compose is None else self.config.compose
+        self._compose: Compose = False if default is None else default
         self._engine = make_engine(bundle, self.config)
         self._database: DatabaseGeneration | None = None
         self._swap = threading.Lock()
@@ -90,6 +92,7 @@ class Generator:
         engine: str = "auto",
         capture: bool = True,
         retriever: Any = "auto",
+        compose: bool | Callable[[str], list[str]] | None = None,
         vae: str = "full",
         attention: str = "auto",
         compile: bool = False,
@@ -112,8 +115,10 @@ class Generator:
             engine: "reference", plain torch on any device; "graph", fused modules under CUDA graphs; "auto", the graph
                 engine on a GPU if it can run the model, else the reference.
             capture: False: the graph engine calls its segments instead of capturing them, on any device.
-            retriever: "exact", "scann", "bm25", an object with search(keys, k, *, exclude=None), or "auto", the one the
-                database was opened with, else chosen by its size.
+            retriever: "exact", "scann", "bm25", "hybrid" (keys and words, which finds names), an object with
+                search(keys, k, *, exclude=None), or "auto": the one the database was opened with, else the one the
+                adapter was trained with, else chosen by the database's size.
+            compose: default of the calls; None: as the adapter was trained.
             vae: "full", "tiny", or a folder or id of an AutoencoderTiny.
             attention: of the UNet: "sdpa", "triton", "xformers", or "auto", the fastest measured on this GPU.
             compile: run the graph engine's blocks through torch.compile.
@@ -130,9 +135,9 @@ class Generator:
             DatabaseMismatch: another model encoded the database.
         """
         config = GeneratorConfig(
-            engine=engine, capture=capture, retriever=retriever, vae=vae, attention=attention, compile=compile,
-            host_cache=host_cache, device_cache=device_cache, batch_sizes=batch_sizes, batch_window=batch_window,
-            max_queue=max_queue, prompt_cache=prompt_cache, log_prompts=log_prompts,
+            engine=engine, capture=capture, retriever=retriever, compose=compose, vae=vae, attention=attention,
+            compile=compile, host_cache=host_cache, device_cache=device_cache, batch_sizes=batch_sizes,
+            batch_window=batch_window, max_queue=max_queue, prompt_cache=prompt_cache, log_prompts=log_prompts,
         )  # fmt: skip
         if adapter is True or database is True:
             raise InvalidRequest("adapter and database are a folder, None (the model's own) or False (none), not True")
@@ -172,6 +177,7 @@ class Generator:
         per: str | None = None,
         query: str | Sequence[str] | Tensor | None = None,
         neighbors: Sequence[Any] | None = None,
+        compose: bool | Callable[[str], list[str]] | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
@@ -195,11 +201,13 @@ class Generator:
                 database, else "none".
             num_neighbors: pairs to retrieve per image. Default: as the adapter was trained; 1 for slerp and lerp.
             min_score: neighbours with a lower score are not used.
-            lam: strength of the adapter, instead of the cosine of the text keys; per call, prompt or image.
+            lam: strength of the adapter, instead of each neighbour's own λ; per call, prompt or image.
             w: weight of the target in slerp and lerp, in [0, 1]; per call, prompt or image. Default 0.8.
             per: angle of slerp: one per "sample" (default) or per "token".
             query: other text, or a key, to search by instead of the prompt.
             neighbors: ids, Neighbors or (caption, image) pairs instead of a search; one list, or one per prompt.
+            compose: True: each noun phrase of the prompt, up to four, finds its own neighbours. A function that returns
+                a prompt's phrases replaces the built-in rules of English. Default: as in `from_pretrained`.
             negative_prompt, prompt_embeds, negative_prompt_embeds, num_inference_steps, guidance_scale, height, width:
                 as in diffusers. Default: one step without guidance, at the model's size.
             output_type: "pil", "np", "pt", "latent", "uint8" (B, H, W, 3), "png", "jpeg" or "webp".
@@ -219,7 +227,7 @@ class Generator:
         options = dict(
             seed=seed, generator=generator, latents=latents, num_images_per_prompt=num_images_per_prompt,
             mode=mode, num_neighbors=num_neighbors, min_score=min_score, lam=lam, w=w, per=per, query=query,
-            neighbors=neighbors, negative_prompt=negative_prompt, prompt_embeds=prompt_embeds,
+            neighbors=neighbors, compose=compose, negative_prompt=negative_prompt, prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds, num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale, height=height, width=width, output_type=output_type,
             postprocess=postprocess, timeout=timeout, reservation=reservation,
@@ -361,6 +369,8 @@ class Generator:
             "adapter": None if bundle.adapter is None else bundle.adapter.kind,
             "decoder_lora": bundle.has_lora,
             "database": None if database is None else database.info,
+            "retriever": None if database is None else database.retriever_name,
+            "compose": self._compose if isinstance(self._compose, bool) else "a function",
             "batch_sizes": list(self.config.batch_sizes),
             "threads": self._threads,
         }
@@ -400,7 +410,10 @@ class Generator:
         def encode_pairs(captions: list[str], images: Tensor) -> tuple[Tensor, Tensor]:
             return self._executor.call(lambda: self._engine.encode_pairs(captions, images))
 
-        request = Request.make(self._bundle, database, prompt, encode_pairs=encode_pairs, started=started, **options)
+        request = Request.make(
+            self._bundle, database, prompt, encode_pairs=encode_pairs, started=started,
+            compose_by_default=self._compose, **options,
+        )  # fmt: skip
         request.log_notes = self.config.log_prompts
         self._executor.submit(request, reservation)
         return request
@@ -446,6 +459,7 @@ def generate(
     per: str | None = None,
     query: str | Sequence[str] | Tensor | None = None,
     neighbors: Sequence[Any] | None = None,
+    compose: bool | Callable[[str], list[str]] | None = None,
     negative_prompt: str | Sequence[str] | None = None,
     prompt_embeds: Tensor | None = None,
     negative_prompt_embeds: Tensor | None = None,
@@ -478,8 +492,9 @@ def generate(
     images = kept(
         prompt, seed=seed, generator=generator, latents=latents, num_images_per_prompt=num_images_per_prompt, mode=mode,
         num_neighbors=num_neighbors, min_score=min_score, lam=lam, w=w, per=per, query=query, neighbors=neighbors,
-        negative_prompt=negative_prompt, prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds,
-        num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, height=height, width=width,
-        output_type=output_type, postprocess=postprocess, timeout=timeout,
+        compose=compose, negative_prompt=negative_prompt, prompt_embeds=prompt_embeds,
+        negative_prompt_embeds=negative_prompt_embeds, num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale, height=height, width=width, output_type=output_type,
+        postprocess=postprocess, timeout=timeout,
     ).images  # fmt: skip
     return images[0] if isinstance(prompt, str) and num_images_per_prompt == 1 else images

@@ -17,7 +17,8 @@ def _nothing() -> None:
 
 @dataclass(frozen=True)
 class Neighbor:
-    """A retrieved text-image pair. `score` is the retriever's own, `lam` the cosine of the two text keys.
+    """A retrieved text-image pair. `score` is the retriever's own. `lam` is the λ in use: the given one, else the
+    cosine of the two text keys or, if larger, the share of the prompt's rare words that the caption holds.
 
     `caption`, `source` and `metadata` of a stored pair are read from the database on first access.
     """
@@ -30,17 +31,25 @@ class Neighbor:
     source: str | None = field(default_factory=_nothing)
     used: bool = True
     """False if its score is below min_score."""
+    cosine: float = float("nan")
+    """Of the two text keys."""
+    bm25: float | None = None
+    """With retriever="hybrid"."""
     metadata: dict[str, Any] = field(default_factory=dict)
     read_thumbnail: Callable[[], bytes | None] | None = field(default=None, repr=False, compare=False)
     """Reads from the generation it was found in."""
 
     @classmethod
-    def stored(cls, id: int, score: float, lam: float, used: bool, read: Callable[[bool], Any]) -> Neighbor:
+    def stored(
+        cls, id: int, read: Callable[[bool], Any], *, score: float = float("nan"), lam: float = float("nan"),
+        used: bool = True, cosine: float = float("nan"), bm25: float | None = None,
+    ) -> Neighbor:  # fmt: skip
         """read(with_thumbnail) returns the record. It is called on access, since it takes 0.1 ms per request."""
         neighbor = cls.__new__(cls)
         neighbor.__dict__.update(
-            id=id, score=score, lam=lam, used=used, _read=read, read_thumbnail=lambda: read(True).thumbnail
-        )
+            id=id, score=score, lam=lam, used=used, cosine=cosine, bm25=bm25, _read=read,
+            read_thumbnail=lambda: read(True).thumbnail,
+        )  # fmt: skip
         return neighbor
 
     def __getattr__(self, name: str) -> Any:

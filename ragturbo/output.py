@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -57,16 +58,22 @@ class Output:
 def _neighbors(request: Request, result: Result) -> list[list[Neighbor]]:
     if request.mode == "none":
         return [[] for _ in request.seeds]
-    tables = (value.tolist() for value in (result.ids, result.scores, result.cosine, result.valid))
-    rows = [list(zip(*row, strict=True)) for row in zip(*tables, strict=True)]
+    tables = {"score": result.scores, "lam": result.lams, "used": result.valid, "cosine": result.cosine}
+    columns = zip(*(table.tolist() for table in tables.values()), strict=True)
+    rows = [[dict(zip(tables, values, strict=True)) for values in zip(*row, strict=True)] for row in columns]
+    for row, found in zip(rows, result.bm25.tolist(), strict=True):
+        for scores, bm25 in zip(row, found, strict=True):
+            scores["bm25"] = None if math.isnan(bm25) else bm25
     if request.neighbors is None:
         assert request.database is not None
-        make = request.database.neighbor
-        return [[make(id, score, lam, used) for id, score, lam, used in row if id >= 0] for row in rows]
+        make, ids = request.database.neighbor, result.ids.tolist()
+        return [
+            [make(id, **scores) for id, scores in zip(found, row, strict=True) if id >= 0]
+            for found, row in zip(ids, rows, strict=True)
+        ]
     given = [request.neighbors[i // request.repeats] for i in range(len(rows))]
     return [
-        [replace(n, score=score, lam=lam, used=used) for n, (_, score, lam, used) in zip(own, row, strict=True)]
-        for own, row in zip(given, rows, strict=True)
+        [replace(n, **scores) for n, scores in zip(own, row, strict=True)] for own, row in zip(given, rows, strict=True)
     ]
 
 

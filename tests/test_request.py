@@ -97,6 +97,13 @@ REFUSED = [
     ({"neighbors": [1, 2], "num_neighbors": 3}, "names 2"),
     ({"neighbors": []}, "non-empty list"),
     ({"neighbors": [[1], [2]]}, "2 lists for 1 prompts"),
+    ({"compose": True, "neighbors": [1]}, "no effect with neighbors"),
+    ({"compose": True, "query": "a cat"}, "no effect with query"),
+    ({"compose": True, "mode": "none"}, "compose has no effect"),
+    ({"compose": "yes"}, "compose='yes' must be True"),
+    ({"compose": True, "num_neighbors": 5}, "5 neighbours for each of 4 phrases"),
+    ({"compose": lambda prompt: "a cat"}, "must return a list of phrases"),
+    ({"compose": lambda prompt: ["a cat", ""]}, "must return a list of phrases"),
     ({"num_images_per_prompt": 0}, "num_images_per_prompt=0"),
     ({"num_images_per_prompt": True}, "num_images_per_prompt=True"),
     ({"seed": -1}, "seed=-1"),
@@ -149,7 +156,7 @@ def test_embeddings_need_something_to_search_by(monkeypatch):
     with pytest.raises(InvalidRequest, match="carry no key"):
         make(None, prompt_embeds=embeds, neighbors=[1])
     assert len(make(None, prompt_embeds=embeds, mode="none")) == 2
-    assert make(None, prompt_embeds=embeds, query="a cat").texts == ("a cat", "a cat")
+    assert make(None, prompt_embeds=embeds, query="a cat").texts == (("a cat",), ("a cat",))
     assert make(None, prompt_embeds=embeds, neighbors=[1], lam=0.5).k == 1
 
 
@@ -207,15 +214,59 @@ def test_a_generator_draws_as_in_diffusers():
     assert torch.equal(make(["a", "b", "c"], generator=several).latents, randn_tensor(shape, generator=again))
 
 
+def test_phrases_are_padded_to_a_power_of_two_so_that_requests_batch_up():
+    texts = [f"{' and '.join(f'a w{i}' for i in range(n))}" for n in range(1, 7)]
+    widths = [make(text, compose=True).queries for text in texts]
+    assert widths == [1, 2, 4, 4, 4, 4]
+    three = make(texts[2], compose=True, num_images_per_prompt=2)
+    assert three.texts == (("a w0", "a w1", "a w2", ""),) * 2
+    assert three.query_ids.shape[:2] == (2, 4) and three.searched.tolist() == [[True, True, True, False]] * 2
+    assert make(texts[2], compose=True).key == make(texts[3], compose=True).key != make(texts[1], compose=True).key
+    six = make(texts[5], compose=True)
+    assert six.texts == (("a w0", "a w1", "a w2", "a w3, a w4, a w5"),)
+    assert [(note.text, note.joined) for note in six.notes] == [(texts[5], 3)] and not three.notes
+
+
+def test_prompts_of_several_phrase_counts_go_together():
+    request = make(["a cat", "a dog and a cat", "the left"], compose=True)
+    assert request.texts == (("a cat", ""), ("a dog", "a cat"), ("the left", ""))
+    assert request.searched.tolist() == [[True, False], [True, True], [True, False]]
+
+
+def test_a_prompt_of_one_phrase_is_searched_as_a_whole():
+    plain = make("a picture of a cat")
+    for compose in (True, lambda prompt: [], lambda prompt: ["cat"]):
+        request = make("a picture of a cat", compose=compose)
+        assert request.query_ids is None and request.texts == plain.texts and request.key == plain.key
+
+
+def test_a_function_of_ones_own_cuts_the_prompt():
+    assert make("cat/dog", compose=lambda prompt: prompt.split("/")).texts == (("cat", "dog"),)
+
+
+def test_the_default_composes_where_it_has_an_effect():
+    text = "a dog and a cat"
+    assert make(text, compose_by_default=True).queries == 2 and make(text).queries == 1
+    assert make(text, compose_by_default=True, compose=False).queries == 1
+    for options in ({"mode": "none"}, {"neighbors": [1]}, {"query": "a cat"}, {"query": torch.ones(KEY_WIDTH)}):
+        assert make(text, compose_by_default=True, **options).queries == 1
+
+
 def test_every_row_field_is_sliced_and_joined():
     """A row field that `slice` or `join` forgot would give a request another one's rows."""
+    composed = make(["a cat and a dog", "a cat", "a cat, a dog and a boat"], compose=True)
+    again = Request.join([composed.slice(i, i + 1) for i in range(3)], 4)
+    for name in ("query_ids", "searched"):
+        value = getattr(composed, name)
+        assert torch.equal(getattr(again, name), torch.cat([value, value[-1:]]))
+    assert again.texts == (*composed.texts, composed.texts[-1])
     request = make(["a", "b", "c"], query=torch.eye(3, KEY_WIDTH), neighbors=[1, 2], seed=[1, 2, 3])
     parts = [request.slice(i, i + 1) for i in range(3)]
     again = Request.join(parts, 4)
     for name, value in vars(request).items():
         if isinstance(value, torch.Tensor):
             assert torch.equal(getattr(again, name).nan_to_num(7), torch.cat([value, value[-1:]]).nan_to_num(7)), name
-    assert again.seeds == (1, 2, 3, 3) and again.texts == ("a", "b", "c", "c")
+    assert again.seeds == (1, 2, 3, 3) and again.texts == (("a",), ("b",), ("c",), ("c",))
     assert again.retrieved is not None and again.retrieved.h_retr.shape[0] == 4
     rows = re.findall(r'"(\w+)"', inspect.getsource(request_module).split("_OPTIONAL_ROWS =")[1].split("def ")[0])
     tensors = {name for name, kind in Request.__annotations__.items() if "Tensor" in kind}
@@ -237,7 +288,8 @@ def test_every_way_to_call_has_the_options_by_name_type_and_default(function):
     """What completion, help() and type checkers show; the defaults are those of the request."""
     made = inspect.signature(Request.make).parameters
     own = inspect.signature(function).parameters
-    options = [name for name, p in made.items() if p.kind is p.KEYWORD_ONLY and name not in ("encode_pairs", "started")]
+    own_ones = ("encode_pairs", "started", "compose_by_default")
+    options = [name for name, p in made.items() if p.kind is p.KEYWORD_ONLY and name not in own_ones]
     assert not any(p.kind is p.VAR_KEYWORD for p in own.values())
     for name in options:
         assert (own[name].default, own[name].annotation) == (made[name].default, made[name].annotation), name

@@ -91,7 +91,7 @@ class EagerPipeline:
         with clock.stage("gather"):
             keys = self._database.keys(found)
             h_retr = self._database.features(found).to(where, bundle.dtype)
-            lam = torch.einsum("bd,bkd->bk", key, keys).clamp(0, 1).mean(-1).to(where)
+            lam = torch.einsum("bd,bkd->bk", key, keys).clamp(0, 1).to(where)
         if self._uncached is not None:
             caption, pixels = self._uncached(int(found[0, 0]))
             with clock.stage("encode pair"):

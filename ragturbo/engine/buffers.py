@@ -34,7 +34,7 @@ def _text_inputs(spec: Spec, bundle: Bundle) -> Layout:
     elif not spec.cached:
         layout["text"] = ((n, spec.length, text.width), bundle.dtype)
     if spec.query == "ids":
-        layout["query_ids"] = ((n, text.max_length), torch.int64)
+        layout["query_ids"] = ((n, spec.phrases, text.max_length), torch.int64)
     elif spec.query == "key":
         layout["query_key"] = ((n, text.key_dim), torch.float32)
     return layout
@@ -48,6 +48,8 @@ def _inputs(spec: Spec, bundle: Bundle) -> Layout:
         layout |= {name: ((n,), torch.float32) for name in ("lam", "w", "min_score")}
     if spec.searches:
         layout["tables"] = ((4, 2), torch.int64)
+        if spec.phrases > 1:
+            layout["searched"] = ((n, spec.phrases), torch.bool)
     if spec.centred:
         layout["mean"] = ((width,), torch.float32)
     if spec.retrieval == "given":
@@ -59,7 +61,7 @@ def _inputs(spec: Spec, bundle: Bundle) -> Layout:
 def _to_host(spec: Spec, bundle: Bundle) -> Layout:
     """What the host needs in a split retrieval: the search key, or the rows that the device found."""
     if spec.retrieval == "host":
-        return {"key": ((spec.rows, bundle.text.key_dim), torch.float32)}
+        return {"key": (spec.key_shape(bundle.text.key_dim), torch.float32)}
     if spec.retrieval == "fetched":
         shape = (spec.rows, spec.k)
         return {"rows": (shape, torch.int64), "scores": (shape, torch.float32)}
@@ -80,7 +82,7 @@ def _out(spec: Spec, bundle: Bundle) -> Layout:
     layout: Layout = {"ok": ((n,), torch.bool), "latents_ok": ((n,), torch.bool)}
     if spec.mode != "none":
         layout |= {"lam": ((n,), torch.float32), "valid": ((n, k), torch.bool)}
-        layout |= {"scores": ((n, k), torch.float32), "cosine": ((n, k), torch.float32)}
+        layout |= {name: ((n, k), torch.float32) for name in ("scores", "cosine", "lams")}
     if spec.searches:
         layout["rows"] = ((n, k), torch.int64)
     height, width = (side * factor for side in spec.latents[1:])
@@ -97,5 +99,6 @@ def _found(rows: int, k: int, width: int) -> Layout:
     return {
         "ids": ((rows, k), torch.int64),
         "scores": ((rows, k), torch.float32),
+        "rare_share": ((rows, k), torch.float32),
         "keys": ((rows, k, width), torch.float32),
     }

@@ -13,6 +13,8 @@ from torch import Tensor
 from ragturbo.engine.result import Retrieved
 from ragturbo.errors import DatabaseMismatch
 from ragturbo.neighbor import Neighbor
+from ragturbo.retrieval.hybrid import HybridRetriever
+from ragturbo.retrieval.retriever import Hits
 
 if TYPE_CHECKING:
     from ragturbo.config import GeneratorConfig
@@ -57,9 +59,10 @@ class DatabaseGeneration:
         return self.database.retriever() if _is_auto(self._named) else self.database.retriever(self._named)
 
     @property
-    def by_text(self) -> bool:
-        """Whether the retriever takes texts (lexical) rather than keys."""
-        return getattr(self._retriever, "query_kind", "key") == "text"
+    def retriever_name(self) -> str:
+        """The retriever in use; "auto" on a GPU, where it is decided by the room on the device."""
+        asked = self.asked_retriever
+        return asked if isinstance(asked, str) else getattr(asked, "name", type(asked).__name__)
 
     @classmethod
     def open(cls, database: Database, bundle: Bundle, config: GeneratorConfig) -> DatabaseGeneration:
@@ -75,9 +78,12 @@ class DatabaseGeneration:
                 f"{database.path} holds features of {geometry.channels} channels and keys of {geometry.key_dim}; the "
                 f"model has {bundle.unet.channels} and {bundle.text.key_dim}"
             )
+        asked = config.retriever
+        if _is_auto(asked) and _is_auto(database.asked_retriever) and bundle.info.retriever is not None:
+            asked = bundle.info.retriever
         return cls(
             database,
-            config.retriever,
+            asked,
             host_bytes=config.host_cache,
             device_bytes=config.device_cache,
             device=bundle.device,
@@ -104,17 +110,41 @@ class DatabaseGeneration:
             cache = None
         return DatabaseGeneration(self.live, self._named, cache=cache, **self._memory)
 
-    def search(self, keys: Tensor, texts: Sequence[str] | None, k: int) -> tuple[Tensor, Tensor]:
-        """keys (B, K), or texts for a lexical retriever -> ids (B, k) int64, scores (B, k), best first."""
-        ids, scores = self._retriever.search(list(texts or ()) if self.by_text else keys, k)
-        return torch.as_tensor(ids).to(keys.device), torch.as_tensor(scores).to(keys.device)
+    def search(self, keys: Tensor, texts: Sequence[Sequence[str]], k: int, searched: Tensor | None = None) -> Hits:
+        """Find k neighbours of every query of every image.
 
-    def gather(self, ids: Tensor, scores: Tensor) -> Retrieved:
-        """ids, scores: (B, k); id -1 for a missing neighbour."""
+        Args:
+            keys: (B, K), or (B, P, K) for P phrases per image.
+            texts: the words of each query, for retrievers that search by them; empty if there are none.
+            searched: (B, P) bool, False for queries that only pad an image's phrases; None for all.
+
+        Returns:
+            (B, P·k), those of the first phrase first.
+        """
+        queries = keys.flatten(0, -2)
+        flat = [text for row in texts for text in row] or [""] * len(queries)
+        retriever, kind = self._retriever, getattr(self._retriever, "query_kind", "key")
+        if isinstance(retriever, HybridRetriever):
+            found = retriever.find(queries, k, texts=flat)
+        else:
+            only = flat if kind == "text" else queries
+            ids, scores = retriever.search(only, k, **({"texts": flat} if kind == "both" else {}))
+            found = Hits(ids, scores, np.full(ids.shape, np.nan, np.float32), np.zeros(ids.shape, np.float32))
+        hits = Hits(*(torch.as_tensor(part).to(keys.device).reshape(len(keys), -1) for part in found))
+        if searched is None:
+            return hits
+        padding = ~searched.to(keys.device).repeat_interleave(k, 1)
+        ids, scores, bm25 = (
+            part.masked_fill(padding, nothing) for part, nothing in zip(hits[:3], (-1, np.nan, np.nan), strict=True)
+        )
+        return Hits(ids, scores, bm25, hits.rare_share)
+
+    def gather(self, ids: Tensor, scores: Tensor, rare_share: Tensor | None = None) -> Retrieved:
+        """ids, scores, rare_share: (B, k); id -1 for a missing neighbour."""
         host_ids = ids.cpu()
         keys = self.database.keys(host_ids).to(ids.device)
         read = self.database.features if self._cache is None else self._cache.rows
-        return Retrieved(ids, scores.float(), keys, read(host_ids).to(ids.device))
+        return Retrieved(ids, scores.float(), keys, read(host_ids).to(ids.device), rare_share)
 
     def holds(self, id: int) -> bool:
         """Whether the id is stored and not removed."""
@@ -122,10 +152,10 @@ class DatabaseGeneration:
         row = int(snapshot.rows_of(np.array([id]))[0])
         return row >= 0 and bool(snapshot.alive[row])
 
-    def neighbor(self, id: int, score: float = float("nan"), lam: float = float("nan"), used: bool = True) -> Neighbor:
-        """The pair with an id of this generation. Its record is read on first access."""
+    def neighbor(self, id: int, **scores: Any) -> Neighbor:
+        """The pair with an id of this generation, and fields of Neighbor. Its record is read on first access."""
         database = self.database
-        return Neighbor.stored(id, score, lam, used, lambda thumbnail: database.records([id], thumbnails=thumbnail)[0])
+        return Neighbor.stored(id, lambda thumbnail: database.records([id], thumbnails=thumbnail)[0], **scores)
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -42,7 +42,7 @@ class Segments:
             shape = (spec.rows, spec.length, model.unet.text_kv_width)
             self.cached_kv = torch.empty(shape, dtype=model.dtype, device=model.device)
         empty = torch.empty(0)
-        self.rows_found = self.scores = self.lam = self.valid = self.cosine = empty
+        self.rows_found = self.scores = self.lam = self.lams = self.valid = self.cosine = empty
 
     def release(self) -> None:
         """Drop the tensors passed between segments, so that later recordings reuse their memory. This is safe because
@@ -128,11 +128,13 @@ class Segments:
         if spec.has_ids:
             ids = inputs["input_ids"]
             # The prompts and the texts to search by go through the encoder as one batch.
-            states = model.text(torch.cat([ids, inputs["query_ids"]]) if spec.query == "ids" else ids)
-            hidden, key = states.hidden_states[: spec.rows], states.key[-spec.rows :]
+            states = model.text(torch.cat([ids, inputs["query_ids"].flatten(0, 1)]) if spec.query == "ids" else ids)
+            hidden, key = states.hidden_states[: spec.rows], states.key[-spec.rows * spec.phrases :]
         elif spec.query == "ids":
-            key = model.text(inputs["query_ids"]).key
+            key = model.text(inputs["query_ids"].flatten(0, 1)).key
         self.key = inputs.get("query_key", key)
+        if self.key is not None:
+            self.key = self.key.view(spec.key_shape(self.key.shape[-1]))
         self.text_kv = self.cached_kv if hidden is None else model.unet.text_kv(hidden)
 
     def _search(self) -> None:
@@ -141,10 +143,16 @@ class Segments:
             return
         with self.recorder.stage("search"):
             assert self.key is not None
-            query = self.key
+            query = self.key.flatten(0, -2)
             if spec.centred:
                 query = F.normalize(query - inputs["mean"], dim=1)
-            self.rows_found, self.scores = topk(inputs["tables"][0], query, spec.k)
+            rows, scores = topk(inputs["tables"][0], query, spec.k // spec.phrases)
+            self.rows_found, self.scores = rows.view(spec.rows, -1), scores.view(spec.rows, -1)
+            if spec.phrases > 1:
+                # Queries that pad an image's phrases have no neighbours.
+                searched = inputs["searched"][:, :, None].expand(-1, -1, rows.shape[1]).flatten(1)
+                self.rows_found = torch.where(searched, self.rows_found, -1)
+                self.scores = torch.where(searched, self.scores, float("nan"))
 
     def _gather(self) -> None:
         """Features, cosines of the keys, λ and the adapter's K and V: all that does not depend on h_tgt."""
@@ -153,16 +161,19 @@ class Segments:
             assert spec.stored is not None
             stored, stride, tokens, channels = spec.stored
             if spec.retrieval == "given":
-                ids, self.scores, keys, h_retr = (inputs[name] for name in ("ids", "scores", "keys", "h_retr"))
+                ids, self.scores, keys, h_retr, share = (
+                    inputs[name] for name in ("ids", "scores", "keys", "h_retr", "rare_share")
+                )
             else:
                 if spec.retrieval == "resident":
-                    ids = slots = self.rows_found
+                    ids, share = self.rows_found, None
+                    slots = ids
                     tables, width = inputs["tables"], model.bundle.text.key_dim
                     keys = gather_rows(Rows(tables[1], 2 * width, 1, width), ids)[:, :, 0]
                 else:
                     found = self.buffers.from_host.device
                     ids, slots, tables = found["ids"], found["slots"], found["tables"]
-                    self.scores, keys = found["scores"], found["keys"]
+                    self.scores, keys, share = found["scores"], found["keys"], found["rare_share"]
                 h_retr = gather_rows(Rows(tables[2], stride, tokens, channels, stored), slots)
                 if spec.hot:
                     hot = self.buffers.from_host.device["hot"]
@@ -170,15 +181,19 @@ class Segments:
                     h_retr = torch.where((hot >= 0)[..., None, None], on_device, h_retr)
             h_retr = h_retr.to(model.dtype)
             self.cosine = torch.ones_like(self.scores) if self.key is None else cosine(self.key, keys)
-            self.lam, self.valid = blend_weights(
-                self.cosine, ids, self.scores, min_score=inputs["min_score"], lam=inputs["lam"]
+            weights = self.cosine if share is None else torch.maximum(self.cosine, share)
+            self.lams, self.valid = blend_weights(
+                weights, ids, self.scores, min_score=inputs["min_score"], lam=inputs["lam"]
             )
             self.features = h_retr
             if spec.mode == "adapter":
                 if model.adapter is None:
                     # Weights without an adapter were loaded after the request was accepted.
                     raise InvalidRequest('mode "adapter" needs an adapter, and the model no longer has one')
-                self.features = model.adapter.retrieved_kv(h_retr)
+                # Here, so that it runs beside the UNet's encoder.
+                self.features, self.lam = model.adapter.retrieved_kv(h_retr).weighted(self.lams)
+            else:
+                self.lam = self.lams.amax(-1)
 
     def _inject(self, h: Tensor) -> Tensor:
         spec = self.spec
@@ -189,10 +204,9 @@ class Segments:
             spec.mode,
             h,
             features,
-            lam=self.lam,
+            lam=self.lam if spec.mode == "adapter" else self.lams,
             w=self.buffers.inputs.device["w"],
             valid=self.valid,
-            weights=self.cosine,
             adapter=self.model.adapter,
             grid=spec.grid if spec.mode != "adapter" else None,
             per=spec.per,
@@ -219,6 +233,7 @@ class Segments:
             out["valid"].copy_(self.valid)
             out["scores"].copy_(self.scores)
             out["cosine"].copy_(self.cosine)
+            out["lams"].copy_(self.lams)
         if spec.searches:
             out["rows"].copy_(self.rows_found)
         with self.recorder.stage("copy"):

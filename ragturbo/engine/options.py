@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ragturbo.config import MAX_NEIGHBORS, MAX_SEED, MODES, OUTPUT_TYPES, one_of
+from ragturbo.config import MAX_NEIGHBORS, MAX_PHRASES, MAX_SEED, MODES, OUTPUT_TYPES, Compose, one_of
 from ragturbo.errors import InvalidRequest
+from ragturbo.retrieval.phrases import phrases
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
 UINT8_TYPES = ("pil", "uint8", "png", "jpeg", "webp")
@@ -78,7 +79,7 @@ def check_retrieval_options(mode: str, asked_mode: Any, given: dict[str, Any], *
 
     Args:
         asked_mode: the caller's `mode`, None if it was chosen for them.
-        given: w, lam, num_neighbors, min_score, neighbors, query and per as the caller gave them.
+        given: w, lam, num_neighbors, min_score, neighbors, query, per and compose as the caller gave them.
         has_key: there is a prompt or query whose key gives λ.
     """
     names = [name for name, value in given.items() if value is not None]
@@ -97,6 +98,8 @@ def check_retrieval_options(mode: str, asked_mode: Any, given: dict[str, Any], *
         raise InvalidRequest("prompt_embeds carry no key to weigh the neighbours by: give query= or lam=")
     if mode == "adapter" and {"query", "neighbors", "lam"} <= set(names):
         raise InvalidRequest("query has no effect if both neighbors and lam are given")
+    if "compose" in names and (others := {"query", "neighbors"} & set(names)):
+        raise InvalidRequest(f"compose searches by the prompt's phrases: it has no effect with {min(others)}")
 
 
 def check_neighbors(neighbors: Any, prompts: int) -> list[list[Any]] | None:
@@ -114,8 +117,42 @@ def check_neighbors(neighbors: Any, prompts: int) -> list[list[Any]] | None:
     return lists
 
 
-def choose_num_neighbors(mode: str, num_neighbors: Any, neighbors: list[list[Any]] | None, trained_with: int) -> int:
-    """Return k: the caller's, or the number the adapter was trained with."""
+def choose_compose(compose: Any, default: Compose) -> Callable[[str], list[str]] | None:
+    """Return the function that cuts a prompt into phrases, or None."""
+    chosen = default if compose is None else compose
+    if isinstance(chosen, bool):
+        return phrases if chosen else None
+    if not callable(chosen):
+        raise InvalidRequest(f"compose={chosen!r} must be True, False or a function from a prompt to its phrases")
+    return chosen
+
+
+def cut_into_phrases(
+    prompts: list[str], cut: Callable[[str], list[str]]
+) -> tuple[list[tuple[str, ...]], dict[int, int]]:
+    """Return each prompt's phrases, padded with "" to one power of two. A prompt without phrases is one.
+
+    Also returns how many phrases were joined into the last one, by the place of the prompt.
+    """
+    rows: list[list[str]] = []
+    joined: dict[int, int] = {}
+    for i, prompt in enumerate(prompts):
+        found = cut(prompt)
+        if not isinstance(found, (list, tuple)) or any(not isinstance(p, str) or not p.strip() for p in found):
+            raise InvalidRequest(f"compose must return a list of phrases, not {str(found)[:80]!r}")
+        if len(found) > MAX_PHRASES:
+            joined[i] = len(found) - MAX_PHRASES + 1
+            found = [*found[: MAX_PHRASES - 1], ", ".join(found[MAX_PHRASES - 1 :])]
+        rows.append(list(found) if len(found) > 1 else [prompt])
+    # A power of two, so that requests batch up.
+    width = 1 << (max(map(len, rows)) - 1).bit_length()
+    return [tuple(row + [""] * (width - len(row))) for row in rows], joined
+
+
+def choose_num_neighbors(
+    mode: str, num_neighbors: Any, neighbors: list[list[Any]] | None, trained_with: int, *, composed: bool = False
+) -> int:
+    """Return k: the caller's, or the number the adapter was trained with; of each phrase if the prompt is composed."""
     if mode == "none":
         return 0
     if neighbors is not None:
@@ -128,6 +165,11 @@ def choose_num_neighbors(mode: str, num_neighbors: Any, neighbors: list[list[Any
         k = trained_with if mode == "adapter" else 1
     if k > MAX_NEIGHBORS:
         raise InvalidRequest(f"{k} neighbours are more than the {MAX_NEIGHBORS} the adapter attends to")
+    if composed and k * MAX_PHRASES > MAX_NEIGHBORS:
+        raise InvalidRequest(
+            f"{k} neighbours for each of {MAX_PHRASES} phrases are more than the {MAX_NEIGHBORS} the adapter attends "
+            "to; use fewer, or compose=False"
+        )
     return k
 
 

@@ -16,6 +16,7 @@ from ragturbo.engine.request import Request
 from ragturbo.engine.result import RETRIEVED_FIELDS, Result
 from ragturbo.engine.tables import Tables
 from ragturbo.engine.timings import host_stage
+from ragturbo.retrieval.retriever import Hits
 
 
 class Recording:
@@ -55,17 +56,17 @@ class Recording:
     def run(self, request: Request, tables: Tables | None) -> Result:
         stages: dict[str, float] = {}
         host = {"fill": 0.0, "launch": 0.0}
-        ids = None
+        hits = None
         try:
             if self.spec.split:
                 assert tables is not None
-                ids = self._run_split(request, tables, stages, host)
+                hits = self._run_split(request, tables, stages, host)
             else:
                 self._run_whole(request, tables, host)
             launched = time.perf_counter()
             # Work that needs no value from the device is done while the device is busy.
             copy, out = self.segments.buffers.out.copy_of_host()
-            result = self._result(out, request, ids)
+            result = self._result(out, request, hits)
         finally:
             # Also after an error: launched work still reads the features and the buffers.
             self._wait()
@@ -74,7 +75,7 @@ class Recording:
                 self._lease = None
         done = time.perf_counter()
         copy()
-        if ids is None and "rows" in out:
+        if hits is None and "rows" in out:
             assert tables is not None
             result.ids = _ids_of(out["rows"], tables)
         for program in self._programs.values():
@@ -95,7 +96,7 @@ class Recording:
             self._fill(request, tables)
         self._replay("image", host)
 
-    def _run_split(self, request: Request, tables: Tables, stages: dict[str, float], host: dict[str, float]) -> Tensor:
+    def _run_split(self, request: Request, tables: Tables, stages: dict[str, float], host: dict[str, float]) -> Hits:
         """Launch the UNet's encoder before waiting for the key or the ids; it runs while the host searches."""
         segments = self.segments
         with _timed(host, "fill"):
@@ -108,24 +109,28 @@ class Recording:
         answer, device = segments.buffers.to_host.host, segments.model.device
         with host_stage("search", stages, device):
             if self.spec.searches:
-                ids, scores = _ids_of(answer["rows"], tables), answer["scores"]
+                nothing = torch.zeros_like(answer["scores"])
+                hits = Hits(
+                    _ids_of(answer["rows"], tables), answer["scores"], torch.full_like(nothing, float("nan")), nothing
+                )
             else:
-                ids, scores = tables.database.search(answer["key"], request.texts or None, self.spec.k)
+                hits = tables.database.search(answer["key"], request.texts, request.k, request.searched)
         with host_stage("gather", stages, device):
-            found = segments.buffers.from_host.host
+            found, ids = segments.buffers.from_host.host, hits.ids
             # The features stay in place until the batch has finished.
             with self.recorder.retrieval_stream():
                 self._lease = tables.rows.lease(ids.reshape(-1))
             found["ids"].copy_(ids)
             found["slots"].copy_(torch.from_numpy(self._lease.host_slots).view(ids.shape))
             found["hot"].copy_(torch.from_numpy(self._lease.device_slots).view(ids.shape))
-            found["scores"].copy_(scores)
+            found["scores"].copy_(hits.scores)
+            found["rare_share"].copy_(hits.rare_share)
             found["keys"].copy_(tables.database.database.keys(ids))
             found["tables"].copy_(tables.descriptors())
         self._replay("rows", host)
         self.recorder.main_after_retrieval()
         self._replay("decoder", host)
-        return ids.clone()
+        return Hits(*(part.clone() for part in hits))
 
     def _fill_text(self, request: Request) -> None:
         for name, place in self.segments.buffers.text_inputs.host.items():
@@ -137,7 +142,7 @@ class Recording:
 
     def _fill(self, request: Request, tables: Tables | None) -> None:
         host = self.segments.buffers.inputs.host
-        for name in ("latents", "lam", "w", "min_score"):
+        for name in ("latents", "lam", "w", "min_score", "searched"):
             if name in host:
                 host[name].copy_(getattr(request, name))
         if "tables" in host:
@@ -159,22 +164,18 @@ class Recording:
             self.recorder.main_after_retrieval()
         self.recorder.wait_for_main()
 
-    def _result(self, out: dict[str, Tensor], request: Request, ids: Tensor | None) -> Result:
-        n = self.spec.rows
-        empty = torch.empty((n, 0))
-        if ids is None:
-            ids = empty.long() if request.retrieved is None or request.mode == "none" else request.retrieved.ids.clone()
-        return Result(
-            ok=out["ok"],
-            lam=out["lam"] if "lam" in out else torch.zeros(n),
-            ids=ids,
-            scores=out.get("scores", empty),
-            cosine=out.get("cosine", empty),
-            valid=out["valid"] if "valid" in out else empty.bool(),
-            uint8=out.get("uint8"),
-            image=out.get("image"),
-            latents=out.get("latents"),
-        )
+    def _result(self, out: dict[str, Tensor], request: Request, hits: Hits | None) -> Result:
+        images: dict[str, Any] = {name: out.get(name) for name in ("uint8", "image", "latents")}
+        if request.mode == "none":
+            return Result.without_neighbours(out["ok"], **images)
+        if hits is not None:
+            ids, bm25 = hits.ids, hits.bm25
+        else:
+            # Found by the device: `run` fills them in.
+            ids = out["rows"] if request.retrieved is None else request.retrieved.ids.clone()
+            bm25 = torch.full(ids.shape, float("nan"))
+        found: dict[str, Any] = {name: out[name] for name in ("lam", "scores", "cosine", "valid", "lams")}
+        return Result(ok=out["ok"], ids=ids, bm25=bm25, **found, **images)
 
 
 @contextmanager

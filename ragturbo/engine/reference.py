@@ -90,7 +90,9 @@ class ReferenceEngine:
         if request.query_key is not None:
             key = request.query_key.to(self.device)
         elif request.query_ids is not None:
-            key = self._states(request.query_ids).key
+            key = self._states(request.query_ids.flatten(0, 1)).key
+            if request.queries > 1:
+                key = key.unflatten(0, (len(request), -1))
         if request.guided:
             if request.negative_text is not None:
                 negative = request.negative_text.to(self.device, self.bundle.dtype)
@@ -105,38 +107,38 @@ class ReferenceEngine:
     ) -> tuple[Result, Callable[[Tensor], Tensor]]:
         """A result that holds the neighbours, and the function that blends them into h."""
         if request.mode == "none":
-            nothing = torch.empty((len(request), 0))
-            ok = torch.empty(0, dtype=torch.bool)
-            return Result(ok, torch.zeros(len(request)), nothing.long(), nothing, nothing, nothing.bool()), lambda h: h
+            return Result.without_neighbours(torch.ones(len(request), dtype=torch.bool)), lambda h: h
         if (found := request.retrieved) is None:
             if key is None or request.database is None:
                 raise InvalidRequest("no search key: give a prompt, query= or neighbors=")
             with clock.stage("search"):
-                ids, scores = request.database.search(key, request.texts or None, request.k)
+                hits = request.database.search(key, request.texts, request.k, request.searched)
             with clock.stage("gather"):
-                found = request.database.gather(ids, scores)
+                found = request.database.gather(hits.ids, hits.scores, hits.rare_share)
+            bm25 = hits.bm25
+        else:
+            bm25 = torch.full_like(found.scores, float("nan"))
         found = found.map(lambda value: value.to(self.device))
+        assert found.rare_share is not None
         # Embeddings without a query have no key: neighbours have equal weights, and the caller gives λ.
-        weights = torch.ones_like(found.scores) if key is None else cosine(key, found.keys)
+        similarity = torch.ones_like(found.scores) if key is None else cosine(key, found.keys)
         limit, given = request.min_score.to(self.device), request.lam.to(self.device)
-        lam, valid = blend_weights(weights, found.ids, found.scores, min_score=limit, lam=given)
-        ok = torch.empty(0, dtype=torch.bool)
-        result = Result(ok, lam, found.ids, found.scores, weights, valid)
-        return result, partial(self._inject, request, found, lam, weights, valid)
+        weights = torch.maximum(similarity, found.rare_share)
+        lams, valid = blend_weights(weights, found.ids, found.scores, min_score=limit, lam=given)
+        ok = torch.ones(len(request), dtype=torch.bool)
+        result = Result(ok, lams.amax(-1), found.ids, found.scores, similarity, valid, bm25, lams)
+        return result, partial(self._inject, request, found, lams, valid)
 
-    def _inject(
-        self, request: Request, found: Retrieved, lam: Tensor, weights: Tensor, valid: Tensor, h: Tensor
-    ) -> Tensor:
+    def _inject(self, request: Request, found: Retrieved, lams: Tensor, valid: Tensor, h: Tensor) -> Tensor:
         """Blend the neighbours into h. Under guidance the rows of the negative prompt stay unchanged."""
         negative = len(request) if request.guided else 0
         out = inject(
             request.mode,
             h[negative:],
             found.h_retr.to(h.dtype),
-            lam=lam,
+            lam=lams,
             w=request.w.to(self.device),
             valid=valid,
-            weights=weights,
             adapter=self.bundle.adapter,
             per=request.per,
         )
@@ -188,7 +190,7 @@ class ReferenceEngine:
 
 
 def _fill(result: Result, want: str, latents: Tensor, image: Tensor | None) -> None:
-    for name in ("lam", "ids", "scores", "cosine", "valid"):
+    for name in ("lam", "ids", "scores", "cosine", "valid", "bm25", "lams"):
         setattr(result, name, getattr(result, name).cpu())
     ok = torch.isfinite(latents).flatten(1).all(1)
     if image is None:

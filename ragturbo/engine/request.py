@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ragturbo.config import Compose
 from ragturbo.engine import options
 from ragturbo.engine.neighbors import EncodePairs, resolve_neighbors
 from ragturbo.engine.notes import TextNote
@@ -38,7 +39,7 @@ class Request:
     latents: Tensor
     """(B, c, h, w) fp32, unit Gaussian noise."""
     lam: Tensor
-    """(B,) fp32; NaN: use the cosine."""
+    """(B,) fp32, for all neighbours; NaN: each has its own."""
     w: Tensor
     """(B,) fp32, Eq. 3."""
     min_score: Tensor
@@ -50,21 +51,24 @@ class Request:
     text_kv: Tensor | None = None
     """(B, L, ΣC) keys and values of the folded UNet's cross-attentions, from the prompt cache."""
     query_ids: Tensor | None = None
-    """(B, L) int64: a text other than the prompt to search by."""
+    """(B, P, L) int64: texts other than the prompt to search by, a query or P phrases of the prompt."""
+    searched: Tensor | None = None
+    """(B, P) bool: False for texts that pad the phrases to P; None if all are searched."""
     query_key: Tensor | None = None
     """(B, K) fp32: a key to search by."""
     negative_ids: Tensor | None = None
     negative_text: Tensor | None = None
     retrieved: Retrieved | None = None
     """Neighbours chosen by the caller; None: the engine searches `database`."""
-    texts: tuple[str, ...] = ()
-    """Queries for a lexical retriever."""
+    texts: tuple[tuple[str, ...], ...] = ()
+    """Per image, the words of its queries, for retrievers that search by words; "" in a padding one."""
     seeds: tuple[int | None, ...] = ()
     """For schedulers that draw noise at each step; None if the caller gave latents or a generator."""
 
     # Shared by all rows
     mode: str = "none"
     k: int = 0
+    """Neighbours of each query."""
     database: DatabaseGeneration | None = None
     num_inference_steps: int = 1
     guidance_scale: float = 0.0
@@ -101,6 +105,7 @@ class Request:
         *,
         encode_pairs: EncodePairs,
         started: float,
+        compose_by_default: Compose = False,
         seed: int | Sequence[int] | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: Tensor | None = None,
@@ -113,6 +118,7 @@ class Request:
         per: str | None = None,
         query: str | Sequence[str] | Tensor | None = None,
         neighbors: Sequence[Any] | None = None,
+        compose: bool | Callable[[str], list[str]] | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
@@ -129,6 +135,7 @@ class Request:
         Args:
             encode_pairs: runs the engine's `encode_pairs` on the device's thread.
             started: time.perf_counter() when the call began.
+            compose_by_default: `compose` where the call does not say and it has an effect.
 
         Raises:
             InvalidRequest: with the option, its value and the reason.
@@ -145,12 +152,16 @@ class Request:
             has_key=has_key or neighbors is not None,
         )
         chosen = options.check_neighbors(neighbors, n)
-        k = options.choose_num_neighbors(resolved, num_neighbors, chosen, bundle.info.num_neighbors)
         given = {
             "w": w, "lam": lam, "num_neighbors": num_neighbors, "min_score": min_score, "neighbors": neighbors,
-            "query": query, "per": per,
+            "query": query, "per": per, "compose": compose or None,
         }  # fmt: skip
         options.check_retrieval_options(resolved, mode, given, has_key=has_key)
+        can_compose = resolved != "none" and prompts is not None and query is None and neighbors is None
+        cut = options.choose_compose(compose, compose_by_default) if can_compose else None
+        k = options.choose_num_neighbors(
+            resolved, num_neighbors, chosen, bundle.info.num_neighbors, composed=cut is not None
+        )
         most = DISTILLED_MAX_STEPS if distilled else int(bundle.scheduler.config.num_train_timesteps)
         options.check_steps(num_inference_steps, guidance_scale, most=most, distilled=distilled)
         negative = options.check_negative(negative_prompt, negative_prompt_embeds, n, guided=guidance_scale > 1)
@@ -182,7 +193,19 @@ class Request:
 
         with host_stage("tokenize", timings, bundle.device):
             ids = tokens(prompts, "prompt")
-            query_ids = tokens(query_texts, "query")
+            query_ids, searched = tokens(query_texts, "query"), None
+            texts: list[tuple[str, ...]] = [(text,) for text in query_texts or prompts or []]
+            if query_ids is not None:
+                query_ids = query_ids[:, None]
+            elif cut is not None and prompts is not None:
+                phrases, joined = options.cut_into_phrases(prompts, cut)
+                notes += [TextNote("prompt", prompts[i], 0, (), None, joined=n) for i, n in joined.items()]
+                if len(phrases[0]) > 1:
+                    # Part of the prompts, whose notes are those of their phrases.
+                    encoded = bundle.text.tokenize([text for row in phrases for text in row]).input_ids
+                    query_ids = _repeat(encoded.view(len(prompts), -1, encoded.shape[-1]), repeats)
+                    searched = _repeat(torch.tensor([[bool(text) for text in row] for row in phrases]), repeats)
+                    texts = phrases
             negative_ids = tokens(negative, "negative prompt", retrieves=False)
         retrieved = named = None
         if chosen is not None:
@@ -190,7 +213,6 @@ class Request:
                 chosen, database, encode_pairs, image_size=bundle.default_size, repeats=repeats, dtype=bundle.dtype
             )
         timings["check"] = time.perf_counter() - started - timings["tokenize"]
-        texts = query_texts or prompts or []
         return cls(
             latents=noise,
             lam=lam_rows,
@@ -199,6 +221,7 @@ class Request:
             input_ids=ids,
             text=_embeds(prompt_embeds, count, repeats),
             query_ids=query_ids,
+            searched=searched,
             query_key=None if query_key is None else _repeat(query_key, repeats),
             negative_ids=negative_ids,
             negative_text=_embeds(negative_prompt_embeds, count, repeats),
@@ -223,6 +246,11 @@ class Request:
 
     def __len__(self) -> int:
         return self.latents.shape[0]
+
+    @property
+    def queries(self) -> int:
+        """Searches of each image."""
+        return 1 if self.query_ids is None else self.query_ids.shape[1]
 
     @property
     def want(self) -> str:
@@ -323,7 +351,9 @@ class Request:
         return DeadlineExceeded(f"no image after timeout={self.timeout} s")
 
 
-_OPTIONAL_ROWS = ("input_ids", "text", "text_kv", "query_ids", "query_key", "negative_ids", "negative_text")
+_OPTIONAL_ROWS = (
+    "input_ids", "text", "text_kv", "query_ids", "searched", "query_key", "negative_ids", "negative_text"
+)  # fmt: skip
 _TENSOR_ROWS = ("latents", "lam", "w", "min_score", *_OPTIONAL_ROWS)
 _ROWS = (*_TENSOR_ROWS, "seeds", "texts")
 

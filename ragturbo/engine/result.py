@@ -11,16 +11,21 @@ from torch import Tensor
 
 @dataclass
 class Retrieved:
-    """Neighbours of B queries: ids (B, k) int64, scores (B, k) fp32, keys (B, k, K) fp32, h_retr (B, k, S, C).
+    """Neighbours of B images: ids (B, k) int64, scores (B, k) fp32, keys (B, k, K) fp32, h_retr (B, k, S, C).
 
     A missing neighbour has id -1, score NaN and rows of zeros. `scores` are the retriever's own. λ is computed from
-    `keys`, the stored keys, so it is the same for every retriever.
+    `keys`, the stored keys, and `rare_share` (B, k), see `Hits`; None for zeros.
     """
 
     ids: Tensor
     scores: Tensor
     keys: Tensor
     h_retr: Tensor
+    rare_share: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.rare_share is None:
+            self.rare_share = torch.zeros(self.ids.shape, device=self.ids.device)
 
     def map(self, function: Any) -> Retrieved:
         return Retrieved(*(function(getattr(self, name)) for name in RETRIEVED_FIELDS))
@@ -36,12 +41,16 @@ class Result:
     ok: Tensor
     """(B,) bool: every value of the row is finite."""
     lam: Tensor
-    """(B,) λ."""
+    """(B,) λ of Eq. 5: the largest of `lams`."""
     ids: Tensor
-    """(B, k), as are scores, cosine and valid."""
+    """(B, k), as all up to `lams`."""
     scores: Tensor
     cosine: Tensor
     valid: Tensor
+    bm25: Tensor
+    """NaN unless the retriever is hybrid."""
+    lams: Tensor
+    """λ of each neighbour."""
     uint8: Tensor | None = None
     """(B, H, W, 3)"""
     image: Tensor | None = None
@@ -59,6 +68,11 @@ class Result:
             return self
         cut = {name: value[start:stop].clone() for name, value in self._tensors().items()}
         return Result(**cut, timings=dict(self.timings), bucket=self.bucket, ended=self.ended)
+
+    @classmethod
+    def without_neighbours(cls, ok: Tensor, **images: Any) -> Result:
+        none = torch.empty((len(ok), 0))
+        return cls(ok, torch.zeros(len(ok)), none.long(), none, none, none.bool(), none, none, **images)
 
     @staticmethod
     def join(results: list[Result]) -> Result:

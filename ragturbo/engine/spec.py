@@ -26,6 +26,7 @@ class Spec:
     """Source of the search key: "prompt", "ids" (another text), "key" (given) or "none"."""
     mode: str
     k: int
+    """Neighbours of an image, those of all its phrases."""
     per: str
     steps: int
     want: str
@@ -36,6 +37,8 @@ class Spec:
     """Features: type, stride, tokens, channels."""
     grid: tuple[int, int] | None = None
     centred: bool = False
+    phrases: int = 1
+    """Queries of an image, each of which finds k / phrases neighbours."""
     hot: bool = False
     """Some features may be in the device cache."""
 
@@ -54,6 +57,7 @@ class Spec:
             has_ids=given is None,
             cached=request.text_kv is not None,
             query=query if request.mode != "none" else "none",
+            phrases=request.queries,
             mode=request.mode,
             per=request.per,
             steps=request.num_inference_steps,
@@ -69,6 +73,10 @@ class Spec:
     @property
     def searches(self) -> bool:
         return self.retrieval in ("resident", "fetched")
+
+    def key_shape(self, width: int) -> tuple[int, ...]:
+        """Of the keys to search by."""
+        return (self.rows, width) if self.phrases == 1 else (self.rows, self.phrases, width)
 
     @property
     def label(self) -> str:
@@ -86,7 +94,7 @@ def _retrieval_of(request: Request, tables: Tables | None) -> dict[str, Any]:
     geometry = tables.database.database.geometry
     form = "host" if tables.keys is None else "resident" if tables.rows.resident else "fetched"
     return {
-        "k": request.k,
+        "k": request.k * request.queries,
         "retrieval": form,
         "stored": (geometry.dtype, tables.rows.stride, geometry.tokens, geometry.channels),
         "grid": tables.database.grid,

@@ -34,6 +34,15 @@ class RetrievedKV:
     k: Tensor
     v: Tensor
 
+    def weighted(self, lam: Tensor) -> tuple[RetrievedKV, Tensor]:
+        """λ of each neighbour (B, k) as V scaled by λ_i / max λ, and max λ (B,) for Eq. 5. Equal λs keep V's bits."""
+        if lam.shape[1] == 1:
+            return self, lam[:, 0]
+        most = lam.amax(-1)
+        share = torch.where(lam == most[:, None], 1.0, lam / most[:, None])
+        # Copied as well, because the kernels take K and V of equal strides.
+        return RetrievedKV(self.k.contiguous(), self.v * share.to(self.v.dtype)[..., None, None]), most
+
 
 class HSpaceAdapter(nn.Module):
     """h_tgt + λ·g(h_tgt, h_retr) on tokens; the identity until it is trained."""
@@ -68,13 +77,15 @@ class HSpaceAdapter(nn.Module):
         Args:
             h_tgt: (B, T, C).
             h_retr: (B, k, S, C), or its keys and values.
-            lam: (B,).
+            lam: (B,), or of each neighbour, (B, k).
             valid: (B, k) bool, None for all. A sample without a valid neighbour keeps h_tgt bit for bit.
             impl: "triton" and "reference" are the fused ops and their fp32 reference; other names select the attention
                 in torch's own layers, which can be trained.
         """
         self._check(h_tgt, h_retr, lam, valid)
         kv = h_retr if isinstance(h_retr, RetrievedKV) else self.retrieved_kv(h_retr, impl)
+        if lam.ndim == 2:
+            kv, lam = kv.weighted(lam if valid is None else torch.where(valid, lam, 0.0))
         if valid is not None:
             lam = torch.where(valid.any(-1), lam, torch.zeros_like(lam))
         fused = self._fused(h_tgt, impl)
@@ -135,8 +146,9 @@ class HSpaceAdapter(nn.Module):
         if h_tgt.shape[-1] != self.channels or rows.shape[-1] != self.channels:
             widths = f"{h_tgt.shape[-1]} (target) and {rows.shape[-1]} (retrieved)"
             raise ModelError(f"an adapter of width {self.channels} got features of width {widths}")
-        if lam.shape != h_tgt.shape[:1]:
-            raise InvalidRequest(f"lam must have shape ({h_tgt.shape[0]},), got {tuple(lam.shape)}")
+        if lam.shape not in (h_tgt.shape[:1], rows.shape[:2]):
+            shapes = f"({h_tgt.shape[0]},) or {tuple(rows.shape[:2])}"
+            raise InvalidRequest(f"lam must have shape {shapes}, got {tuple(lam.shape)}")
         if valid is not None and valid.shape != rows.shape[:2]:
             raise InvalidRequest(f"valid must have shape {tuple(rows.shape[:2])}, got {tuple(valid.shape)}")
 

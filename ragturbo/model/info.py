@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from ragturbo.config import RETRIEVERS
 from ragturbo.errors import ModelError
 from ragturbo.version import __version__
 
@@ -26,6 +27,10 @@ class BundleInfo:
     adapter_kind: str | None = None
     num_neighbors: int = 1
     """How many neighbours the adapter was trained with; the default of a request."""
+    retriever: str | None = None
+    """The retriever the adapter was trained with: what "auto" means for its database, unless that names another."""
+    compose: bool | None = None
+    """Whether the adapter was trained with the neighbours of the prompt's phrases; the default of a request."""
     base_model: str | None = None
     base_revision: str | None = None
     provenance: dict[str, Any] | None = None
@@ -44,6 +49,10 @@ class BundleInfo:
             raise ModelError(f"{FILE}: adapter_kind is {self.adapter_kind!r}, not one of {', '.join(ADAPTER_KINDS)}")
         if not isinstance(self.num_neighbors, int) or not 1 <= self.num_neighbors <= 64:
             raise ModelError(f"{FILE}: num_neighbors is {self.num_neighbors!r}, not a number from 1 to 64")
+        if self.retriever not in (None, *RETRIEVERS):
+            raise ModelError(f"{FILE}: retriever is {self.retriever!r}, not one of {', '.join(RETRIEVERS)}")
+        if self.compose not in (None, True, False):
+            raise ModelError(f"{FILE}: compose is {self.compose!r}, not true or false")
         if self.provenance is not None and not isinstance(self.provenance, dict):
             raise ModelError(f"{FILE}: provenance is {self.provenance!r}, not an object")
 

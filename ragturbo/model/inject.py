@@ -14,36 +14,44 @@ MODES = ("none", "slerp", "lerp", "adapter")
 
 
 def cosine(key: Tensor, stored_keys: Tensor) -> Tensor:
-    """λ of each neighbour: key (B, K), stored_keys (B, k, K), unit vectors -> (B, k) fp32, clamped to [0, 1]."""
-    return torch.einsum("bd,bkd->bk", key.float(), stored_keys.float()).clamp(0, 1)
+    """Cosines of unit vectors, clamped to [0, 1], fp32.
+
+    key: (B, K), or (B, P, K) if each of a prompt's P phrases found its own neighbours; stored_keys: (B, n, K), the
+    neighbours of the first phrase first -> (B, n).
+    """
+    if key.ndim == 2:
+        return torch.einsum("bd,bkd->bk", key.float(), stored_keys.float()).clamp(0, 1)
+    each = stored_keys.float().unflatten(1, (key.shape[1], -1))
+    return torch.einsum("bpd,bpkd->bpk", key.float(), each).flatten(1).clamp(0, 1)
 
 
 def blend_weights(
-    cosine: Tensor, ids: Tensor, scores: Tensor, *, min_score: Tensor | None = None, lam: Tensor | None = None
+    weights: Tensor, ids: Tensor, scores: Tensor, *, min_score: Tensor | None = None, lam: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Compute λ (B,) fp32 and valid (B, k) bool, without synchronizing with the device.
+    """Compute λ of each neighbour (B, k) fp32 and valid (B, k) bool, without synchronizing with the device.
 
-    λ is the mean of the valid neighbours' cosines clamped to [0, 1], and 0 if none is valid.
+    λ is the neighbour's weight clamped to [0, 1], and 0 if it is not valid.
 
     Args:
-        cosine, ids, scores: (B, k); id -1 for a missing neighbour, scores as the retriever gives them.
+        weights: (B, k), the cosine of the keys, or more for a caption that names a rare word of the prompt.
+        ids, scores: (B, k); id -1 for a missing neighbour, scores as the retriever gives them.
         min_score: (B,), the lowest score of a valid neighbour.
-        lam: (B,), replaces the computed λ unless it is NaN.
+        lam: (B,), replaces every λ of its row unless it is NaN.
     """
     valid = ids >= 0
     if min_score is not None:
         limit = min_score.reshape(-1, 1)
         # A score of NaN is valid only if there is no limit.
         valid = valid & ((scores >= limit) | (limit == -torch.inf))
-    count = valid.sum(-1)
-    mean = _clamped(cosine, valid).sum(-1) / count.clamp(min=1)
+    each = _clamped(weights, valid)
     if lam is not None:
-        mean = torch.where(torch.isnan(lam), mean, lam.float())
-    return torch.where(count > 0, mean, 0.0), valid
+        given = lam.float()[:, None]
+        each = torch.where(valid & ~torch.isnan(given), given, each)
+    return each, valid
 
 
 def mean_of_neighbours(h_retr: Tensor, valid: Tensor, weights: Tensor | None = None) -> Tensor:
-    """The mean of the valid neighbours, weighted by their cosines clamped to [0, 1], or equally if those are all 0.
+    """The mean of the valid neighbours, weighted by their λ clamped to [0, 1], or equally if those are all 0.
 
     h_retr: (B, k, S, C), arbitrary in invalid rows; valid, weights: (B, k) -> (B, S, C) in h_retr's dtype.
     """
@@ -86,7 +94,6 @@ def inject(
     lam: Tensor | None = None,
     w: Tensor | float = 0.8,
     valid: Tensor | None = None,
-    weights: Tensor | None = None,
     adapter: HSpaceAdapter | None = None,
     grid: tuple[int, int] | None = None,
     per: str = "sample",
@@ -98,10 +105,9 @@ def inject(
         mode: one of MODES.
         h: (B, C, h, w), which is viewed as tokens.
         h_retr: (B, k, S, C), or for the adapter its RetrievedKV.
-        lam: (B,), λ of Eq. 5.
+        lam: λ of Eq. 5, (B,) or of each neighbour, (B, k). Slerp and lerp weigh the neighbours by it, None for equally.
         w: (B,) or float, the weight of h in Eq. 3 and in lerp.
         valid: (B, k) bool, None for all.
-        weights: (B, k), the cosines by which slerp and lerp average the neighbours.
         grid: (h, w) of the retrieved features, if known.
         per: "sample" or "token", the angles of slerp.
     """
@@ -124,14 +130,15 @@ def inject(
         check_equal_grids(own, grid)
     if valid is None:
         valid = torch.ones(h_retr.shape[:2], dtype=torch.bool, device=h.device)
+    weights = lam if lam is None or lam.ndim == 2 else lam[:, None].expand(valid.shape)
     mean = mean_of_neighbours(h_retr, valid, weights).to(tokens.dtype)
     out = slerp(tokens, mean, w, per=per, impl=impl) if mode == "slerp" else _lerp(tokens, mean, w)
     return from_tokens(torch.where(valid.any(-1)[:, None, None], out, tokens), own)
 
 
-def _clamped(cosine: Tensor, valid: Tensor) -> Tensor:
+def _clamped(weights: Tensor, valid: Tensor) -> Tensor:
     # The cosine of a zero key is NaN.
-    return torch.where(valid, cosine.float().nan_to_num(0.0).clamp(0, 1), 0.0)
+    return torch.where(valid, weights.float().nan_to_num(0.0).clamp(0, 1), 0.0)
 
 
 def _lerp(h_tgt: Tensor, h_retr: Tensor, w: Tensor | float) -> Tensor:

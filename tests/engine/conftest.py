@@ -151,7 +151,7 @@ def make_request(bundle: Bundle) -> Callable[..., Request]:
             "w": torch.full((n,), 0.8),
             "min_score": torch.full((n,), -float("inf")),
             "input_ids": bundle.text.tokenize(list(prompts)).input_ids,
-            "texts": tuple(prompts),
+            "texts": tuple((prompt,) for prompt in prompts),
             "seeds": tuple(range(seed, seed + n)),
             "output_type": "latent",
         }

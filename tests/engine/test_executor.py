@@ -45,11 +45,9 @@ class Doubler:
         assert self.gate.wait(30)
         self.sizes.append(len(batch))
         self.fail(batch)
-        rows = len(batch)
-        nothing = torch.zeros(rows, 0)
         out = batch.latents * 2
         ok = torch.isfinite(out).flatten(1).all(1)
-        return Result(ok, torch.zeros(rows), nothing.long(), nothing, nothing, nothing.bool(), latents=out)
+        return Result.without_neighbours(ok, latents=out)
 
 
 def batch(*values: float, mode: str = "none") -> Request:

@@ -56,6 +56,7 @@ FORMS = {
     "ids to the host": {"retriever": "exact", "host_bytes": 4 * 512},
     "ids to the host, some rows hot": {"retriever": "exact", "host_bytes": 4 * 512, "device_bytes": 3 * 512},
     "three graphs": {"retriever": "bm25"},
+    "three graphs, keys and words": {"retriever": "hybrid"},
 }
 
 
@@ -102,7 +103,7 @@ def test_another_text_or_key_to_search_by(bundle, source, reference, graph_engin
     batch = make_request(*PROMPTS, mode="adapter", k=2, database=source)
     tokens = bundle.text.tokenize(["a yellow dog", "a green square"]).input_ids
     if query == "ids":
-        batch = replace(batch, query_ids=tokens)
+        batch = replace(batch, query_ids=tokens[:, None])
     else:
         with torch.inference_mode():
             states = bundle.text.encode(tokens)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ragturbo.errors import InvalidRequest, ModelError
-from ragturbo.model.adapter import FILE, HSpaceAdapter, default_heads, norm_groups
+from ragturbo.model.adapter import FILE, HSpaceAdapter, RetrievedKV, default_heads, norm_groups
 
 KINDS = ("transformer", "attention")
 
@@ -120,6 +120,38 @@ def test_only_valid_neighbours_are_attended_to(data: st.DataObject) -> None:
             one = slice(row, row + 1)
             alone = adapter(h_tgt[one], h_retr[one][:, some], lam[one])
             torch.testing.assert_close(got[one], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference", "sdpa"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_neighbour_or_equal_lambdas_keep_the_bits_of_one_lambda(kind: str, impl: str) -> None:
+    adapter = trained(32, kind=kind)
+    h_tgt, lam = torch.randn(2, 6, 32), torch.tensor([0.3, 0.9])
+    with torch.no_grad():
+        for k in (1, 3):
+            h_retr = torch.randn(2, k, 4, 32)
+            each = lam[:, None].expand(2, k)
+            assert torch.equal(adapter(h_tgt, h_retr, each, None, impl), adapter(h_tgt, h_retr, lam, None, impl))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_neighbours_values_are_scaled_by_its_share_of_the_largest_lambda(kind: str) -> None:
+    adapter = trained(32, kind=kind)
+    h_tgt, h_retr = torch.randn(2, 6, 32), torch.randn(2, 3, 4, 32)
+    lam, valid = (
+        torch.tensor([[0.2, 0.8, 0.9], [0.0, 0.0, 0.5]]),
+        torch.tensor([[True, True, False], [True, True, False]]),
+    )
+    with torch.no_grad():
+        kv = adapter.retrieved_kv(h_retr)
+        scaled = RetrievedKV(kv.k, kv.v * torch.tensor([0.25, 1, float("nan")])[None, :, None, None])
+        got = adapter(h_tgt, kv, lam, valid)
+        expected = adapter(h_tgt, scaled, torch.tensor([0.8, 0.0]), valid)
+    torch.testing.assert_close(got[0], expected[0], rtol=1e-5, atol=1e-6)
+    # No valid neighbour has a λ above 0.
+    assert torch.equal(got[1], h_tgt[1])
+    weighted, most = kv.weighted(lam)
+    assert weighted.k.stride() == weighted.v.stride() and most.tolist() == pytest.approx([0.9, 0.5])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -245,6 +277,7 @@ def test_wrong_shapes_are_requests_refused() -> None:
         (h_tgt, h_retr[0], lam),
         (h_tgt, h_retr[:1], lam),
         (h_tgt, h_retr, lam[:1]),
+        (h_tgt, h_retr, lam[:, None]),
         (h_tgt, h_retr, lam, torch.ones(2, 2, dtype=torch.bool)),
     ]
     for arguments in bad:

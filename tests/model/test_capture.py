@@ -79,7 +79,7 @@ def test_one_step_with_retrieval(tiny: ModuleType, schedule: Any, cuda: torch.de
     lam, valid = blend_weights(cosine, ids, scores, min_score=empty(2), lam=empty(2))
     # "auto" would select the kernels, which a fake GPU cannot run. Their own tests capture them.
     h = inject(
-        mode, state.h, empty(2, 3, 4, 64), lam=lam, valid=valid, weights=cosine, w=empty(2), adapter=adapter,
+        mode, state.h, empty(2, 3, 4, 64), lam=lam, valid=valid, w=empty(2), adapter=adapter,
         impl="reference",
     )  # fmt: skip
     image = vae.decode(schedule.step(x, unet.decode(state, h), 0))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ragturbo.errors import InvalidRequest
 from ragturbo.model.adapter import HSpaceAdapter
-from ragturbo.model.inject import MODES, blend_weights, inject, mean_of_neighbours
+from ragturbo.model.inject import MODES, blend_weights, cosine, inject, mean_of_neighbours
 
 NAN = float("nan")
 
@@ -34,15 +34,15 @@ def adapter_of(channels: int) -> HSpaceAdapter:
 
 @settings(deadline=None, max_examples=100)
 @given(data=st.data())
-def test_lambda_is_the_mean_cosine_of_the_valid(data: st.DataObject) -> None:
+def test_lambda_is_each_valid_neighbours_cosine_unless_one_is_given(data: st.DataObject) -> None:
     batch, k = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 5))
-    cosine = [[data.draw(st.one_of(st.just(NAN), st.floats(-1.1, 1.1))) for _ in range(k)] for _ in range(batch)]
+    cosines = [[data.draw(st.one_of(st.just(NAN), st.floats(-1.1, 1.1))) for _ in range(k)] for _ in range(batch)]
     ids = [[data.draw(st.sampled_from([-1, 0, 7])) for _ in range(k)] for _ in range(batch)]
     scores = [[data.draw(st.one_of(st.just(NAN), st.floats(-5, 5))) for _ in range(k)] for _ in range(batch)]
     limits = [data.draw(st.sampled_from([-math.inf, -1.0, 0.5])) for _ in range(batch)]
     given_lam = [data.draw(st.one_of(st.just(NAN), st.floats(0, 1))) for _ in range(batch)]
     lam, valid = blend_weights(
-        torch.tensor(cosine),
+        torch.tensor(cosines),
         torch.tensor(ids),
         torch.tensor(scores),
         min_score=torch.tensor(limits),
@@ -55,16 +55,23 @@ def test_lambda_is_the_mean_cosine_of_the_valid(data: st.DataObject) -> None:
             for j in range(k)
         ]
         assert valid[b].tolist() == counts
-        shares = [0.0 if math.isnan(c) else min(1.0, max(0.0, c)) for c, v in zip(cosine[b], counts, strict=True) if v]
-        expected = 0.0 if not shares else sum(shares) / len(shares) if math.isnan(given_lam[b]) else given_lam[b]
-        assert lam[b].item() == pytest.approx(expected, abs=1e-6)
+        own = [0.0 if math.isnan(c) else min(1.0, max(0.0, c)) for c in cosines[b]]
+        each = own if math.isnan(given_lam[b]) else [given_lam[b]] * k
+        assert lam[b].tolist() == pytest.approx([x if v else 0.0 for x, v in zip(each, counts, strict=True)], abs=1e-6)
 
 
 def test_one_limit_for_all_and_no_lambda_given() -> None:
     lam, valid = blend_weights(
         torch.tensor([[0.8, 0.4]]), torch.tensor([[3, 4]]), torch.tensor([[2.0, 1.0]]), min_score=torch.tensor([1.5])
     )
-    assert valid.tolist() == [[True, False]] and lam.tolist() == pytest.approx([0.8])
+    assert valid.tolist() == [[True, False]] and lam[0].tolist() == pytest.approx([0.8, 0])
+
+
+def test_each_phrases_neighbours_are_compared_with_its_own_key() -> None:
+    keys, stored = (torch.nn.functional.normalize(torch.rand(2, n, 8), dim=-1) for n in (3, 6))
+    together = cosine(keys, stored)
+    alone = [cosine(keys[:, p], stored[:, 2 * p : 2 * p + 2]) for p in range(3)]
+    torch.testing.assert_close(together, torch.cat(alone, 1))
 
 
 def test_several_neighbours_average_by_their_cosines() -> None:
@@ -90,10 +97,8 @@ def test_the_mean_is_summed_in_fp32() -> None:
 def test_every_mode_takes_and_gives_the_features_shape(mode: str, layout: torch.memory_format) -> None:
     h = torch.randn(2, 32, 3, 4).to(memory_format=layout)
     h_retr = torch.randn(2, 2, 12, 32)
-    cosine = torch.tensor([[0.9, 0.5], [0.7, 0.2]])
-    out = inject(
-        mode, h, h_retr, lam=cosine.mean(1), weights=cosine, w=torch.tensor([0.8, 0.6]), adapter=adapter_of(32)
-    )
+    lam = torch.tensor([[0.9, 0.5], [0.7, 0.2]])
+    out = inject(mode, h, h_retr, lam=lam, w=torch.tensor([0.8, 0.6]), adapter=adapter_of(32))
     assert out.shape == h.shape and out.dtype == h.dtype
     if mode == "none":
         assert out is h
@@ -103,9 +108,7 @@ def test_every_mode_takes_and_gives_the_features_shape(mode: str, layout: torch.
             assert out.is_contiguous(memory_format=torch.channels_last)
         other = h_retr.clone()
         other[0, 1] = torch.randn(12, 32)
-        changed = inject(
-            mode, h, other, lam=cosine.mean(1), weights=cosine, w=torch.tensor([0.8, 0.6]), adapter=adapter_of(32)
-        )
+        changed = inject(mode, h, other, lam=lam, w=torch.tensor([0.8, 0.6]), adapter=adapter_of(32))
         assert not torch.allclose(changed[0], out[0], atol=1e-3)
 
 
@@ -116,7 +119,7 @@ def test_slerp_of_one_image_is_equation_3(seed: int, w: float, k: int, scale: fl
     h = torch.randn(2, 8, 2, 3, generator=generator)
     h_retr = torch.randn(2, k, 6, 8, generator=generator) * scale
     weights = torch.rand(2, k, generator=generator)
-    out = inject("slerp", h, h_retr, w=w, weights=weights)
+    out = inject("slerp", h, h_retr, w=w, lam=weights)
     for b in range(2):
         share = (weights[b] / weights[b].sum()).double().numpy()
         retrieved = (share[:, None, None] * h_retr[b].double().numpy()).sum(0)
