@@ -20,15 +20,16 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 from sampling import TextStates, consistency_latents, decode, noise_levels, noise_of, student_latents, teacher_latents
 from settings import Settings
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ragturbo import Database
 from ragturbo.evaluate.faithfulness import CATEGORIES, count_answers
+from ragturbo.evaluate.names import lesson, made_up_word
 from ragturbo.evaluate.recognition import recognise
 from ragturbo.evaluate.rendering import render
 from ragturbo.evaluate.scores import right_share
-from ragturbo.evaluate.world import Scene, parse, sample_scenes
+from ragturbo.evaluate.world import COLOURS, SHAPES, Noun, Scene, parse, sample_scenes
 from ragturbo.machine import describe
 from ragturbo.model.source import resolve
 from ragturbo.model.unet import HSpaceUNet
@@ -142,6 +143,45 @@ def keys(model: Model, args: argparse.Namespace) -> dict:
     }
 
 
+def probe(model: Model, args: argparse.Namespace) -> dict:
+    """How well shape and colour of a thing can be read from h_retr, if the caption only names it (t = 0)."""
+    rng = np.random.default_rng(args.seed)
+    kinds = [(shape, colour) for shape in SHAPES for colour in COLOURS]
+    shown = [kinds[i] for i in rng.integers(len(kinds), size=5 * args.count)]
+    nouns = [Noun(*kind, name=made_up_word(rng, "eval")) for kind in shown]
+    scenes = [lesson(noun, args.seed * 1_000_000 + i) for i, noun in enumerate(nouns)]
+    unet, features = HSpaceUNet(model.unet("unet")), []
+    with torch.no_grad():
+        for chunk in batches(len(scenes), 64):
+            states = model.texts.states([scene.caption for scene in scenes[chunk]])
+            h = unet.retrieval_features(model.encode(scenes[chunk]), states)
+            features.append(torch.cat([h.mean(1), h.amax(1), h.amin(1)], 1))
+    x = torch.cat(features)
+    tested = slice(4 * args.count, None)
+    return {
+        "shape": _read(x, [SHAPES.index(shape) for shape, _ in shown], tested, args.seed),
+        "colour": _read(x, [COLOURS.index(colour) for _, colour in shown], tested, args.seed),
+    }
+
+
+def _read(x: Tensor, labels: list[int], tested: slice, seed: int) -> dict[str, float]:
+    """Train a small network on the rows before `tested`; returns its accuracy on the others with the 95 % interval."""
+    y, split = torch.tensor(labels, device=x.device), tested.start
+    x = (x - x[:split].mean(0)) / x[:split].std(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Linear(x.shape[1], 128), nn.SiLU(), nn.Dropout(0.2), nn.Linear(128, 8)).to(x.device)
+        optimizer = torch.optim.AdamW(net.parameters(), 2e-3, weight_decay=0.01)
+        for _ in range(60):
+            for rows in torch.randperm(split).split(64):
+                loss = F.cross_entropy(net(x[rows]), y[rows])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+    right = net.eval()(x[tested]).argmax(1) == y[tested]
+    return _mean_with_interval(right.float().tolist())
+
+
 def metric(model: Model, args: argparse.Namespace) -> dict:
     """Both ends of the scale: the true pictures, and every caption with the picture of the next one."""
     scenes = _scenes(args)
@@ -152,7 +192,7 @@ def metric(model: Model, args: argparse.Namespace) -> dict:
 
 MEASURES = {
     "metric": metric, "autoencoder": autoencoder, "teacher": teacher, "redraw": redraw, "student": student, "lcm": lcm,
-    "swap": swap, "keys": keys,
+    "swap": swap, "keys": keys, "probe": probe,
 }  # fmt: skip
 
 

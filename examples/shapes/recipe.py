@@ -16,7 +16,7 @@ from device import DEVICE
 from diffusers import AutoencoderKL
 from networks import tokenizer_in
 from settings import SIZES, Settings
-from stage_adapter import train_adapter
+from stage_adapter import ARMS, add_adapter, prepare_arms, train_arm
 from stage_adopt import adopt
 from stage_bundle import build_database, build_large_database, write_bundle
 from stage_joint import name_pairs, train_joint
@@ -51,9 +51,20 @@ STAGES: dict[str, Callable[[Path, Settings, float | None], None]] = {
     "lcm": distil_lcm,
     "bundle": write_bundle,
     "database": build_database,
-    "adapter": train_adapter,
+    "adapter": add_adapter,
     "database-large": build_large_database,
 }
+
+
+def compare_arms(work: Path, s: Settings, minutes: float | None) -> None:
+    """Train every arm of the comparison with three seeds."""
+    prepare_arms(work, s)
+    for seed in (1, 2, 3):
+        for arm in ARMS:
+            train_arm(work, s, arm, seed)
+
+
+STAGES["arms"] = compare_arms
 
 
 def main() -> None:
@@ -67,8 +78,8 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
-    # "all" trains every part; "adopt" would copy parts of the embedded model.
-    for name in [stage for stage in STAGES if stage != "adopt"] if "all" in args.stage else args.stage:
+    # "all" trains every part of the model; "adopt" would copy parts of the embedded one, and "arms" is an experiment.
+    for name in [stage for stage in STAGES if stage not in ("adopt", "arms")] if "all" in args.stage else args.stage:
         logging.getLogger("ragturbo.recipe").info("stage %s", name)
         STAGES[name](args.work, SIZES[args.size], args.minutes)
 

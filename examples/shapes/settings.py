@@ -50,14 +50,16 @@ class Settings:
     student_rate: float = 5e-4
 
     joint_steps: int = 2_400
-    joint_rate: float = 4e-4
+    joint_rate: float = 5e-4
+    hspace: float = 1.0
     reconstruct: float = 1.0
 
     lcm_steps: int = 2_000
     lcm_rate: float = 3e-4
 
-    adapter_steps: int = 600
-    adapter_rate: float = 2e-4
+    # Training of an adapter on the finished student, for the comparison.
+    arm_steps: int = 400
+    arm_rate: float = 1e-3
 
     database_pairs: int = 4_000
     large_database_pairs: int = 20_480
@@ -67,12 +69,13 @@ class Settings:
 SIZES = {
     "short": Settings(
         vae_steps=1_600, decoder_steps=1_500, tiny_steps=800, text_steps=800, teacher_steps=4_000,
-        pairs=8_192, real=4_000, student_batch=64, lcm_steps=1_000,
+        pairs=8_192, real=4_000, student_batch=64, joint_steps=1_600, lcm_steps=1_000,
     ),
     "cpu": Settings(),
     "gpu": Settings(
         scenes=200_000, vae_steps=6_000, vae_batch=128, decoder_steps=4_000, tiny_steps=4_000, text_steps=3_000,
         text_batch=512, teacher_steps=10_000, teacher_batch=512, pairs=60_000, real=20_000, student_steps=8_000,
-        student_batch=512, lcm_steps=4_000, adapter_steps=6_000,
+        student_batch=512, joint_steps=12_000, lcm_steps=4_000,
+        arm_steps=4_000,
     ),
 }  # fmt: skip

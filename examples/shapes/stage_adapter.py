@@ -1,6 +1,6 @@
-"""Train the H-space adapter with the library's trainer and add it to the bundle.
+"""Add the adapter of the joint training to the bundle; train others on the finished student, to compare.
 
-There is no decoder LoRA: it would be active in every mode, and mode "none" should be the distilled student.
+There is no decoder LoRA in the bundle: it would be active in every mode, and mode "none" should be the student.
 """
 
 from __future__ import annotations
@@ -8,38 +8,61 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import parallel
 import torch
-from device import DEVICE
 from settings import Settings
 from stage_bundle import provenance
-from stage_student import PAIRS, REAL, data_settings, train
+from stage_joint import mixture
+from stage_names import SOURCES, K, Names
+from stage_student import train
 
+from ragturbo import Database
 from ragturbo.model.adapter import HSpaceAdapter
 from ragturbo.model.info import BundleInfo
-from ragturbo.train.neighbors import make_neighbors
+from ragturbo.train.data import database_name
+
+# By name: settings of the training of an adapter and a decoder LoRA on the frozen student.
+ARMS = {
+    "adapter": ["student.lora.rank=0", "loss.hspace=1"],
+    "paper": [],
+    "lora": ["student.adapter=none"],
+    "wrong": ["student.lora.rank=0", "loss.hspace=1", "student.neighbors=random"],
+}
 
 
-def train_adapter(work: Path, s: Settings, minutes: float | None = None) -> None:
-    """Train in work/adapter and write the averaged weights to work/bundle/adapter.safetensors, in fp16."""
+def add_adapter(work: Path, s: Settings, minutes: float | None = None) -> None:
+    """Write the joint training's adapter to work/bundle, in fp16, with the search that it was trained for."""
     bundle = work / "bundle"
-    parallel.start()
-    for source in (PAIRS, REAL):
-        make_neighbors(work / source, bundle / "database", model=str(bundle), k=1, device=str(DEVICE))
-    parallel.barrier()
-    changes = [
-        f"model={bundle}", f"database={bundle / 'database'}", f"seed={s.seed}", *data_settings(work),
-        "student.lora.rank=0", f"optim.lr={s.adapter_rate}", f"loop.max_steps={s.adapter_steps}",
-        f"loop.micro_batch={64 // parallel.WORLD}", "loop.precision=bf16",
-    ]  # fmt: skip
-    folder = train("adapter", work, changes)
-    if parallel.RANK == 0:
-        add_to_bundle(folder, bundle, provenance(work, s))
-
-
-def add_to_bundle(folder: Path, bundle: Path, provenance: dict) -> None:
-    adapter = HSpaceAdapter.load(folder)
+    adapter = HSpaceAdapter.load(work / "joint_adapter")
     adapter.to(torch.float16).save(bundle)
     info = BundleInfo.read(bundle)
     assert info is not None
-    replace(info, adapter_kind=adapter.kind, num_neighbors=1, provenance=provenance).write(bundle)
+    search = {"retriever": "hybrid", "compose": True, "num_neighbors": 1}
+    replace(info, adapter_kind=adapter.kind, provenance=provenance(work, s), **search).write(bundle)
+
+
+def prepare_arms(work: Path, s: Settings, minutes: float | None = None) -> None:
+    """Build work/arms/database of the lessons, and the training data with its rows as neighbours."""
+    names, database = Names(work, s), work / "arms" / "database"
+    if not (database / "CURRENT").exists():
+        Database.build(
+            names.lessons(), database, model=work / "bundle", feature_dtype="int8", index=False, batch_size=64
+        )
+    folders = {}
+    for name in SOURCES:
+        folders[name] = work / "arms" / name
+        folders[name].mkdir(exist_ok=True)
+        for file in (work / name).glob("*.*"):
+            if not (folders[name] / file.name).exists():
+                (folders[name] / file.name).symlink_to(file.resolve())
+    names.write_neighbors(folders, database_name(Database.open(database)))
+
+
+def train_arm(work: Path, s: Settings, arm: str, seed: int) -> Path:
+    """Train one of ARMS in work/arms; returns the folder of its adapter or LoRA."""
+    folder = work / "arms"
+    changes = [
+        f"model={work / 'bundle'}", f"database={folder / 'database'}", f"seed={seed}", *mixture(folder),
+        f"loss.lpips_weights={work / 'vgg.safetensors'}", f"student.num_neighbors={K}", f"optim.lr={s.arm_rate}",
+        f"loop.max_steps={s.arm_steps}", "loop.precision=bf16", "loop.sample_every=0", *ARMS[arm],
+    ]  # fmt: skip
+    return train(f"{arm}-{seed}", folder, changes)

@@ -24,16 +24,21 @@ def name_pairs(work: Path, s: Settings, minutes: float | None = None) -> None:
     if parallel.RANK == 0:
         save_bundle(work, work / "unet", work / STUDENT)
     parallel.barrier()
-    make_names(work, s, work / PAIRS, work / REAL, str(work / STUDENT))
+    make_names(work, s, str(work / STUDENT))
+
+
+def mixture(work: Path) -> list[str]:
+    """Settings of the training data: as many named samples as ordinary ones, and the discriminator's pictures."""
+    shares = {PAIRS: 35, NAMED: 40, REAL: 25}
+    sources = ", ".join(f"{{path: {work / name}, weight: {share}}}" for name, share in shares.items())
+    return [f"data.sources=[{sources}]", f"loss.lpips_weights={work / VGG}"]
 
 
 def train_joint(work: Path, s: Settings, minutes: float | None = None) -> None:
     """Train in work/joint and replace work/unet; the adapter goes to work/joint_adapter."""
-    shares = {PAIRS: 35, NAMED: 40, REAL: 25}
-    sources = ", ".join(f"{{path: {work / name}, weight: {share}}}" for name, share in shares.items())
     changes = [
-        "mode=joint", f"model={work / STUDENT}", f"seed={s.seed}", f"data.sources=[{sources}]",
-        f"data.pairs={work / LESSONS}", f"loss.lpips_weights={work / VGG}", f"loss.reconstruct={s.reconstruct}",
+        "mode=joint", f"model={work / STUDENT}", f"seed={s.seed}", *mixture(work),
+        f"data.pairs={work / LESSONS}", f"loss.hspace={s.hspace}", f"loss.reconstruct={s.reconstruct}",
         "student.lora.rank=0", f"student.num_neighbors={K}", "student.retrieval_dropout=0.1",
         f"optim.lr={s.joint_rate}", "optim.weight_decay=0.01", f"loop.max_steps={s.joint_steps}",
         f"loop.batch={s.student_batch}", f"loop.micro_batch={s.student_batch // parallel.WORLD}", "loop.ema=0.998",

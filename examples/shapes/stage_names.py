@@ -7,6 +7,7 @@ samples get neighbours, too, which they do not need.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -16,10 +17,11 @@ import torch
 from device import DEVICE
 from PIL import Image
 from settings import Settings
+from stage_student import PAIRS, REAL
 
 from ragturbo.evaluate.names import UNNAMED, Kind, lesson, made_up_word, name_nouns, named
 from ragturbo.evaluate.rendering import render
-from ragturbo.evaluate.world import Meaning, Noun, parse, phrase, sample_scene
+from ragturbo.evaluate.world import Meaning, Noun, Scene, parse, phrase, sample_scene
 from ragturbo.train.data import pairs_name
 from ragturbo.train.encode import make_encoded_data
 from ragturbo.train.neighbors import write_neighbors
@@ -27,28 +29,72 @@ from ragturbo.train.relabel import relabel
 from ragturbo.train.shards import Shards
 
 NAMED, LESSONS = "named", "lessons"
+SOURCES = (PAIRS, NAMED, REAL)
 # Neighbours of a sample: one for each noun.
 K = 2
 
 
-def make_names(work: Path, s: Settings, pairs: Path, real: Path, model: str) -> None:
+def make_names(work: Path, s: Settings, model: str) -> None:
     """Write work/named (the pairs with names), work/lessons (encoded pictures) and the neighbours of all samples."""
-    captions = _captions(pairs)
-    meanings = [_name(parse(caption), s.seed, i) for i, caption in enumerate(captions)]
-    prompts = [None if m is None else phrase(m, np.random.default_rng([s.seed, 22, i])) for i, m in enumerate(meanings)]
-    relabel(pairs, prompts, work / NAMED, model=model, device=str(DEVICE))
-
-    # One lesson for each name, then ordinary pictures.
-    nouns = [noun for meaning in meanings if meaning for noun in named(meaning)]
-    jobs: list[tuple[Noun | None, int]] = [(noun, s.seed * 17_000_000 + i) for i, noun in enumerate(nouns)]
-    jobs += [(None, s.seed * 19_000_000 + i) for i in range(s.ordinary_pairs)]
-    with get_context("fork").Pool(os.cpu_count()) as pool:
-        drawn = pool.map(_draw, jobs, chunksize=256)
-    items = [(caption, Image.fromarray(picture)) for caption, picture in drawn]
-    make_encoded_data(items, work / LESSONS, model=model, min_size=1, batch=64, store_text=True, device=str(DEVICE))
+    names = Names(work, s)
+    prompts = [None if m is None else phrase(m, np.random.default_rng([s.seed, 22, i])) for i, m in names.numbered()]
+    relabel(work / PAIRS, prompts, work / NAMED, model=model, device=str(DEVICE))
+    make_encoded_data(
+        names.lessons(), work / LESSONS, model=model, min_size=1, batch=64, store_text=True, device=str(DEVICE)
+    )
     parallel.barrier()
     if parallel.RANK == 0:
-        _write_neighbors(work, s, pairs, real, meanings, captions, nouns, [caption for caption, _ in drawn])
+        names.write_neighbors({name: work / name for name in SOURCES}, pairs_name(Shards(work / LESSONS)))
+
+
+class Names:
+    """The names of the training data: a function of the pairs' captions and the seed."""
+
+    def __init__(self, work: Path, s: Settings) -> None:
+        self.s, self.captions = s, _captions(work / PAIRS)
+        self.meanings = [_name(parse(caption), s.seed, i) for i, caption in enumerate(self.captions)]
+        self.nouns = [noun for meaning in self.meanings if meaning for noun in named(meaning)]
+        self._jobs: list[tuple[Noun | None, int]] = [(n, s.seed * 17_000_000 + i) for i, n in enumerate(self.nouns)]
+        self._jobs += [(None, s.seed * 19_000_000 + i) for i in range(s.ordinary_pairs)]
+
+    def numbered(self) -> Iterator[tuple[int, Meaning | None]]:
+        yield from enumerate(self.meanings)
+
+    def lessons(self) -> list[tuple[str, Image.Image]]:
+        """One lesson for each name, then ordinary pictures, as captions and pictures."""
+        with get_context("fork").Pool(os.cpu_count()) as pool:
+            drawn = pool.map(_draw, self._jobs, chunksize=256)
+        return [(caption, Image.fromarray(picture)) for caption, picture in drawn]
+
+    def write_neighbors(self, folders: Mapping[str, Path], database: str) -> None:
+        """Write the neighbours of every folder of SOURCES as rows of the lessons.
+
+        A named noun has its lesson; another noun has a picture with such a thing, a lesson of another name, or none.
+        """
+        ordinary: dict[Kind, list[int]] = {}
+        for row in range(len(self.nouns), len(self._jobs)):
+            for kind in _scene(self._jobs[row]).meaning.kinds:
+                ordinary.setdefault(kind, []).append(row)
+        rng = np.random.default_rng([self.s.seed, 23])
+
+        def other(noun: Noun) -> tuple[int, float]:
+            """A neighbour that tells nothing new. Its λ is drawn, so that the adapter relies on no value of it."""
+            draw, lam = rng.random(), rng.uniform(0.3, 1)
+            if draw < 0.3:
+                return -1, float("nan")
+            rows = ordinary.get(noun.kind, [])
+            return (int(rng.choice(rows)) if rows and draw < 0.75 else int(rng.integers(len(self.nouns)))), lam
+
+        own = {id(noun): row for row, noun in enumerate(self.nouns)}
+        rows: dict[str, list[list[tuple[int, float]]]] = {name: [] for name in SOURCES}
+        for meaning, caption in zip(self.meanings, self.captions, strict=True):
+            if meaning is not None:
+                rows[NAMED].append([(own[id(n)], 1.0) if n.name else other(n) for n in meaning.nouns])
+            # Half of the ordinary samples stay without neighbours: mode "none" must not become worse.
+            rows[PAIRS].append([other(noun) for noun in parse(caption).nouns] if rng.random() < 0.5 else [])
+        rows[REAL] = [[]] * len(Shards(folders[REAL]))
+        for name, folder in folders.items():
+            _write_table(Shards(folder), rows[name], database)
 
 
 def _name(meaning: Meaning, seed: int, i: int) -> Meaning | None:
@@ -62,41 +108,14 @@ def _name(meaning: Meaning, seed: int, i: int) -> Meaning | None:
     return name_nouns(meaning, which, tuple(made_up_word(rng, "train") for _ in which))
 
 
-def _draw(job: tuple[Noun | None, int]) -> tuple[str, np.ndarray]:
+def _scene(job: tuple[Noun | None, int]) -> Scene:
     noun, seed = job
-    scene = sample_scene(seed, "train") if noun is None else lesson(noun, seed, "train")
+    return sample_scene(seed, "train") if noun is None else lesson(noun, seed, "train")
+
+
+def _draw(job: tuple[Noun | None, int]) -> tuple[str, np.ndarray]:
+    scene = _scene(job)
     return scene.caption, render(scene)
-
-
-def _write_neighbors(
-    work: Path, s: Settings, pairs: Path, real: Path, meanings: list[Meaning | None], captions: list[str],
-    nouns: list[Noun], lesson_captions: list[str],
-) -> None:  # fmt: skip
-    """Lessons for named nouns; for the others a picture with such a thing, a lesson of another name, or none."""
-    lessons = Shards(work / LESSONS)
-    ordinary: dict[Kind, list[int]] = {}
-    for row in range(len(nouns), len(lesson_captions)):
-        for kind in parse(lesson_captions[row]).kinds:
-            ordinary.setdefault(kind, []).append(row)
-    rng = np.random.default_rng([s.seed, 23])
-
-    def other(noun: Noun) -> tuple[int, float]:
-        """A neighbour that tells nothing new. Its λ is drawn, so that the adapter relies on no value of it."""
-        draw, lam = rng.random(), rng.uniform(0.3, 1)
-        if draw < 0.3:
-            return -1, float("nan")
-        rows = ordinary.get(noun.kind, [])
-        return (int(rng.choice(rows)) if rows and draw < 0.75 else int(rng.integers(len(nouns)))), lam
-
-    own = {id(noun): row for row, noun in enumerate(nouns)}
-    rows_named, rows_plain = [], []
-    for meaning, caption in zip(meanings, captions, strict=True):
-        if meaning is not None:
-            rows_named.append([(own[id(n)], 1.0) if n.name else other(n) for n in meaning.nouns])
-        # Half of the ordinary samples stay without neighbours: mode "none" must not become worse.
-        rows_plain.append([other(noun) for noun in parse(caption).nouns] if rng.random() < 0.5 else [])
-    for folder, rows in ((work / NAMED, rows_named), (pairs, rows_plain), (real, [[]] * len(Shards(real)))):
-        _write_table(Shards(folder), rows, pairs_name(lessons))
 
 
 def _write_table(shards: Shards, rows: list[list[tuple[int, float]]], database: str) -> None:

@@ -150,7 +150,9 @@ class Objective:
         """Smooth L1 between the neighbours' latents and what a linear layer reads from each token of their h_retr."""
         assert retrieved is not None and batch.pair_latents is not None
         h_retr, _, used = retrieved
-        return smooth_l1(self.student.reconstruct(h_retr[used]), batch.pair_latents[used]).mean()
+        errors = smooth_l1(self.student.reconstruct(h_retr[used]), batch.pair_latents[used])
+        # A batch may have no neighbour.
+        return errors.sum() / max(1, len(errors))
 
     def _features(self, z_s: Tensor, z_s_hat: Tensor, s: Tensor, text: Tensor) -> tuple[list[Tensor], ...]:
         """Features of every stage: of z_s; of ẑ_s with its graph; of ẑ_s without one, for D alone, unless the pass is

@@ -104,8 +104,11 @@ class Student(nn.Module):
     def retrieval_features(self, latents: Tensor, text: Tensor, valid: Tensor) -> Tensor:
         """h_retr of encoded pairs: (B, k, c, H, W), (B, k, L, D), (B, k) bool -> (B, k, S, C), zero where not valid."""
         dtype = self.hspace.dtype
+        tokens = math.prod(self.hspace.grid(*latents.shape[-2:]))
+        everywhere = latents.new_zeros((*valid.shape, tokens, self.hspace.channels), dtype=dtype)
+        if not valid.any():
+            return everywhere
         features = self.hspace.retrieval_features(latents[valid].to(dtype), text[valid].to(dtype))
-        everywhere = features.new_zeros(*valid.shape, *features.shape[1:])
         return everywhere.index_put((valid,), features)
 
     def reconstruct(self, h_retr: Tensor) -> Tensor:

@@ -208,11 +208,12 @@ def test_a_teacher_goes_on_from_the_adopted_one_and_a_consistency_model_from_it(
 
 
 def test_student_and_adapter_are_trained_by_the_librarys_trainer_from_the_librarys_data(recipe, tmp_path):
-    """Pairs, true pictures, latent LPIPS and two steps of `ragturbo.train`, resumed, then a bundle with an adapter."""
+    """Pairs, true pictures, latent LPIPS and two steps of `ragturbo.train`, resumed; names and a step with an adapter;
+    then a bundle, and another adapter trained on it."""
     torch.manual_seed(2)
     s = replace(
         recipe["settings"].Settings(), scenes=6, pairs=3, pair_steps=1, real=2, lpips_steps=1, student_steps=1,
-        student_batch=4, database_pairs=4, adapter_steps=1,
+        student_batch=4, database_pairs=4, ordinary_pairs=2, joint_steps=1, arm_steps=1,
     )  # fmt: skip
     recipe["stage_adopt"].adopt(tmp_path, s)
     recipe["data"].draw(tmp_path, recipe["networks"].tokenizer_in(tmp_path / "tokenizer", s), s)
@@ -223,19 +224,25 @@ def test_student_and_adapter_are_trained_by_the_librarys_trainer_from_the_librar
     for steps in (1, 2):
         student.distil_student(tmp_path, replace(s, student_steps=steps))
         assert json.loads((tmp_path / "student.jsonl").read_text())["step"] == steps
+    recipe["stage_joint"].name_pairs(tmp_path, s)
+    recipe["stage_joint"].train_joint(tmp_path, s)
     recipe["stage_bundle"].write_bundle(tmp_path, s)
     bundle = Bundle.load(tmp_path / "bundle", device="cpu", teacher=True)
     assert bundle.info.distilled and bundle.info.provenance["stages"]["student"]["step"] == 2
     before = teacher.half().float().state_dict()
     assert sum(not torch.equal(before[name], value) for name, value in bundle.unet.unet.state_dict().items()) > 100
     recipe["stage_bundle"].build_database(tmp_path, s)
-    recipe["stage_adapter"].train_adapter(tmp_path, s)
+    recipe["stage_adapter"].add_adapter(tmp_path, s)
     with Generator.from_pretrained(tmp_path / "bundle", device="cpu") as generator:
         assert generator.info["adapter"] == "transformer" and not generator.info["decoder_lora"]
         assert generator("a red circle", seed=1).lam[0] > 0
-    assert (
-        json.loads((tmp_path / "bundle" / "ragturbo.json").read_text())["provenance"]["stages"]["adapter"]["step"] == 1
-    )
+        assert generator.info["retriever"] == "hybrid" and generator.info["compose"]
+    stages = json.loads((tmp_path / "bundle" / "ragturbo.json").read_text())["provenance"]["stages"]
+    assert stages["joint"]["step"] == 1
+    recipe["stage_adapter"].prepare_arms(tmp_path, s)
+    arm = recipe["stage_adapter"].train_arm(tmp_path, s, "adapter", 1)
+    with Generator.from_pretrained(tmp_path / "bundle", adapter=arm, device="cpu") as generator:
+        assert generator("a red circle", seed=1).lam[0] > 0
 
 
 def test_the_embedded_parts_can_be_adopted_where_only_the_unets_are_to_be_trained_again(recipe, tmp_path):
