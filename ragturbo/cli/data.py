@@ -140,7 +140,7 @@ def neighbors(
     max_cosine: Annotated[
         float | None, typer.Option(help="Exclude rows whose key has at least this cosine with the sample's.")
     ] = None,
-    retriever: Annotated[str, typer.Option(help="auto, scann or exact.")] = "auto",
+    retriever: Annotated[str, typer.Option(help="auto, scann, exact or hybrid (finds names).")] = "auto",
     batch: Annotated[int, typer.Option(help="Samples per search.")] = 256,
     device: Device = None,
 ) -> None:

@@ -17,6 +17,7 @@ from ragturbo.errors import InvalidRequest
 from ragturbo.model.bundle import Bundle
 from ragturbo.model.inject import cosine
 from ragturbo.retrieval import durable
+from ragturbo.retrieval.hybrid import HybridRetriever
 from ragturbo.train.data import database_name
 from ragturbo.train.progress import local_device, rank_and_world, track
 from ragturbo.train.shards import NEIGHBORS, Shards, remaining, shard_path, write_or_check_index
@@ -112,10 +113,9 @@ class NeighborSearch:
         while rows:
             depth = min(depth, len(self.database))
             wanted = keys[rows].float().cpu()
-            found, _ = self.database.search(wanted, depth)
-            cosines = cosine(wanted, self.database.keys(found))
+            found, lams = self._find(wanted, [str(records[row]["caption"]) for row in rows], depth)
             again = []
-            for row, candidates, scores in zip(rows, found, cosines, strict=True):
+            for row, candidates, scores in zip(rows, found, lams, strict=True):
                 good = list(self._others(candidates, scores, records[row]))[: self.k]
                 ids[row, : len(good)], lam[row, : len(good)] = candidates[good], scores[good]
                 if len(good) < self.k:
@@ -125,6 +125,16 @@ class NeighborSearch:
                 break
             rows, depth = again, 4 * depth
         return ids, lam
+
+    def _find(self, keys: Tensor, captions: list[str], depth: int) -> tuple[Tensor, Tensor]:
+        """ids and λ (B, depth) by the database's retriever."""
+        retriever = self.database.retriever()
+        if not isinstance(retriever, HybridRetriever):
+            found, _ = self.database.search(keys, depth)
+            return found, cosine(keys, self.database.keys(found))
+        hits = retriever.find(keys, depth, texts=captions)
+        # As in a Generator: the cosine, or what the caption's rare words say.
+        return hits.ids, torch.maximum(cosine(keys, self.database.keys(hits.ids)), hits.rare_share)
 
     def _others(self, candidates: Tensor, cosines: Tensor, record: dict[str, Any]) -> Iterator[int]:
         """Positions of the candidates that are not duplicates of `record`."""

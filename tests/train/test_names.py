@@ -73,6 +73,21 @@ def test_relabelling_refuses_images_and_a_wrong_number_of_prompts(world, tmp_pat
         relabel(world.real, ["a"], tmp_path / "b", model=str(world.model), device="cpu")
 
 
+def test_hybrid_neighbours_of_a_sample_share_its_rare_word(world, named, tmp_path):
+    from ragturbo.model.bundle import Bundle
+    from ragturbo.retrieval.database import Database
+    from ragturbo.train.neighbors import NeighborSearch
+
+    database = Database.open(world.database, retriever="hybrid")
+    captions = [record.caption for record in database.records(database.ids, thumbnails=False)]
+    text = Bundle.load(str(world.model), device="cpu").text
+    prompts = ["two boats beside a zib", "a yellow cat"]
+    keys = text.encode(text.tokenize(prompts).input_ids).key.detach()
+    ids, lam = NeighborSearch(database, 1)(keys, [{"caption": prompt} for prompt in prompts])
+    assert "boat" in captions[int(ids[0, 0])] and captions[int(ids[1, 0])] != "a yellow cat"
+    assert torch.isfinite(lam).all() and (lam <= 1).all() and (lam > 0).all()
+
+
 def test_the_student_reads_its_own_prompt_and_d_the_teachers(joint, batches):
     trainer = joint()
     batch = batches(trainer, 1)[0]
@@ -109,6 +124,15 @@ def test_a_joint_run_exports_a_model_with_its_adapter(joint, world):
         assert gen.info["adapter"] == "transformer" and gen.info["database"] is None
     with pytest.raises(DatabaseMismatch):
         ragturbo.Generator.from_pretrained(folder, database=world.database, device="cpu")
+
+
+def test_a_dry_run_counts_what_joint_training_adds(world, named):
+    from ragturbo.train.estimate import estimate
+
+    joint = {"mode": "joint", "data__pairs": str(named[1]), "student__lora": {"rank": 0}}
+    plain, more = (estimate(world.config(**joint, loss__hspace=weight)) for weight in (0.0, 1.0))
+    assert plain["flops_per_sample"]["neighbours' features, forward"] > 0
+    assert more["flops_per_sample"]["total"] > plain["flops_per_sample"]["total"]
 
 
 def test_a_token_of_h_is_read_as_the_latents_under_it(joint):
