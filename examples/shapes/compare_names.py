@@ -262,6 +262,20 @@ def teach(model: str, folder: Path, database: Path, words: int, seed: int) -> di
     return {"words": words, **results}
 
 
+def table(result: dict[str, Any]) -> str:
+    """A Markdown table of all arms: the score in every group and, against no retrieval, its difference."""
+    summary = result["summary"]
+    titles = list(summary)
+    lines = ["| arm | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
+    for arm in dict.fromkeys(arm for rows in summary.values() for arm in rows):
+        cells = []
+        for title in titles:
+            row = summary[title].get(arm)
+            cells.append("" if row is None else f"{row['mean']:.3f} [{row['low']:.3f}, {row['high']:.3f}]")
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="shapes", help="a bundle's folder, or the embedded model")
@@ -300,6 +314,7 @@ def main() -> None:
     }  # fmt: skip
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(table(result))
 
 
 def _titled(text: str) -> tuple[str, Path]:
