@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import runpy
 import shutil
 import struct
 import subprocess
@@ -297,6 +298,19 @@ def test_a_full_disk_leaves_the_database_and_the_generator_as_they_were(gen, fol
     assert gen.teach("a zib", picture(9)) == 3 and found(gen, "a zib") == [3]
 
 
+def test_if_a_stored_pair_cannot_be_opened_the_error_names_its_id(gen, folder, monkeypatch):
+    def damaged(self: Database) -> bool:
+        raise DatabaseError("too many open files")
+
+    monkeypatch.setattr(Database, "refresh", damaged)
+    with pytest.raises(DatabaseError, match="pair 3 is stored, but .*too many open files"):
+        gen.teach("a zib", picture(9))
+    assert found(gen, "a red circle") == [0]
+    monkeypatch.undo()
+    gen.database.refresh()
+    assert found(gen, "a zib") == [3]
+
+
 def test_a_closed_generator_teaches_nothing(model, folder):
     gen = Generator.from_pretrained(model, database=folder, device="cpu")
     gen.close()
@@ -326,6 +340,14 @@ def test_the_database_of_an_installed_model_is_not_written_and_the_error_says_ho
         gen.use_database(Database.copy("shapes", tmp_path / "db"))
         gen.teach("a zib", picture(9))
         assert len(gen.database) == pairs + 1
+
+
+def test_the_example_draws_the_taught_picture_and_the_prompt_before_and_after(tmp_path, capsys):
+    main = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "teach.py"))["main"]
+    main(["--out", str(tmp_path / "deep" / "teach.png"), "--caption", "a zib", "--seed", "1"])
+    printed = capsys.readouterr().out
+    assert "taught pair" in printed and printed.index("before: ") < printed.index("after: ")
+    assert Image.open(tmp_path / "deep" / "teach.png").width > 3 * 192
 
 
 def test_the_database_of_a_downloaded_model_is_not_written(gen, folder, monkeypatch):

@@ -1,8 +1,9 @@
-"""Draw an image next to the same image without retrieval and the neighbours that were blended in."""
+"""Draw images in a row with labels, such as an image, the same one without retrieval, and its neighbours."""
 
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,11 +15,15 @@ CELL, GAP, TEXT = 192, 12, 60
 
 
 def comparison(prompt: str, image: Image, without: Image, neighbors: list[Neighbor]) -> Image:
+    cells: list[tuple[Image | None, str]] = [(without, "without retrieval"), (image, f"ragturbo: {prompt}")]
+    return labelled([*cells, *((n.image(), f"neighbour, cosine {n.lam:.2f}: {n.caption}") for n in neighbors)])
+
+
+def labelled(cells: Sequence[tuple[Image | None, str]]) -> Image:
+    """Draw images in a row, each above its label; None: there is no image."""
     from PIL import Image as Pillow
     from PIL import ImageDraw, ImageFont
 
-    cells: list[tuple[Image | None, str]] = [(without, "without retrieval"), (image, f"ragturbo: {prompt}")]
-    cells += [(n.image(), f"neighbour, cosine {n.lam:.2f}: {n.caption}") for n in neighbors]
     page = Pillow.new("RGB", (GAP + (CELL + GAP) * len(cells), CELL + TEXT + 2 * GAP), "white")
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(12)
     for i, (cell, label) in enumerate(cells):
