@@ -102,7 +102,9 @@ def measure(model: str = "shapes", rounds: int = 200) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     words, found = prompts(64), {}
-    with Generator.from_pretrained(model, device="cpu", dtype="float32", batch_sizes=(1,)) as gen:
+    with Generator.from_pretrained(
+        model, device="cpu", dtype="float32", batch_sizes=(1,), retriever="exact", compose=False
+    ) as gen:
         bundle = gen._bundle
         if gen.database is not None:
             # Captions of the database, so that the model knows every word.

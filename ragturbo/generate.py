@@ -7,9 +7,10 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from ragturbo.config import Compose, GeneratorConfig
+from ragturbo.config import MAX_PHRASES, Compose, GeneratorConfig
 from ragturbo.errors import InvalidRequest
 from ragturbo.output import Output
 
@@ -270,13 +271,17 @@ class Generator:
         raise request.late()
 
     def warmup(self) -> None:
-        """Run every batch size once, so that the first request finds everything loaded, compiled and captured."""
+        """Run every batch size once, so that the first request finds everything loaded, compiled and captured; with
+        `compose`, for every number of phrases."""
         # With a prompt cache, a repeated prompt takes another path than a new one.
         times = 2 if self.config.prompt_cache else 1
+        options: list[dict[str, Any]] = [{"seed": 0, "output_type": "uint8"}]
+        if self._compose and self._database is not None and self._bundle.adapter is not None:
+            options = [{**options[0], "compose": partial(_repeated, times=phrases)} for phrases in (MAX_PHRASES, 2, 1)]
         # Largest first: the graphs of smaller sizes reuse its memory.
         for size in reversed(self.config.batch_sizes):
-            for _ in range(times):
-                self._submit(["warm up"] * size, {"seed": 0, "output_type": "uint8"}).wait()
+            for call in options * times:
+                self._submit(["warm up"] * size, dict(call)).wait()
         self._executor.queue.forget_pace()
 
     def use_database(self, database: Database | str | os.PathLike[str] | None) -> None:
@@ -417,6 +422,10 @@ class Generator:
         request.log_notes = self.config.log_prompts
         self._executor.submit(request, reservation)
         return request
+
+
+def _repeated(prompt: str, times: int) -> list[str]:
+    return [prompt] * times
 
 
 def _cancel_submitted(submitting: Any) -> None:

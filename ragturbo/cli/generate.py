@@ -44,6 +44,7 @@ def generate(
     engine: options.Engine = "auto",
     capture: options.Capture = True,
     retriever: options.Retriever = "auto",
+    compose: options.Compose = None,
     vae: options.Vae = "full",
     attention: options.Attention = "auto",
     local_files_only: options.LocalFilesOnly = False,
@@ -69,7 +70,7 @@ def generate(
     with generator:
         output = generator(
             prompts, seed=seed, num_images_per_prompt=num_images, mode=mode, w=w, num_neighbors=num_neighbors,
-            lam=lam, min_score=min_score, query=query, **sampling,
+            lam=lam, min_score=min_score, query=query, compose=compose, **sampling,
         )  # fmt: skip
         each_prompt = [prompt for prompt in prompts for _ in range(num_images)]
         images = _grids(generator, each_prompt, output, sampling) if grid else output.images
@@ -105,7 +106,15 @@ def _report(generator: Generator, prompts: list[str], output: Output, files: lis
             "seed": output.seeds[i],
             "lam": output.lam[i],
             "neighbors": [
-                {"id": n.id, "caption": n.caption, "score": n.score, "lam": n.lam, "used": n.used}
+                {
+                    "id": n.id,
+                    "caption": n.caption,
+                    "score": n.score,
+                    "lam": n.lam,
+                    "used": n.used,
+                    "cosine": n.cosine,
+                    "bm25": n.bm25,
+                }
                 for n in (output.neighbors[i] if output.neighbors else [])
             ],
         }

@@ -17,7 +17,14 @@ Engine = Annotated[str, typer.Option(help="auto, reference or graph.")]
 Capture = Annotated[
     bool, typer.Option("--capture/--no-capture", help="Capture CUDA graphs; otherwise the graph engine runs eagerly.")
 ]
-Retriever = Annotated[str, typer.Option(help="auto, scann, exact or bm25.")]
+Retriever = Annotated[str, typer.Option(help="auto, scann, exact, bm25 or hybrid, which finds names.")]
+Compose = Annotated[
+    bool | None,
+    typer.Option(
+        "--compose/--no-compose",
+        help="Neighbours for each noun phrase of a prompt. Default: as the adapter was trained.",
+    ),
+]
 Attention = Annotated[str, typer.Option(help="auto, sdpa, triton or xformers.")]
 Vae = Annotated[str, typer.Option(help="full, tiny, or the path or hub id of an AutoencoderTiny.")]
 LocalFilesOnly = Annotated[bool, typer.Option("--local-files-only", help="Do not download from the hub.")]

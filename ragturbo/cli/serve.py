@@ -45,6 +45,7 @@ def serve(
     engine: options.Engine = "auto",
     capture: options.Capture = True,
     retriever: options.Retriever = "auto",
+    compose: options.Compose = None,
     attention: options.Attention = "auto",
     compile: Annotated[bool, typer.Option("--compile", help="Use torch.compile; starting takes longer.")] = False,
     vae: options.Vae = "full",
@@ -79,7 +80,7 @@ def serve(
         max_images=max_images, max_prompt=max_prompt, max_body=max_body, max_side=max_side,
         options={
             "engine": engine, "capture": capture, "compile": compile, "attention": attention, "vae": vae,
-            "retriever": retriever, "host_cache": host_cache, "device_cache": device_cache,
+            "retriever": retriever, "compose": compose, "host_cache": host_cache, "device_cache": device_cache,
             "batch_sizes": _parse_sizes(batch_sizes), "batch_window": batch_window, "max_queue": max_queue,
             "prompt_cache": prompt_cache,
         },

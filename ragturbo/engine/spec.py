@@ -80,7 +80,7 @@ class Spec:
 
     @property
     def label(self) -> str:
-        return f"{self.rows} x {self.latents}, {self.mode}, {self.steps} steps, retrieval {self.retrieval}"
+        return f"{self.rows} x {self.latents}, {self.mode}, k {self.k}, {self.steps} steps, retrieval {self.retrieval}"
 
 
 def _retrieval_of(request: Request, tables: Tables | None) -> dict[str, Any]:

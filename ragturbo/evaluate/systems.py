@@ -21,7 +21,7 @@ ScoreImage = Callable[[int, Image.Image], float]
 """(index of the prompt, image) -> score; best-of systems choose by it."""
 
 W_GRID = tuple(round(0.1 * i, 1) for i in range(1, 10))
-_SEARCH = ("k", "min_score", "retriever", "steps")
+_SEARCH = ("k", "min_score", "retriever", "compose", "steps")
 # Title, hub id, steps and guidance. The guidance of an LCM is an embedding, not a second evaluation of the UNet.
 PIPELINES: dict[str, tuple[str, str | None, int, float]] = {
     "sd15": ("Stable Diffusion v1-5", "stable-diffusion-v1-5/stable-diffusion-v1-5", 50, 7.5),
@@ -96,11 +96,13 @@ def parse_system(text: str) -> SystemSpec:
             raise InvalidRequest(f"system {text!r}: {item!r} is not of the form key=value")
         if name not in KINDS[kind]:
             raise InvalidRequest(f"system {text!r} has no option {name!r}; options: {', '.join(KINDS[kind])}")
-        options[name] = _number_or_text(value)
+        options[name] = _value(value)
     return SystemSpec(kind, match["folder"], options, text.strip())
 
 
-def _number_or_text(text: str) -> Any:
+def _value(text: str) -> Any:
+    if text in ("true", "false"):
+        return text == "true"
     for kind in (int, float):
         try:
             return kind(text)
@@ -158,6 +160,8 @@ class RandomNeighboursSystem(GeneratorSystem):
         k = options.pop("num_neighbors", 1)
         found = self.generator(list(prompts), seed=list(seeds), output_type="latent", num_neighbors=k, mode="adapter")
         assert self.generator.database is not None
+        # As many as were found, which for the phrases of a prompt is more than k.
+        k = max(1, *(len(row) for row in found.neighbors))
         rng = np.random.default_rng(list(seeds))
         ids = self.generator.database.ids
         neighbors = [[int(i) for i in rng.choice(ids, k, replace=False)] for _ in prompts]
@@ -217,7 +221,7 @@ def open_system(spec: SystemSpec, load: LoadOptions) -> System:
     if spec.kind == "teacher":
         return _open_teacher(spec, load)
     options = {"num_neighbors" if name == "k" else name: value for name, value in spec.options.items()}
-    given = {name: options.pop(name) for name in ("retriever",) if name in options}
+    given = {name: options.pop(name) for name in ("retriever", "compose") if name in options}
     generator = Generator.from_pretrained(
         spec.folder or load.model,
         database=load.database,

@@ -30,11 +30,12 @@ class ImageRequest(BaseModel):
     min_score: Annotated[
         float | None, Field(allow_inf_nan=False, description="Neighbours with a lower score are not used.")
     ] = None
+    compose: Annotated[bool | None, Field(description="Neighbours for each noun phrase of the prompt.")] = None
     return_neighbors: Annotated[bool | None, Field(description="List the neighbours in the response.")] = None
 
     def call_options(self) -> dict[str, Any]:
         """Return the keyword arguments for Generator.agenerate, without the fields that were left out."""
-        names = ("seed", "mode", "num_neighbors", "w", "min_score")
+        names = ("seed", "mode", "num_neighbors", "w", "min_score", "compose")
         options = {name: value for name in names if (value := getattr(self, name)) is not None}
         if (match := SIZE.fullmatch(self.size or "")) is not None:
             options["width"], options["height"] = int(match[1]), int(match[2])
@@ -60,6 +61,8 @@ class NeighborData(BaseModel):
     score: float | None
     lam: float | None
     used: bool
+    cosine: float | None
+    bm25: float | None
 
 
 class ImageData(BaseModel):

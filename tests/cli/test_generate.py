@@ -104,3 +104,9 @@ def test_version_and_help(ragturbo):
 
     assert ragturbo("--version").stdout.strip() == __version__
     assert "generate" in ragturbo("--help").stdout
+
+
+def test_an_option_of_retrieval_is_refused_without_a_database(ragturbo, tiny_sd21):
+    done = ragturbo("generate", PROMPT, "--model", tiny_sd21, "--compose")
+    assert done.returncode != 0 and "compose has no effect" in done.stderr
+    assert ragturbo("generate", PROMPT, "--model", tiny_sd21, "--no-compose", "--retriever", "hybrid").returncode == 0

@@ -180,3 +180,15 @@ def test_the_bundle_says_how_its_adapter_was_trained(model_folder, named, tmp_pa
         BundleInfo(distilled=True, retriever="faiss")
     with pytest.raises(ModelError, match="compose is 'yes'"):
         BundleInfo(distilled=True, compose="yes")
+
+
+def test_a_warm_generator_has_recorded_every_number_of_phrases(model_folder, database_folder):
+    with Generator.from_pretrained(
+        model_folder, database=database_folder, device="cpu", engine="graph", capture=False, compose=True,
+        batch_sizes=(1,),
+    ) as gen:  # fmt: skip
+        gen.warmup()
+        recorded = {graph["kind"] for graph in gen.info["ways"]["graphs"]}
+        for prompt in ("a cat", *PROMPTS):
+            gen(prompt, seed=1, output_type="uint8")
+        assert len(recorded) == 3 and {graph["kind"] for graph in gen.info["ways"]["graphs"]} == recorded

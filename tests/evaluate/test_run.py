@@ -175,6 +175,14 @@ def test_an_unknown_option_of_a_system_is_refused():
         parse_system("slerp@lam=1")
 
 
+def test_a_system_names_its_retriever_and_whether_it_composes(tiny_sd21):
+    assert parse_system("adapter@retriever=hybrid+compose=true").options == {"retriever": "hybrid", "compose": True}
+    spec = parse_system(f"slerp:{tiny_sd21}@retriever=bm25+compose=false")
+    system = open_system(spec, LoadOptions(device="cpu"))
+    assert system.generator.config.retriever == "bm25" and system.generator.config.compose is False
+    system.close()
+
+
 def test_the_exact_score_of_true_pictures_is_high_and_of_other_captions_low():
     from ragturbo.evaluate.rendering import render
     from ragturbo.evaluate.world import sample_scenes

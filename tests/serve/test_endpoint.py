@@ -38,16 +38,20 @@ def test_openais_own_client_gets_the_image_that_generate_makes(client, gen):
 
 
 def test_ours_beside_openais_fields(client, gen):
-    ours = {"seed": 3, "mode": "slerp", "w": 0.6, "num_neighbors": 2, "min_score": -1.0, "return_neighbors": True}
+    ours = {"seed": 3, "mode": "slerp", "w": 0.6, "num_neighbors": 2, "min_score": -1.0, "compose": True}
+    ours["return_neighbors"] = True
     answer = client.images.generate(
         model="shapes", prompt=PROMPT, n=2, size="64x64", output_format="webp", extra_body=ours
     )
-    same = gen(PROMPT, seed=3, num_images_per_prompt=2, mode="slerp", w=0.6, num_neighbors=2, output_type="webp")
+    same = gen(
+        PROMPT, seed=3, num_images_per_prompt=2, mode="slerp", w=0.6, num_neighbors=2, compose=True, output_type="webp"
+    )
+    assert len(same.neighbors[0]) == 4
     assert [base64.b64decode(image.b64_json) for image in answer.data] == same.images
     assert [image.seed for image in answer.data] == [3, 4]
     for image, row in zip(answer.data, same.neighbors, strict=True):
         assert [n["id"] for n in image.neighbors] == [n.id for n in row]
-        assert image.neighbors[0].keys() == {"id", "caption", "score", "lam", "used"}
+        assert image.neighbors[0].keys() == {"id", "caption", "score", "lam", "used", "cosine", "bm25"}
     assert (answer.mode, answer.size, answer.output_format) == ("slerp", "64x64", "webp")
     assert {"queue", "text", "search", "decode", "vae", "total"} <= answer.timings.keys()
 
