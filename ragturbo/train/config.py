@@ -126,11 +126,9 @@ class LossConfig:
     hspace: float = 0.0
     """Weight of the regression of h_tgt + λ·g onto the h of the teacher's prompt at the same noise, for samples whose
     prompt is not the one that the teacher drew."""
-    reconstruct: float = 0.0
-    """Weight of the reconstruction of a neighbour's latents from its h_retr, in mode joint: h must hold the picture."""
 
     def __post_init__(self) -> None:
-        _check_range("loss", self, adversarial=0, alpha=0, beta=0, augment=(0, 1), hspace=0, reconstruct=0)
+        _check_range("loss", self, adversarial=0, alpha=0, beta=0, augment=(0, 1), hspace=0)
 
 
 @dataclass(frozen=True)
@@ -147,9 +145,6 @@ class SourceConfig:
 @dataclass(frozen=True)
 class DataConfig:
     sources: tuple[SourceConfig, ...] = ()
-    pairs: str | None = None
-    """Mode joint: a folder made by `ragturbo data encode`, whose pairs are the neighbours. Their features are computed
-    at every step, because the encoder that makes them is trained."""
     held_out: str | None = None
     """A folder made by `ragturbo data teacher` that is not trained on; its loss is reported."""
     prefetch: int = 2
@@ -209,8 +204,7 @@ class LoopConfig:
 
 @dataclass(frozen=True)
 class LADDConfig:
-    """mode "adapter": train an adapter and a decoder LoRA on a frozen student (Sec. 3.4). "student": a whole UNet.
-    "joint": a whole UNet together with an adapter, so that its H-space suits retrieval."""
+    """mode "adapter": train an adapter and a decoder LoRA on a frozen student (Sec. 3.4). "student": a whole UNet."""
 
     model: str
     data: DataConfig
@@ -228,7 +222,7 @@ class LADDConfig:
     loop: LoopConfig = field(default_factory=LoopConfig)
 
     def __post_init__(self) -> None:
-        one_of("mode", self.mode, ("adapter", "student", "joint"))
+        one_of("mode", self.mode, ("adapter", "student"))
         student, loop = self.student, self.loop
         no_adapter = student.adapter == "none" and student.lora.rank == 0
         if self.mode == "adapter" and no_adapter:
@@ -238,16 +232,10 @@ class LADDConfig:
                 "mode=student trains the whole UNet: set student.adapter=none and student.lora.rank=0, and train an "
                 "adapter on the result with mode=adapter"
             )
-        if self.mode == "joint":
-            self._check_joint()
-        elif self.data.pairs is not None or self.loss.reconstruct:
-            raise InvalidRequest("data.pairs and loss.reconstruct are for mode=joint; here the encoder is frozen")
         if self.loss.hspace and not self.retrieves:
             raise InvalidRequest("loss.hspace trains the adapter, and this configuration has none")
-        if self.mode != "adapter" and self.teacher == "self":
-            raise InvalidRequest(
-                f"mode={self.mode} trains the student's encoder: with teacher=self D would change with it"
-            )
+        if self.mode == "student" and self.teacher == "self":
+            raise InvalidRequest("mode=student trains the student's encoder: with teacher=self D would change with it")
         if self.data.held_out is not None and loop.held_out_every % loop.log_every:
             raise InvalidRequest(
                 f"loop.held_out_every={loop.held_out_every} is not a multiple of loop.log_every={loop.log_every}"
@@ -258,22 +246,9 @@ class LADDConfig:
                 f"{loop.micro_batch}: set it to 2 or more"
             )
 
-    def _check_joint(self) -> None:
-        if self.student.adapter == "none" or self.student.lora.rank:
-            raise InvalidRequest("mode=joint trains the whole UNet and an adapter: set student.lora.rank=0")
-        if self.data.pairs is None:
-            raise InvalidRequest("mode=joint needs data.pairs, the encoded pairs that neighbours are taken from")
-        if self.student.neighbors == "random":
-            raise InvalidRequest("student.neighbors=random draws rows of a database, and mode=joint has none")
-
     @property
     def retrieves(self) -> bool:
-        return self.mode != "student" and self.student.adapter != "none"
-
-    @property
-    def whole(self) -> bool:
-        """Whether the whole UNet is trained."""
-        return self.mode != "adapter"
+        return self.mode == "adapter" and self.student.adapter != "none"
 
 
 def load_config(source: str | Path, changes: Sequence[str] = ()) -> LADDConfig:

@@ -7,7 +7,6 @@ store, so a resumed run continues at sample step·batch, on any number of proces
 from __future__ import annotations
 
 import functools
-import json
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ragturbo.errors import DatabaseMismatch, InvalidRequest
-from ragturbo.train.shards import NeighborTable, Shards, digest
+from ragturbo.train.shards import NeighborTable, Shards
 
 if TYPE_CHECKING:
     from ragturbo.retrieval.database import Database
@@ -47,17 +46,13 @@ class Batch:
     teacher_text: Tensor | None = None
     """(B, L, D): its states, if the shards hold text states."""
     ids: Tensor | None = None
-    """(B, k) int64 rows of the database or of the encoded pairs, −1 for none."""
+    """(B, k) int64 rows of the database, −1 for none."""
     lam: Tensor | None = None
     """(B, k) fp32: λ of each neighbour, as precomputed; NaN for none. None: the cosine of the keys."""
     h_retr: Tensor | None = None
     """(B, k, T, C)"""
     retr_keys: Tensor | None = None
     """(B, k, K) fp32: the neighbours' keys."""
-    pair_latents: Tensor | None = None
-    """(B, k, c, H, W) fp32: the neighbours' latents, where their features are computed during training."""
-    pair_text: Tensor | None = None
-    """(B, k, L, D): the states of their captions."""
 
     def __len__(self) -> int:
         return len(self.z0)
@@ -118,22 +113,14 @@ class TrainingData:
         seed: int,
         *,
         database: Database | None = None,
-        pairs: Shards | None = None,
         num_neighbors: int = 0,
         random_neighbors: bool = False,
     ) -> None:
-        """Args:
-        database, pairs: where the neighbours come from: stored features, or encoded pairs with text states.
-        random_neighbors: draw random rows of the database instead of the precomputed neighbours.
-        """
+        """random_neighbors: draw random rows instead of the precomputed neighbours."""
         self.sources, self.seed = list(sources), seed
         self.mixture = Mixture([len(source) for source in sources], weights, seed)
-        self.database, self.pairs = database, pairs
-        self.num_neighbors = num_neighbors if database is not None or pairs is not None else 0
-        if pairs is not None and "text" not in pairs.fields:
-            raise InvalidRequest(f"data.pairs={pairs.folder} holds no text states: make it with --store-text")
-        stored = self.num_neighbors and not random_neighbors
-        self.tables = [self._table(source) if stored else None for source in sources]
+        self.database, self.num_neighbors = database, num_neighbors if database is not None else 0
+        self.tables = [self._table(source) if database and not random_neighbors else None for source in sources]
         shapes = {tuple(source.read(0, "latents").shape) for source in sources}
         if len(shapes) > 1:
             raise InvalidRequest(f"the sources' latents have different shapes: {sorted(shapes)}")
@@ -145,12 +132,8 @@ class TrainingData:
         table = source.neighbors()
         if table is None:
             raise InvalidRequest(f"{source.folder} has no neighbours: run `ragturbo data neighbors` on it")
-        made_with = table.made_by["database"]
-        if self.pairs is not None:
-            here = pairs_name(self.pairs)
-        else:
-            assert self.database is not None
-            here = database_name(self.database)
+        assert self.database is not None
+        made_with, here = table.made_by["database"], database_name(self.database)
         if made_with != here:
             raise DatabaseMismatch(
                 f"{source.folder}/neighbors was made with database {made_with}, but this one is {here}: run "
@@ -188,6 +171,7 @@ class TrainingData:
         return self._with_neighbors(batch, numbers) if self.num_neighbors else batch
 
     def _with_neighbors(self, batch: Batch, numbers: Sequence[int]) -> Batch:
+        assert self.database is not None
         k = self.num_neighbors
         if self._rows is not None:
             drawn = [np.random.default_rng([self.seed, 3, n]).choice(self._rows, k) for n in numbers]
@@ -195,26 +179,12 @@ class TrainingData:
         else:
             found = [self.tables[s].read(i) for s, i in map(self.mixture, numbers)]  # type: ignore[union-attr]
             ids, lam = torch.stack([f[0][:k] for f in found]), torch.stack([f[1][:k] for f in found])
-        batch = replace(batch, ids=ids, lam=lam)
-        if self.pairs is not None:
-            return replace(batch, pair_latents=self._read(ids, "latents").float(), pair_text=self._read(ids, "text"))
-        assert self.database is not None
-        return replace(batch, h_retr=self.database.features(ids), retr_keys=self.database.keys(ids))
-
-    def _read(self, ids: Tensor, name: str) -> Tensor:
-        """A field of the encoded pairs; a missing neighbour gets the values of pair 0, which are not used."""
-        assert self.pairs is not None
-        rows = [self.pairs.read(i, name) for i in ids.clamp(min=0).flatten().tolist()]
-        return torch.stack(rows).unflatten(0, ids.shape)
+        h_retr, keys = self.database.features(ids), self.database.keys(ids)
+        return replace(batch, ids=ids, lam=lam, h_retr=h_retr, retr_keys=keys)
 
 
 # The student's field in place of the teacher's.
 _FIELDS = {"ids": "input_ids", "text": "text"}
-
-
-def pairs_name(pairs: Shards) -> str:
-    """The encoded pairs and their contents, as `database_name` for a database."""
-    return f"{pairs.folder.name} {digest([json.dumps(pairs.plan.made_by, sort_keys=True)])}"
 
 
 def database_name(database: Database) -> str:

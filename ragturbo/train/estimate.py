@@ -125,21 +125,18 @@ def _trace(
     z0, noise = empty(model.in_channels, side, side), empty(model.in_channels, side, side)
     text = empty(_TEXT_TOKENS, student.hspace.text_width, dtype=dtype)
     i = torch.zeros(size, dtype=torch.int64, device="meta")
-    grid, k = student.hspace.grid(side, side), config.student.num_neighbors
-    rows = empty(k, grid[0] * grid[1], student.hspace.channels, dtype=dtype)
+    grid = student.hspace.grid(side, side)
+    retrieved = None
+    if student.adapter is not None:
+        k = config.student.num_neighbors
+        rows = empty(k, grid[0] * grid[1], student.hspace.channels, dtype=dtype)
+        retrieved = (rows, empty(), torch.ones(size, k, dtype=torch.bool, device="meta"))
     flops: dict[str, int] = {}
     modules = [module for module in (student, discriminator, lpips) if module is not None]
     weights = {p.untyped_storage()._cdata for module in modules for p in module.parameters()}
     # Gradient checkpointing stores nothing inside a block, and its recomputation fails under this mode.
     attention = nullcontext if config.loop.gradient_checkpointing else _FlashAttention
     with attention(), _stored(weights) as kept:
-        if config.mode == "joint":
-            with _counted(flops, "neighbours' features, forward"):
-                pairs, captions = z0.to(dtype).repeat_interleave(k, 0), text.repeat_interleave(k, 0)
-                rows = student.hspace.retrieval_features(pairs, captions).unflatten(0, (size, k))
-        retrieved = None
-        if student.adapter is not None:
-            retrieved = (rows, empty(), torch.ones(size, k, dtype=torch.bool, device="meta"))
         if config.loss.hspace:
             with _counted(flops, "target of the regression on h"), torch.no_grad():
                 student.encode(student.noisy(z0, noise, i), i, text)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,11 +25,18 @@ def export_adapter(
     copy of `database`, for `from_pretrained(folder)`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with _holding(student, values):
+    trainable = student.trainable()
+    before = {name: parameter.data for name, parameter in trainable.items()}
+    try:
+        for name, parameter in trainable.items():
+            parameter.data = values[name]
         if student.adapter is not None:
             student.adapter.save(folder)
         if lora.has_lora(student.unet):
             lora.save_lora(student.unet, folder / lora.FOLDER)
+    finally:
+        for name, parameter in trainable.items():
+            parameter.data = before[name]
     if whole:
         base = _untrained(config)
         base.load_adapter(folder)
@@ -41,36 +46,14 @@ def export_adapter(
             shutil.copytree(database, folder / DATABASE, dirs_exist_ok=True)
 
 
-def export_student(
-    folder: Path, config: LADDConfig, student: Student, values: dict[str, Tensor], scheduler: Any
-) -> None:
-    """Write the bundle with the trained UNet and adapter, without a database: one of another UNet does not fit."""
+def export_student(folder: Path, config: LADDConfig, values: dict[str, Tensor], scheduler: Any) -> None:
+    """Write the bundle with the trained UNet. It has no database: one built with another UNet does not fit."""
     folder.mkdir(parents=True, exist_ok=True)
     base = _untrained(config)
-    unet = {name.removeprefix("unet."): value for name, value in values.items() if name.startswith("unet.")}
-    base.unet.unet.load_state_dict(unet)
+    base.unet.unet.load_state_dict({name.removeprefix("unet."): value for name, value in values.items()})
     base.info = replace(base.info, distilled=True)
     base.scheduler = scheduler
     base.save(folder)
-    if student.adapter is not None:
-        with _holding(student, values):
-            student.adapter.save(folder)
-        kind, k = student.adapter.kind, config.student.num_neighbors
-        replace(base.info, adapter_kind=kind, num_neighbors=k).write(folder)
-
-
-@contextmanager
-def _holding(student: Student, values: dict[str, Tensor]) -> Iterator[None]:
-    """Put the values into the student's trainable parameters for a while."""
-    trainable = student.trainable()
-    before = {name: parameter.data for name, parameter in trainable.items()}
-    try:
-        for name, parameter in trainable.items():
-            parameter.data = values[name]
-        yield
-    finally:
-        for name, parameter in trainable.items():
-            parameter.data = before[name]
 
 
 def _untrained(config: LADDConfig) -> Bundle:

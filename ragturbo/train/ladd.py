@@ -161,8 +161,8 @@ class LADDTrainer:
         folder, config = Path(folder), self.config
         if self.processes.is_main_process:
             values = self.masters.state() if self.ema is None else self.ema.values
-            if config.whole:
-                export_student(folder, config, self.student, values, self.bundle.scheduler)
+            if config.mode == "student":
+                export_student(folder, config, values, self.bundle.scheduler)
             else:
                 database = self.data.database.path if self.data.database is not None else None
                 export_adapter(folder, config, self.student, values, database=database, whole=whole)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def load_models(config: LADDConfig, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any, Bundle]:
     """Return the teacher's UNet for D (None: the student's own), its scheduler, and the student's bundle."""
     # Whole-student training copies the weights in fp32 before they are rounded to `dtype`.
-    first = torch.float32 if config.whole else dtype
+    first = torch.float32 if config.mode == "student" else dtype
     own = config.teacher is None
     if own and not (resolve(config.model, revision=config.revision) / TEACHER).is_dir():
         raise InvalidRequest(
@@ -37,7 +37,7 @@ def load_models(config: LADDConfig, device: torch.device, dtype: torch.dtype) ->
         )
     bundle = Bundle.load(config.model, device=device, dtype=first, adapter=False, teacher=own, revision=config.revision)
     scheduler = bundle.scheduler
-    if config.whole:
+    if config.mode == "student":
         bundle.scheduler = trailing_euler(scheduler)
     if own:
         teacher, bundle.teacher = bundle.teacher, None
@@ -85,7 +85,7 @@ def make_lpips(config: LADDConfig, channels: int) -> LatentLPIPS | None:
 
 
 def open_database(config: LADDConfig, bundle: Bundle) -> Database | None:
-    if not config.retrieves or config.data.pairs is not None:
+    if not config.retrieves:
         return None
     from ragturbo.retrieval.database import Database
 
@@ -101,8 +101,7 @@ def open_database(config: LADDConfig, bundle: Bundle) -> Database | None:
 def open_data(config: LADDConfig, database: Database | None) -> tuple[TrainingData, HeldOut | None]:
     """The mixture of data.sources, and data.held_out if it is set."""
     student, settings = config.student, config.data
-    pairs = None if settings.pairs is None else Shards(settings.pairs)
-    retrieval: Any = {"database": database, "pairs": pairs, "num_neighbors": student.num_neighbors}
+    retrieval: Any = {"database": database, "num_neighbors": student.num_neighbors}
     retrieval["random_neighbors"] = student.neighbors == "random"
     sources = [Shards(source.path) for source in settings.sources]
     if config.discriminator.real == "images" and all("noise" in source.fields for source in sources):

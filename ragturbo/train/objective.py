@@ -58,9 +58,8 @@ class Objective:
 
         # Student: ẑ_0. D reads the prompt that the teacher drew.
         text, shown = self.text(batch), self.teacher_text(batch)
-        retrieved = self.retrieved(batch, text.key, drop)
         x = self.student.noisy(batch.z0, noise, i)
-        z0_hat, h = self._student(x, i, text.hidden_states, retrieved)
+        z0_hat, h = self._student(x, i, text.hidden_states, self.retrieved(batch, text.key, drop))
 
         # Discriminator features of z_s and ẑ_s.
         z_s, z_s_hat = self.noise.noised(batch.z0, eps, s), self.noise.noised(z0_hat, eps, s)
@@ -91,9 +90,6 @@ class Objective:
         if weights.hspace:
             further["hspace"] = self._hspace(batch, x, i, h, shown, drop)
             loss_g = loss_g + weights.hspace * further["hspace"]
-        if weights.reconstruct:
-            further["reconstruct"] = self._reconstruct(batch, retrieved)
-            loss_g = loss_g + weights.reconstruct * further["reconstruct"]
         (loss_g / accumulation).backward()
 
         right = accuracy(on_real, [x[:size] for x in on_fake], real_weight)
@@ -124,8 +120,9 @@ class Objective:
 
     def retrieved(self, batch: Batch, key: Tensor, drop: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         """h_retr (B, k, S, C), λ and valid (B, k), as in a Generator. Samples in `drop` (B,) get no neighbours."""
-        if batch.ids is None:
+        if batch.h_retr is None:
             return None
+        assert batch.ids is not None
         fixed = self.config.student.lam
         lam = None if fixed is None else torch.full_like(key[:, 0], fixed)
         weights = batch.lam
@@ -133,11 +130,7 @@ class Objective:
             assert batch.retr_keys is not None
             weights = cosine(key, batch.retr_keys)
         lam, valid = blend_weights(weights, batch.ids, weights, lam=lam)
-        h_retr, used = batch.h_retr, valid & ~drop[:, None]
-        if h_retr is None:
-            assert batch.pair_latents is not None and batch.pair_text is not None
-            h_retr = self.student.retrieval_features(batch.pair_latents, batch.pair_text, used)
-        return h_retr, torch.where(drop[:, None], 0.0, lam), used
+        return batch.h_retr, torch.where(drop[:, None], 0.0, lam), valid & ~drop[:, None]
 
     def _hspace(self, batch: Batch, x: Tensor, i: Tensor, h: Tensor, shown: Tensor, drop: Tensor) -> Tensor:
         """Squared error between the decoded feature and the one of the teacher's prompt, over the latter's variance."""
@@ -145,14 +138,6 @@ class Objective:
             wanted = self.student.encode(x, i, shown).h.float()
         error = (h.float() - wanted).square().flatten(1).mean(1) / wanted.var()
         return masked_mean(error, batch.paired & ~drop)
-
-    def _reconstruct(self, batch: Batch, retrieved: tuple[Tensor, Tensor, Tensor] | None) -> Tensor:
-        """Smooth L1 between the neighbours' latents and what a linear layer reads from each token of their h_retr."""
-        assert retrieved is not None and batch.pair_latents is not None
-        h_retr, _, used = retrieved
-        errors = smooth_l1(self.student.reconstruct(h_retr[used]), batch.pair_latents[used])
-        # A batch may have no neighbour.
-        return errors.sum() / max(1, len(errors))
 
     def _features(self, z_s: Tensor, z_s_hat: Tensor, s: Tensor, text: Tensor) -> tuple[list[Tensor], ...]:
         """Features of every stage: of z_s; of ẑ_s with its graph; of ẑ_s without one, for D alone, unless the pass is

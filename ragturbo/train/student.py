@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from contextlib import nullcontext
 from typing import Any
@@ -36,13 +35,10 @@ class Student(nn.Module):
             raise ModelError("the UNet has different numbers of input and output channels")
         self.config = config
         self.hspace = unet
-        self.unet = unet.unet.requires_grad_(config.whole)
+        self.unet = unet.unet.requires_grad_(config.mode == "student")
         self.adapter: HSpaceAdapter | None = None
         if config.retrieves:
             self.adapter = HSpaceAdapter(unet.channels, config.student.heads, config.student.adapter)
-        self.reconstruction: nn.Linear | None = None
-        if config.loss.reconstruct:
-            self.reconstruction = nn.Linear(unet.channels, unet.unet.config.in_channels * _patch(unet) ** 2)
         if config.mode == "adapter" and config.student.lora.rank:
             add_lora(self.unet, config.student.lora)
         if config.loop.gradient_checkpointing:
@@ -88,7 +84,7 @@ class Student(nn.Module):
         """x: (B, c, H, W) fp32 from `noisy`; i: (B,); text: (B, L, D); retrieved: h_retr (B, k, S, C), λ and valid
         (B, k) -> ẑ_0, fp32 as x, and the feature h that it was decoded from."""
         # The frozen encoder stores no activations.
-        with nullcontext() if self.config.whole else torch.no_grad():
+        with torch.no_grad() if self.config.mode == "adapter" else nullcontext():
             state = self.encode(x, i, text)
         h, dtype = state.h, self.hspace.dtype
         if self.adapter is not None and retrieved is not None:
@@ -100,23 +96,6 @@ class Student(nn.Module):
     def encode(self, x: Tensor, i: Tensor, text: Tensor) -> UNetState:
         dtype = self.hspace.dtype
         return self.hspace.encode((_each(self.to_input, i) * x).to(dtype), self.timesteps[i], text.to(dtype))
-
-    def retrieval_features(self, latents: Tensor, text: Tensor, valid: Tensor) -> Tensor:
-        """h_retr of encoded pairs: (B, k, c, H, W), (B, k, L, D), (B, k) bool -> (B, k, S, C), zero where not valid."""
-        dtype = self.hspace.dtype
-        tokens = math.prod(self.hspace.grid(*latents.shape[-2:]))
-        everywhere = latents.new_zeros((*valid.shape, tokens, self.hspace.channels), dtype=dtype)
-        if not valid.any():
-            return everywhere
-        features = self.hspace.retrieval_features(latents[valid].to(dtype), text[valid].to(dtype))
-        return everywhere.index_put((valid,), features)
-
-    def reconstruct(self, h_retr: Tensor) -> Tensor:
-        """Latents from each token's feature: (N, S, C) -> (N, c, H, W)."""
-        assert self.reconstruction is not None
-        side, patch = math.isqrt(h_retr.shape[1]), _patch(self.hspace)
-        patches = self.reconstruction(h_retr).unflatten(-1, (-1, patch, patch)).unflatten(1, (side, side))
-        return patches.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
 
 class Masters:
@@ -202,12 +181,6 @@ def trailing_euler(scheduler: Any) -> Any:
     from diffusers import EulerDiscreteScheduler
 
     return EulerDiscreteScheduler.from_config(scheduler.config, timestep_spacing="trailing")
-
-
-def _patch(unet: HSpaceUNet) -> int:
-    """Side of the square of latents that one token of h lies over."""
-    size = 64
-    return size // unet.grid(size, size)[0]
 
 
 def _each(constants: Tensor, i: Tensor) -> Tensor:
