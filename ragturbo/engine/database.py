@@ -13,7 +13,6 @@ from torch import Tensor
 from ragturbo.engine.result import Retrieved
 from ragturbo.errors import DatabaseMismatch
 from ragturbo.neighbor import Neighbor
-from ragturbo.retrieval.hybrid import HybridRetriever
 from ragturbo.retrieval.retriever import Hits
 
 if TYPE_CHECKING:
@@ -124,6 +123,9 @@ class DatabaseGeneration:
         queries = keys.flatten(0, -2)
         flat = [text for row in texts for text in row] or [""] * len(queries)
         retriever, kind = self._retriever, getattr(self._retriever, "query_kind", "key")
+        # Imported here, because without a database an engine needs no pyarrow.
+        from ragturbo.retrieval.hybrid import HybridRetriever
+
         if isinstance(retriever, HybridRetriever):
             found = retriever.find(queries, k, texts=flat)
         else:

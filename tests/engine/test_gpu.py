@@ -34,6 +34,7 @@ FORMS = {
     "ids to the host": {"retriever": "exact", "host_bytes": 4 * 512},
     "ids to the host, some rows hot": {"retriever": "exact", "host_bytes": 4 * 512, "device_bytes": 3 * 512},
     "three graphs": {"retriever": "bm25", "host_bytes": 2**20},
+    "three graphs, keys and words": {"retriever": "hybrid", "host_bytes": 2**20},
 }
 
 
