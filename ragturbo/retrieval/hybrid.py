@@ -21,7 +21,7 @@ class HybridRetriever:
     """Score: the share of the query's rare words that the caption holds, plus 1 / (60 + rank) for each list.
 
     Captions with the query's one rare word (see `rare_at_most`) come first: their share is 1, and captions without it
-    score at most 2 / 61. Their order is decided by BM25 and by the keys. Without a rare word, this is plain reciprocal
+    score at most 1 / 61. Their order is decided by BM25 and by the keys. Without a rare word, this is plain reciprocal
     rank fusion. Of equal scores, the lower id comes first.
     """
 
