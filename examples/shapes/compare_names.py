@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -28,12 +27,12 @@ from stage_bundle import database_scenes
 
 from ragturbo import Database, Generator
 from ragturbo.evaluate.faithfulness import Question, answer, count_answers
-from ragturbo.evaluate.names import lesson, named, sample_named_scene
+from ragturbo.evaluate.names import describe_names, lesson, named, sample_named_scene
 from ragturbo.evaluate.recognition import recognise
 from ragturbo.evaluate.rendering import render
 from ragturbo.evaluate.scores import right_share
 from ragturbo.evaluate.table import estimate, verdict
-from ragturbo.evaluate.world import Noun, Scene, plural, sample_scene
+from ragturbo.evaluate.world import Noun, Scene, sample_scene
 from ragturbo.machine import describe
 from ragturbo.model.source import resolve
 
@@ -87,14 +86,6 @@ class Prompts:
             shares = (count_answers(s.meaning, recognise(p)) for s, p in zip(self.scenes, pictures, strict=True))
             return [right_share(counts) for counts in shares]
         return [float(_all_shown(nouns, picture)) for nouns, picture in zip(self.nouns, pictures, strict=True)]
-
-
-def describe_names(caption: str, nouns: Sequence[Noun]) -> str:
-    for noun in nouns:
-        shape = noun.shape if noun.count == 1 else plural(noun.shape)
-        caption = re.sub(rf"\b{re.escape(str(noun.name))}(e?s)?\b", f"{noun.colour} {shape}", caption)
-    caption = re.sub(r"\ban (?=[^aeiou\s])", "a ", caption)
-    return re.sub(r"\ba (?=orange\b)", "an ", caption)
 
 
 def _all_shown(nouns: Sequence[Noun], picture: np.ndarray) -> bool:

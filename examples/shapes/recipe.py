@@ -18,8 +18,8 @@ from networks import tokenizer_in
 from settings import SIZES, Settings
 from stage_adapter import ARMS, add_adapter, prepare_arms, train_arm
 from stage_adopt import adopt
+from stage_align import align, name_pairs
 from stage_bundle import build_database, build_large_database, write_bundle
-from stage_joint import name_pairs, train_joint
 from stage_lcm import distil_lcm
 from stage_student import distil_student, make_pairs
 from stage_teacher import train_teacher
@@ -47,7 +47,7 @@ STAGES: dict[str, Callable[[Path, Settings, float | None], None]] = {
     "pairs": make_pairs,
     "student": distil_student,
     "names": name_pairs,
-    "joint": train_joint,
+    "align": align,
     "lcm": distil_lcm,
     "bundle": write_bundle,
     "database": build_database,

@@ -49,10 +49,12 @@ class Settings:
     student_batch: int = 128
     student_rate: float = 5e-4
 
-    joint_steps: int = 2_400
-    joint_rate: float = 5e-4
-    hspace: float = 1.0
-    reconstruct: float = 1.0
+    align_steps: int = 3_000
+    align_batch: int = 64
+    # Lessons of a batch.
+    align_lessons: int = 96
+    align_rate: float = 5e-4
+    align_adapter_rate: float = 2e-3
 
     lcm_steps: int = 2_000
     lcm_rate: float = 3e-4
@@ -69,13 +71,13 @@ class Settings:
 SIZES = {
     "short": Settings(
         vae_steps=1_600, decoder_steps=1_500, tiny_steps=800, text_steps=800, teacher_steps=4_000,
-        pairs=8_192, real=4_000, student_batch=64, joint_steps=1_600, lcm_steps=1_000,
+        pairs=8_192, real=4_000, student_batch=64, align_steps=1_500, lcm_steps=1_000,
     ),
     "cpu": Settings(),
     "gpu": Settings(
         scenes=200_000, vae_steps=6_000, vae_batch=128, decoder_steps=4_000, tiny_steps=4_000, text_steps=3_000,
         text_batch=512, teacher_steps=10_000, teacher_batch=512, pairs=60_000, real=20_000, student_steps=8_000,
-        student_batch=512, joint_steps=12_000, lcm_steps=4_000,
+        student_batch=512, align_steps=10_000, lcm_steps=4_000,
         arm_steps=4_000,
     ),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Add the adapter of the joint training to the bundle; train others on the finished student, to compare.
+"""Add the aligned student's adapter to the bundle; train others on the finished student, to compare.
 
 There is no decoder LoRA in the bundle: it would be active in every mode, and mode "none" should be the student.
 """
@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 from settings import Settings
+from stage_align import ADAPTER
 from stage_bundle import provenance
-from stage_joint import mixture
-from stage_names import SOURCES, K, Names
-from stage_student import train
+from stage_names import NAMED, SOURCES, K, Names
+from stage_student import PAIRS, REAL, train
 
 from ragturbo import Database
 from ragturbo.model.adapter import HSpaceAdapter
@@ -30,9 +30,9 @@ ARMS = {
 
 
 def add_adapter(work: Path, s: Settings, minutes: float | None = None) -> None:
-    """Write the joint training's adapter to work/bundle, in fp16, with the search that it was trained for."""
+    """Write the adapter to work/bundle, in fp16, with the search that it was trained for."""
     bundle = work / "bundle"
-    adapter = HSpaceAdapter.load(work / "joint_adapter")
+    adapter = HSpaceAdapter.load(work / ADAPTER)
     adapter.to(torch.float16).save(bundle)
     info = BundleInfo.read(bundle)
     assert info is not None
@@ -60,8 +60,11 @@ def prepare_arms(work: Path, s: Settings, minutes: float | None = None) -> None:
 def train_arm(work: Path, s: Settings, arm: str, seed: int) -> Path:
     """Train one of ARMS in work/arms; returns the folder of its adapter or LoRA."""
     folder = work / "arms"
+    # As many named samples as ordinary ones, and the discriminator's pictures.
+    shares = {PAIRS: 35, NAMED: 40, REAL: 25}
+    sources = ", ".join(f"{{path: {folder / name}, weight: {share}}}" for name, share in shares.items())
     changes = [
-        f"model={work / 'bundle'}", f"database={folder / 'database'}", f"seed={seed}", *mixture(folder),
+        f"model={work / 'bundle'}", f"database={folder / 'database'}", f"seed={seed}", f"data.sources=[{sources}]",
         f"loss.lpips_weights={work / 'vgg.safetensors'}", f"student.num_neighbors={K}", f"optim.lr={s.arm_rate}",
         f"loop.max_steps={s.arm_steps}", "loop.precision=bf16", "loop.sample_every=0", *ARMS[arm],
     ]  # fmt: skip

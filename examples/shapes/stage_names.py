@@ -12,17 +12,15 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-import parallel
 import torch
 from device import DEVICE
 from PIL import Image
 from settings import Settings
 from stage_student import PAIRS, REAL
 
-from ragturbo.evaluate.names import UNNAMED, Kind, lesson, made_up_word, name_nouns, named
+from ragturbo.evaluate.names import UNNAMED, Kind, describe_names, lesson, made_up_word, name_nouns, named
 from ragturbo.evaluate.rendering import render
 from ragturbo.evaluate.world import Meaning, Noun, Scene, parse, phrase, sample_scene
-from ragturbo.train.data import pairs_name
 from ragturbo.train.encode import make_encoded_data
 from ragturbo.train.neighbors import write_neighbors
 from ragturbo.train.relabel import relabel
@@ -35,16 +33,13 @@ K = 2
 
 
 def make_names(work: Path, s: Settings, model: str) -> None:
-    """Write work/named (the pairs with names), work/lessons (encoded pictures) and the neighbours of all samples."""
+    """Write work/named, the pairs with names, and work/lessons, the encoded pictures."""
     names = Names(work, s)
     prompts = [None if m is None else phrase(m, np.random.default_rng([s.seed, 22, i])) for i, m in names.numbered()]
     relabel(work / PAIRS, prompts, work / NAMED, model=model, device=str(DEVICE))
     make_encoded_data(
         names.lessons(), work / LESSONS, model=model, min_size=1, batch=64, store_text=True, device=str(DEVICE)
     )
-    parallel.barrier()
-    if parallel.RANK == 0:
-        names.write_neighbors({name: work / name for name in SOURCES}, pairs_name(Shards(work / LESSONS)))
 
 
 class Names:
@@ -66,8 +61,13 @@ class Names:
             drawn = pool.map(_draw, self._jobs, chunksize=256)
         return [(caption, Image.fromarray(picture)) for caption, picture in drawn]
 
-    def write_neighbors(self, folders: Mapping[str, Path], database: str) -> None:
-        """Write the neighbours of every folder of SOURCES as rows of the lessons.
+    def described_lessons(self) -> list[str]:
+        """The captions of all lessons, with descriptions in place of names."""
+        scenes = map(_scene, self._jobs)
+        return [describe_names(scene.caption, named(scene.meaning)) for scene in scenes]
+
+    def neighbour_rows(self) -> dict[str, list[list[tuple[int, float]]]]:
+        """For every sample of NAMED and PAIRS its neighbours, rows of the lessons, and their λ.
 
         A named noun has its lesson; another noun has a picture with such a thing, a lesson of another name, or none.
         """
@@ -86,13 +86,17 @@ class Names:
             return (int(rng.choice(rows)) if rows and draw < 0.75 else int(rng.integers(len(self.nouns)))), lam
 
         own = {id(noun): row for row, noun in enumerate(self.nouns)}
-        rows: dict[str, list[list[tuple[int, float]]]] = {name: [] for name in SOURCES}
+        rows: dict[str, list[list[tuple[int, float]]]] = {NAMED: [], PAIRS: []}
         for meaning, caption in zip(self.meanings, self.captions, strict=True):
             if meaning is not None:
                 rows[NAMED].append([(own[id(n)], 1.0) if n.name else other(n) for n in meaning.nouns])
-            # Half of the ordinary samples stay without neighbours: mode "none" must not become worse.
+            # Half of the ordinary samples have no neighbours.
             rows[PAIRS].append([other(noun) for noun in parse(caption).nouns] if rng.random() < 0.5 else [])
-        rows[REAL] = [[]] * len(Shards(folders[REAL]))
+        return rows
+
+    def write_neighbors(self, folders: Mapping[str, Path], database: str) -> None:
+        """Write the neighbours of every folder of SOURCES as rows of a database of the lessons."""
+        rows = self.neighbour_rows() | {REAL: [[]] * len(Shards(folders[REAL]))}
         for name, folder in folders.items():
             _write_table(Shards(folder), rows[name], database)
 

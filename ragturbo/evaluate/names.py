@@ -8,11 +8,24 @@ caption that has the name (a lesson). Names are split by their hash, as meanings
 from __future__ import annotations
 
 import hashlib
+import re
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from ragturbo.evaluate.world import COLOURS, SHAPES, Meaning, Noun, Scene, arrange, phrase, sample_scene, vocabulary
+from ragturbo.evaluate.world import (
+    COLOURS,
+    SHAPES,
+    Meaning,
+    Noun,
+    Scene,
+    arrange,
+    phrase,
+    plural,
+    sample_scene,
+    vocabulary,
+)
 
 Kind = tuple[str, str]
 
@@ -84,3 +97,12 @@ def lesson(noun: Noun, seed: int, split: str = "database") -> Scene:
 
 def named(meaning: Meaning) -> tuple[Noun, ...]:
     return tuple(noun for noun in meaning.nouns if noun.name)
+
+
+def describe_names(caption: str, nouns: Sequence[Noun]) -> str:
+    """Return the caption with colour and shape in place of the names of these nouns."""
+    for noun in nouns:
+        shape = noun.shape if noun.count == 1 else plural(noun.shape)
+        caption = re.sub(rf"\b{re.escape(str(noun.name))}(e?s)?\b", f"{noun.colour} {shape}", caption)
+    caption = re.sub(r"\ban (?=[^aeiou\s])", "a ", caption)
+    return re.sub(r"\ba (?=orange\b)", "an ", caption)
