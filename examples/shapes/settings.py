@@ -50,9 +50,11 @@ class Settings:
     student_rate: float = 5e-4
 
     align_steps: int = 3_000
+    # Prompts of a batch on each process, those of them with names, and lessons.
     align_batch: int = 64
-    # Lessons of a batch.
+    align_named: int = 44
     align_lessons: int = 96
+    adapter_heads: int = 4
     align_rate: float = 5e-4
     align_adapter_rate: float = 2e-3
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import parallel
 import torch
+from data import batches
 from device import DEVICE, attention, autocast
 from diffusers import UNet2DConditionModel
 from loop import Average, rate, run, set_rate
@@ -24,7 +25,7 @@ from networks import LATENT_SIDE
 from sampling import TextStates
 from settings import Settings
 from stage_bundle import save_bundle
-from stage_names import LESSONS, NAMED, PAIRS, Names, make_names
+from stage_names import LESSONS, NAMED, PAIRS, K, Names, make_names
 from torch import Tensor, nn
 
 from ragturbo.model.adapter import HSpaceAdapter
@@ -44,28 +45,32 @@ def name_pairs(work: Path, s: Settings, minutes: float | None = None) -> None:
 
 
 class Samples:
-    """Batches of prompts with and without names, and the lessons that are their neighbours, all as text states."""
+    """Batches of prompts with and without names, and the lessons that are their neighbours."""
 
-    def __init__(self, work: Path, s: Settings) -> None:
+    def __init__(self, work: Path, s: Settings, start: HSpaceUNet) -> None:
+        """start: the student whose features of described lessons are the targets."""
         self.s = s
         self.named, self.shown = (_column(work / NAMED, name) for name in ("text", "teacher_text"))
         self.ordinary = _column(work / PAIRS, "text")
         self.lessons, self.lesson_text = (_column(work / LESSONS, name) for name in ("latents", "text"))
         names, texts = Names(work, s), TextStates(work)
-        captions = names.described_lessons()
-        self.described = torch.cat(
-            [texts.states(captions[i : i + 256]).half().cpu() for i in range(0, len(captions), 256)]
-        )
         self.neighbours = names.neighbour_rows()
+        captions, targets = names.described_lessons(), []
+        with torch.no_grad():
+            for part in batches(len(captions), 128):
+                latents, states = self.lessons[part].to(DEVICE).float(), texts.states(captions[part])
+                targets.append(start.retrieval_features(latents, states).half().cpu())
+        self.targets = torch.cat(targets)
 
     def draw(self, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """Return text of the student's and of the described prompts; rows of the batch's lessons and λ (B, k);
-        latents, text and described text of the lessons."""
-        s, half = self.s, self.s.align_batch // 2
-        picks = {NAMED: torch.randint(len(self.named), (half,), generator=generator)}
-        picks[PAIRS] = torch.randint(len(self.ordinary), (s.align_batch - half,), generator=generator)
+        """Return text of the student's and of the described prompts; rows of the batch's lessons and λ (B, k); latents,
+        text and targets of the lessons. The named prompts come first."""
+        s = self.s
+        picks = {NAMED: torch.randint(len(self.named), (s.align_named,), generator=generator)}
+        rest = s.align_batch - s.align_named
+        picks[PAIRS] = torch.randint(len(self.ordinary), (rest,), generator=generator)
         rows = [self.neighbours[name][i] for name in (NAMED, PAIRS) for i in picks[name].tolist()]
-        ids = torch.full((s.align_batch, 2), -1)
+        ids = torch.full((s.align_batch, K), -1)
         lam, lessons = torch.zeros(ids.shape), []
         for i, row in enumerate(rows):
             for j, (lesson, value) in enumerate(row):
@@ -73,26 +78,26 @@ class Samples:
                     ids[i, j], lam[i, j] = len(lessons), value
                     lessons.append(lesson)
         # Of one size, so that a compiled encoder sees one shape.
-        rest = torch.randint(len(self.lessons), (s.align_lessons - len(lessons),), generator=generator)
-        lessons += rest.tolist()
+        more = torch.randint(len(self.lessons), (s.align_lessons - len(lessons),), generator=generator)
+        lessons += more.tolist()
         own = torch.cat([self.named[picks[NAMED]], self.ordinary[picks[PAIRS]]])
         shown = torch.cat([self.shown[picks[NAMED]], self.ordinary[picks[PAIRS]]])
-        tables = (self.lessons[lessons], self.lesson_text[lessons], self.described[lessons])
-        return tuple(value.to(DEVICE).float() if value.is_floating_point() else value.to(DEVICE)
-                     for value in (own, shown, ids, lam, *tables))  # fmt: skip
+        tables = (self.lessons[lessons], self.lesson_text[lessons], self.targets[lessons])
+        floats = [value.to(DEVICE).float() for value in (own, shown, lam, *tables)]
+        return (*floats[:2], ids.to(DEVICE), *floats[2:])
 
 
 def align(work: Path, s: Settings, minutes: float | None = None) -> None:
     """Replace work/unet by the aligned student and write its adapter to work/aligned_adapter."""
     parallel.start()
-    samples = Samples(work, s)
     start = UNet2DConditionModel.from_pretrained(work / STUDENT / "unet", torch_dtype=torch.float32).to(DEVICE)
     unet = copy.deepcopy(start).train()
     start.requires_grad_(False)
+    samples = Samples(work, s, HSpaceUNet(start))
     for part in (unet.up_blocks, unet.conv_norm_out, unet.conv_out):
         part.requires_grad_(False)
     torch.manual_seed(s.seed + 40)
-    adapter = HSpaceAdapter(s.unet_channels[-1]).to(DEVICE).train()
+    adapter = HSpaceAdapter(s.unet_channels[-1], s.adapter_heads).to(DEVICE).train()
     both = nn.ModuleDict({"unet": unet, "adapter": adapter})
     mean = Average(both, 0.995)
     encoder = [parameter for parameter in unet.parameters() if parameter.requires_grad]
@@ -109,21 +114,21 @@ def align(work: Path, s: Settings, minutes: float | None = None) -> None:
         # Each process draws its own samples.
         generator.manual_seed(generator.initial_seed() * parallel.WORLD + parallel.RANK)
         own, shown, ids, lam, latents, names, described = samples.draw(generator)
+        named = s.align_named
         noise = torch.randn((len(own), 4, LATENT_SIDE, LATENT_SIDE), generator=generator).to(DEVICE)
         with attention(), autocast():
             with torch.no_grad():
                 wanted, kept = old(noise, noisy, shown)
-                seen, _ = old(latents, clean, described)
             h, skips = new(noise, noisy, own)
             h_retr, _ = new(latents, clean, names)
         h_retr, plain = to_tokens(h_retr.float()), to_tokens(h.float())
         blended = adapter(plain, h_retr[ids.clamp(min=0)], lam, ids >= 0)
-        ordinary, wanted = len(own) // 2, to_tokens(wanted.float())
+        wanted = to_tokens(wanted.float())
         losses = {
-            "named": _error(blended[:ordinary], wanted[:ordinary], wanted),
-            "ordinary": _error(blended[ordinary:], wanted[ordinary:], wanted),
-            "alone": _error(plain[ordinary:], wanted[ordinary:], wanted),
-            "lessons": _error(h_retr, to_tokens(seen.float())),
+            "named": _error(blended[:named], wanted[:named], wanted),
+            "ordinary": _error(blended[named:], wanted[named:], wanted),
+            "alone": _error(plain[named:], wanted[named:], wanted),
+            "lessons": _error(h_retr, described),
             "skips": torch.stack([_error(a.float(), b.float()) for a, b in zip(skips, kept, strict=True)]).sum(),
         }
         loss = torch.stack(list(losses.values())).sum()

@@ -214,7 +214,7 @@ def test_student_and_adapter_are_trained_by_the_librarys_trainer_from_the_librar
     s = replace(
         recipe["settings"].Settings(), scenes=6, pairs=3, pair_steps=1, real=2, lpips_steps=1, student_steps=1,
         student_batch=4, database_pairs=4, ordinary_pairs=2, align_steps=1, align_batch=4,
-        align_lessons=4, arm_steps=1,
+        align_named=2, align_lessons=4, arm_steps=1,
     )  # fmt: skip
     recipe["stage_adopt"].adopt(tmp_path, s)
     recipe["data"].draw(tmp_path, recipe["networks"].tokenizer_in(tmp_path / "tokenizer", s), s)
