@@ -1,7 +1,7 @@
 """`python -m benchmarks.overhead`: the overhead of generate() over the same modules called by hand.
 
 Both generate the same images in pairs, in random order, with one torch thread. CPU time of the process and wall time
-are compared.
+are compared. In the same way, what search by names and the adapter add to mode "none".
 """
 
 from __future__ import annotations
@@ -122,10 +122,36 @@ def measure(model: str = "shapes", rounds: int = 200) -> dict[str, Any]:
             assert difference <= 1, f"mode {mode}: the images differ by {difference}"
             found[mode] = pairs(library, hand, words, rounds)
     worst = max(result["wall"]["overhead"] for result in found.values())
+    added = None
+    if "adapter" in found:
+        found[SEARCH] = search_and_adapter(model, words, rounds)
+        added = found[SEARCH]["wall"]["overhead"]
     flags = [f"{mode}: {flag}" for mode, result in found.items()
              for flag in summary(result["seconds"]["wall"]["library"])["flags"]]  # fmt: skip
+    measured = {"library_overhead": worst, "search_and_adapter": added}
     return {"kind": "overhead", "datetime": now(), "context": describe(), "model": model, "threads": 1,
-            "measured": {"library_overhead": worst}, "flags": flags, "modes": found}  # fmt: skip
+            "measured": measured, "flags": flags, "modes": found}  # fmt: skip
+
+
+SEARCH = "adapter with hybrid search by phrase, against mode none"
+
+
+def search_and_adapter(model: str, words: Sequence[str], rounds: int) -> dict[str, Any]:
+    """Pairs of generate() with the adapter and hybrid search by phrase, and in mode "none"."""
+    from ragturbo.generate import Generator
+
+    with Generator.from_pretrained(
+        model, device="cpu", dtype="float32", batch_sizes=(1,), retriever="hybrid", compose=True
+    ) as gen:
+
+        def draw(mode: str) -> Draw:
+            def images(prompt: str, seed: int) -> np.ndarray:
+                output: Any = gen(prompt, seed=seed, mode=mode, output_type="uint8")
+                return output.images
+
+            return images
+
+        return pairs(draw("adapter"), draw("none"), words, rounds)
 
 
 def main() -> int:
@@ -141,7 +167,8 @@ def main() -> int:
     for mode, result in record["modes"].items():
         for clock in ("processor", "wall"):
             at, (low, high) = result[clock], result[clock]["overhead_95"]
-            print(f"{mode}, {clock}: {1e3 * at['library_p50_s']:.2f} ms, {1e3 * at['hand_p50_s']:.2f} ms by hand: "
+            other = "without" if mode == SEARCH else "by hand"
+            print(f"{mode}, {clock}: {1e3 * at['library_p50_s']:.2f} ms, {1e3 * at['hand_p50_s']:.2f} ms {other}: "
                   f"{100 * at['overhead']:+.1f} % ({100 * low:+.1f} to {100 * high:+.1f}), "
                   f"{100 * at['overhead_p10']:+.1f} % at the tenth percentile")  # fmt: skip
     return 0
