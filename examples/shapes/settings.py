@@ -54,6 +54,8 @@ class Settings:
     align_batch: int = 64
     align_named: int = 44
     align_lessons: int = 96
+    # Weight of the names' marks in h.
+    align_marks: float = 0.6
     adapter_heads: int = 4
     align_rate: float = 5e-4
     align_adapter_rate: float = 2e-3

@@ -1,6 +1,7 @@
 """Copy tokenizer, text encoder and autoencoders of the embedded model, with their provenance, instead of training them.
 
-Its teacher becomes the initial weights of the next one. This saves the first stages if only the UNets are retrained.
+Its teacher and its student become the initial weights of the next ones. This saves the first stages if only the UNets
+are retrained.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from networks import complete_tokenizer, grow_embeddings
 from settings import Settings
+from stage_student import START as STUDENT_START
 from stage_teacher import START
 from transformers import CLIPTextModel
 
@@ -29,8 +31,9 @@ def adopt(work: Path, s: Settings, minutes: float | None = None, source: Path = 
     grow_embeddings(encoder, len(tokenizer), s.seed + 9)
     encoder.save_pretrained(work / "text_encoder")
     shutil.copytree(source / "teacher_unet", work / START, dirs_exist_ok=True)
-    shutil.copytree(source / "unet", work / "unet", dirs_exist_ok=True)
+    shutil.copytree(source / "unet", work / STUDENT_START, dirs_exist_ok=True)
     stages = json.loads((source / "ragturbo.json").read_text())["provenance"]["stages"]
     for stage in STAGES:
         (work / f"{stage}.jsonl").write_text(json.dumps(stages[stage]) + "\n")
-    (work / f"{START}.jsonl").write_text(json.dumps(stages["teacher"]) + "\n")
+    for start, stage in ((START, "teacher"), (STUDENT_START, "student")):
+        (work / f"{start}.jsonl").write_text(json.dumps(stages[stage]) + "\n")

@@ -7,13 +7,18 @@ what the same student makes of descriptions:
 * h_retr of a lesson, whose caption only names the thing, becomes h_retr of the lesson with a description;
 * h_tgt + λ·g of a prompt with names becomes h of the prompt with descriptions, at the same noise.
 
+With two names the adapter must know which lesson belongs where: a mark of the name can be read from h_retr, and from
+the tokens of h_tgt over the named things, whose places the teacher's latents show.
+
 h of ordinary prompts and the skips of pure noise stay as they are, and the decoder is not trained.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import parallel
 import torch
@@ -27,6 +32,7 @@ from settings import Settings
 from stage_bundle import save_bundle
 from stage_names import LESSONS, NAMED, PAIRS, K, Names, make_names
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ragturbo.model.adapter import HSpaceAdapter
 from ragturbo.model.tokens import to_tokens
@@ -34,6 +40,8 @@ from ragturbo.model.unet import HSpaceUNet
 from ragturbo.train.shards import Shards
 
 STUDENT, ADAPTER = "student_base", "aligned_adapter"
+# Width of a name's mark.
+MARK = 32
 
 
 def name_pairs(work: Path, s: Settings, minutes: float | None = None) -> None:
@@ -44,47 +52,91 @@ def name_pairs(work: Path, s: Settings, minutes: float | None = None) -> None:
     make_names(work, s, str(work / STUDENT))
 
 
+class Batch(NamedTuple):
+    """The named prompts come first, and of those the `len(places)` whose noise is that of their teacher latents."""
+
+    text: Tensor
+    """(B, L, D): of the student's prompts."""
+    shown: Tensor
+    """(B, L, D): of the described prompts."""
+    noise: Tensor
+    ids: Tensor
+    """(B, K): rows of the batch's lessons, -1 for none."""
+    lam: Tensor
+    latents: Tensor
+    names: Tensor
+    """(M, L, D): text of the lessons, which only names."""
+    targets: Tensor
+    """(M, T, C): features of the lessons with descriptions."""
+    lesson_marks: Tensor
+    """(M, MARK): marks of the lessons' names, 0 for an ordinary picture."""
+    marks: Tensor
+    """(P, K, MARK): marks of the names of the first prompts."""
+    places: Tensor
+    """(P, K, T) bool: the tokens of h over the things that each name stands for."""
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(*(v.to(device).float() if v.is_floating_point() else v.to(device) for v in self))
+
+
 class Samples:
-    """Batches of prompts with and without names, and the lessons that are their neighbours."""
+    """Prompts with and without names, and the lessons that are their neighbours."""
 
     def __init__(self, work: Path, s: Settings, start: HSpaceUNet) -> None:
         """start: the student whose features of described lessons are the targets."""
         self.s = s
-        self.named, self.shown = (_column(work / NAMED, name) for name in ("text", "teacher_text"))
+        self.named, self.shown, self.noise = (_column(work / NAMED, n) for n in ("text", "teacher_text", "noise"))
         self.ordinary = _column(work / PAIRS, "text")
         self.lessons, self.lesson_text = (_column(work / LESSONS, name) for name in ("latents", "text"))
         names, texts = Names(work, s), TextStates(work)
         self.neighbours = names.neighbour_rows()
-        captions, targets = names.described_lessons(), []
-        with torch.no_grad():
-            for part in batches(len(captions), 128):
-                latents, states = self.lessons[part].to(DEVICE).float(), texts.states(captions[part])
+        # A picture shows its sizes: half of the lessons do not mention them.
+        self.short_text = torch.cat([texts.states(part).half().cpu() for part in _parts(names.short_lessons())])
+        targets, described = [], names.described_lessons()
+        for part in batches(len(described), 128):
+            latents, states = self.lessons[part].to(DEVICE).float(), texts.states(described[part])
+            with torch.no_grad():
                 targets.append(start.retrieval_features(latents, states).half().cpu())
         self.targets = torch.cat(targets)
+        self.places = names.places(work)
+        self.lesson_marks = torch.zeros(len(self.lessons), MARK)
+        self.lesson_marks[: len(names.nouns)] = _marks([str(noun.name) for noun in names.nouns], texts)
+        self.marks = torch.zeros(len(self.named), K, MARK)
+        for i, row in enumerate(self.neighbours[NAMED]):
+            own = [lesson for lesson, _ in row if 0 <= lesson < len(names.nouns)]
+            self.marks[i, : len(own)] = self.lesson_marks[own]
 
-    def draw(self, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """Return text of the student's and of the described prompts; rows of the batch's lessons and λ (B, k); latents,
-        text and targets of the lessons. The named prompts come first."""
+    def draw(self, generator: torch.Generator) -> Batch:
         s = self.s
-        picks = {NAMED: torch.randint(len(self.named), (s.align_named,), generator=generator)}
-        rest = s.align_batch - s.align_named
-        picks[PAIRS] = torch.randint(len(self.ordinary), (rest,), generator=generator)
-        rows = [self.neighbours[name][i] for name in (NAMED, PAIRS) for i in picks[name].tolist()]
+        i = torch.randint(len(self.named), (s.align_named,), generator=generator)
+        j = torch.randint(len(self.ordinary), (s.align_batch - s.align_named,), generator=generator)
+        rows = [self.neighbours[name][n] for name, picks in ((NAMED, i), (PAIRS, j)) for n in picks.tolist()]
         ids = torch.full((s.align_batch, K), -1)
         lam, lessons = torch.zeros(ids.shape), []
-        for i, row in enumerate(rows):
-            for j, (lesson, value) in enumerate(row):
+        for b, row in enumerate(rows):
+            for k, (lesson, value) in enumerate(row):
                 if lesson >= 0 and len(lessons) < s.align_lessons:
-                    ids[i, j], lam[i, j] = len(lessons), value
+                    ids[b, k], lam[b, k] = len(lessons), value
                     lessons.append(lesson)
         # Of one size, so that a compiled encoder sees one shape.
-        more = torch.randint(len(self.lessons), (s.align_lessons - len(lessons),), generator=generator)
-        lessons += more.tolist()
-        own = torch.cat([self.named[picks[NAMED]], self.ordinary[picks[PAIRS]]])
-        shown = torch.cat([self.shown[picks[NAMED]], self.ordinary[picks[PAIRS]]])
-        tables = (self.lessons[lessons], self.lesson_text[lessons], self.targets[lessons])
-        floats = [value.to(DEVICE).float() for value in (own, shown, lam, *tables)]
-        return (*floats[:2], ids.to(DEVICE), *floats[2:])
+        lessons += torch.randint(len(self.lessons), (s.align_lessons - len(lessons),), generator=generator).tolist()
+        noise = torch.randn((s.align_batch, 4, LATENT_SIDE, LATENT_SIDE), generator=generator)
+        known = i[: 2 * s.align_named // 3]
+        noise[: len(known)] = self.noise[known].float()
+        short = torch.rand((len(lessons), 1, 1), generator=generator) < 0.5
+        return Batch(
+            text=torch.cat([self.named[i], self.ordinary[j]]),
+            shown=torch.cat([self.shown[i], self.ordinary[j]]),
+            noise=noise,
+            ids=ids,
+            lam=lam,
+            latents=self.lessons[lessons],
+            names=torch.where(short, self.short_text[lessons], self.lesson_text[lessons]),
+            targets=self.targets[lessons],
+            lesson_marks=self.lesson_marks[lessons],
+            marks=self.marks[known],
+            places=self.places[known],
+        ).to(DEVICE)
 
 
 def align(work: Path, s: Settings, minutes: float | None = None) -> None:
@@ -98,13 +150,14 @@ def align(work: Path, s: Settings, minutes: float | None = None) -> None:
         part.requires_grad_(False)
     torch.manual_seed(s.seed + 40)
     adapter = HSpaceAdapter(s.unet_channels[-1], s.adapter_heads).to(DEVICE).train()
-    both = nn.ModuleDict({"unet": unet, "adapter": adapter})
+    # Reads the mark of a name from a token of h; only training uses it.
+    reader = nn.Linear(s.unet_channels[-1], MARK).to(DEVICE)
+    both = nn.ModuleDict({"unet": unet, "adapter": adapter, "reader": reader})
     mean = Average(both, 0.995)
     encoder = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     # The adapter starts at zero and takes larger steps than the encoder.
-    optimizers = [
-        torch.optim.AdamW(p, weight_decay=0.01, betas=(0.9, 0.99), fused=True) for p in (encoder, adapter.parameters())
-    ]
+    groups = (encoder, [*adapter.parameters(), *reader.parameters()])
+    optimizers = [torch.optim.AdamW(group, weight_decay=0.01, betas=(0.9, 0.99), fused=True) for group in groups]
     old, new = (torch.compile(_encode_with(HSpaceUNet(u)), dynamic=False) for u in (start, unet))
     noisy, clean = torch.tensor([999], device=DEVICE), torch.tensor([0], device=DEVICE)
 
@@ -113,23 +166,24 @@ def align(work: Path, s: Settings, minutes: float | None = None) -> None:
             set_rate(optimizer, rate(step, s.align_steps, peak))
         # Each process draws its own samples.
         generator.manual_seed(generator.initial_seed() * parallel.WORLD + parallel.RANK)
-        own, shown, ids, lam, latents, names, described = samples.draw(generator)
-        named = s.align_named
-        noise = torch.randn((len(own), 4, LATENT_SIDE, LATENT_SIDE), generator=generator).to(DEVICE)
+        batch, named = samples.draw(generator), s.align_named
         with attention(), autocast():
             with torch.no_grad():
-                wanted, kept = old(noise, noisy, shown)
-            h, skips = new(noise, noisy, own)
-            h_retr, _ = new(latents, clean, names)
-        h_retr, plain = to_tokens(h_retr.float()), to_tokens(h.float())
-        blended = adapter(plain, h_retr[ids.clamp(min=0)], lam, ids >= 0)
-        wanted = to_tokens(wanted.float())
+                wanted, kept = old(batch.noise, noisy, batch.shown)
+            h, skips = new(batch.noise, noisy, batch.text)
+            h_retr, _ = new(batch.latents, clean, batch.names)
+        h_retr, plain, wanted = (to_tokens(value.float()) for value in (h_retr, h, wanted))
+        blended = adapter(plain, h_retr[batch.ids.clamp(min=0)], batch.lam, batch.ids >= 0)
+        # Slowly, so that a reader that knows nothing does not disturb the encoder.
+        marks = s.align_marks * min(1.0, step / 200)
         losses = {
             "named": _error(blended[:named], wanted[:named], wanted),
             "ordinary": _error(blended[named:], wanted[named:], wanted),
-            "alone": _error(plain[named:], wanted[named:], wanted),
-            "lessons": _error(h_retr, described),
-            "skips": torch.stack([_error(a.float(), b.float()) for a, b in zip(skips, kept, strict=True)]).sum(),
+            "alone": 2 * _error(plain[named:], wanted[named:], wanted),
+            "lessons": _error(h_retr, batch.targets),
+            "skips": 2 * torch.stack([_error(a.float(), b.float()) for a, b in zip(skips, kept, strict=True)]).sum(),
+            "marks": marks * _marks_error(reader(plain[: len(batch.places)]), batch.marks, batch.places),
+            "lesson_marks": marks * _lesson_marks_error(reader(h_retr), batch.lesson_marks),
         }
         loss = torch.stack(list(losses.values())).sum()
         for optimizer in optimizers:
@@ -148,6 +202,33 @@ def align(work: Path, s: Settings, minutes: float | None = None) -> None:
         mean.module["unet"].save_pretrained(work / "unet")
         (work / ADAPTER).mkdir(exist_ok=True)
         mean.module["adapter"].save(work / ADAPTER)
+
+
+def _marks(names: list[str], texts: TextStates) -> Tensor:
+    """A mark of each name, (N, MARK): its tokens' embeddings, averaged and projected at random, of mean square one."""
+    table = texts.model.get_input_embeddings().weight.detach().float().cpu()
+    table = functional.layer_norm(table, table.shape[1:])
+    projection = torch.randn((table.shape[1], MARK), generator=torch.Generator().manual_seed(77))
+    tokens = texts.tokenizer(names)["input_ids"]
+    marks = torch.stack([table[ids[1:-1]].mean(0) @ projection for ids in tokens])
+    return functional.normalize(marks, dim=1) * MARK**0.5
+
+
+def _marks_error(read: Tensor, marks: Tensor, places: Tensor) -> Tensor:
+    """read: (P, T, MARK); marks: (P, K, MARK); places: (P, K, T). Squared error where a name's things are."""
+    errors = (read[:, None] - marks[:, :, None]).square().mean(-1) * places
+    return errors.sum() / places.sum().clamp(min=1)
+
+
+def _lesson_marks_error(read: Tensor, marks: Tensor) -> Tensor:
+    """read: (M, T, MARK); marks: (M, MARK). Every token of a lesson tells its name."""
+    has_name = marks.any(1)
+    return ((read - marks[:, None]).square().mean((1, 2)) * has_name).sum() / has_name.sum().clamp(min=1)
+
+
+def _parts(texts: list[str]) -> Iterator[list[str]]:
+    for part in batches(len(texts), 256):
+        yield texts[part]
 
 
 def _encode_with(unet: HSpaceUNet):

@@ -29,7 +29,7 @@ from ragturbo.model.vae import VAE
 
 log = logging.getLogger("ragturbo.recipe")
 # Logs of the training stages; their last rows go into the bundle's provenance.
-LOGS = ("text", "vae", "decoder", "tiny", START, "teacher", "student", "align", "lcm")
+LOGS = ("text", "vae", "decoder", "tiny", START, "teacher", "student_start", "student", "align", "lcm")
 
 
 def write_bundle(work: Path, s: Settings, minutes: float | None = None) -> None:

@@ -7,18 +7,25 @@ samples get neighbours, too, which they do not need.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+import parallel
 import torch
+from data import batches, to_bytes
 from device import DEVICE
+from diffusers import AutoencoderKL
 from PIL import Image
+from sampling import decode
 from settings import Settings
 from stage_student import PAIRS, REAL
+from torch import Tensor
 
 from ragturbo.evaluate.names import UNNAMED, Kind, describe_names, lesson, made_up_word, name_nouns, named
+from ragturbo.evaluate.recognition import recognise
 from ragturbo.evaluate.rendering import render
 from ragturbo.evaluate.world import Meaning, Noun, Scene, parse, phrase, sample_scene
 from ragturbo.train.encode import make_encoded_data
@@ -63,8 +70,30 @@ class Names:
 
     def described_lessons(self) -> list[str]:
         """The captions of all lessons, with descriptions in place of names."""
-        scenes = map(_scene, self._jobs)
-        return [describe_names(scene.caption, named(scene.meaning)) for scene in scenes]
+        return [describe_names(scene.caption, named(scene.meaning)) for scene in self._scenes()]
+
+    def short_lessons(self) -> list[str]:
+        """The captions of all lessons, with names and without sizes."""
+        return [_without_sizes(scene.caption) if named(scene.meaning) else scene.caption for scene in self._scenes()]
+
+    def places(self, work: Path) -> Tensor:
+        """Where the things of each name are, by the teacher's latents: (N, K, 16) bool, for every sample of NAMED."""
+        path = work / "places.pt"
+        if not path.exists() and parallel.RANK == 0:
+            vae = AutoencoderKL.from_pretrained(work / "vae").to(DEVICE).eval()
+            meanings, shards = [meaning for meaning in self.meanings if meaning], Shards(work / NAMED)
+            latents = torch.cat([shards.tensor(i, "latents") for i in range(len(shards.files))]).float()
+            found = []
+            with get_context("fork").Pool(os.cpu_count()) as pool:
+                for part in batches(len(latents), 512):
+                    pictures = [to_bytes(decode(vae, chunk.to(DEVICE))) for chunk in latents[part].split(64)]
+                    found += pool.map(_cells, zip(meanings[part], np.concatenate(pictures), strict=True), chunksize=32)
+            torch.save(torch.from_numpy(np.stack(found)), path)
+        parallel.barrier()
+        return torch.load(path)
+
+    def _scenes(self) -> Iterator[Scene]:
+        return map(_scene, self._jobs)
 
     def neighbour_rows(self) -> dict[str, list[list[tuple[int, float]]]]:
         """For every sample of NAMED and PAIRS its neighbours, rows of the lessons, and their λ.
@@ -120,6 +149,24 @@ def _scene(job: tuple[Noun | None, int]) -> Scene:
 def _draw(job: tuple[Noun | None, int]) -> tuple[str, np.ndarray]:
     scene = _scene(job)
     return scene.caption, render(scene)
+
+
+def _without_sizes(caption: str) -> str:
+    caption = re.sub(r"\b(small|tiny|large|big) ", "", caption)
+    caption = re.sub(r"\ban (?=[^aeiou\s])", "a ", caption)
+    return re.sub(r"\ba (?=[aeiou])", "an ", caption)
+
+
+def _cells(job: tuple[Meaning, np.ndarray]) -> np.ndarray:
+    """(K, 16) bool: the tokens of h, 16 pixels wide, in which the centres of each named noun's things lie."""
+    meaning, picture = job
+    cells = np.zeros((K, 16), bool)
+    for j, noun in enumerate(named(meaning)):
+        for thing in recognise(picture).things:
+            if (thing.shape, thing.colour) == noun.kind:
+                row, column = (min(3, max(0, int(value) // 16)) for value in (thing.y, thing.x))
+                cells[j, 4 * row + column] = True
+    return cells
 
 
 def _write_table(shards: Shards, rows: list[list[tuple[int, float]]], database: str) -> None:

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import parallel
+import torch
 from device import DEVICE, attention
+from diffusers import UNet2DConditionModel
 from loop import head
 from PIL import Image
 from settings import Settings
@@ -28,7 +30,7 @@ from ragturbo.train.teacher import make_teacher_data
 from ragturbo.train.train_vgg import train_vgg
 
 log = logging.getLogger("ragturbo.recipe")
-BASE, PAIRS, REAL, VGG = "base", "pairs", "real", "vgg.safetensors"
+BASE, START, PAIRS, REAL, VGG = "base", "student_start", "pairs", "real", "vgg.safetensors"
 
 
 def make_pairs(work: Path, s: Settings, minutes: float | None = None) -> None:
@@ -60,8 +62,15 @@ def _pictures(work: Path, captions: list[str], s: Settings) -> Iterator[tuple[st
 
 
 def distil_student(work: Path, s: Settings, minutes: float | None = None) -> None:
+    """Train in work/student and write work/unet. An adopted student goes on, and the result is the mean of both."""
+    start, model = work / START, work / BASE
+    if start.exists():
+        model = work / "base_student"
+        if parallel.RANK == 0:
+            save_bundle(work, start, model)
+        parallel.barrier()
     changes = [
-        "mode=student", f"model={work / BASE}", f"seed={s.seed}", *data_settings(work), "student.adapter=none",
+        "mode=student", f"model={model}", f"seed={s.seed}", *data_settings(work), "student.adapter=none",
         "student.lora.rank=0", "student.retrieval_dropout=0", f"optim.lr={s.student_rate}", "optim.weight_decay=0.01",
         f"loop.max_steps={s.student_steps}", f"loop.batch={s.student_batch}",
         f"loop.micro_batch={s.student_batch // parallel.WORLD}", "loop.ema=0.998", "loop.precision=bf16",
@@ -69,6 +78,17 @@ def distil_student(work: Path, s: Settings, minutes: float | None = None) -> Non
     folder = train("student", work, changes)
     if parallel.RANK == 0:
         shutil.copytree(folder / "unet", work / "unet", dirs_exist_ok=True)
+        if start.exists():
+            # The longer training fits its pairs better, and unseen captions no better; the mean is better than either.
+            average(work / "unet", start)
+
+
+def average(folder: Path, other: Path) -> None:
+    """Replace the UNet in `folder` by the mean of its weights and those of another one."""
+    unet, second = (UNet2DConditionModel.from_pretrained(f, torch_dtype=torch.float32) for f in (folder, other))
+    weights = second.state_dict()
+    unet.load_state_dict({name: (value + weights[name]) / 2 for name, value in unet.state_dict().items()})
+    unet.save_pretrained(folder)
 
 
 def data_settings(work: Path) -> list[str]:
