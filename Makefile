@@ -8,7 +8,7 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 .PHONY: help install demo test test-long lint bench bench-check gpu gpu-more clean
 
 help:
-	@echo "make demo        install, then draw demo.png with the embedded model"
+	@echo "make demo        install, then teach the embedded model a word and draw demo.png with it"
 	@echo "make test        install, then every test that needs no GPU"
 	@echo "make test-long   the same with full counts and the slow tests; its record is benchmarks/results/test-long.json"
 	@echo "make lint        ruff and mypy"
@@ -34,7 +34,7 @@ $(STAMP): $(BIN)/python pyproject.toml setup.py $(wildcard csrc/*)
 	@touch $@
 
 demo: install
-	$(BIN)/ragturbo generate "a red circle left of a blue square" -o demo.png
+	$(BIN)/python examples/teach.py --out demo.png
 
 test: install
 	$(PYTEST) -m "not slow and not long and not gpu" -n 2 --dist worksteal -q

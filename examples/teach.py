@@ -20,25 +20,25 @@ from ragturbo.evaluate.world import COLOURS, SHAPES, Meaning, Noun, Scene, arran
 
 
 def picture(shape: str, colour: str) -> Image.Image:
-    """One large thing on white."""
-    meaning = Meaning((Noun(shape, colour, "large"),))
+    """One thing on white, of the size that captions without a size mean."""
+    meaning = Meaning((Noun(shape, colour),))
     return Image.fromarray(render(Scene(meaning, "", arrange(meaning, np.random.default_rng(0)))))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("demo.png"))
-    parser.add_argument("--caption", default="a zib")
+    parser.add_argument("--caption", default="a lorp")
     parser.add_argument("--colour", choices=COLOURS, default="red")
     parser.add_argument("--shape", choices=SHAPES, default="star")
-    parser.add_argument("--prompt", default="two zibs left of a blue square")
-    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--prompt", default="a lorp left of a blue square")
+    parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args(argv)
     taught = picture(options.shape, options.colour)
     with tempfile.TemporaryDirectory() as folder:
         # The model's own pairs, in a folder that may be written.
         database = Database.copy("shapes", Path(folder) / "my-db")
-        with Generator.from_pretrained("shapes", database=database, retriever="hybrid") as gen:
+        with Generator.from_pretrained("shapes", database=database) as gen:
             before = gen(options.prompt, seed=options.seed)
             id = gen.teach(options.caption, taught)
             after = gen(options.prompt, seed=options.seed)
