@@ -118,7 +118,8 @@ class DatabaseGeneration:
             searched: (B, P) bool, False for queries that only pad an image's phrases; None for all.
 
         Returns:
-            (B, P·k), those of the first phrase first.
+            (B, P·k), those of the first phrase first. If a phrase of a prompt is found by a rare word, its other phrases
+            get no neighbours: an adapter could mistake their pictures for the named thing.
         """
         queries = keys.flatten(0, -2)
         flat = [text for row in texts for text in row] or [""] * len(queries)
@@ -135,7 +136,9 @@ class DatabaseGeneration:
         hits = Hits(*(torch.as_tensor(part).to(keys.device).reshape(len(keys), -1) for part in found))
         if searched is None:
             return hits
-        padding = ~searched.to(keys.device).repeat_interleave(k, 1)
+        named = (hits.rare_share.unflatten(1, (-1, k)) > 0).any(-1)
+        left_out = ~searched.to(keys.device) | (named.any(1, keepdim=True) & ~named)
+        padding = left_out.repeat_interleave(k, 1)
         ids, scores, bm25 = (
             part.masked_fill(padding, nothing) for part, nothing in zip(hits[:3], (-1, np.nan, np.nan), strict=True)
         )

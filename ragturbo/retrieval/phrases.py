@@ -17,7 +17,7 @@ _OPENING = re.compile(
 # "on a plain white background", "in the distance".
 _GROUND = re.compile(
     r"\b(?:on|in|against|over|with)\s+(?:(?:a|an|the)\s+)?(?:(?!in\b|on\b|of\b)[\w-]+\s+){0,2}"
-    r"(?:background|backdrop|foreground|distance)\b",
+    r"(?:background|ground|backdrop|foreground|distance)\b",
     re.I,
 )
 # Longer ones first. "of" does not separate: "a bowl of fruit".
