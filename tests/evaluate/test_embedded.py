@@ -84,3 +84,30 @@ def test_the_h_space_carries_all_that_the_prompt_says(recipe):
 
 def test_the_autoencoder_keeps_what_faithfulness_sees(recipe):
     assert _measured(recipe, "autoencoder", 120)["overall"]["mean"] >= 0.97
+
+
+def test_a_word_taught_by_one_picture_is_drawn_until_it_is_forgotten(tmp_path):
+    """The promise of the README, on 20 unseen captions with unseen names; names.json has the full count."""
+    from PIL import Image
+
+    from ragturbo import Database, Generator
+    from ragturbo.evaluate.names import lesson, named, sample_named_scene
+    from ragturbo.evaluate.recognition import recognise
+    from ragturbo.evaluate.rendering import render
+
+    scenes = [sample_named_scene(900 + i) for i in range(20)]
+    nouns = [named(scene.meaning)[0] for scene in scenes]
+    with Generator.from_pretrained("shapes", database=Database.copy("shapes", tmp_path / "db"), device="cpu") as gen:
+
+        def right() -> int:
+            images = gen([scene.caption for scene in scenes], seed=list(range(20)), output_type="uint8").images
+            kinds = [{(thing.shape, thing.colour) for thing in recognise(image).things} for image in images]
+            return sum(noun.kind in seen for noun, seen in zip(nouns, kinds, strict=True))
+
+        before = right()
+        lessons = [lesson(noun, i) for i, noun in enumerate(nouns)]
+        ids = [gen.teach(scene.caption, Image.fromarray(render(scene))) for scene in lessons]
+        taught = right()
+        for id in ids:
+            gen.forget(id)
+        assert before <= 3 and right() == before and taught >= 8
