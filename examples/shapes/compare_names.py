@@ -10,6 +10,7 @@ the kind of each of its names is in the picture. The JSON holds the score of eve
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import time
@@ -94,10 +95,18 @@ def _all_shown(nouns: Sequence[Noun], picture: np.ndarray) -> bool:
 
 
 def make_prompts(count: int, seed: int) -> list[Prompts]:
-    groups, row = [], 0
+    groups, row, used = [], 0, set[str]()
     for title, options in GROUPS.items():
-        some = count if title == ONE else count // 2
-        scenes = [sample_named_scene(seed * 1_000_000 + i, **options) for i in range(some)]
+        some, scenes = count if title == ONE else count // 2, []
+        for i in itertools.count():
+            scene = sample_named_scene(seed * 1_000_000 + i, **options)
+            own = {str(noun.name) for noun in named(scene.meaning)}
+            # A name stands for one kind.
+            if used.isdisjoint(own):
+                scenes.append(scene)
+                used |= own
+            if len(scenes) == some:
+                break
         groups.append(Prompts(title, scenes, row, seed))
         row += len(groups[-1].lessons)
     ordinary = [sample_scene(seed * 1_000_000 + i, "eval") for i in range(count)]
