@@ -118,8 +118,8 @@ class DatabaseGeneration:
             searched: (B, P) bool, False for queries that only pad an image's phrases; None for all.
 
         Returns:
-            (B, P·k), those of the first phrase first. If a phrase of a prompt is found by a rare word, its other phrases
-            get no neighbours: an adapter could mistake their pictures for the named thing.
+            (B, P·k), those of the first phrase first. If a rare word finds a phrase, the prompt's other phrases get no
+            neighbours: an adapter could mistake their pictures for the named thing.
         """
         queries = keys.flatten(0, -2)
         flat = [text for row in texts for text in row] or [""] * len(queries)
