@@ -81,7 +81,6 @@ SIZES = {
     "gpu": Settings(
         scenes=200_000, vae_steps=6_000, vae_batch=128, decoder_steps=4_000, tiny_steps=4_000, text_steps=3_000,
         text_batch=512, teacher_steps=10_000, teacher_batch=512, pairs=60_000, real=20_000, student_steps=8_000,
-        student_batch=512, align_steps=10_000, lcm_steps=4_000,
-        arm_steps=4_000,
+        student_batch=512, align_steps=10_000, lcm_steps=4_000, arm_steps=4_000,
     ),
 }  # fmt: skip

@@ -34,6 +34,7 @@ from stage_names import LESSONS, NAMED, PAIRS, K, Names, make_names
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ragturbo.evaluate.names import named
 from ragturbo.model.adapter import HSpaceAdapter
 from ragturbo.model.tokens import to_tokens
 from ragturbo.model.unet import HSpaceUNet
@@ -102,9 +103,12 @@ class Samples:
         self.lesson_marks = torch.zeros(len(self.lessons), MARK)
         self.lesson_marks[: len(names.nouns)] = _marks([str(noun.name) for noun in names.nouns], texts)
         self.marks = torch.zeros(len(self.named), K, MARK)
-        for i, row in enumerate(self.neighbours[NAMED]):
-            own = [lesson for lesson, _ in row if 0 <= lesson < len(names.nouns)]
-            self.marks[i, : len(own)] = self.lesson_marks[own]
+        start_row = 0
+        for i, meaning in enumerate(meaning for meaning in names.meanings if meaning):
+            # Lessons are in the order of the named nouns, as places are.
+            count = len(named(meaning))
+            self.marks[i, :count] = self.lesson_marks[start_row : start_row + count]
+            start_row += count
 
     def draw(self, generator: torch.Generator) -> Batch:
         s = self.s
@@ -166,7 +170,7 @@ def align(work: Path, s: Settings, minutes: float | None = None) -> None:
             set_rate(optimizer, rate(step, s.align_steps, peak))
         # Each process draws its own samples.
         generator.manual_seed(generator.initial_seed() * parallel.WORLD + parallel.RANK)
-        batch, named = samples.draw(generator), s.align_named
+        batch, first = samples.draw(generator), s.align_named
         with attention(), autocast():
             with torch.no_grad():
                 wanted, kept = old(batch.noise, noisy, batch.shown)
@@ -177,9 +181,9 @@ def align(work: Path, s: Settings, minutes: float | None = None) -> None:
         # Slowly, so that a reader that knows nothing does not disturb the encoder.
         marks = s.align_marks * min(1.0, step / 200)
         losses = {
-            "named": _error(blended[:named], wanted[:named], wanted),
-            "ordinary": _error(blended[named:], wanted[named:], wanted),
-            "alone": 2 * _error(plain[named:], wanted[named:], wanted),
+            "named": _error(blended[:first], wanted[:first], wanted),
+            "ordinary": _error(blended[first:], wanted[first:], wanted),
+            "alone": 2 * _error(plain[first:], wanted[first:], wanted),
             "lessons": _error(h_retr, batch.targets),
             "skips": 2 * torch.stack([_error(a.float(), b.float()) for a, b in zip(skips, kept, strict=True)]).sum(),
             "marks": marks * _marks_error(reader(plain[: len(batch.places)]), batch.marks, batch.places),

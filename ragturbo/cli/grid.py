@@ -16,7 +16,7 @@ CELL, GAP, TEXT = 192, 12, 60
 
 def comparison(prompt: str, image: Image, without: Image, neighbors: list[Neighbor]) -> Image:
     cells: list[tuple[Image | None, str]] = [(without, "without retrieval"), (image, f"ragturbo: {prompt}")]
-    return labelled([*cells, *((n.image(), f"neighbour, cosine {n.lam:.2f}: {n.caption}") for n in neighbors)])
+    return labelled([*cells, *((n.image(), f"neighbour, λ {n.lam:.2f}: {n.caption}") for n in neighbors)])
 
 
 def labelled(cells: Sequence[tuple[Image | None, str]]) -> Image:
