@@ -72,9 +72,9 @@ class TextEncoder:
         """Pad or truncate prompts to the encoder's maximum length; report what was cut off and unknown words."""
         if isinstance(prompts, str):
             raise InvalidRequest("tokenize takes a list of prompts")
-        # encode_batch wakes the tokenizer's threads and waits for them, which a single prompt does not need.
-        encode, one = self._backend.encode, len(prompts) == 1
-        encodings = [encode(prompts[0])] if one else self._backend.encode_batch(list(prompts))
+        # encode_batch wakes the tokenizer's threads and waits for them, which takes longer than a few prompts.
+        few = len(prompts) <= 4
+        encodings = list(map(self._backend.encode, prompts)) if few else self._backend.encode_batch(list(prompts))
         input_ids = np.array([encoding.ids for encoding in encodings], np.int64)
         return Tokens(
             torch.from_numpy(input_ids.reshape(len(encodings), self.max_length)),

@@ -12,8 +12,8 @@ from ragturbo.ops import describe, topk
 from ragturbo.retrieval.retriever import check_k, check_keys, excluded_ids, like, to_host
 from ragturbo.retrieval.snapshot import Snapshot
 
-# Rows converted to fp32 at a time on the CPU: 8 MB at 1,024 wide, which fits the caches.
-_BLOCK = 2048
+# Values converted to fp32 at a time on the CPU: 8 MB, which fit the caches.
+_BLOCK = 1 << 21
 
 
 class ExactRetriever:
@@ -67,9 +67,8 @@ class ExactRetriever:
             offset = query @ self._mean
         rows = len(self.keys)
         width = min(k, rows)
-        block = rows if self.device.type != "cpu" else _BLOCK
-        best_scores = torch.empty(len(query), 0, device=self.device)
-        best_rows = torch.empty(len(query), 0, dtype=torch.int64, device=self.device)
+        block = rows if self.device.type != "cpu" else max(1, _BLOCK // self.keys.shape[1])
+        best: list[tuple[Tensor, Tensor]] = []
         for start in range(0, rows, max(block, 1)):
             part = slice(start, start + block)
             scores = _products(self.keys[part], query)
@@ -80,16 +79,21 @@ class ExactRetriever:
                 local = banned[(banned >= start) & (banned < start + scores.shape[1])] - start
                 row[local] = float("-inf")
             values, places = scores.topk(min(width, scores.shape[1]), dim=1)
-            best_scores, best_rows = torch.cat([best_scores, values], 1), torch.cat([best_rows, places + start], 1)
+            best.append((values, places + start))
+        if not best:
+            empty = torch.full((len(query), k), -1, device=self.device)
+            return empty, empty.float().fill_(float("nan"))
+        values, places = (torch.cat(parts, 1) for parts in zip(*best, strict=True))
+        if len(best) > 1:
             # Stable: of equal scores, the lower id stays first.
-            order = best_scores.argsort(dim=1, descending=True, stable=True)[:, :width]
-            best_scores, best_rows = best_scores.gather(1, order), best_rows.gather(1, order)
-        ids = torch.full((len(query), k), -1, dtype=torch.int64, device=self.device)
-        out = torch.full((len(query), k), float("nan"), dtype=torch.float32, device=self.device)
-        found = best_scores != float("-inf")
-        ids[:, :width] = torch.where(found, self.ids[best_rows], -1)
-        out[:, :width] = torch.where(found, best_scores, float("nan"))
-        return ids, out
+            order = values.argsort(dim=1, descending=True, stable=True)[:, :width]
+            values, places = values.gather(1, order), places.gather(1, order)
+        found = values != float("-inf")
+        ids, scores = torch.where(found, self.ids[places], -1), torch.where(found, values, float("nan"))
+        if width < k:
+            pad = (0, k - width)
+            return torch.nn.functional.pad(ids, pad, value=-1), torch.nn.functional.pad(scores, pad, value=float("nan"))
+        return ids, scores
 
 
 def _products(keys: Tensor, query: Tensor) -> Tensor:
