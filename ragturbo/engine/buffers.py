@@ -48,8 +48,8 @@ def _inputs(spec: Spec, bundle: Bundle) -> Layout:
         layout |= {name: ((n,), torch.float32) for name in ("lam", "w", "min_score")}
     if spec.searches:
         layout["tables"] = ((4, 2), torch.int64)
-        if spec.phrases > 1:
-            layout["searched"] = ((n, spec.phrases), torch.bool)
+    if spec.phrases > 1:
+        layout["searched"] = ((n, spec.phrases), torch.bool)
     if spec.centred:
         layout["mean"] = ((width,), torch.float32)
     if spec.retrieval == "given":

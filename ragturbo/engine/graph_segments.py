@@ -191,7 +191,8 @@ class Segments:
                     # Weights without an adapter were loaded after the request was accepted.
                     raise InvalidRequest('mode "adapter" needs an adapter, and the model no longer has one')
                 # Here, so that it runs beside the UNet's encoder.
-                self.features, self.lam = model.adapter.retrieved_kv(h_retr).weighted(self.lams)
+                kv = model.adapter.retrieved_kv(h_retr, phrases=inputs.get("searched"))
+                self.features, self.lam = kv.weighted(self.lams)
             else:
                 self.lam = self.lams.amax(-1)
 

@@ -84,15 +84,19 @@ class ReferenceEngine:
             text = request.text.to(self.device, self.bundle.dtype)
         else:
             assert request.input_ids is not None
-            states = self._states(request.input_ids)
-            text, key = states.hidden_states, states.key
+            ids, rows = request.input_ids, len(request)
+            if request.query_ids is not None:
+                # One pass for prompts and queries: of a small batch, it takes little longer than for the prompts.
+                ids = torch.cat([ids, request.query_ids.flatten(0, 1)])
+            states = self._states(ids)
+            text, key = states.hidden_states[:rows], states.key[-rows * request.queries :]
             self.prompts.remember(request, text, key)
         if request.query_key is not None:
             key = request.query_key.to(self.device)
-        elif request.query_ids is not None:
+        elif request.query_ids is not None and request.input_ids is None:
             key = self._states(request.query_ids.flatten(0, 1)).key
-            if request.queries > 1:
-                key = key.unflatten(0, (len(request), -1))
+        if request.queries > 1 and key is not None:
+            key = key.unflatten(0, (len(request), -1))
         if request.guided:
             if request.negative_text is not None:
                 negative = request.negative_text.to(self.device, self.bundle.dtype)
@@ -141,6 +145,7 @@ class ReferenceEngine:
             valid=valid,
             adapter=self.bundle.adapter,
             per=request.per,
+            phrases=None if request.searched is None else request.searched.to(self.device),
         )
         return torch.cat([h[:negative], out]) if negative else out
 

@@ -2,6 +2,10 @@
 
 Kind "transformer" is the paper's 36M block: diffusers' Transformer2DModel of one layer with linear projections, under
 its parameter names, without its outer residual, and with a proj_out that starts at zero. Kind "attention" is Eq. 4.
+
+With phrase embeddings, which the paper does not have, the features of the neighbours of a prompt's i-th phrase get row i
+of a table added, so that the adapter can tell which neighbour belongs to which thing. Neighbours of a prompt with one
+phrase, or of a whole prompt, get none.
 """
 
 from __future__ import annotations
@@ -47,7 +51,10 @@ class RetrievedKV:
 class HSpaceAdapter(nn.Module):
     """h_tgt + λ·g(h_tgt, h_retr) on tokens; the identity until it is trained."""
 
-    def __init__(self, channels: int = 1280, heads: int | None = None, kind: str = "transformer") -> None:
+    def __init__(
+        self, channels: int = 1280, heads: int | None = None, kind: str = "transformer", phrases: int = 0
+    ) -> None:
+        """phrases: rows of the table of phrase embeddings, 0 for none."""
         super().__init__()
         if kind not in ADAPTER_KINDS:
             raise ModelError(f"adapter kind {kind!r}; known: {', '.join(ADAPTER_KINDS)}")
@@ -65,12 +72,19 @@ class HSpaceAdapter(nn.Module):
             self.to_q = nn.Linear(channels, channels, bias=False)
             self.to_k = nn.Linear(channels, channels, bias=False)
             self.to_v = nn.Linear(channels, channels, bias=False)
+        self.phrase = nn.Parameter(torch.zeros(phrases, channels)) if phrases else None
         self.proj_out = nn.Linear(channels, channels)
         nn.init.zeros_(self.proj_out.weight)
         nn.init.zeros_(self.proj_out.bias)
 
     def forward(
-        self, h_tgt: Tensor, h_retr: Tensor | RetrievedKV, lam: Tensor, valid: Tensor | None = None, impl: str = "auto"
+        self,
+        h_tgt: Tensor,
+        h_retr: Tensor | RetrievedKV,
+        lam: Tensor,
+        valid: Tensor | None = None,
+        impl: str = "auto",
+        phrases: Tensor | None = None,
     ) -> Tensor:
         """Eq. 5.
 
@@ -81,9 +95,10 @@ class HSpaceAdapter(nn.Module):
             valid: (B, k) bool, None for all. A sample without a valid neighbour keeps h_tgt bit for bit.
             impl: "triton" and "reference" are the fused ops and their fp32 reference; other names select the attention
                 in torch's own layers, which can be trained.
+            phrases: as `retrieved_kv`.
         """
         self._check(h_tgt, h_retr, lam, valid)
-        kv = h_retr if isinstance(h_retr, RetrievedKV) else self.retrieved_kv(h_retr, impl)
+        kv = h_retr if isinstance(h_retr, RetrievedKV) else self.retrieved_kv(h_retr, impl, phrases)
         if lam.ndim == 2:
             kv, lam = kv.weighted(lam if valid is None else torch.where(valid, lam, 0.0))
         if valid is not None:
@@ -97,14 +112,28 @@ class HSpaceAdapter(nn.Module):
             return ops.attention_adapter(*arguments, heads=self.heads, impl=fused)
         return ops.transformer_adapter(*arguments, heads=self.heads, groups=self.norm.num_groups, impl=fused)
 
-    def retrieved_kv(self, h_retr: Tensor, impl: str = "auto") -> RetrievedKV:
-        """h_retr: (B, k, S, C) -> K and V of Eq. 4. Independent of the target: it can run beside the UNet's encoder."""
+    def retrieved_kv(self, h_retr: Tensor, impl: str = "auto", phrases: Tensor | None = None) -> RetrievedKV:
+        """h_retr: (B, k, S, C) -> K and V of Eq. 4. Independent of the target: it can run beside the UNet's encoder.
+
+        phrases: (B, P) bool, which of P phrases each prompt has. Each has k / P neighbours, those of the first one
+            first. None: the neighbours are those of whole prompts.
+        """
         attention = self._block.attn2 if self.kind == "transformer" else self
         h_retr = h_retr.to(attention.to_k.weight.dtype)
+        if self.phrase is not None and phrases is not None:
+            h_retr = h_retr + self._phrase_rows(phrases, h_retr.shape[1]).to(h_retr.dtype)[:, :, None]
         fused = self._fused(h_retr, impl)
         if fused is None:
             return RetrievedKV(attention.to_k(h_retr), attention.to_v(h_retr))
         return RetrievedKV(*ops.retrieved_kv(h_retr, attention.to_k.weight, attention.to_v.weight, impl=fused))
+
+    def _phrase_rows(self, phrases: Tensor, k: int) -> Tensor:
+        """phrases: (B, P) bool -> the embeddings of k neighbours, (B, k, C), 0 for prompts with one phrase."""
+        assert self.phrase is not None
+        # Phrases beyond the table's end get its last row.
+        rows = [min(i * phrases.shape[1] // k, len(self.phrase) - 1) for i in range(k)]
+        table = torch.cat([self.phrase[row : row + 1] for row in rows])
+        return torch.where((phrases.sum(1) > 1)[:, None, None], table, 0.0)
 
     def delta(self, h_tgt: Tensor, kv: RetrievedKV, valid: Tensor | None = None, impl: str = "auto") -> Tensor:
         """g(h_tgt, h_retr), without λ and residual: (B, T, C). Finite even for samples without a valid neighbour."""
@@ -155,6 +184,8 @@ class HSpaceAdapter(nn.Module):
     def save(self, folder: str | Path) -> None:
         """Write adapter.safetensors into `folder`."""
         metadata = {"version": _VERSION, "kind": self.kind, "channels": str(self.channels), "heads": str(self.heads)}
+        if self.phrase is not None:
+            metadata["phrases"] = str(len(self.phrase))
         write_safetensors(Path(folder) / FILE, self.state_dict(), metadata)
 
     @classmethod
@@ -166,13 +197,14 @@ class HSpaceAdapter(nn.Module):
             raise ModelError(f"{path} is not an adapter, or not of version {_VERSION!r}: its version is {version!r}")
         try:
             width, heads, kind = int(metadata["channels"]), int(metadata["heads"]), metadata["kind"]
+            phrases = int(metadata.get("phrases", 0))
         except (KeyError, ValueError) as error:
             raise ModelError(f"the metadata of {path} does not describe an adapter: {error}") from error
         if channels is not None and width != channels:
             raise ModelError(f"{path} is an adapter of width {width}; the model's H-space has {channels} channels")
         # On the meta device no weights are initialized only to be replaced.
         with torch.device("meta"):
-            adapter = cls(width, heads, kind)
+            adapter = cls(width, heads, kind, phrases)
         try:
             adapter.load_state_dict(state, assign=True)
         except RuntimeError as error:

@@ -98,6 +98,7 @@ def inject(
     grid: tuple[int, int] | None = None,
     per: str = "sample",
     impl: str = "auto",
+    phrases: Tensor | None = None,
 ) -> Tensor:
     """Combine h with the neighbours' features. A sample without a valid neighbour keeps its h bit for bit.
 
@@ -110,6 +111,7 @@ def inject(
         valid: (B, k) bool, None for all.
         grid: (h, w) of the retrieved features, if known.
         per: "sample" or "token", the angles of slerp.
+        phrases: (B, P) bool, for an adapter that tells apart the neighbours of a prompt's phrases.
     """
     if mode not in MODES:
         raise InvalidRequest(f"mode {mode!r}; known: {', '.join(MODES)}")
@@ -122,7 +124,7 @@ def inject(
     if mode == "adapter":
         if adapter is None or lam is None:
             raise InvalidRequest('mode "adapter" needs an adapter and λ')
-        return from_tokens(adapter(tokens, h_retr, lam, valid, impl), own)
+        return from_tokens(adapter(tokens, h_retr, lam, valid, impl, phrases), own)
     if isinstance(h_retr, RetrievedKV):
         raise InvalidRequest(f"mode {mode!r} needs the features, not the adapter's K and V")
     check_equal_grids(own, h_retr.shape[2])

@@ -39,8 +39,9 @@ def model_folder(tiny: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> 
 def save_adapter(folder: Path, seed: int) -> None:
     """An adapter with an output projection that is not zero: a neighbour's id must change the image."""
     torch.manual_seed(seed)
-    adapter = HSpaceAdapter(64)
+    adapter = HSpaceAdapter(64, phrases=3)
     torch.nn.init.normal_(adapter.proj_out.weight, std=0.3)
+    torch.nn.init.normal_(adapter.phrase)
     adapter.save(folder)
 
 

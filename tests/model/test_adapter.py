@@ -21,11 +21,15 @@ from ragturbo.model.adapter import FILE, HSpaceAdapter, RetrievedKV, default_hea
 KINDS = ("transformer", "attention")
 
 
-def trained(channels: int = 32, heads: int | None = None, kind: str = "transformer") -> HSpaceAdapter:
+def trained(
+    channels: int = 32, heads: int | None = None, kind: str = "transformer", phrases: int = 0
+) -> HSpaceAdapter:
     """An adapter whose output projection is not zero, so that its attention has an effect."""
-    adapter = HSpaceAdapter(channels, heads, kind).eval()
+    adapter = HSpaceAdapter(channels, heads, kind, phrases).eval()
     torch.nn.init.normal_(adapter.proj_out.weight, std=0.2)
     torch.nn.init.normal_(adapter.proj_out.bias, std=0.2)
+    if adapter.phrase is not None:
+        torch.nn.init.normal_(adapter.phrase)
     return adapter
 
 
@@ -166,6 +170,32 @@ def test_neighbours_lie_side_by_side_and_their_order_does_not_matter(kind: str) 
     torch.testing.assert_close(together, turned, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("impl", ["sdpa", "reference", "triton"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_phrase_embeddings_tell_which_phrase_a_neighbour_belongs_to(kind: str, impl: str) -> None:
+    """Two neighbours of each of two phrases. The second prompt has one phrase, and padding."""
+    adapter = trained(64, 4, kind, phrases=2)
+    assert adapter.phrase is not None
+    h_tgt, h_retr, lam = torch.randn(2, 6, 64), torch.randn(2, 4, 3, 64), torch.tensor([0.5, 0.9])
+    phrases = torch.tensor([[True, True], [True, False]])
+    valid = phrases.repeat_interleave(2, 1)
+    told = h_retr.clone()
+    told[0, :2] += adapter.phrase[0].detach()
+    told[0, 2:] += adapter.phrase[1].detach()
+    with torch.no_grad():
+        got = adapter(h_tgt, h_retr, lam, valid, impl, phrases)
+        torch.testing.assert_close(got, adapter(h_tgt, told, lam, valid, impl), rtol=1e-4, atol=1e-5)
+        assert (got[0] - adapter(h_tgt, h_retr, lam, valid, impl)[0]).abs().max() > 1e-3
+
+
+def test_phrases_beyond_the_table_share_its_last_embedding() -> None:
+    adapter = trained(32, phrases=2)
+    h_retr, four = torch.zeros(1, 4, 3, 32), torch.ones(1, 4, dtype=torch.bool)
+    with torch.no_grad():
+        k = adapter.retrieved_kv(h_retr, "sdpa", four).k[0, :, 0]
+    assert torch.equal(k[1], k[2]) and torch.equal(k[2], k[3]) and not torch.equal(k[0], k[1])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_another_neighbour_or_lambda_changes_the_result(kind: str) -> None:
     adapter = trained(32, kind=kind)
@@ -204,8 +234,10 @@ def test_layouts_give_one_result(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_parameter_learns(kind: str) -> None:
-    adapter = trained(32, kind=kind).train()
-    adapter(torch.randn(2, 6, 32), torch.randn(2, 2, 4, 32), torch.rand(2)).square().sum().backward()
+    adapter = trained(32, kind=kind, phrases=2).train()
+    phrases = torch.ones(2, 2, dtype=torch.bool)
+    out = adapter(torch.randn(2, 6, 32), torch.randn(2, 2, 4, 32), torch.rand(2), phrases=phrases)
+    out.square().sum().backward()
     for name, parameter in adapter.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
@@ -224,7 +256,7 @@ def test_heads_and_groups_divide_any_width(channels: int) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_saved_adapter_comes_back_as_it_was(tmp_path: Path, kind: str) -> None:
-    adapter = trained(48, 6, kind)
+    adapter = trained(48, 6, kind, phrases=3)
     adapter.save(tmp_path)
     for path in (tmp_path, tmp_path / FILE):
         again = HSpaceAdapter.load(path, channels=48)
