@@ -79,8 +79,14 @@ class Prompts:
 
     @property
     def wrong(self) -> list[list[int]]:
-        """The rows of another prompt's lessons."""
-        return [*self.rows[1:], self.rows[0]]
+        """The rows of the lessons of the next prompt whose kinds are all others."""
+        kinds = [{noun.kind for noun in nouns} for nouns in self.nouns]
+        later = (range(i + 1, i + len(self)) for i in range(len(self)))
+        others = (
+            next(j % len(self) for j in some if kinds[i].isdisjoint(kinds[j % len(self)]))
+            for i, some in enumerate(later)
+        )
+        return [self.rows[j] for j in others]
 
     def score(self, pictures: np.ndarray) -> list[float]:
         if self.title == ORDINARY:

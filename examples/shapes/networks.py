@@ -6,7 +6,6 @@ import json
 import string
 from pathlib import Path
 
-import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, EulerDiscreteScheduler, UNet2DConditionModel
 from settings import Settings
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -64,18 +63,6 @@ def complete_tokenizer(folder: Path, s: Settings) -> CLIPTokenizer:
     if split:
         raise RuntimeError(f"words that are not a single token: {split}")
     return tokenizer
-
-
-def grow_embeddings(encoder: CLIPTextModel, count: int, seed: int) -> None:
-    """Add embeddings for new tokens, as large as the trained ones; the others stay as they are."""
-    old = encoder.get_input_embeddings().weight.detach().float()
-    if len(old) >= count:
-        return
-    generator = torch.Generator().manual_seed(seed)
-    new = torch.randn((count - len(old), old.shape[1]), generator=generator) * old.std()
-    table = nn.Embedding.from_pretrained(torch.cat([old, new]).to(encoder.dtype), freeze=False)
-    encoder.set_input_embeddings(table)
-    encoder.config.vocab_size = count
 
 
 def make_text_encoder(folder: Path, s: Settings) -> CLIPTextModel:

@@ -49,13 +49,15 @@ class Settings:
     student_batch: int = 128
     student_rate: float = 5e-4
 
-    align_steps: int = 3_000
+    align_steps: int = 8_000
     # Prompts of a batch on each process, those of them with names, and lessons.
     align_batch: int = 64
     align_named: int = 44
     align_lessons: int = 96
-    # Weight of the names' marks in h.
-    align_marks: float = 0.6
+    # Share of the prompts with names that have two.
+    align_two: float = 0.45
+    # Weight of the loss that tells in h which noun is where.
+    align_places: float = 0.3
     adapter_heads: int = 4
     align_rate: float = 5e-4
     align_adapter_rate: float = 2e-3

@@ -10,11 +10,9 @@ import json
 import shutil
 from pathlib import Path
 
-from networks import complete_tokenizer, grow_embeddings
 from settings import Settings
 from stage_student import START as STUDENT_START
 from stage_teacher import START
-from transformers import CLIPTextModel
 
 import ragturbo
 
@@ -26,10 +24,6 @@ STAGES = ("text", "vae", "decoder", "tiny")
 def adopt(work: Path, s: Settings, minutes: float | None = None, source: Path = EMBEDDED) -> None:
     for part in PARTS:
         shutil.copytree(source / part, work / part, dirs_exist_ok=True)
-    tokenizer = complete_tokenizer(work / "tokenizer", s)
-    encoder = CLIPTextModel.from_pretrained(work / "text_encoder")
-    grow_embeddings(encoder, len(tokenizer), s.seed + 9)
-    encoder.save_pretrained(work / "text_encoder")
     shutil.copytree(source / "teacher_unet", work / START, dirs_exist_ok=True)
     shutil.copytree(source / "unet", work / STUDENT_START, dirs_exist_ok=True)
     stages = json.loads((source / "ragturbo.json").read_text())["provenance"]["stages"]

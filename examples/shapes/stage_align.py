@@ -7,16 +7,20 @@ what the same student makes of descriptions:
 * h_retr of a lesson, whose caption only names the thing, becomes h_retr of the lesson with a description;
 * h_tgt + λ·g of a prompt with names becomes h of the prompt with descriptions, at the same noise.
 
-With two names the adapter must know which lesson belongs where: a mark of the name can be read from h_retr, and from
-the tokens of h_tgt over the named things, whose places the teacher's latents show.
+With two things the adapter must know which lesson belongs where. Its phrase embeddings tell which noun of the prompt a
+lesson explains, and h_tgt must tell which noun is where: that can be read from its tokens over the things, whose places
+the teacher's latents show.
 
-h of ordinary prompts and the skips of pure noise stay as they are, and the decoder is not trained.
+A caption without a relation, "a red circle and a blue square", leaves the places open. One step cannot choose and draws
+the mean of all choices; so its target is h of "a red circle to the left of a blue square".
+
+Otherwise h of ordinary prompts and the skips of pure noise stay as they are, and the decoder is not trained.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,15 +38,14 @@ from stage_names import LESSONS, NAMED, PAIRS, K, Names, make_names
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ragturbo.evaluate.names import named
+from ragturbo.evaluate.names import describe_names, named
+from ragturbo.evaluate.world import Meaning, parse
 from ragturbo.model.adapter import HSpaceAdapter
 from ragturbo.model.tokens import to_tokens
 from ragturbo.model.unet import HSpaceUNet
 from ragturbo.train.shards import Shards
 
 STUDENT, ADAPTER = "student_base", "aligned_adapter"
-# Width of a name's mark.
-MARK = 32
 
 
 def name_pairs(work: Path, s: Settings, minutes: float | None = None) -> None:
@@ -54,27 +57,26 @@ def name_pairs(work: Path, s: Settings, minutes: float | None = None) -> None:
 
 
 class Batch(NamedTuple):
-    """The named prompts come first, and of those the `len(places)` whose noise is that of their teacher latents."""
+    """The named prompts come first, and of those the `len(places)` whose noise is that of their teacher latents.
+    Neighbours are in the order of the prompt's nouns."""
 
     text: Tensor
     """(B, L, D): of the student's prompts."""
     shown: Tensor
-    """(B, L, D): of the described prompts."""
+    """(B, L, D): of the prompts that h is to be that of, with descriptions and relations."""
     noise: Tensor
     ids: Tensor
     """(B, K): rows of the batch's lessons, -1 for none."""
     lam: Tensor
+    phrases: Tensor
+    """(B, K) bool: as the adapter takes it."""
     latents: Tensor
     names: Tensor
     """(M, L, D): text of the lessons, which only names."""
     targets: Tensor
     """(M, T, C): features of the lessons with descriptions."""
-    lesson_marks: Tensor
-    """(M, MARK): marks of the lessons' names, 0 for an ordinary picture."""
-    marks: Tensor
-    """(P, K, MARK): marks of the names of the first prompts."""
     places: Tensor
-    """(P, K, T) bool: the tokens of h over the things that each name stands for."""
+    """(P, K, T) bool: the tokens of h over the things of each noun, if the prompt states their relation."""
 
     def to(self, device: torch.device) -> Batch:
         return Batch(*(v.to(device).float() if v.is_floating_point() else v.to(device) for v in self))
@@ -86,33 +88,42 @@ class Samples:
     def __init__(self, work: Path, s: Settings, start: HSpaceUNet) -> None:
         """start: the student whose features of described lessons are the targets."""
         self.s = s
-        self.named, self.shown, self.noise = (_column(work / NAMED, n) for n in ("text", "teacher_text", "noise"))
+        self.named, self.noise = (_column(work / NAMED, name) for name in ("text", "noise"))
         self.ordinary = _column(work / PAIRS, "text")
         self.lessons, self.lesson_text = (_column(work / LESSONS, name) for name in ("latents", "text"))
         names, texts = Names(work, s), TextStates(work)
+
+        def states(prompts: list[str]) -> Tensor:
+            return torch.cat([texts.states(prompts[part]).half().cpu() for part in batches(len(prompts), 256)])
+
+        meanings = [meaning for meaning in names.meanings if meaning]
+        prompts = [prompt for prompt in names.prompts if prompt]
+        told = (describe_names(p, named(m)) for p, m in zip(prompts, meanings, strict=True))
+        self.shown = states([_placed(p, m) for p, m in zip(told, meanings, strict=True)])
+        self.ordinary_shown = states([_placed(caption, parse(caption)) for caption in names.captions])
+        self.several, self.ordinary_several = (
+            torch.tensor([len(m.nouns) > 1 for m in some]) for some in (meanings, map(parse, names.captions))
+        )
+        self.two = torch.tensor([len(named(m)) == 2 for m in meanings]).nonzero().flatten()
+        related = torch.tensor([m.relation is not None for m in meanings])
+        self.places = names.places(work) & related[:, None, None]
         self.neighbours = names.neighbour_rows()
         # A picture shows its sizes: half of the lessons do not mention them.
-        self.short_text = torch.cat([texts.states(part).half().cpu() for part in _parts(names.short_lessons())])
+        self.short_text = states(names.short_lessons())
         targets, described = [], names.described_lessons()
         for part in batches(len(described), 128):
-            latents, states = self.lessons[part].to(DEVICE).float(), texts.states(described[part])
+            latents, text = self.lessons[part].to(DEVICE).float(), texts.states(described[part])
             with torch.no_grad():
-                targets.append(start.retrieval_features(latents, states).half().cpu())
+                targets.append(start.retrieval_features(latents, text).half().cpu())
         self.targets = torch.cat(targets)
-        self.places = names.places(work)
-        self.lesson_marks = torch.zeros(len(self.lessons), MARK)
-        self.lesson_marks[: len(names.nouns)] = _marks([str(noun.name) for noun in names.nouns], texts)
-        self.marks = torch.zeros(len(self.named), K, MARK)
-        start_row = 0
-        for i, meaning in enumerate(meaning for meaning in names.meanings if meaning):
-            # Lessons are in the order of the named nouns, as places are.
-            count = len(named(meaning))
-            self.marks[i, :count] = self.lesson_marks[start_row : start_row + count]
-            start_row += count
 
     def draw(self, generator: torch.Generator) -> Batch:
         s = self.s
         i = torch.randint(len(self.named), (s.align_named,), generator=generator)
+        if len(self.two):
+            # More prompts with two names, which are harder.
+            harder = self.two[torch.randint(len(self.two), i.shape, generator=generator)]
+            i = torch.where(torch.rand(i.shape, generator=generator) < s.align_two, harder, i)
         j = torch.randint(len(self.ordinary), (s.align_batch - s.align_named,), generator=generator)
         rows = [self.neighbours[name][n] for name, picks in ((NAMED, i), (PAIRS, j)) for n in picks.tolist()]
         ids = torch.full((s.align_batch, K), -1)
@@ -127,18 +138,20 @@ class Samples:
         noise = torch.randn((s.align_batch, 4, LATENT_SIDE, LATENT_SIDE), generator=generator)
         known = i[: 2 * s.align_named // 3]
         noise[: len(known)] = self.noise[known].float()
+        # Without the phrase embeddings, too: a search by the whole prompt gives none.
+        told = torch.rand(s.align_batch, generator=generator) > 0.2
+        several = torch.cat([self.several[i], self.ordinary_several[j]]) & told
         short = torch.rand((len(lessons), 1, 1), generator=generator) < 0.5
         return Batch(
             text=torch.cat([self.named[i], self.ordinary[j]]),
-            shown=torch.cat([self.shown[i], self.ordinary[j]]),
+            shown=torch.cat([self.shown[i], self.ordinary_shown[j]]),
             noise=noise,
             ids=ids,
             lam=lam,
+            phrases=torch.stack([torch.ones_like(several), several], 1),
             latents=self.lessons[lessons],
             names=torch.where(short, self.short_text[lessons], self.lesson_text[lessons]),
             targets=self.targets[lessons],
-            lesson_marks=self.lesson_marks[lessons],
-            marks=self.marks[known],
             places=self.places[known],
         ).to(DEVICE)
 
@@ -153,9 +166,9 @@ def align(work: Path, s: Settings, minutes: float | None = None) -> None:
     for part in (unet.up_blocks, unet.conv_norm_out, unet.conv_out):
         part.requires_grad_(False)
     torch.manual_seed(s.seed + 40)
-    adapter = HSpaceAdapter(s.unet_channels[-1], s.adapter_heads).to(DEVICE).train()
-    # Reads the mark of a name from a token of h; only training uses it.
-    reader = nn.Linear(s.unet_channels[-1], MARK).to(DEVICE)
+    adapter = HSpaceAdapter(s.unet_channels[-1], s.adapter_heads, phrases=K).to(DEVICE).train()
+    # Reads from a token of h which noun's thing is there; only training uses it.
+    reader = nn.Linear(s.unet_channels[-1], 1).to(DEVICE)
     both = nn.ModuleDict({"unet": unet, "adapter": adapter, "reader": reader})
     mean = Average(both, 0.995)
     encoder = [parameter for parameter in unet.parameters() if parameter.requires_grad]
@@ -177,17 +190,14 @@ def align(work: Path, s: Settings, minutes: float | None = None) -> None:
             h, skips = new(batch.noise, noisy, batch.text)
             h_retr, _ = new(batch.latents, clean, batch.names)
         h_retr, plain, wanted = (to_tokens(value.float()) for value in (h_retr, h, wanted))
-        blended = adapter(plain, h_retr[batch.ids.clamp(min=0)], batch.lam, batch.ids >= 0)
-        # Slowly, so that a reader that knows nothing does not disturb the encoder.
-        marks = s.align_marks * min(1.0, step / 200)
+        blended = adapter(plain, h_retr[batch.ids.clamp(min=0)], batch.lam, batch.ids >= 0, phrases=batch.phrases)
         losses = {
-            "named": _error(blended[:first], wanted[:first], wanted),
+            "named": 1.5 * _error(blended[:first], wanted[:first], wanted),
             "ordinary": _error(blended[first:], wanted[first:], wanted),
             "alone": 2 * _error(plain[first:], wanted[first:], wanted),
             "lessons": _error(h_retr, batch.targets),
             "skips": 2 * torch.stack([_error(a.float(), b.float()) for a, b in zip(skips, kept, strict=True)]).sum(),
-            "marks": marks * _marks_error(reader(plain[: len(batch.places)]), batch.marks, batch.places),
-            "lesson_marks": marks * _lesson_marks_error(reader(h_retr), batch.lesson_marks),
+            "places": s.align_places * _places_error(reader(plain[: len(batch.places)]), batch.places),
         }
         loss = torch.stack(list(losses.values())).sum()
         for optimizer in optimizers:
@@ -208,31 +218,18 @@ def align(work: Path, s: Settings, minutes: float | None = None) -> None:
         mean.module["adapter"].save(work / ADAPTER)
 
 
-def _marks(names: list[str], texts: TextStates) -> Tensor:
-    """A mark of each name, (N, MARK): its tokens' embeddings, averaged and projected at random, of mean square one."""
-    table = texts.model.get_input_embeddings().weight.detach().float().cpu()
-    table = functional.layer_norm(table, table.shape[1:])
-    projection = torch.randn((table.shape[1], MARK), generator=torch.Generator().manual_seed(77))
-    tokens = texts.tokenizer(names)["input_ids"]
-    marks = torch.stack([table[ids[1:-1]].mean(0) @ projection for ids in tokens])
-    return functional.normalize(marks, dim=1) * MARK**0.5
+def _placed(caption: str, meaning: Meaning) -> str:
+    """The caption; if it has two nouns without a relation, with the first left of the second."""
+    if len(meaning.nouns) < 2 or meaning.relation:
+        return caption
+    return re.sub(r"\b(and|with|beside)\b", "to the left of", caption, count=1)
 
 
-def _marks_error(read: Tensor, marks: Tensor, places: Tensor) -> Tensor:
-    """read: (P, T, MARK); marks: (P, K, MARK); places: (P, K, T). Squared error where a name's things are."""
-    errors = (read[:, None] - marks[:, :, None]).square().mean(-1) * places
-    return errors.sum() / places.sum().clamp(min=1)
-
-
-def _lesson_marks_error(read: Tensor, marks: Tensor) -> Tensor:
-    """read: (M, T, MARK); marks: (M, MARK). Every token of a lesson tells its name."""
-    has_name = marks.any(1)
-    return ((read - marks[:, None]).square().mean((1, 2)) * has_name).sum() / has_name.sum().clamp(min=1)
-
-
-def _parts(texts: list[str]) -> Iterator[list[str]]:
-    for part in batches(len(texts), 256):
-        yield texts[part]
+def _places_error(read: Tensor, places: Tensor) -> Tensor:
+    """read: (P, T, 1), the logit of "the second noun"; places: (P, 2, T). Cross-entropy where the things are."""
+    second = torch.tensor([0.0, 1.0], device=read.device)[:, None].expand(places.shape)
+    errors = functional.binary_cross_entropy_with_logits(read.mT.expand(places.shape), second, reduction="none")
+    return (errors * places).sum() / places.sum().clamp(min=1)
 
 
 def _encode_with(unet: HSpaceUNet):

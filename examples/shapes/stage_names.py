@@ -42,8 +42,7 @@ K = 2
 def make_names(work: Path, s: Settings, model: str) -> None:
     """Write work/named, the pairs with names, and work/lessons, the encoded pictures."""
     names = Names(work, s)
-    prompts = [None if m is None else phrase(m, np.random.default_rng([s.seed, 22, i])) for i, m in names.numbered()]
-    relabel(work / PAIRS, prompts, work / NAMED, model=model, device=str(DEVICE))
+    relabel(work / PAIRS, names.prompts, work / NAMED, model=model, device=str(DEVICE))
     make_encoded_data(
         names.lessons(), work / LESSONS, model=model, min_size=1, batch=64, store_text=True, device=str(DEVICE)
     )
@@ -54,13 +53,14 @@ class Names:
 
     def __init__(self, work: Path, s: Settings) -> None:
         self.s, self.captions = s, _captions(work / PAIRS)
-        self.meanings = [_name(parse(caption), s.seed, i) for i, caption in enumerate(self.captions)]
+        made = [_name(caption, s.seed, i) for i, caption in enumerate(self.captions)]
+        self.prompts: list[str | None] = [None if one is None else one[0] for one in made]
+        """The captions with names; None if every noun is of a kind that has no name in the training data."""
+        self.meanings = [None if one is None else one[1] for one in made]
+        """Of the prompts, with the nouns in their order."""
         self.nouns = [noun for meaning in self.meanings if meaning for noun in named(meaning)]
         self._jobs: list[tuple[Noun | None, int]] = [(n, s.seed * 17_000_000 + i) for i, n in enumerate(self.nouns)]
         self._jobs += [(None, s.seed * 19_000_000 + i) for i in range(s.ordinary_pairs)]
-
-    def numbered(self) -> Iterator[tuple[int, Meaning | None]]:
-        yield from enumerate(self.meanings)
 
     def lessons(self) -> list[tuple[str, Image.Image]]:
         """One lesson for each name, then ordinary pictures, as captions and pictures."""
@@ -77,7 +77,7 @@ class Names:
         return [_without_sizes(scene.caption) if named(scene.meaning) else scene.caption for scene in self._scenes()]
 
     def places(self, work: Path) -> Tensor:
-        """Where the things of each name are, by the teacher's latents: (N, K, 16) bool, for every sample of NAMED."""
+        """Where the things of each noun are, by the teacher's latents: (N, K, 16) bool, for every sample of NAMED."""
         path = work / "places.pt"
         if not path.exists() and parallel.RANK == 0:
             vae = AutoencoderKL.from_pretrained(work / "vae").to(DEVICE).eval()
@@ -96,9 +96,10 @@ class Names:
         return map(_scene, self._jobs)
 
     def neighbour_rows(self) -> dict[str, list[list[tuple[int, float]]]]:
-        """For every sample of NAMED and PAIRS its neighbours, rows of the lessons, and their λ.
+        """For every sample of NAMED and PAIRS its neighbours, rows of the lessons, and their λ, in the nouns' order.
 
-        A named noun has its lesson; another noun has a picture with such a thing, a lesson of another name, or none.
+        A named noun has its lesson. Another noun has a picture with such a thing, a lesson of another name, or none;
+        mostly none beside a named one, as in a search by phrase.
         """
         ordinary: dict[Kind, list[int]] = {}
         for row in range(len(self.nouns), len(self._jobs)):
@@ -106,21 +107,21 @@ class Names:
                 ordinary.setdefault(kind, []).append(row)
         rng = np.random.default_rng([self.s.seed, 23])
 
-        def other(noun: Noun) -> tuple[int, float]:
+        def other(noun: Noun, share: float) -> tuple[int, float]:
             """A neighbour that tells nothing new. Its λ is drawn, so that the adapter relies on no value of it."""
-            draw, lam = rng.random(), rng.uniform(0.3, 1)
-            if draw < 0.3:
+            lam = rng.uniform(0.3, 1)
+            if rng.random() >= share:
                 return -1, float("nan")
             rows = ordinary.get(noun.kind, [])
-            return (int(rng.choice(rows)) if rows and draw < 0.75 else int(rng.integers(len(self.nouns)))), lam
+            return (int(rng.choice(rows)) if rows and rng.random() < 0.65 else int(rng.integers(len(self.nouns)))), lam
 
         own = {id(noun): row for row, noun in enumerate(self.nouns)}
         rows: dict[str, list[list[tuple[int, float]]]] = {NAMED: [], PAIRS: []}
         for meaning, caption in zip(self.meanings, self.captions, strict=True):
             if meaning is not None:
-                rows[NAMED].append([(own[id(n)], 1.0) if n.name else other(n) for n in meaning.nouns])
+                rows[NAMED].append([(own[id(n)], 1.0) if n.name else other(n, 0.2) for n in meaning.nouns])
             # Half of the ordinary samples have no neighbours.
-            rows[PAIRS].append([other(noun) for noun in parse(caption).nouns] if rng.random() < 0.5 else [])
+            rows[PAIRS].append([other(noun, 0.7) for noun in parse(caption).nouns] if rng.random() < 0.5 else [])
         return rows
 
     def write_neighbors(self, folders: Mapping[str, Path], database: str) -> None:
@@ -130,15 +131,17 @@ class Names:
             _write_table(Shards(folder), rows[name], database)
 
 
-def _name(meaning: Meaning, seed: int, i: int) -> Meaning | None:
-    """Name one noun, or both of two; None if every noun is of a kind that has no name in the training data."""
-    rng = np.random.default_rng([seed, 21, i])
+def _name(caption: str, seed: int, i: int) -> tuple[str, Meaning] | None:
+    """A caption with the same meaning in which one noun has a name, or both of two."""
+    rng, meaning = np.random.default_rng([seed, 21, i]), parse(caption)
     able = [j for j, noun in enumerate(meaning.nouns) if noun.kind not in UNNAMED]
     if not able:
         return None
     both = len(able) == 2 and rng.random() < 0.4
     which = tuple(able) if both else (able[rng.integers(len(able))],)
-    return name_nouns(meaning, which, tuple(made_up_word(rng, "train") for _ in which))
+    meaning = name_nouns(meaning, which, tuple(made_up_word(rng, "train") for _ in which))
+    prompt = phrase(meaning, rng)
+    return prompt, parse(prompt, {str(noun.name): noun.kind for noun in named(meaning)})
 
 
 def _scene(job: tuple[Noun | None, int]) -> Scene:
@@ -158,10 +161,10 @@ def _without_sizes(caption: str) -> str:
 
 
 def _cells(job: tuple[Meaning, np.ndarray]) -> np.ndarray:
-    """(K, 16) bool: the tokens of h, 16 pixels wide, in which the centres of each named noun's things lie."""
+    """(K, 16) bool: the tokens of h, 16 pixels wide, in which the centres of each noun's things lie."""
     meaning, picture = job
     cells = np.zeros((K, 16), bool)
-    for j, noun in enumerate(named(meaning)):
+    for j, noun in enumerate(meaning.nouns):
         for thing in recognise(picture).things:
             if (thing.shape, thing.colour) == noun.kind:
                 row, column = (min(3, max(0, int(value) // 16)) for value in (thing.y, thing.x))

@@ -153,15 +153,35 @@ def test_a_completed_tokenizer_keeps_every_token_and_knows_every_letter(recipe, 
 def test_every_name_of_the_training_data_has_a_lesson_of_its_kind(recipe):
     """Names never stand for the kinds kept for the evaluation, and no two samples share a name."""
     from ragturbo.evaluate.names import UNNAMED, named
-    from ragturbo.evaluate.world import sample_scene
+    from ragturbo.evaluate.world import parse, sample_scene
 
-    meanings = [sample_scene(i, "train").meaning for i in range(300)]
-    made = [recipe["stage_names"]._name(meaning, 1, i) for i, meaning in enumerate(meanings)]
-    nouns = [noun for meaning in made if meaning for noun in named(meaning)]
+    captions = [sample_scene(i, "train").caption for i in range(300)]
+    made = [recipe["stage_names"]._name(caption, 1, i) for i, caption in enumerate(captions)]
+    nouns = [noun for one in made if one for noun in named(one[1])]
     assert not UNNAMED & {noun.kind for noun in nouns}
     assert len({noun.name for noun in nouns}) > 0.98 * len(nouns)
-    for meaning, original in zip(made, meanings, strict=True):
-        assert meaning is None or meaning.canonical == original.canonical
+    for one, caption in zip(made, captions, strict=True):
+        if one is not None:
+            prompt, meaning = one
+            assert meaning.canonical == parse(caption).canonical
+            # The nouns are in the prompt's order, as the phrases of a search are.
+            places = [prompt.index(str(noun.name or f"{noun.colour} {noun.shape}")) for noun in meaning.nouns]
+            assert places == sorted(places)
+
+
+def test_a_caption_without_a_relation_gets_one_for_the_target(recipe):
+    from ragturbo.evaluate.world import parse
+
+    placed = recipe["stage_align"]._placed
+    for caption, wanted in (
+        ("a red circle and two blue stars with a white background",
+         "a red circle to the left of two blue stars with a white background"),
+        ("a red circle with a blue star with a white background",
+         "a red circle to the left of a blue star with a white background"),
+        ("a red circle under a blue star", "a red circle under a blue star"),
+        ("a red circle with a white background", "a red circle with a white background"),
+    ):  # fmt: skip
+        assert placed(caption, parse(caption)) == wanted
 
 
 def test_a_pictures_noise_is_a_function_of_its_seed(recipe):
