@@ -3,9 +3,9 @@
 Kind "transformer" is the paper's 36M block: diffusers' Transformer2DModel of one layer with linear projections, under
 its parameter names, without its outer residual, and with a proj_out that starts at zero. Kind "attention" is Eq. 4.
 
-With phrase embeddings, which the paper does not have, the features of the neighbours of a prompt's i-th phrase get row i
-of a table added, so that the adapter can tell which neighbour belongs to which thing. Neighbours of a prompt with one
-phrase, or of a whole prompt, get none.
+With phrase embeddings, which the paper does not have, row i of a table is added to the features of the neighbours of a
+prompt's i-th phrase, so that the adapter can tell which neighbour belongs to which thing. The neighbours of a whole
+prompt, or of its only phrase, get none.
 """
 
 from __future__ import annotations

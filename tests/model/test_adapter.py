@@ -21,9 +21,7 @@ from ragturbo.model.adapter import FILE, HSpaceAdapter, RetrievedKV, default_hea
 KINDS = ("transformer", "attention")
 
 
-def trained(
-    channels: int = 32, heads: int | None = None, kind: str = "transformer", phrases: int = 0
-) -> HSpaceAdapter:
+def trained(channels: int = 32, heads: int | None = None, kind: str = "transformer", phrases: int = 0) -> HSpaceAdapter:
     """An adapter whose output projection is not zero, so that its attention has an effect."""
     adapter = HSpaceAdapter(channels, heads, kind, phrases).eval()
     torch.nn.init.normal_(adapter.proj_out.weight, std=0.2)
