@@ -211,7 +211,7 @@ class Straightforward:
         device = trainer.device
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             text = trainer.objective.text(batch)
-            h_retr, lam, valid = trainer.objective.retrieved(
+            h_retr, lam, valid, _ = trainer.objective.retrieved(
                 batch, text.key, torch.zeros(size, dtype=torch.bool, device=device)
             )
             z0_hat = self.denoise(batch, text.hidden_states, h_retr, lam, valid)

@@ -217,11 +217,13 @@ def compare(c: Comparison, adapters: dict[str, Path], *, quick: bool = False) ->
         c.run(f"{title}, no retrieval", adapter=folder, call={"mode": "none"})
     if quick:
         return
-    right = {"options": lambda g, i: {"neighbors": g.rows[i]}, "groups": NAMED}
+    right = {"options": lambda g, i: {"neighbors": g.rows[i]}, "groups": (ONE, NAMED[1])}
     c.run("adapter, dense search by phrase", retriever="exact", call={"compose": True}, groups=NAMED)
     c.run("adapter, BM25 by phrase", retriever="bm25", call={"compose": True}, groups=NAMED)
-    for lam in ("the cosine of the keys", 0.25, 0.5, 0.75, 1.0):
-        c.run(f"adapter, right neighbours, λ = {lam}", call={} if isinstance(lam, str) else {"lam": lam}, **right)
+    # Neighbours given by id bring no words, so λ is the cosine.
+    c.run("adapter, right neighbours, λ = cosine of the keys", **right)
+    for lam in (0.25, 0.5, 0.75):
+        c.run(f"adapter, λ = {lam}", retriever="hybrid", call={"compose": True, "lam": lam})
     for k in (2, 4):
         c.run(f"adapter, k = {k}", retriever="hybrid", call={"compose": True, "num_neighbors": k})
     weights = (0.8, 0.6, 0.4, 0.2)
@@ -229,7 +231,7 @@ def compare(c: Comparison, adapters: dict[str, Path], *, quick: bool = False) ->
         database = "4,000 pairs" if kind == "names" else "4,000 pairs, lessons described"
         for w in weights:
             c.run(f"slerp, w = {w}, pairs {kind}", database=database, call={"mode": "slerp", "w": w},
-                  options=right["options"], groups=(ONE, NAMED[1]))  # fmt: skip
+                  **right)  # fmt: skip
         c.best_of(f"slerp, best w for each prompt, pairs {kind}", [f"slerp, w = {w}, pairs {kind}" for w in weights])
     c.run("adapter, pairs described", database="4,000 pairs, lessons described", **hybrid)
     for i in range(1, 10):

@@ -22,8 +22,8 @@ from ragturbo.train.data import database_name
 
 # By name: settings of the training of an adapter and a decoder LoRA on the frozen student.
 ARMS = {
-    "adapter": ["student.lora.rank=0", "loss.hspace=1"],
-    "paper": [],
+    "adapter": ["student.lora.rank=0", "loss.hspace=1", f"student.phrases={K}"],
+    "paper": [f"student.phrases={K}"],
     "lora": ["student.adapter=none"],
     "wrong": ["student.lora.rank=0", "loss.hspace=1", "student.neighbors=random"],
 }
@@ -66,6 +66,7 @@ def train_arm(work: Path, s: Settings, arm: str, seed: int) -> Path:
     changes = [
         f"model={work / 'bundle'}", f"database={folder / 'database'}", f"seed={seed}", f"data.sources=[{sources}]",
         f"loss.lpips_weights={work / 'vgg.safetensors'}", f"student.num_neighbors={K}", f"optim.lr={s.arm_rate}",
+        f"student.heads={s.adapter_heads}",
         f"loop.max_steps={s.arm_steps}", "loop.precision=bf16", "loop.sample_every=0", *ARMS[arm],
     ]  # fmt: skip
     return train(f"{arm}-{seed}", folder, changes)

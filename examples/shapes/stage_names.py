@@ -111,7 +111,7 @@ class Names:
             """A neighbour that tells nothing new. Its λ is drawn, so that the adapter relies on no value of it."""
             lam = rng.uniform(0.3, 1)
             if rng.random() >= share:
-                return -1, float("nan")
+                return -1, 0.0
             rows = ordinary.get(noun.kind, [])
             return (int(rng.choice(rows)) if rows and rng.random() < 0.65 else int(rng.integers(len(self.nouns)))), lam
 
@@ -140,8 +140,13 @@ def _name(caption: str, seed: int, i: int) -> tuple[str, Meaning] | None:
     both = len(able) == 2 and rng.random() < 0.4
     which = tuple(able) if both else (able[rng.integers(len(able))],)
     meaning = name_nouns(meaning, which, tuple(made_up_word(rng, "train") for _ in which))
-    prompt = phrase(meaning, rng)
-    return prompt, parse(prompt, {str(noun.name): noun.kind for noun in named(meaning)})
+    kinds = {str(noun.name): noun.kind for noun in named(meaning)}
+    while True:
+        prompt = phrase(meaning, rng)
+        worded = parse(prompt, kinds)
+        # Without a relation, the order of the nouns decides their places: see stage_align.
+        if meaning.relation or worded.nouns == meaning.nouns:
+            return prompt, worded
 
 
 def _scene(job: tuple[Noun | None, int]) -> Scene:

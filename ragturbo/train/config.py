@@ -43,6 +43,8 @@ class StudentConfig:
     adapter: str = "transformer"
     heads: int | None = None
     num_neighbors: int = 1
+    phrases: int = 0
+    """Rows of the adapter's phrase embeddings. Neighbour i of a sample then belongs to its prompt's i-th phrase."""
     lam: float | None = None
     """λ of Eq. 5; None: the cosine of the prompt's key and the neighbour's, as in the paper."""
     neighbors: str = "nearest"
@@ -54,7 +56,14 @@ class StudentConfig:
     def __post_init__(self) -> None:
         one_of("student.adapter", self.adapter, ("transformer", "attention", "none"))
         one_of("student.neighbors", self.neighbors, ("nearest", "random"))
-        _check_range("student", self, steps=(1, 4), num_neighbors=(1, 64), lam=(0, 1), retrieval_dropout=(0, 1))
+        _check_range(
+            "student", self, steps=(1, 4), num_neighbors=(1, 64), phrases=0, lam=(0, 1), retrieval_dropout=(0, 1)
+        )
+        if self.phrases > self.num_neighbors:
+            raise InvalidRequest(
+                f"student.phrases={self.phrases} is more than student.num_neighbors={self.num_neighbors}: each phrase "
+                "has one neighbour"
+            )
 
 
 @dataclass(frozen=True)

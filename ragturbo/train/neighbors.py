@@ -79,7 +79,8 @@ def write_neighbors(shards: Shards, ids: Tensor, lam: Tensor, database: str) -> 
 
     Args:
         ids: (N, k) int64, −1 for none.
-        lam: (N, k) fp32, λ of each; NaN for none.
+        lam: (N, k) fp32, λ of each; NaN for none. With `student.phrases`, the prompt's i-th phrase has neighbour i, and
+            a phrase without one has id −1 and any λ; NaN means that there is no such phrase.
         database: `database_name` or `pairs_name` of what the ids are rows of.
     """
     if ids.shape != lam.shape or len(ids) != len(shards):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ragturbo.errors import InvalidRequest
 from ragturbo.model.inject import blend_weights, cosine
 from ragturbo.model.text import TextStates
 from ragturbo.train.config import LADDConfig
@@ -14,7 +15,7 @@ from ragturbo.train.data import Batch
 from ragturbo.train.discriminator import Discriminator, NoiseSchedule, accuracy
 from ragturbo.train.losses import hinge_d, hinge_g, masked_mean, r1, smooth_l1, total
 from ragturbo.train.lpips import LatentLPIPS
-from ragturbo.train.student import Student
+from ragturbo.train.student import Neighbors, Student
 
 
 class Objective:
@@ -118,8 +119,8 @@ class Objective:
             return batch.teacher_text
         return self.encode_text(batch.teacher_ids).hidden_states
 
-    def retrieved(self, batch: Batch, key: Tensor, drop: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-        """h_retr (B, k, S, C), λ and valid (B, k), as in a Generator. Samples in `drop` (B,) get no neighbours."""
+    def retrieved(self, batch: Batch, key: Tensor, drop: Tensor) -> Neighbors | None:
+        """As in a Generator. Samples in `drop` (B,) get no neighbours."""
         if batch.h_retr is None:
             return None
         assert batch.ids is not None
@@ -130,7 +131,12 @@ class Objective:
             assert batch.retr_keys is not None
             weights = cosine(key, batch.retr_keys)
         lam, valid = blend_weights(weights, batch.ids, weights, lam=lam)
-        return batch.h_retr, torch.where(drop[:, None], 0.0, lam), valid & ~drop[:, None]
+        phrases = None
+        if self.config.student.phrases:
+            if batch.lam is None:
+                raise InvalidRequest("student.phrases needs neighbours by phrase: write them with `write_neighbors`")
+            phrases = ~batch.lam.isnan()
+        return Neighbors(batch.h_retr, torch.where(drop[:, None], 0.0, lam), valid & ~drop[:, None], phrases)
 
     def _hspace(self, batch: Batch, x: Tensor, i: Tensor, h: Tensor, shown: Tensor, drop: Tensor) -> Tensor:
         """Squared error between the decoded feature and the one of the teacher's prompt, over the latter's variance."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,19 @@ from ragturbo.model.onestep import EulerSchedule, make_schedule
 from ragturbo.model.unet import HSpaceUNet, UNetState
 from ragturbo.train import require
 from ragturbo.train.config import LADDConfig, LoRAConfig
+
+
+class Neighbors(NamedTuple):
+    """The features that the adapter reads. Without valid neighbours, a sample is that of the plain student."""
+
+    h_retr: Tensor
+    """(B, k, S, C)"""
+    lam: Tensor
+    """(B, k)"""
+    valid: Tensor
+    """(B, k) bool"""
+    phrases: Tensor | None = None
+    """(B, k) bool: the phrases of each prompt, of which neighbour i belongs to the i-th; None for whole prompts."""
 
 
 class Student(nn.Module):
@@ -38,7 +51,8 @@ class Student(nn.Module):
         self.unet = unet.unet.requires_grad_(config.mode == "student")
         self.adapter: HSpaceAdapter | None = None
         if config.retrieves:
-            self.adapter = HSpaceAdapter(unet.channels, config.student.heads, config.student.adapter)
+            student = config.student
+            self.adapter = HSpaceAdapter(unet.channels, student.heads, student.adapter, student.phrases)
         if config.mode == "adapter" and config.student.lora.rank:
             add_lora(self.unet, config.student.lora)
         if config.loop.gradient_checkpointing:
@@ -78,18 +92,16 @@ class Student(nn.Module):
         """z_{t_i} in the scale of the scheduler, fp32. i: (B,) positions in T_n; position 0 is pure noise."""
         return _each(self.from_z0, i) * z0 + _each(self.from_noise, i) * noise
 
-    def forward(
-        self, x: Tensor, i: Tensor, text: Tensor, retrieved: tuple[Tensor, Tensor, Tensor] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """x: (B, c, H, W) fp32 from `noisy`; i: (B,); text: (B, L, D); retrieved: h_retr (B, k, S, C), λ and valid
-        (B, k) -> ẑ_0, fp32 as x, and the feature h that it was decoded from."""
+    def forward(self, x: Tensor, i: Tensor, text: Tensor, retrieved: Neighbors | None = None) -> tuple[Tensor, Tensor]:
+        """x: (B, c, H, W) fp32 from `noisy`; i: (B,); text: (B, L, D) -> ẑ_0, fp32 as x, and the feature h that it was
+        decoded from."""
         # The frozen encoder stores no activations.
         with torch.no_grad() if self.config.mode == "adapter" else nullcontext():
             state = self.encode(x, i, text)
         h, dtype = state.h, self.hspace.dtype
         if self.adapter is not None and retrieved is not None:
-            h_retr, lam, valid = retrieved
-            h = inject("adapter", h, h_retr.to(dtype), lam=lam, valid=valid, adapter=self.adapter)
+            h_retr, lam, valid, phrases = retrieved
+            h = inject("adapter", h, h_retr.to(dtype), lam=lam, valid=valid, adapter=self.adapter, phrases=phrases)
         out = self.hspace.decode(state, h)
         return _each(self.x0_from_x, i) * x + _each(self.x0_from_out, i) * out.float(), h
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
@@ -83,8 +85,32 @@ def test_given_neighbours_keep_their_own_lambda(make_named, batches):
     trainer = make_named()
     batch = batches(trainer, 1)[0]
     text = trainer.objective.text(batch)
-    _, lam, valid = trainer.objective.retrieved(batch, text.key, torch.zeros(len(batch), dtype=torch.bool))
-    assert valid.tolist() == [[True, False]] * len(batch) and torch.equal(lam, 0.75 * valid.float())
+    found = trainer.objective.retrieved(batch, text.key, torch.zeros(len(batch), dtype=torch.bool))
+    assert found.valid.tolist() == [[True, False]] * len(batch)
+    assert torch.equal(found.lam, 0.75 * found.valid.float()) and found.phrases is None
+
+
+def test_neighbours_by_phrase_train_the_adapters_phrase_embeddings(make_named, named, world, grown, batches, tmp_path):
+    """The first neighbour is of the prompt's second phrase; its first has none."""
+    shards = Shards(shutil.copytree(named, tmp_path / "named"))
+    shutil.rmtree(shards.folder / "neighbors")
+    rows = torch.stack([torch.full((len(shards),), -1), torch.arange(len(shards)) % 8], 1)
+    lam = torch.tensor([0.0, 0.75]).expand(rows.shape)
+    write_neighbors(shards, rows, lam, database_name(Database.open(world.database)))
+    trainer = grown(make_named(data__sources=[{"path": str(shards.folder)}], student__phrases=2))
+    batch = batches(trainer, 1)[0]
+    drop = torch.zeros(len(batch), dtype=torch.bool)
+    found = trainer.objective.retrieved(batch, trainer.objective.text(batch).key, drop)
+    assert found.phrases.all() and found.valid.tolist() == [[False, True]] * len(batch)
+    before = trainer.masters.state()["adapter.phrase"].clone()
+    trainer.update(batches(trainer))
+    after = trainer.masters.state()["adapter.phrase"]
+    assert torch.equal(after[0], before[0]) and not torch.equal(after[1], before[1])
+
+
+def test_more_phrases_than_neighbours_are_refused(make_named):
+    with pytest.raises(InvalidRequest, match="each phrase has one neighbour"):
+        make_named(student__phrases=3)
 
 
 def test_regression_on_h_is_zero_where_both_prompts_are_the_same(make, make_named, batches):

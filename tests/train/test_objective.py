@@ -144,7 +144,7 @@ def test_retrieval_dropout_leaves_the_dropped_samples_to_the_plain_student(make,
     trainer = grown(make())
     batch = batches(trainer, 1)[0]
     key = trainer.objective.text(batch).key
-    _, lam, valid = trainer.objective.retrieved(batch, key, torch.tensor([True, False]))
+    _, lam, valid, _ = trainer.objective.retrieved(batch, key, torch.tensor([True, False]))
     assert lam[0] == 0 and lam[1] > 0 and valid.tolist() == [[False], [True]]
     cosine = (key[1] @ batch.retr_keys[1, 0]).clamp(0, 1)
     torch.testing.assert_close(lam[1, 0], cosine)
