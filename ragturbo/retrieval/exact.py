@@ -29,6 +29,7 @@ class ExactRetriever:
         self.keys = torch.from_numpy(snapshot.keys).to(self.device)
         self.ids = torch.from_numpy(np.ascontiguousarray(snapshot.ids)).to(self.device)
         self.dead = torch.from_numpy(~snapshot.alive).to(self.device)
+        self._removed = not snapshot.alive.all()
         if self.device.type != "cpu":
             self.keys.masked_fill_(self.dead[:, None], float("nan"))
         self._descriptor = describe(self.keys.data_ptr(), len(self.keys), self.device)
@@ -74,7 +75,8 @@ class ExactRetriever:
             scores = _products(self.keys[part], query)
             if offset is not None and self._scale is not None:
                 scores = (scores - offset[:, None]) * self._scale[part]
-            scores.masked_fill_(self.dead[part], float("-inf"))
+            if self._removed:
+                scores.masked_fill_(self.dead[part], float("-inf"))
             for row, banned in zip(scores, hidden or (), strict=hidden is not None):
                 local = banned[(banned >= start) & (banned < start + scores.shape[1])] - start
                 row[local] = float("-inf")
@@ -83,17 +85,20 @@ class ExactRetriever:
         if not best:
             empty = torch.full((len(query), k), -1, device=self.device)
             return empty, empty.float().fill_(float("nan"))
-        values, places = (torch.cat(parts, 1) for parts in zip(*best, strict=True))
+        values, places = best[0]
         if len(best) > 1:
+            values, places = (torch.cat(parts, 1) for parts in zip(*best, strict=True))
             # Stable: of equal scores, the lower id stays first.
             order = values.argsort(dim=1, descending=True, stable=True)[:, :width]
             values, places = values.gather(1, order), places.gather(1, order)
-        found = values != float("-inf")
-        ids, scores = torch.where(found, self.ids[places], -1), torch.where(found, values, float("nan"))
+        ids = self.ids[places]
+        if self._removed or hidden is not None:
+            found = values != float("-inf")
+            ids, values = torch.where(found, ids, -1), torch.where(found, values, float("nan"))
         if width < k:
             pad = (0, k - width)
-            return torch.nn.functional.pad(ids, pad, value=-1), torch.nn.functional.pad(scores, pad, value=float("nan"))
-        return ids, scores
+            return torch.nn.functional.pad(ids, pad, value=-1), torch.nn.functional.pad(values, pad, value=float("nan"))
+        return ids, values
 
 
 def _products(keys: Tensor, query: Tensor) -> Tensor:
