@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -137,6 +139,17 @@ def replayed_engine(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> Callable
 
     def make(of: Bundle = bundle, **options: object) -> GraphEngine:
         return GraphEngine(of, GeneratorConfig(**options), replay.Replayed(monkeypatch))  # type: ignore[arg-type]
+
+    return make
+
+
+@pytest.fixture
+def make_composed(bundle: Bundle) -> Callable[..., Request]:
+    """Requests that search by phrase, as a Generator makes them."""
+
+    def make(prompts: list[str], source: DatabaseGeneration, seed: int = 0, **options: Any) -> Request:
+        return Request.make(bundle, source, prompts, encode_pairs=None, started=time.perf_counter(), seed=seed,
+                            output_type="latent", **{"compose": True} | options)  # fmt: skip
 
     return make
 

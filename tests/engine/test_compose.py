@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ import torch
 
 from ragturbo import Database, Generator
 from ragturbo.engine.database import DatabaseGeneration
-from ragturbo.engine.request import Request
 from ragturbo.errors import ModelError
 from ragturbo.model.info import BundleInfo
 
@@ -26,17 +24,6 @@ FORMS = {
 }
 
 
-@pytest.fixture
-def make(bundle):
-    """Requests as a Generator makes them."""
-
-    def make(prompts, source, seed: int = 0, **options) -> Request:
-        return Request.make(bundle, source, prompts, encode_pairs=None, started=time.perf_counter(), seed=seed,
-                            output_type="latent", **{"compose": True} | options)  # fmt: skip
-
-    return make
-
-
 def equal(got, expected) -> bool:
     names = ("latents", "ids", "scores", "lam", "lams", "cosine", "bm25", "valid", "ok")
     return all(torch.equal(getattr(got, n).nan_to_num(-7), getattr(expected, n).nan_to_num(-7)) for n in names)
@@ -44,9 +31,9 @@ def equal(got, expected) -> bool:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("mode", "k", "steps"), [("adapter", 1, 1), ("adapter", 2, 2), ("slerp", 2, 1)])
-def test_both_engines_agree_on_the_phrases(database, reference, graph_engine, make, form, mode, k, steps):
+def test_both_engines_agree_on_the_phrases(database, reference, graph_engine, make_composed, form, mode, k, steps):
     source = DatabaseGeneration(database, **FORMS[form])
-    batch = make(PROMPTS, source, mode=mode, num_neighbors=k, num_inference_steps=steps)
+    batch = make_composed(PROMPTS, source, mode=mode, num_neighbors=k, num_inference_steps=steps)
     engine = graph_engine()
     got, expected = engine.run(batch), reference.run(batch)
     assert float((got.latents - expected.latents).norm() / expected.latents.norm()) < 1e-5
@@ -56,18 +43,18 @@ def test_both_engines_agree_on_the_phrases(database, reference, graph_engine, ma
         torch.testing.assert_close(getattr(got, name), getattr(expected, name), atol=2e-3, rtol=0, equal_nan=True)
     assert engine.describe()["retrieval"] == form.split(",")[0]
     # The control: the whole prompts find other neighbours and give other images.
-    whole = reference.run(make(PROMPTS, source, compose=False, mode=mode, num_neighbors=k))
+    whole = reference.run(make_composed(PROMPTS, source, compose=False, mode=mode, num_neighbors=k))
     assert not torch.allclose(whole.latents, expected.latents, atol=1e-3)
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_each_phrase_finds_what_it_finds_alone_and_padding_finds_nothing(database, reference, make, form):
+def test_each_phrase_finds_what_it_finds_alone_and_padding_finds_nothing(database, reference, make_composed, form):
     source = DatabaseGeneration(database, **FORMS[form])
-    got = reference.run(make(PROMPTS, source, num_neighbors=2))
+    got = reference.run(make_composed(PROMPTS, source, num_neighbors=2))
     assert got.ids.shape == (2, 8)
     for row, found in enumerate(PHRASES):
         for i, phrase in enumerate(found):
-            alone = reference.run(make([phrase], source, num_neighbors=2))
+            alone = reference.run(make_composed([phrase], source, num_neighbors=2))
             part = slice(2 * i, 2 * i + 2)
             assert torch.equal(got.ids[row, part], alone.ids[0])
             torch.testing.assert_close(got.lams[row, part], alone.lams[0], atol=1e-5, rtol=0)
@@ -77,23 +64,23 @@ def test_each_phrase_finds_what_it_finds_alone_and_padding_finds_nothing(databas
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_replay_is_the_call_bit_for_bit(database, graph_engine, replayed_engine, make, form):
+def test_a_replay_is_the_call_bit_for_bit(database, graph_engine, replayed_engine, make_composed, form):
     source = DatabaseGeneration(database, **FORMS[form])
     replayed, called = replayed_engine(), graph_engine()
     for seed, prompts in enumerate([PROMPTS, PROMPTS[::-1], ["a cat", "a dog, a cat, a red square and a circle"]]):
-        batch = make(prompts, source, seed=seed)
+        batch = make_composed(prompts, source, seed=seed)
         assert equal(replayed.run(batch), called.run(batch))
     assert len(replayed.describe()["graphs"]) == 1
 
 
-def test_a_given_lambda_replaces_that_of_every_phrase(source, reference, graph_engine, make):
-    batch = make(PROMPTS, source, lam=0.4)
+def test_a_given_lambda_replaces_that_of_every_phrase(source, reference, graph_engine, make_composed):
+    batch = make_composed(PROMPTS, source, lam=0.4)
     for engine in (reference, graph_engine()):
         got = engine.run(batch)
         assert got.lam.tolist() == pytest.approx([0.4, 0.4])
         assert got.lams[got.valid].tolist() == pytest.approx([0.4] * 5) and not got.lams[~got.valid].any()
-    zero = reference.run(make(PROMPTS, source, lam=0.0)).latents
-    assert torch.equal(zero, reference.run(make(PROMPTS, source, compose=None, mode="none")).latents)
+    zero = reference.run(make_composed(PROMPTS, source, lam=0.0)).latents
+    assert torch.equal(zero, reference.run(make_composed(PROMPTS, source, compose=None, mode="none")).latents)
 
 
 @pytest.fixture

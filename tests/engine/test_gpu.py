@@ -73,6 +73,19 @@ def test_a_replay_is_the_call_bit_for_bit_for_ever_new_numbers(on_gpu, database,
         assert torch.equal(got.lam, expected.lam) and bool(got.ok.all())
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_search_by_phrase_replays_and_agrees_with_the_oracle(on_gpu, database, make_composed, form):
+    """Prompts of two and three phrases, whose neighbours get phrase embeddings."""
+    source = DatabaseGeneration(database, device="cuda", **FORMS[form])
+    replayed, called = engines(on_gpu)
+    prompts = ["a red circle left of a blue square", "a green cat above a yellow dog beside a red square"]
+    for seed, some in enumerate([prompts, prompts[::-1]]):
+        batch = make_composed(some, source, seed=seed)
+        got, expected, oracle = replayed.run(batch), called.run(batch), replayed.reference.run(batch)
+        assert torch.equal(got.latents, expected.latents) and torch.equal(got.ids, oracle.ids)
+        assert float((got.latents - oracle.latents).norm() / oracle.latents.norm()) < 1e-2
+
+
 def test_it_agrees_with_the_oracle_and_the_controls_do_not(on_gpu, database, make_request):
     source = DatabaseGeneration(database, "exact", device="cuda")
     engine = engines(on_gpu)[0]
