@@ -213,8 +213,10 @@ def compare(c: Comparison, adapters: dict[str, Path], *, quick: bool = False) ->
     c.run("adapter, hybrid search by whole prompt", retriever="hybrid", call={"compose": False})
     c.run("adapter, wrong neighbours", groups=NAMED, options=lambda g, i: {"neighbors": g.wrong[i]}, call={"lam": 1.0})
     for title, folder in adapters.items():
-        c.run(title, adapter=folder, **hybrid)
-        c.run(f"{title}, no retrieval", adapter=folder, call={"mode": "none"})
+        if (folder / "adapter.safetensors").exists():
+            c.run(title, adapter=folder, **hybrid)
+        if (folder / "decoder_lora").exists():
+            c.run(f"{title}, no retrieval", adapter=folder, call={"mode": "none"})
     if quick:
         return
     right = {"options": lambda g, i: {"neighbors": g.rows[i]}, "groups": (ONE, NAMED[1])}

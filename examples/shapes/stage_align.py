@@ -1,8 +1,8 @@
 """Train the student's encoder and an adapter in H-space alone, so that pictures can explain names.
 
-A student that was told everything in words does not look: at t = 0 its h holds the colours of a picture, but hardly a
-shape that the caption does not mention, because the skips carry the picture past the middle block. Both targets are
-what the same student makes of descriptions:
+Captions tell a student everything, so at t = 0 its h holds the colours of a picture, but hardly a shape that the caption
+does not mention: the skips carry the picture past the middle block. Both targets are what the same student makes of
+descriptions:
 
 * h_retr of a lesson, whose caption only names the thing, becomes h_retr of the lesson with a description;
 * h_tgt + λ·g of a prompt with names becomes h of the prompt with descriptions, at the same noise.
