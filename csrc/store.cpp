@@ -22,6 +22,8 @@ namespace {
 constexpr size_t kChunk = 256 * 1024;
 // Below this, dispatch costs more than the copy.
 constexpr size_t kLeastPart = 32 * 1024;
+// Waking another thread takes longer than copying this many bytes.
+constexpr size_t kAlone = 64 * 1024;
 
 std::string number(uint64_t value) { return std::to_string(value); }
 
@@ -147,15 +149,16 @@ std::vector<Failure> Store::read(const Request& request) const {
   std::vector<Failure> failures;
   std::mutex mutex;
   const bool mapped = Mapped::guarded();
+  const int threads = request.n * layout_.payload <= kAlone ? 1 : request.threads;
   // A few records are split into parts to keep every thread busy, unless they are checksummed: a CRC covers a record.
   size_t parts = 1, size = layout_.payload;
-  if (!request.crcs && request.threads > 1 && request.n > 0 && request.n < 2 * static_cast<size_t>(request.threads)) {
-    const size_t wanted = (2 * static_cast<size_t>(request.threads) + request.n - 1) / request.n;
+  if (!request.crcs && threads > 1 && request.n > 0 && request.n < 2 * static_cast<size_t>(threads)) {
+    const size_t wanted = (2 * static_cast<size_t>(threads) + request.n - 1) / request.n;
     parts = std::clamp<size_t>(layout_.payload / kLeastPart, 1, wanted);
     size = (layout_.payload + parts - 1) / parts;
     parts = (layout_.payload + size - 1) / size;
   }
-  run_parallel(request.n * parts, request.threads, [&](size_t task) {
+  run_parallel(request.n * parts, threads, [&](size_t task) {
     const size_t i = task / parts, begin = task % parts * size;
     Failure failure{};
     const Part part{i, begin, std::min<size_t>(begin + size, layout_.payload)};

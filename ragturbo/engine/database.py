@@ -13,7 +13,7 @@ from torch import Tensor
 from ragturbo.engine.result import Retrieved
 from ragturbo.errors import DatabaseMismatch
 from ragturbo.neighbor import Neighbor
-from ragturbo.retrieval.retriever import Hits
+from ragturbo.retrieval.retriever import Hits, to_numpy
 
 if TYPE_CHECKING:
     from ragturbo.config import GeneratorConfig
@@ -128,21 +128,22 @@ class DatabaseGeneration:
         from ragturbo.retrieval.hybrid import HybridRetriever
 
         if isinstance(retriever, HybridRetriever):
-            found = retriever.find(queries, k, texts=flat)
+            found = retriever.find(to_numpy(queries), k, texts=flat)
         else:
             only = flat if kind == "text" else queries
-            ids, scores = retriever.search(only, k, **({"texts": flat} if kind == "both" else {}))
+            ids, scores = map(to_numpy, retriever.search(only, k, **({"texts": flat} if kind == "both" else {})))
             found = Hits(ids, scores, np.full(ids.shape, np.nan, np.float32), np.zeros(ids.shape, np.float32))
-        hits = Hits(*(torch.as_tensor(part).to(keys.device).reshape(len(keys), -1) for part in found))
-        if searched is None:
-            return hits
-        named = (hits.rare_share.unflatten(1, (-1, k)) > 0).any(-1)
-        left_out = ~searched.to(keys.device) | (named.any(1, keepdim=True) & ~named)
-        padding = left_out.repeat_interleave(k, 1)
-        ids, scores, bm25 = (
-            part.masked_fill(padding, nothing) for part, nothing in zip(hits[:3], (-1, np.nan, np.nan), strict=True)
-        )
-        return Hits(ids, scores, bm25, hits.rare_share)
+        ids, scores, bm25, rare_share = (part.reshape(len(keys), -1) for part in found)
+        if searched is not None:
+            named = (rare_share.reshape(len(keys), -1, k) > 0).any(-1)
+            left_out = ~to_numpy(searched) | (named.any(1, keepdims=True) & ~named)
+            if left_out.any():
+                padding = left_out.repeat(k, 1)
+                ids, scores, bm25 = (
+                    np.where(padding, part.dtype.type(nothing), part)
+                    for part, nothing in ((ids, -1), (scores, np.nan), (bm25, np.nan))
+                )
+        return Hits(*(torch.as_tensor(part).to(keys.device) for part in (ids, scores, bm25, rare_share)))
 
     def gather(self, ids: Tensor, scores: Tensor, rare_share: Tensor | None = None) -> Retrieved:
         """ids, scores, rare_share: (B, k); id -1 for a missing neighbour."""

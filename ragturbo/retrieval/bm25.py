@@ -110,9 +110,12 @@ class Bm25Retriever:
 
     def _postings(self, word: str) -> tuple[np.ndarray, np.ndarray]:
         """The live rows of the generation that hold a word, and how often each does."""
-        found = [(rows + start, counts) for start, part in self._parts for rows, counts in [part.of(word)] if len(rows)]
-        rows = np.concatenate([np.empty(0, np.int64), *(rows for rows, _ in found)])
-        counts = np.concatenate([np.empty(0, np.float32), *(counts for _, counts in found)])
+        if len(self._parts) == 1:
+            rows, counts = self._parts[0][1].of(word)
+        else:
+            found = [(rows + start, counts) for start, part in self._parts for rows, counts in [part.of(word)]]
+            rows = np.concatenate([np.empty(0, np.int64), *(rows for rows, _ in found)])
+            counts = np.concatenate([np.empty(0, np.float32), *(counts for _, counts in found)])
         if not self.snapshot.manifest.removed:
             return rows, counts
         alive = self.snapshot.alive[rows]
