@@ -66,7 +66,7 @@ def train_arm(work: Path, s: Settings, arm: str, seed: int) -> Path:
     changes = [
         f"model={work / 'bundle'}", f"database={folder / 'database'}", f"seed={seed}", f"data.sources=[{sources}]",
         f"loss.lpips_weights={work / 'vgg.safetensors'}", f"student.num_neighbors={K}", f"optim.lr={s.arm_rate}",
-        f"student.heads={s.adapter_heads}",
-        f"loop.max_steps={s.arm_steps}", "loop.precision=bf16", "loop.sample_every=0", *ARMS[arm],
+        f"student.heads={s.adapter_heads}", f"loop.max_steps={s.arm_steps}", "loop.precision=bf16",
+        "loop.compile=true", "loop.sample_every=0", *ARMS[arm],
     ]  # fmt: skip
     return train(f"{arm}-{seed}", folder, changes)

@@ -262,7 +262,8 @@ def test_student_and_adapter_are_trained_by_the_librarys_trainer_from_the_librar
     stages = json.loads((tmp_path / "bundle" / "ragturbo.json").read_text())["provenance"]["stages"]
     assert stages["align"]["step"] == 1
     recipe["stage_adapter"].prepare_arms(tmp_path, s)
-    arm = recipe["stage_adapter"].train_arm(tmp_path, s, "adapter", 1)
+    with torch.compiler.set_stance("force_eager"):
+        arm = recipe["stage_adapter"].train_arm(tmp_path, s, "adapter", 1)
     with Generator.from_pretrained(tmp_path / "bundle", adapter=arm, device="cpu") as generator:
         assert generator("a red circle", seed=1).lam[0] > 0
 
