@@ -22,8 +22,8 @@ namespace {
 constexpr size_t kChunk = 256 * 1024;
 // Below this, dispatch costs more than the copy.
 constexpr size_t kLeastPart = 32 * 1024;
-// Waking another thread takes longer than copying this many bytes.
-constexpr size_t kAlone = 64 * 1024;
+// Waking another thread takes longer than copying a few records of this many bytes together.
+constexpr size_t kAlone = 64 * 1024, kFew = 8;
 
 std::string number(uint64_t value) { return std::to_string(value); }
 
@@ -149,7 +149,7 @@ std::vector<Failure> Store::read(const Request& request) const {
   std::vector<Failure> failures;
   std::mutex mutex;
   const bool mapped = Mapped::guarded();
-  const int threads = request.n * layout_.payload <= kAlone ? 1 : request.threads;
+  const int threads = request.n <= kFew && request.n * layout_.payload <= kAlone ? 1 : request.threads;
   // A few records are split into parts to keep every thread busy, unless they are checksummed: a CRC covers a record.
   size_t parts = 1, size = layout_.payload;
   if (!request.crcs && threads > 1 && request.n > 0 && request.n < 2 * static_cast<size_t>(threads)) {

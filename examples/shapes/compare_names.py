@@ -80,13 +80,14 @@ class Prompts:
     @property
     def wrong(self) -> list[list[int]]:
         """The rows of the lessons of the next prompt whose kinds are all others."""
-        kinds = [{noun.kind for noun in nouns} for nouns in self.nouns]
-        later = (range(i + 1, i + len(self)) for i in range(len(self)))
-        others = (
-            next(j % len(self) for j in some if kinds[i].isdisjoint(kinds[j % len(self)]))
-            for i, some in enumerate(later)
-        )
-        return [self.rows[j] for j in others]
+        kinds, count = [{noun.kind for noun in nouns} for nouns in self.nouns], len(self)
+        rows = []
+        for i, own in enumerate(kinds):
+            others = (j % count for j in range(i + 1, i + count) if own.isdisjoint(kinds[j % count]))
+            if (other := next(others, None)) is None:
+                raise SystemExit(f"{self.title}: no other prompt has other kinds; use a larger --count")
+            rows.append(self.rows[other])
+        return rows
 
     def score(self, pictures: np.ndarray) -> list[float]:
         if self.title == ORDINARY:
@@ -213,6 +214,8 @@ def compare(c: Comparison, adapters: dict[str, Path], *, quick: bool = False) ->
     c.run("adapter, hybrid search by whole prompt", retriever="hybrid", call={"compose": False})
     c.run("adapter, wrong neighbours", groups=NAMED, options=lambda g, i: {"neighbors": g.wrong[i]}, call={"lam": 1.0})
     for title, folder in adapters.items():
+        if not any((folder / name).exists() for name in ("adapter.safetensors", "decoder_lora")):
+            raise SystemExit(f"{folder} holds neither adapter.safetensors nor decoder_lora/")
         if (folder / "adapter.safetensors").exists():
             c.run(title, adapter=folder, **hybrid)
         if (folder / "decoder_lora").exists():

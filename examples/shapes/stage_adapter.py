@@ -23,7 +23,7 @@ from ragturbo.train.data import database_name
 # By name: settings of the training of an adapter and a decoder LoRA on the frozen student.
 ARMS = {
     "adapter": ["student.lora.rank=0", "loss.hspace=1", f"student.phrases={K}"],
-    "paper": [f"student.phrases={K}"],
+    "paper": [],
     "lora": ["student.adapter=none"],
     "wrong": ["student.lora.rank=0", "loss.hspace=1", "student.neighbors=random"],
 }

@@ -1,8 +1,8 @@
 """Train the student's encoder and an adapter in H-space alone, so that pictures can explain names.
 
-Captions tell a student everything, so at t = 0 its h holds the colours of a picture, but hardly a shape that the caption
-does not mention: the skips carry the picture past the middle block. Both targets are what the same student makes of
-descriptions:
+Captions tell a student everything. So at t = 0 its h holds the colours of a picture, but hardly a shape that the
+caption does not mention: the skips carry the picture past the middle block. Both targets are what the same student
+makes of descriptions:
 
 * h_retr of a lesson, whose caption only names the thing, becomes h_retr of the lesson with a description;
 * h_tgt + λ·g of a prompt with names becomes h of the prompt with descriptions, at the same noise.
@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ragturbo.evaluate.names import describe_names, named
-from ragturbo.evaluate.world import Meaning, parse
+from ragturbo.evaluate.world import JOINS, Meaning, parse
 from ragturbo.model.adapter import HSpaceAdapter
 from ragturbo.model.tokens import to_tokens
 from ragturbo.model.unet import HSpaceUNet
@@ -222,7 +222,7 @@ def _placed(caption: str, meaning: Meaning) -> str:
     """The caption; if it has two nouns without a relation, with the first left of the second."""
     if len(meaning.nouns) < 2 or meaning.relation:
         return caption
-    return re.sub(r"\b(and|with|beside)\b", "to the left of", caption, count=1)
+    return re.sub(rf"\b({'|'.join(JOINS)})\b", "to the left of", caption, count=1)
 
 
 def _places_error(read: Tensor, places: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ class Names:
 
     def places(self, work: Path) -> Tensor:
         """Where the things of each noun are, by the teacher's latents: (N, K, 16) bool, for every sample of NAMED."""
-        path = work / "places.pt"
+        path = work / "noun_places.pt"
         if not path.exists() and parallel.RANK == 0:
             vae = AutoencoderKL.from_pretrained(work / "vae").to(DEVICE).eval()
             meanings, shards = [meaning for meaning in self.meanings if meaning], Shards(work / NAMED)
@@ -139,7 +139,10 @@ def _name(caption: str, seed: int, i: int) -> tuple[str, Meaning] | None:
         return None
     both = len(able) == 2 and rng.random() < 0.4
     which = tuple(able) if both else (able[rng.integers(len(able))],)
-    meaning = name_nouns(meaning, which, tuple(made_up_word(rng, "train") for _ in which))
+    words: dict[str, None] = {}
+    while len(words) < len(which):
+        words[made_up_word(rng, "train")] = None
+    meaning = name_nouns(meaning, which, tuple(words))
     kinds = {str(noun.name): noun.kind for noun in named(meaning)}
     while True:
         prompt = phrase(meaning, rng)

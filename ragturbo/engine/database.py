@@ -13,7 +13,7 @@ from torch import Tensor
 from ragturbo.engine.result import Retrieved
 from ragturbo.errors import DatabaseMismatch
 from ragturbo.neighbor import Neighbor
-from ragturbo.retrieval.retriever import Hits, to_numpy
+from ragturbo.retrieval.retriever import Hits, to_host, to_numpy
 
 if TYPE_CHECKING:
     from ragturbo.config import GeneratorConfig
@@ -131,7 +131,8 @@ class DatabaseGeneration:
             found = retriever.find(to_numpy(queries), k, texts=flat)
         else:
             only = flat if kind == "text" else queries
-            ids, scores = map(to_numpy, retriever.search(only, k, **({"texts": flat} if kind == "both" else {})))
+            ids, scores = retriever.search(only, k, **({"texts": flat} if kind == "both" else {}))
+            ids, scores = to_numpy(ids), to_host(scores)
             found = Hits(ids, scores, np.full(ids.shape, np.nan, np.float32), np.zeros(ids.shape, np.float32))
         ids, scores, bm25, rare_share = (part.reshape(len(keys), -1) for part in found)
         if searched is not None:

@@ -155,4 +155,5 @@ def _own_copy(adapter: HSpaceAdapter) -> HSpaceAdapter:
 def _same_shape(own: HSpaceAdapter | None, new: HSpaceAdapter | None) -> bool:
     if own is None or new is None:
         return own is new
-    return (own.kind, own.channels, own.heads) == (new.kind, new.channels, new.heads)
+    shapes = [[(name, weight.shape) for name, weight in one.named_parameters()] for one in (own, new)]
+    return (own.kind, own.heads) == (new.kind, new.heads) and shapes[0] == shapes[1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +15,8 @@ from ragturbo.engine.prompt_cache import PromptCache
 from ragturbo.engine.request import Request
 from ragturbo.engine.result import Result, Retrieved
 from ragturbo.engine.timings import StageClock
-from ragturbo.errors import InvalidRequest, ModelError
+from ragturbo.errors import InvalidRequest
 from ragturbo.model.bundle import Bundle
-from ragturbo.model.fused_text import FusedText
 from ragturbo.model.inject import blend_weights, cosine, inject
 from ragturbo.model.onestep import EulerSchedule, Schedule, guided, make_schedule
 from ragturbo.model.text import TextStates
@@ -78,18 +77,6 @@ class ReferenceEngine:
     def _states(self, input_ids: Tensor) -> TextStates:
         return self.bundle.text.encode(input_ids.to(self.device))
 
-    @cached_property
-    def _encode_query(self) -> Callable[[Tensor], TextStates]:
-        try:
-            return FusedText(self.bundle.text).encode
-        except ModelError:
-            return self.bundle.text.encode
-
-    def _keys(self, input_ids: Tensor) -> Tensor:
-        """(B, L), on the host -> (B, K). Tokens behind the longest text's end are left out: attention is causal."""
-        used = int(self.bundle.text.end_of_text(input_ids).max()) + 1
-        return self._encode_query(input_ids[:, :used].to(self.device)).key
-
     def _text(self, request: Request) -> tuple[Tensor, Tensor | None]:
         """The hidden states for the UNet, negative rows first under guidance, and the key to search by."""
         key = None
@@ -97,15 +84,19 @@ class ReferenceEngine:
             text = request.text.to(self.device, self.bundle.dtype)
         else:
             assert request.input_ids is not None
-            states = self._states(request.input_ids)
-            text, key = states.hidden_states, states.key
+            ids, rows = request.input_ids, len(request)
+            if request.query_ids is not None:
+                # One pass for prompts and queries: of a small batch, it takes little longer than for the prompts.
+                ids = torch.cat([ids, request.query_ids.flatten(0, 1)])
+            states = self._states(ids)
+            text, key = states.hidden_states[:rows], states.key[-rows * request.queries :]
             self.prompts.remember(request, text, key)
         if request.query_key is not None:
             key = request.query_key.to(self.device)
-        elif request.query_ids is not None:
-            key = self._keys(request.query_ids.flatten(0, 1))
-            if request.queries > 1:
-                key = key.unflatten(0, (len(request), -1))
+        elif request.query_ids is not None and request.input_ids is None:
+            key = self._states(request.query_ids.flatten(0, 1)).key
+        if request.queries > 1 and key is not None:
+            key = key.unflatten(0, (len(request), -1))
         if request.guided:
             if request.negative_text is not None:
                 negative = request.negative_text.to(self.device, self.bundle.dtype)

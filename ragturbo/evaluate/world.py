@@ -44,7 +44,7 @@ _RELATION_PHRASES = {
 }
 _OPENINGS = ("", "", "", "an image of ", "a picture of ")
 _GROUND_PHRASES = ("on a {} background", "on a {} ground", "with a {} background", "against a {} background")
-_JOINS = ("and", "with", "beside")
+JOINS = ("and", "with", "beside")
 
 
 @dataclass(frozen=True, order=True)
@@ -149,7 +149,7 @@ def phrase(meaning: Meaning, rng: np.random.Generator) -> str:
         relation = OPPOSITE[relation] if relation else None
     words = [_noun_phrase(noun, rng) for noun in nouns]
     if len(nouns) == 2:
-        words.insert(1, str(rng.choice(_RELATION_PHRASES[relation] if relation else _JOINS)))
+        words.insert(1, str(rng.choice(_RELATION_PHRASES[relation] if relation else JOINS)))
     opening = str(rng.choice(_OPENINGS))
     if meaning.ground:
         words.append(str(rng.choice(_GROUND_PHRASES)).format(meaning.ground))
@@ -203,7 +203,7 @@ def parse(caption: str, names: Mapping[str, tuple[str, str]] | None = None) -> M
 
 def vocabulary() -> list[str]:
     """Return every word that a caption can contain, sorted."""
-    words = {*_COUNTS, *_SIZE_WORDS, *COLOURS, *GROUNDS, *_JOINS, *SHAPES, *map(plural, SHAPES)}
+    words = {*_COUNTS, *_SIZE_WORDS, *COLOURS, *GROUNDS, *JOINS, *SHAPES, *map(plural, SHAPES)}
     for phrases in (_OPENINGS, _GROUND_PHRASES, *_RELATION_PHRASES.values()):
         words.update(word for text in phrases for word in text.split() if word != "{}")
     return sorted(words)

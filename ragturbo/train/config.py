@@ -64,6 +64,8 @@ class StudentConfig:
                 f"student.phrases={self.phrases} is more than student.num_neighbors={self.num_neighbors}: each phrase "
                 "has one neighbour"
             )
+        if self.phrases and (self.adapter == "none" or self.neighbors == "random"):
+            raise InvalidRequest("student.phrases needs an adapter, and neighbours that belong to phrases")
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from ragturbo.train.discriminator import Discriminator
 from ragturbo.train.lpips import LatentLPIPS, LatentVGG
 from ragturbo.train.models import make_discriminator
 from ragturbo.train.stats import STATS
-from ragturbo.train.student import Student
+from ragturbo.train.student import Neighbors, Student
 
 # Stable Diffusion 2.1 and sd-turbo, used if the configured model is not on this machine.
 SD21: dict[str, Any] = {
@@ -130,7 +130,8 @@ def _trace(
     if student.adapter is not None:
         k = config.student.num_neighbors
         rows = empty(k, grid[0] * grid[1], student.hspace.channels, dtype=dtype)
-        retrieved = (rows, empty(), torch.ones(size, k, dtype=torch.bool, device="meta"))
+        valid = torch.ones(size, k, dtype=torch.bool, device="meta")
+        retrieved = Neighbors(rows, empty(), valid, valid if config.student.phrases else None)
     flops: dict[str, int] = {}
     modules = [module for module in (student, discriminator, lpips) if module is not None]
     weights = {p.untyped_storage()._cdata for module in modules for p in module.parameters()}

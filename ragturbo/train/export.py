@@ -40,7 +40,11 @@ def export_adapter(
     if whole:
         base = _untrained(config)
         base.load_adapter(folder)
-        base.info = replace(base.info, num_neighbors=config.student.num_neighbors)
+        # With phrase embeddings, training has one neighbour of each phrase.
+        if config.student.phrases:
+            base.info = replace(base.info, num_neighbors=1, compose=True)
+        else:
+            base.info = replace(base.info, num_neighbors=config.student.num_neighbors)
         base.save(folder)
         if database is not None:
             shutil.copytree(database, folder / DATABASE, dirs_exist_ok=True)

@@ -7,7 +7,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ragturbo.errors import InvalidRequest
 from ragturbo.model.inject import blend_weights, cosine
 from ragturbo.model.text import TextStates
 from ragturbo.train.config import LADDConfig
@@ -133,8 +132,7 @@ class Objective:
         lam, valid = blend_weights(weights, batch.ids, weights, lam=lam)
         phrases = None
         if self.config.student.phrases:
-            if batch.lam is None:
-                raise InvalidRequest("student.phrases needs neighbours by phrase: write them with `write_neighbors`")
+            assert batch.lam is not None
             phrases = ~batch.lam.isnan()
         return Neighbors(batch.h_retr, torch.where(drop[:, None], 0.0, lam), valid & ~drop[:, None], phrases)
 

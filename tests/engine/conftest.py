@@ -38,12 +38,13 @@ def model_folder(tiny: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> 
     return folder
 
 
-def save_adapter(folder: Path, seed: int) -> None:
+def save_adapter(folder: Path, seed: int, phrases: int = 3) -> None:
     """An adapter with an output projection that is not zero: a neighbour's id must change the image."""
     torch.manual_seed(seed)
-    adapter = HSpaceAdapter(64, phrases=3)
+    adapter = HSpaceAdapter(64, phrases=phrases)
     torch.nn.init.normal_(adapter.proj_out.weight, std=0.3)
-    torch.nn.init.normal_(adapter.phrase)
+    if adapter.phrase is not None:
+        torch.nn.init.normal_(adapter.phrase)
     adapter.save(folder)
 
 

@@ -183,6 +183,18 @@ def test_a_new_adapter_takes_effect_in_the_memory_that_was_recorded(
     assert relative(after.latents, before) > 1e-3
 
 
+def test_an_adapter_with_more_or_no_phrase_embeddings_records_anew(
+    model_folder, tmp_path, new_adapter, source, graph_engine, make_composed
+):
+    engine = graph_engine(Bundle.load(model_folder, device="cpu"))
+    batch = make_composed(["a red circle left of a blue square"] * 2, source)
+    engine.run(batch)
+    for phrases in (0, 2, 0):
+        new_adapter(tmp_path / str(phrases), seed=phrases, phrases=phrases)
+        engine.load_adapter(tmp_path / str(phrases))
+        agree(engine.run(batch), engine.reference.run(batch))
+
+
 def test_a_lora_on_other_layers_records_anew_and_one_on_the_same_layers_does_not(
     model_folder, tmp_path, decoder_lora, graph_engine, make_request
 ):

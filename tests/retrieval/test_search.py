@@ -78,6 +78,18 @@ def test_exact_search_is_the_sorted_cosine(k, database):
     assert (ids[:, N:] == -1).all() and np.isnan(scores[:, N:]).all()
 
 
+@pytest.mark.parametrize("k", [1, 7, 3005])
+def test_blocks_give_what_one_pass_gives(k, database, monkeypatch):
+    from ragturbo.retrieval import exact
+
+    queries, hidden = clustered(6, 5), np.arange(0, 100, 7)
+    whole = exact.ExactRetriever(database.snapshot).search(queries, k, exclude=hidden)
+    monkeypatch.setattr(exact, "_BLOCK", 700 * queries.shape[1])
+    ids, scores = exact.ExactRetriever(database.snapshot).search(queries, k, exclude=hidden)
+    np.testing.assert_allclose(scores, whole[1], atol=1e-6)
+    assert np.mean(ids == whole[0]) > 0.99 and not np.isin(ids, hidden).any()
+
+
 @pytest.mark.parametrize("retriever", ["exact", "scann"])
 def test_results_are_where_and_what_the_keys_were(retriever, database):
     queries = clustered(3, 6)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ragturbo.errors import InvalidRequest
+from ragturbo.model.info import BundleInfo
 from ragturbo.retrieval.database import Database
 from ragturbo.train.data import database_name
 from ragturbo.train.neighbors import NeighborSearch, write_neighbors
@@ -107,10 +108,19 @@ def test_neighbours_by_phrase_train_the_adapters_phrase_embeddings(make_named, n
     after = trainer.masters.state()["adapter.phrase"]
     assert torch.equal(after[0], before[0]) and not torch.equal(after[1], before[1])
 
+    folder = trainer.export(tmp_path / "bundle", whole=True)
+    info = BundleInfo.read(folder)
+    assert info.compose is True and info.num_neighbors == 1
 
-def test_more_phrases_than_neighbours_are_refused(make_named):
+
+def test_phrases_without_neighbours_by_phrase_are_refused(make, make_named):
     with pytest.raises(InvalidRequest, match="each phrase has one neighbour"):
         make_named(student__phrases=3)
+    with pytest.raises(InvalidRequest, match="neighbours that belong to phrases"):
+        make_named(student__phrases=2, student__neighbors="random")
+    # Those of `ragturbo data neighbors` are of whole prompts.
+    with pytest.raises(InvalidRequest, match="are of whole prompts"):
+        make(student__phrases=1)
 
 
 def test_regression_on_h_is_zero_where_both_prompts_are_the_same(make, make_named, batches):
