@@ -121,12 +121,17 @@ class Scene:
 def sample_scene(
     seed: int, split: str = "train", *, rare: bool | None = None, kinds: tuple[tuple[str, str], ...] | None = None
 ) -> Scene:
-    """Return the scene of a seed; `rare` requires or excludes rare kinds, `kinds` fixes its (shape, colour) pairs."""
+    """Return the scene of a seed; `rare` requires or excludes rare kinds, `kinds` fixes its (shape, colour) pairs.
+
+    Raises:
+        InvalidRequest: no such scene was found; a small split lacks some kinds.
+    """
     rng = np.random.default_rng([seed, list(SPLITS).index(split), 2 if rare is None else int(rare)])
-    while True:
+    for _ in range(20_000):
         meaning = _sample_meaning(rng, kinds, rare)
         if meaning.split == split and (rare is None or meaning.rare == rare):
             return Scene(meaning, phrase(meaning, rng), arrange(meaning, rng))
+    raise InvalidRequest(f"no scene of split {split!r} with kinds={kinds}, rare={rare} in 20,000 attempts")
 
 
 def sample_scenes(count: int, seed: int, split: str, *, rare: bool | None = None) -> list[Scene]:

@@ -36,6 +36,11 @@ def test_a_scene_is_a_function_of_its_seed(seed, split, rare):
     assert np.array_equal(render(one), render(two))
 
 
+def test_a_kind_that_a_small_split_lacks_is_refused():
+    with pytest.raises(InvalidRequest, match="no scene of split 'demo'"):
+        sample_scene(1, "demo", kinds=(("circle", "red"),))
+
+
 @given(seeds, splits)
 @settings(max_examples=300, deadline=None)
 def test_a_caption_says_the_whole_meaning_and_no_more(seed, split):
