@@ -137,8 +137,9 @@ def make_database(folder: Path, groups: list[Prompts], size: int, model: str, *,
 
 
 class Comparison:
-    def __init__(self, model: str, groups: list[Prompts], databases: dict[str, Path]) -> None:
-        self.model, self.groups, self.databases = model, groups, databases
+    def __init__(self, model: str, groups: list[Prompts], databases: dict[str, Path], only: str | None = None) -> None:
+        """only: run the arms whose title contains it."""
+        self.model, self.groups, self.databases, self.only = model, groups, databases, only
         self.scores: dict[str, dict[str, list[float]]] = {}
         self.found: dict[str, dict[str, float]] = {}
 
@@ -155,6 +156,8 @@ class Comparison:
             seeds: added to the seeds of the noise.
             settings: of the Generator; `call` holds options of every call.
         """
+        if self.only is not None and self.only not in arm:
+            return
         call = settings.pop("call", {})
         settings = {"adapter": None, **settings}
         with Generator.from_pretrained(self.model, database=self.databases[database], **settings) as gen:
@@ -299,6 +302,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/names"), help="folder for the databases")
     parser.add_argument("--adapter", action="append", default=[], metavar="TITLE=FOLDER")
     parser.add_argument("--quick", action="store_true", help="the main arms alone")
+    parser.add_argument("--only", help="the arms whose title contains this")
     parser.add_argument("--words", type=int, default=200, help="words to teach through the API; 0: none")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, required=True)
@@ -317,7 +321,7 @@ def main() -> None:
             databases[f"{size:,} pairs"] = make_database(args.work / f"pairs-{size}", groups, size, model)
         title = "4,000 pairs, lessons described"
         databases[title] = make_database(args.work / "described", groups, max(4_000, lessons), model, described=True)
-    comparison = Comparison(model, groups, databases)
+    comparison = Comparison(model, groups, databases, args.only)
     compare(comparison, dict(_titled(text) for text in args.adapter), quick=args.quick)
     taught = teach(model, args.work, databases["4,000 pairs"], args.words, args.seed) if args.words else None
     result = {

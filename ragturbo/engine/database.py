@@ -118,8 +118,8 @@ class DatabaseGeneration:
             searched: (B, P) bool, False for queries that only pad an image's phrases; None for all.
 
         Returns:
-            (B, P·k), those of the first phrase first. If a rare word finds a phrase, the prompt's other phrases get no
-            neighbours: an adapter could mistake their pictures for the named thing.
+            (B, P·k), those of the first phrase first. If a phrase has a rare word that captions hold, only they are
+            neighbours of the prompt: an adapter could mistake other pictures for the named thing.
         """
         queries = keys.flatten(0, -2)
         flat = [text for row in texts for text in row] or [""] * len(queries)
@@ -136,12 +136,11 @@ class DatabaseGeneration:
             found = Hits(ids, scores, np.full(ids.shape, np.nan, np.float32), np.zeros(ids.shape, np.float32))
         ids, scores, bm25, rare_share = (part.reshape(len(keys), -1) for part in found)
         if searched is not None:
-            named = (rare_share.reshape(len(keys), -1, k) > 0).any(-1)
-            left_out = ~to_numpy(searched) | (named.any(1, keepdims=True) & ~named)
+            named = rare_share > 0
+            left_out = ~to_numpy(searched).repeat(k, 1) | (named.any(1, keepdims=True) & ~named)
             if left_out.any():
-                padding = left_out.repeat(k, 1)
                 ids, scores, bm25 = (
-                    np.where(padding, part.dtype.type(nothing), part)
+                    np.where(left_out, part.dtype.type(nothing), part)
                     for part, nothing in ((ids, -1), (scores, np.nan), (bm25, np.nan))
                 )
         return Hits(*(torch.as_tensor(part).to(keys.device) for part in (ids, scores, bm25, rare_share)))
