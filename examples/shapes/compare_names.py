@@ -142,6 +142,8 @@ class Comparison:
         self.model, self.groups, self.databases, self.only = model, groups, databases, only
         self.scores: dict[str, dict[str, list[float]]] = {}
         self.found: dict[str, dict[str, float]] = {}
+        self.first: dict[str, list[np.ndarray]] = {}
+        """Of every group and arm, the first pictures."""
 
     def run(
         self, arm: str, prompts: Callable[[Prompts], list[str]] | None = None, *, database: str = "4,000 pairs",
@@ -179,11 +181,22 @@ class Comparison:
                         asked += len(group.rows[i])
                         found += len({n.id for n in neighbors} & set(group.rows[i]))
                 self.scores.setdefault(group.title, {})[arm] = group.score(np.concatenate(pictures))
+                self.first.setdefault(group.title, []).append(np.concatenate(pictures)[:10])
                 # With one neighbour for each phrase or prompt, what is found is at rank 1.
                 if asked and found and "num_neighbors" not in call and options is None:
                     self.found.setdefault(group.title, {})[arm] = found / asked
                 mean = float(np.mean(self.scores[group.title][arm]))
                 log.info("%-48s %-44s %.3f", arm, group.title, mean)
+
+    def write_grid(self, file: Path, title: str) -> None:
+        """Write the lessons of a group's first prompts, a row for each name, and the pictures of three arms."""
+        group = next(group for group in self.groups if group.title == title)
+        lessons = [render(scene) for scene in group.lessons]
+        names, count = len(group.nouns[0]), len(self.first[title][0])
+        rows = [lessons[name : names * count : names] for name in range(names)] + self.first[title][:3]
+        picture = Image.fromarray(np.concatenate([np.concatenate(list(row), axis=1) for row in rows]))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(file)
 
     def best_of(self, arm: str, others: list[str]) -> None:
         """The best of several arms for each prompt, chosen by the score itself."""
@@ -302,6 +315,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/names"), help="folder for the databases")
     parser.add_argument("--adapter", action="append", default=[], metavar="TITLE=FOLDER")
     parser.add_argument("--quick", action="store_true", help="the main arms alone")
+    parser.add_argument("--grid", type=Path, help="write the first prompts with two names as a picture")
     parser.add_argument("--only", help="the arms whose title contains this")
     parser.add_argument("--words", type=int, default=200, help="words to teach through the API; 0: none")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -323,6 +337,8 @@ def main() -> None:
         databases[title] = make_database(args.work / "described", groups, max(4_000, lessons), model, described=True)
     comparison = Comparison(model, groups, databases, args.only)
     compare(comparison, dict(_titled(text) for text in args.adapter), quick=args.quick)
+    if args.grid:
+        comparison.write_grid(args.grid, NAMED[2])
     taught = teach(model, args.work, databases["4,000 pairs"], args.words, args.seed) if args.words else None
     result = {
         "prompts": args.count, "seed": args.seed, "lessons": lessons, "summary": comparison.summary(NONE),
