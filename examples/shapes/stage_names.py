@@ -1,7 +1,7 @@
 """Names for the training data: other captions for the teacher's latents, and lessons, the pictures that explain them.
 
-Names are drawn for every sample anew (a few short ones occur twice), so a model can draw them only from its neighbours.
-Ordinary samples get neighbours, too, which they do not need.
+Every sample gets new names, of which a few short ones occur twice. A model can draw the named things only from its
+neighbours. Ordinary samples get neighbours, too, which they do not need.
 """
 
 from __future__ import annotations

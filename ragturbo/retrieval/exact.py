@@ -68,7 +68,7 @@ class ExactRetriever:
             offset = query @ self._mean
         rows = len(self.keys)
         width = min(k, rows)
-        block = rows if self.device.type != "cpu" else max(1, _BLOCK // self.keys.shape[1])
+        block = rows if self.device.type != "cpu" else _BLOCK // self.keys.shape[1]
         best: list[tuple[Tensor, Tensor]] = []
         for start in range(0, rows, max(block, 1)):
             part = slice(start, start + block)

@@ -110,12 +110,20 @@ def open_data(config: LADDConfig, database: Database | None) -> tuple[TrainingDa
             "folder made by `ragturbo data encode`, or set discriminator.real=all"
         )
     data = TrainingData(sources, [source.weight for source in settings.sources], config.seed, **retrieval)
-    for source, table in zip(sources, data.tables, strict=True):
-        if student.phrases and table is not None and table.made_by["retriever"] != "given":
+    held_out = None
+    if settings.held_out is not None:
+        held_out = TrainingData([Shards(settings.held_out)], [1.0], config.seed, **retrieval)
+    if student.phrases:
+        _check_phrases(data)
+        if held_out is not None:
+            _check_phrases(held_out)
+    return data, None if held_out is None else HeldOut(held_out)
+
+
+def _check_phrases(data: TrainingData) -> None:
+    for source, table in zip(data.sources, data.tables, strict=True):
+        if table is not None and table.made_by["retriever"] != "given":
             raise InvalidRequest(
                 f"student.phrases needs neighbours by phrase, and those of {source.folder} are of whole prompts: write "
                 "them with `ragturbo.train.neighbors.write_neighbors`"
             )
-    if settings.held_out is None:
-        return data, None
-    return data, HeldOut(TrainingData([Shards(settings.held_out)], [1.0], config.seed, **retrieval))
