@@ -11,7 +11,19 @@ class RagTurboError(Exception):
 
 
 class InvalidRequest(RagTurboError, ValueError):
-    """An argument is invalid. Later requests are not affected."""
+    """An argument is invalid. Later requests are not affected.
+
+    Args:
+        option: the name of the argument, where there is one.
+    """
+
+    def __init__(self, message: str = "", *, option: str | None = None) -> None:
+        super().__init__(message)
+        self.option = option
+
+
+class UnknownOption(InvalidRequest, TypeError):
+    """There is no argument of this name. The message names the nearest one, or what takes its place."""
 
 
 class ModelError(RagTurboError):
