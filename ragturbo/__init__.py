@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 __all__ = ["Database", "Generator", "Neighbor", "Output", "__version__", "errors", "generate"]
 
 
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
 def __getattr__(name: str) -> Any:
     if name == "Database":
         from ragturbo.retrieval import Database

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,8 +44,28 @@ def parse_bytes(value: int | str | None, name: str) -> int | None:
 
 
 def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise InvalidRequest(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}")
+    if not isinstance(value, str) or value not in allowed:
+        near = difflib.get_close_matches(str(value).lower(), allowed, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        names = ", ".join(map(repr, allowed))
+        raise InvalidRequest(f"{name}={short(value)} is not one of {names}{hint}", option=name)
+
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def check_dtype(dtype: Any) -> None:
+    """Raise InvalidRequest unless dtype is None, a name in DTYPES, or torch's object of that name."""
+    if dtype is not None and str(dtype).removeprefix("torch.") not in DTYPES:
+        raise InvalidRequest(f"dtype={short(dtype)} is not one of {', '.join(DTYPES)}", option="dtype")
+
+
+def short(value: Any, most: int = 80) -> str:
+    """repr(value) for a message, cut in the middle if it is long."""
+    if hasattr(value, "shape") and not isinstance(value, type):
+        return f"<{type(value).__name__} of shape {tuple(value.shape)}>" if tuple(value.shape) else repr(value)[:most]
+    text = repr(value)
+    return text if len(text) <= most else f"{text[: most - 20]} … {text[-17:]}"
 
 
 @dataclass(frozen=True)

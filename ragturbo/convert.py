@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ragturbo.errors import InvalidRequest, ModelError
-from ragturbo.model.weights import PICKLES, safetensors_name
+from ragturbo.model.pickles import PICKLES, safetensors_name
 
 log = logging.getLogger("ragturbo")
 

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
-from ragturbo.config import MAX_PHRASES, Compose, GeneratorConfig
+from ragturbo.checks import check_call, texts
+from ragturbo.config import MAX_PHRASES, Compose, GeneratorConfig, check_dtype
 from ragturbo.errors import InvalidRequest
+from ragturbo.keywords import INSTEAD_ATTRIBUTES, named
+from ragturbo.model.find import Hub, check_model, find_adapter, resolve
 from ragturbo.output import Output
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
     import torch
+    from diffusers import DiffusionPipeline, SchedulerMixin
     from torch import Tensor
 
     from ragturbo.engine.database import DatabaseGeneration
@@ -27,6 +33,8 @@ if TYPE_CHECKING:
     from ragturbo.retrieval import Database
 
 __all__ = ["Generator", "Output", "generate"]
+
+log = logging.getLogger("ragturbo")
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -42,7 +50,7 @@ def _same_parameters(documented: Callable[P, Any]) -> Callable[[Callable[..., T]
         own = inspect.signature(function, eval_str=False)
         theirs = inspect.signature(documented, eval_str=False)
         function.__signature__ = theirs.replace(return_annotation=own.return_annotation)  # type: ignore[attr-defined]
-        return function
+        return named(lambda: Generator.from_pretrained)(function)
 
     return decorate
 
@@ -66,6 +74,7 @@ class Generator:
         self._engine = make_engine(bundle, self.config)
         self._database: DatabaseGeneration | None = None
         self._swap = threading.Lock()
+        self._said_slerp = False
         self._executor = Executor(
             self._engine,
             batch_sizes=self.config.batch_sizes,
@@ -79,17 +88,23 @@ class Generator:
             self.use_database(database)
 
     @classmethod
+    @named(lambda: Generator.__call__)  # type: ignore[has-type]
     def from_pretrained(
         cls,
-        model: str | os.PathLike[str] = "shapes",
+        model: str | os.PathLike[str] | DiffusionPipeline = "shapes",
         *,
-        database: Database | str | os.PathLike[str] | bool | None = None,
-        adapter: str | os.PathLike[str] | bool | None = None,
+        database: Database | str | os.PathLike[str] | Literal[False] | None = None,
+        adapter: str | os.PathLike[str] | Literal[False] | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
+        distilled: bool | None = None,
+        scheduler: SchedulerMixin | None = None,
         local_files_only: bool = False,
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
+        token: str | bool | None = None,
+        subfolder: str | None = None,
+        variant: str | None = None,
         engine: str = "auto",
         capture: bool = True,
         retriever: Any = "auto",
@@ -108,11 +123,16 @@ class Generator:
         """Load a model, its adapter and its database.
 
         Args:
-            model: "shapes" (embedded), a diffusers folder or a hub id.
+            model: "shapes" (embedded), a diffusers folder, a hub id, or a loaded StableDiffusionPipeline, whose modules
+                are used, not copied.
             database: a folder or Database; None: the model's own, if it has one; False: none.
             adapter: a folder with adapter.safetensors and optionally decoder_lora; None: the model's own; False: none.
-            device, dtype: default to cuda and float16 if there is a GPU, else to cpu and float32.
-            local_files_only, revision, cache_dir: as in diffusers.
+            device, dtype: default to cuda and float16 if there is a GPU, else to cpu and float32; of a pipeline, to
+                its own.
+            distilled: whether the model takes one to four steps without guidance. None: as its ragturbo.json says; if
+                it has none, whether its scheduler's timesteps are trailing.
+            scheduler: of diffusers, instead of the model's.
+            local_files_only, revision, cache_dir, token, subfolder, variant: as in diffusers.
             engine: "reference", plain torch on any device; "graph", fused modules under CUDA graphs; "auto", the graph
                 engine on a GPU if it can run the model, else the reference.
             capture: False: the graph engine calls its segments instead of capturing them, on any device.
@@ -140,28 +160,43 @@ class Generator:
             compile=compile, host_cache=host_cache, device_cache=device_cache, batch_sizes=batch_sizes,
             batch_window=batch_window, max_queue=max_queue, prompt_cache=prompt_cache, log_prompts=log_prompts,
         )  # fmt: skip
-        if adapter is True or database is True:
-            raise InvalidRequest("adapter and database are a folder, None (the model's own) or False (none), not True")
+        for name, value in (("adapter", adapter), ("database", database)):
+            if value is True:
+                raise InvalidRequest(
+                    f"{name} is a folder, None (the model's own) or False (none), not True", option=name
+                )
+        check_dtype(dtype)
+        hub = Hub(local_files_only, revision, cache_dir, token, subfolder, variant)
+        if adapter:
+            find_adapter(Path(adapter).expanduser())
+        # Mistakes are reported before torch is imported and weights are read, which takes seconds.
+        if isinstance(model, (str, os.PathLike)):
+            check_model(resolve(model, hub))
+        elif vae != "full" or hub != Hub():
+            raise InvalidRequest("vae, revision, subfolder and the like have no effect on a pipeline that is loaded")
+        if isinstance(database, (str, os.PathLike)):
+            from ragturbo.retrieval import Database as Opened
+
+            database = Opened.open(database)
         from ragturbo.engine.build import choose_device
         from ragturbo.engine.fork import refuse_after_fork
-        from ragturbo.model.bundle import Bundle
+        from ragturbo.model.bundle import Bundle, check_pipeline
 
         refuse_after_fork()
-        where, precision = choose_device(device, dtype)
-        bundle = Bundle.load(
-            model,
-            device=where,
-            dtype=precision,
-            vae=vae,
-            adapter=adapter,
-            local_files_only=local_files_only,
-            revision=revision,
-            cache_dir=cache_dir,
-        )
+        parts: dict[str, Any] = {"adapter": adapter, "distilled": distilled, "scheduler": scheduler}
+        if isinstance(model, (str, os.PathLike)):
+            where, precision = choose_device(device, dtype)
+            bundle = Bundle.load(model, device=where, dtype=precision, vae=vae, **vars(hub), **parts)
+        else:
+            check_pipeline(model)
+            unet: Any = model.unet  # type: ignore[attr-defined]
+            where, precision = choose_device(device or unet.device, dtype or unet.dtype)
+            bundle = Bundle.from_pipeline(model, device=where, dtype=precision, **parts)
         if database is None:
             database = bundle.database_path
         return cls(bundle, database=None if database is False else database, config=config)
 
+    @named(lambda: Generator.from_pretrained)
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
@@ -182,8 +217,8 @@ class Generator:
         negative_prompt: str | Sequence[str] | None = None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
-        num_inference_steps: int = 1,
-        guidance_scale: float = 0.0,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
         height: int | None = None,
         width: int | None = None,
         output_type: str = "pil",
@@ -198,8 +233,8 @@ class Generator:
             seed: one number, or one per prompt or image; further images of a prompt use seed + 1, … Default: random.
             generator, latents: as in diffusers, instead of `seed`.
             num_images_per_prompt: default 1.
-            mode: "adapter" (Eq. 5), "slerp" (Eq. 3), "lerp" or "none". Default: "adapter" if there are an adapter and a
-                database, else "none".
+            mode: "adapter" (Eq. 5), "slerp" (Eq. 3), "lerp" or "none". Default: "none" if there is nothing to retrieve
+                from, else "adapter", or "slerp" if there is no adapter.
             num_neighbors: pairs to retrieve per image. Default: as the adapter was trained; 1 for slerp and lerp.
             min_score: neighbours with a lower score are not used.
             lam: strength of the adapter, instead of each neighbour's own λ; per call, prompt or image.
@@ -209,8 +244,9 @@ class Generator:
             neighbors: ids, Neighbors or (caption, image) pairs instead of a search; one list, or one per prompt.
             compose: True: each noun phrase of the prompt, up to four, finds its own neighbours. A function that returns
                 a prompt's phrases replaces the built-in rules of English. Default: as in `from_pretrained`.
-            negative_prompt, prompt_embeds, negative_prompt_embeds, num_inference_steps, guidance_scale, height, width:
-                as in diffusers. Default: one step without guidance, at the model's size.
+            negative_prompt, prompt_embeds, negative_prompt_embeds, height, width: as in diffusers.
+            num_inference_steps, guidance_scale: as in diffusers. Default: one step without guidance for distilled
+                models (consistency models four), else 50 steps and 7.5.
             output_type: "pil", "np", "pt", "latent", "uint8" (B, H, W, 3), "png", "jpeg" or "webp".
             postprocess: runs on the uint8 batch before it is returned; its result is used as is.
             timeout: seconds after which DeadlineExceeded is raised.
@@ -289,6 +325,13 @@ class Generator:
         from ragturbo.engine.build import open_database
 
         opened = None if database is None else open_database(database, self._bundle, self.config)
+        if opened is not None and self._bundle.adapter is None and not self._said_slerp:
+            self._said_slerp = True
+            log.warning(
+                "%s has no adapter: by default retrieved features are blended in by slerp with w = 0.8, which needs no "
+                "training; adapter= loads one, mode= and w= of a call change it",
+                self._bundle.name,
+            )
         with self._swap:
             self._database = opened
 
@@ -333,6 +376,18 @@ class Generator:
         """Run a function on the device thread between two batches and return its value, as profilers need it."""
         return self._executor.call(function)
 
+    def encode_prompt(self, prompt: str | Sequence[str]) -> Tensor:
+        """Return the hidden states (B, L, D) of prompts on the CPU, for `prompt_embeds` and `negative_prompt_embeds`.
+        They carry no search key: pass the text as `query`, too."""
+        ids = self._bundle.text.tokenize(texts("prompt", prompt, empty=True)).input_ids
+        return self._executor.call(lambda: self._bundle.text.encode(ids.to(self._bundle.device)).hidden_states.cpu())
+
+    @property
+    def bundle(self) -> Bundle:
+        """The loaded parts: .text, .unet (a view of diffusers' UNet), .vae, .scheduler and .adapter. The device thread
+        runs them: use `call` to change one."""
+        return self._bundle
+
     @property
     def healthy(self) -> bool:
         return self._executor.healthy
@@ -370,6 +425,9 @@ class Generator:
             "engine": self._engine.name,
             "ways": self._engine.describe(),
             "distilled": bundle.info.distilled,
+            "num_inference_steps": bundle.default_steps,
+            "guidance_scale": bundle.default_guidance,
+            "mode": self.default_mode,
             "size": self.default_size,
             "adapter": None if bundle.adapter is None else bundle.adapter.kind,
             "decoder_lora": bundle.has_lora,
@@ -391,6 +449,29 @@ class Generator:
             "cache": {} if database is None else database.counters(),
             "generation": None if database is None else database.generation,
         }
+
+    @property
+    def default_mode(self) -> str:
+        """Mode of a call that does not say, and brings no neighbours of its own."""
+        if self._database is None:
+            return "none"
+        return "slerp" if self._bundle.adapter is None else "adapter"
+
+    def __repr__(self) -> str:
+        bundle, database = self._bundle, self.database
+        retrieval = "no database" if database is None else f"{len(database)} pairs in {database.path}"
+        dtype = str(bundle.dtype).removeprefix("torch.")
+        steps = "1 step" if bundle.default_steps == 1 else f"{bundle.default_steps} steps"
+        closed = "" if self._finalizer.alive else ", closed"
+        return (
+            f"Generator({bundle.name!r}, {bundle.device} {dtype}, engine {self._engine.name!r}, {retrieval}, mode "
+            f"{self.default_mode!r}, {steps}, {self.default_size}x{self.default_size}{closed})"
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        if (instead := INSTEAD_ATTRIBUTES.get(name)) is not None:
+            raise AttributeError(f"a Generator has no {name!r}: {instead}", name=name, obj=self)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
 
     def close(self) -> None:
         """Finish queued requests and end the device thread. Closing twice is allowed."""
@@ -448,14 +529,16 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_generators)
 
 
+@named()
 def generate(
     prompt: str | Sequence[str] | None = None,
     *,
     model: str | os.PathLike[str] = "shapes",
-    database: Database | str | os.PathLike[str] | bool | None = None,
-    adapter: str | os.PathLike[str] | bool | None = None,
+    database: Database | str | os.PathLike[str] | Literal[False] | None = None,
+    adapter: str | os.PathLike[str] | Literal[False] | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    distilled: bool | None = None,
     seed: int | Sequence[int] | None = None,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     latents: Tensor | None = None,
@@ -472,8 +555,8 @@ def generate(
     negative_prompt: str | Sequence[str] | None = None,
     prompt_embeds: Tensor | None = None,
     negative_prompt_embeds: Tensor | None = None,
-    num_inference_steps: int = 1,
-    guidance_scale: float = 0.0,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
     height: int | None = None,
     width: int | None = None,
     output_type: str = "pil",
@@ -483,27 +566,31 @@ def generate(
     """Generate with a model that is loaded on the first call and kept for later ones.
 
     Args:
-        model, database, adapter, device, dtype: as in `Generator.from_pretrained`.
+        model, database, adapter, device, dtype, distilled: as in `Generator.from_pretrained`.
         prompt and the other options: as in `Generator.__call__`.
 
     Returns:
         One image for one text, a list (or batch) of images for a list or for several images per prompt.
     """
-    # Paths compare as text, an open Database by identity.
-    opened = str(database) if isinstance(database, (str, os.PathLike)) else database
-    key = (str(model), opened, str(adapter), str(device), str(dtype))
-    with _lock:
-        kept = _generators.get(key)
-        if kept is None or not kept.healthy:
-            kept = _generators[key] = Generator.from_pretrained(
-                model, database=database, adapter=adapter, device=device, dtype=dtype
-            )
-    images = kept(
-        prompt, seed=seed, generator=generator, latents=latents, num_images_per_prompt=num_images_per_prompt, mode=mode,
+    options: dict[str, Any] = dict(
+        seed=seed, generator=generator, latents=latents, num_images_per_prompt=num_images_per_prompt, mode=mode,
         num_neighbors=num_neighbors, min_score=min_score, lam=lam, w=w, per=per, query=query, neighbors=neighbors,
         compose=compose, negative_prompt=negative_prompt, prompt_embeds=prompt_embeds,
         negative_prompt_embeds=negative_prompt_embeds, num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale, height=height, width=width, output_type=output_type,
         postprocess=postprocess, timeout=timeout,
-    ).images  # fmt: skip
-    return images[0] if isinstance(prompt, str) and num_images_per_prompt == 1 else images
+    )  # fmt: skip
+    # Paths compare as text, an open Database or pipeline by identity.
+    key = tuple(
+        str(part) if isinstance(part, (str, os.PathLike)) else part
+        for part in (model, database, adapter, str(device), str(dtype), distilled)
+    )
+    with _lock:
+        kept = _generators.get(key)
+        if kept is None or not kept.healthy:
+            check_call(prompt, **options)
+            kept = _generators[key] = Generator.from_pretrained(
+                model, database=database, adapter=adapter, device=device, dtype=dtype, distilled=distilled
+            )
+    images = kept(prompt, **options).images
+    return images[0] if isinstance(prompt, str) and options["num_images_per_prompt"] == 1 else images

@@ -42,6 +42,18 @@ class Output:
     notes: list[str] = field(default_factory=list)
     """Warnings about the prompts: tokens cut off, words the model does not know and where they were found."""
 
+    def __repr__(self) -> str:
+        count = len(self.lam)
+        images = "1 image" if count == 1 else f"{count} images"
+        seeds = "" if None in self.seeds else f", seed {_few(self.seeds)}"
+        lam = "" if self.mode == "none" else f", λ {_few([round(value, 3) for value in self.lam])}"
+        notes = f", notes {self.notes}" if self.notes else ""
+        return f"Output({images} {_describe(self.images)}, mode {self.mode!r}{seeds}{lam}, {self._milliseconds}{notes})"
+
+    @property
+    def _milliseconds(self) -> str:
+        return f"{1e3 * self.timings['total']:.1f} ms" if "total" in self.timings else "no timings"
+
     @classmethod
     def make(cls, request: Request, result: Result) -> Output:
         """Convert a request's result to the requested output type."""
@@ -55,10 +67,26 @@ class Output:
         return cls(images, neighbors, lam, seeds, request.mode, result.bucket, timings, notes)
 
 
+def _few(values: list[Any]) -> str:
+    shown = ", ".join(map(str, values[:4]))
+    return shown if len(values) <= 4 else f"{shown}, …"
+
+
+def _describe(images: Any) -> str:
+    if hasattr(images, "shape"):
+        return f"as {type(images).__name__} {tuple(images.shape)}"
+    first = images[0] if images else None
+    size = getattr(first, "size", None)
+    return f"of {size[0]}x{size[1]}" if isinstance(size, tuple) else f"as {type(first).__name__}"
+
+
 def _neighbors(request: Request, result: Result) -> list[list[Neighbor]]:
     if request.mode == "none":
         return [[] for _ in request.seeds]
-    tables = {"score": result.scores, "lam": result.lams, "used": result.valid, "cosine": result.cosine}
+    # The cosine of a key with itself may be above 1 by a rounding error. Neighbours of the caller have no other score.
+    cosine = result.cosine.clamp(-1.0, 1.0)
+    score = result.scores if request.neighbors is None else cosine
+    tables = {"score": score, "lam": result.lams, "used": result.valid, "cosine": cosine}
     columns = zip(*(table.tolist() for table in tables.values()), strict=True)
     rows = [[dict(zip(tables, values, strict=True)) for values in zip(*row, strict=True)] for row in columns]
     for row, found in zip(rows, result.bm25.tolist(), strict=True):

@@ -8,6 +8,7 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -32,6 +33,9 @@ def model(*, adapter: bool = True, distilled: bool = True, num_neighbors: int = 
     """What a request needs to know of a Bundle."""
     return SimpleNamespace(
         adapter=object() if adapter else None,
+        distilled_why="a test says so",
+        default_steps=1 if distilled else 50,
+        default_guidance=0.0 if distilled else 7.5,
         info=SimpleNamespace(distilled=distilled, num_neighbors=num_neighbors),
         vae=SimpleNamespace(factor=8, channels=4),
         text=SimpleNamespace(width=TEXT_WIDTH, key_dim=KEY_WIDTH, tokenize=tokenize),
@@ -80,7 +84,7 @@ REFUSED = [
     ({"prompt_embeds": torch.zeros(1, 7, 32)}, "not both"),
     ({"mode": "magic"}, "'magic' is not one of"),
     ({"w": 0.5}, "w is the blend of mode='slerp'"),
-    ({"mode": "slerp", "w": 1.5}, r"w=1.5 must be in \[0, 1\]"),
+    ({"mode": "slerp", "w": 1.5}, r"w=1.5 must be a number in \[0, 1\]"),
     ({"mode": "slerp", "w": float("nan")}, "w=nan"),
     ({"mode": "slerp", "lam": 0.5}, "lam is the adapter's strength"),
     ({"lam": -1.0}, "lam=-1.0"),
@@ -93,7 +97,7 @@ REFUSED = [
     ({"mode": "none", "query": "a cat"}, "query has no effect"),
     ({"mode": "lerp", "per": "token"}, "per is an option of mode='slerp'"),
     ({"num_neighbors": 0}, "num_neighbors=0"),
-    ({"num_neighbors": 17}, "more than the 16"),
+    ({"num_neighbors": 17}, "from 1 to 16"),
     ({"neighbors": [1, 2], "num_neighbors": 3}, "names 2"),
     ({"neighbors": []}, "non-empty list"),
     ({"neighbors": [[1], [2]]}, "2 lists for 1 prompts"),
@@ -108,24 +112,39 @@ REFUSED = [
     ({"num_images_per_prompt": True}, "num_images_per_prompt=True"),
     ({"seed": -1}, "seed=-1"),
     ({"seed": 2**64}, "seed="),
-    ({"seed": [1, 2]}, "2 seeds for 1 prompts"),
+    ({"seed": [1, 2]}, "2 seeds for 1 prompt of 1 image"),
     ({"seed": 1, "latents": torch.zeros(1, 4, 8, 8)}, "seed and latents each decide the noise"),
     ({"seed": 1, "generator": torch.Generator()}, "seed and generator"),
     ({"latents": torch.zeros(1, 3, 8, 8)}, r"latents must be \(1, 4, 8, 8\)"),
     ({"latents": torch.zeros(1, 4, 8, 8), "height": 128}, r"latents must be \(1, 4, 16, 8\)"),
     ({"latents": torch.full((1, 4, 8, 8), float("nan"))}, "NaN or infinity"),
-    ({"generator": [torch.Generator(), torch.Generator()]}, "2 generators for 1 images"),
-    ({"height": 65}, "height=65 must be a positive multiple of 8"),
+    ({"generator": [torch.Generator(), torch.Generator()]}, "2 generators for 1 image"),
+    ({"height": 65}, "height=65 must be a multiple of 8"),
     ({"num_inference_steps": 5}, "1 to 4"),
     ({"guidance_scale": 7.5}, "a distilled model"),
     ({"guidance_scale": 0.5}, "has no effect: use 0"),
     ({"negative_prompt": "ugly"}, "negative_prompt has no effect without guidance"),
     ({"query": torch.zeros(16)}, "only zeros"),
-    ({"query": torch.ones(15)}, r"query key must be \(1, 16\)"),
-    ({"query": ["a", "b"]}, "2 queries for 1 prompts"),
+    ({"query": torch.ones(15)}, r"query key must be \(16,\) or \(1, 16\)"),
+    ({"query": ["a", "b"]}, "query lists 2 texts for 1 prompt"),
     ({"output_type": "bmp"}, "'bmp' is not one of"),
     ({"output_type": "np", "postprocess": lambda x: x}, "postprocess runs on the uint8 batch"),
+    ({"output_type": ["pil"]}, "is not one of"),
+    ({"output_type": "uint8", "postprocess": 3}, "postprocess=3 must be a function"),
     ({"timeout": 0}, "timeout=0"),
+    ({"timeout": "soon"}, "timeout='soon'"),
+    ({"timeout": float("nan")}, "timeout=nan"),
+    ({"neighbors": [1], "min_score": 0.5}, "min_score has no effect with neighbors"),
+    ({"mode": "adaptor"}, "did you mean 'adapter'"),
+    ({"num_inference_steps": 2.0}, "num_inference_steps=2.0"),
+    ({"seed": 1.5}, "seed=1.5"),
+    ({"seed": "7"}, "seed='7'"),
+    ({"width": "64"}, "width='64'"),
+    ({"prompt": None, "prompt_embeds": [1], "mode": "none"}, r"prompt_embeds must be a tensor \(B, L, 32\)"),
+    (
+        {"prompt": None, "prompt_embeds": torch.full((1, 7, 32), torch.nan), "mode": "none"},
+        "prompt_embeds must be finite",
+    ),
 ]
 
 
@@ -141,7 +160,7 @@ def test_what_makes_no_sense_is_refused_with_the_value_and_the_reason(options, m
     [
         ({"mode": "adapter"}, "needs an adapter"),
         ({"mode": "slerp"}, "needs a database"),
-        ({"w": 0.5}, "w has no effect.*no adapter or no database"),
+        ({"w": 0.5}, "w has no effect.*there is no database"),
     ],
 )
 def test_a_bare_model_says_what_it_lacks(options, message):
@@ -164,7 +183,7 @@ def test_the_mode_follows_from_what_there_is(monkeypatch):
     monkeypatch.setattr("ragturbo.engine.neighbors.pixels", lambda image, size: torch.zeros(3, size, size))
     assert make().mode == "adapter" and make().k == 1
     assert make(of=model(adapter=False), database=None).mode == "none"
-    assert make(of=model(adapter=False)).mode == "none"
+    assert make(of=model(adapter=False)).mode == "slerp"
     assert make(database=None, neighbors=[("a cat", object())]).mode == "adapter"
 
 
@@ -295,6 +314,95 @@ def test_every_way_to_call_has_the_options_by_name_type_and_default(function):
         assert (own[name].default, own[name].annotation) == (made[name].default, made[name].annotation), name
 
 
-def test_an_unknown_option_is_pythons_own_error():
-    with pytest.raises(TypeError, match="colour"):
-        ragturbo.generate("a boat", colour="red")
+# (function, name, what the message must say)
+UNKNOWN = [
+    (ragturbo.generate, "colour", "generate has no argument 'colour'; it takes prompt, model"),
+    (ragturbo.generate, "sed", "did you mean seed"),
+    (ragturbo.generate, "torch_dtype", "here it is dtype"),
+    (Generator.__call__, "torch_dtype", "it is dtype of Generator.from_pretrained"),
+    (Generator.__call__, "scheduler", "it is one of Generator.from_pretrained"),
+    (Generator.submit, "guidance", "here it is guidance_scale"),
+    (Generator.agenerate, "callback_on_step_end", "without callbacks"),
+    (Generator.from_pretrained, "safety_checker", "postprocess="),
+    (Generator.from_pretrained, "device_map", "kept on one device"),
+    (Generator.from_pretrained, "num_inference_steps", "it is one of Generator.__call__"),
+    (Generator.from_pretrained, "databse", "did you mean database"),
+]
+
+
+@pytest.mark.parametrize(("function", "name", "message"), UNKNOWN, ids=[f"{f.__name__}-{n}" for f, n, _ in UNKNOWN])
+def test_an_unknown_option_names_the_nearest_one_or_what_diffusers_calls_it(function, name, message):
+    """It is a TypeError, as of any Python function, and raised before anything is loaded."""
+    with pytest.raises(TypeError, match=re.escape(message)) as raised:
+        function(*[None] * (function is not ragturbo.generate), **{name: 1})
+    assert raised.value.option == name
+
+
+@pytest.mark.parametrize("value", [np.int64(3), np.array([3])[0], torch.tensor(3)], ids=["int64", "item", "tensor"])
+def test_whole_numbers_of_numpy_and_torch_are_whole_numbers(value):
+    request = make(seed=value, num_neighbors=value, num_images_per_prompt=value, num_inference_steps=value)
+    assert request.seeds == (3, 4, 5) and request.k == 3 and request.num_inference_steps == 3
+    assert make(["a", "b"], seed=np.arange(2), lam=np.float32(0.5), min_score=np.float64(0.1)).seeds == (0, 1)
+    assert make(["a", "b"], mode="slerp", w=np.array([0.25, 0.5])).w.tolist() == [0.25, 0.5]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"latents": torch.zeros(1, 4, 8, 8)},
+        {"seed": [7]},
+        {"lam": [0.5]},
+        {"query": ["a cat"]},
+        {"query": torch.ones(1, KEY_WIDTH)},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_one_value_in_a_list_is_not_spread_over_two_prompts(options):
+    with pytest.raises(InvalidRequest, match="2 prompts|2 images|must be") as raised:
+        make(["a", "b"], **options)
+    assert raised.value.option == next(iter(options))
+    single = {name: value[0] if name != "latents" else torch.zeros(2, 4, 8, 8) for name, value in options.items()}
+    assert len(make(["a", "b"], **single)) == 2
+
+
+def test_one_negative_prompt_in_a_list_is_not_spread_over_two_prompts():
+    with pytest.raises(InvalidRequest, match="negative_prompt lists 1 text for 2 prompts"):
+        make(["a", "b"], UNDISTILLED, negative_prompt=["ugly"])
+    with pytest.raises(InvalidRequest, match=r"negative_prompt_embeds must be a tensor \(2, L, 32\)"):
+        make(["a", "b"], UNDISTILLED, negative_prompt_embeds=torch.zeros(1, 7, TEXT_WIDTH))
+    assert make(["a", "b"], UNDISTILLED, negative_prompt="ugly").negative_ids.shape[0] == 2
+
+
+def test_steps_and_guidance_are_the_models_own_if_the_call_does_not_say():
+    assert (make().num_inference_steps, make().guidance_scale) == (1, 0.0)
+    plain = make(of=UNDISTILLED)
+    assert (plain.num_inference_steps, plain.guidance_scale) == (50, 7.5) and plain.guided
+    own = make(of=UNDISTILLED, num_inference_steps=20, guidance_scale=0)
+    assert (own.num_inference_steps, own.guidance_scale, own.guided) == (20, 0.0, False)
+
+
+def test_too_many_steps_say_why_the_model_counts_as_distilled_and_how_to_say_otherwise():
+    with pytest.raises(InvalidRequest, match="1 to 4 .*because a test says so; distilled=False"):
+        make(num_inference_steps=20)
+
+
+BAD_CALLS = [options for options, _ in REFUSED if not {"latents", "generator", "prompt_embeds"} & set(options)]
+
+
+def test_a_mistake_in_a_first_call_is_reported_before_the_model_loads(monkeypatch):
+    """What is wrong whatever the model: more than half of all mistakes here."""
+
+    def load(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("loading")
+
+    monkeypatch.setattr(Generator, "from_pretrained", load)
+    seen = {"checked": 0, "loading": 0}
+    for options in BAD_CALLS:
+        with pytest.raises((InvalidRequest, RuntimeError)) as raised:
+            ragturbo.generate(**{"prompt": "a boat", **options})
+        seen["loading" if type(raised.value) is RuntimeError else "checked"] += 1
+    assert seen["checked"] > seen["loading"]
+
+
+def test_completion_shows_what_the_package_offers():
+    assert dir(ragturbo) == ["Database", "Generator", "Neighbor", "Output", "__version__", "errors", "generate"]

@@ -35,7 +35,7 @@ from ragturbo.evaluate.scores import right_share
 from ragturbo.evaluate.table import estimate, verdict
 from ragturbo.evaluate.world import Noun, Scene, sample_scene
 from ragturbo.machine import describe
-from ragturbo.model.source import resolve
+from ragturbo.model.find import resolve
 
 log = logging.getLogger("ragturbo.recipe")
 BATCH = 8

@@ -31,7 +31,7 @@ from ragturbo.evaluate.rendering import render
 from ragturbo.evaluate.scores import right_share
 from ragturbo.evaluate.world import COLOURS, SHAPES, Noun, Scene, parse, sample_scenes
 from ragturbo.machine import describe
-from ragturbo.model.source import resolve
+from ragturbo.model.find import resolve
 from ragturbo.model.unet import HSpaceUNet
 
 Latents = Callable[[Tensor, Tensor, list[Scene]], Tensor]

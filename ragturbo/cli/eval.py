@@ -113,15 +113,14 @@ def evaluate(
 
 def default_systems(model: str, database: str | None, adapter: str | None, suite: str, download: bool) -> str:
     """Return the systems that the model has the parts for (database, adapter, teacher)."""
-    from ragturbo.model import adapter as adapter_file
     from ragturbo.model.bundle import DATABASE, TEACHER
-    from ragturbo.model.source import resolve
+    from ragturbo.model.find import ADAPTER, resolve
 
     folder = resolve(model, local_files_only=not download)
     chosen = ["student"]
     if database != "off" and (database or (folder / DATABASE).is_dir()):
         chosen.append("slerp@w=0.8")
-        if adapter != "off" and (adapter or (folder / adapter_file.FILE).is_file()):
+        if adapter != "off" and (adapter or (folder / ADAPTER).is_file()):
             chosen.append("adapter")
     if (folder / TEACHER).is_dir():
         chosen.append("teacher@guidance=3" if suite == "shapes" else "teacher")

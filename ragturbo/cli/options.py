@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -31,6 +31,6 @@ LocalFilesOnly = Annotated[bool, typer.Option("--local-files-only", help="Do not
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def path_or_off(value: str | None) -> str | bool | None:
+def path_or_off(value: str | None) -> str | Literal[False] | None:
     """Convert "off" to False, which is how Generator.from_pretrained turns a database or adapter off."""
     return False if value == "off" else value

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ragturbo.config import check_dtype
 from ragturbo.errors import InvalidRequest, ModelError
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from ragturbo.model.bundle import Bundle
 
 log = logging.getLogger("ragturbo")
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def choose_device(device: Any, dtype: Any) -> tuple[torch.device, torch.dtype]:
@@ -25,18 +25,17 @@ def choose_device(device: Any, dtype: Any) -> tuple[torch.device, torch.dtype]:
     try:
         where = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     except RuntimeError as error:
-        raise InvalidRequest(f"device={device!r} is not a device: {error}") from None
+        raise InvalidRequest(
+            f"device={device!r} is not a device: {str(error).splitlines()[0]}", option="device"
+        ) from None
     if where.type not in ("cpu", "cuda"):
-        raise InvalidRequest(f"device={device!r}: ragturbo runs on cpu and cuda")
+        raise InvalidRequest(f"device={device!r}: ragturbo runs on cpu and cuda", option="device")
     if where.type == "cuda" and not torch.cuda.is_available():
-        raise InvalidRequest(f"device={device!r}, but torch sees no CUDA GPU here; see `ragturbo info`")
-    if isinstance(dtype, str):
-        dtype = _DTYPES.get(dtype.removeprefix("torch."), dtype)
+        raise InvalidRequest(f"device={device!r}: torch sees no CUDA GPU here; see `ragturbo info`", option="device")
+    check_dtype(dtype)
     if dtype is None:
-        dtype = torch.float16 if where.type == "cuda" else torch.float32
-    if dtype not in _DTYPES.values():
-        raise InvalidRequest(f"dtype={dtype!r} is not one of {', '.join(_DTYPES)}")
-    return where, dtype
+        return where, torch.float16 if where.type == "cuda" else torch.float32
+    return where, getattr(torch, str(dtype).removeprefix("torch."))
 
 
 def make_engine(bundle: Bundle, config: GeneratorConfig) -> Engine:

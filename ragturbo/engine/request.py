@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ragturbo.checks import check_output, whole
 from ragturbo.config import Compose
 from ragturbo.engine import options
 from ragturbo.engine.neighbors import EncodePairs, resolve_neighbors
@@ -20,7 +21,6 @@ from ragturbo.engine.result import Result, Retrieved
 from ragturbo.engine.timings import host_stage
 from ragturbo.errors import DeadlineExceeded
 from ragturbo.model.inject import check_equal_grids
-from ragturbo.model.onestep import DISTILLED_MAX_STEPS
 from ragturbo.neighbor import Neighbor
 
 if TYPE_CHECKING:
@@ -122,8 +122,8 @@ class Request:
         negative_prompt: str | Sequence[str] | None = None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
-        num_inference_steps: int = 1,
-        guidance_scale: float = 0.0,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
         height: int | None = None,
         width: int | None = None,
         output_type: str = "pil",
@@ -140,10 +140,10 @@ class Request:
         Raises:
             InvalidRequest: with the option, its value and the reason.
         """
-        unet, factor, distilled = bundle.unet, bundle.vae.factor, bundle.info.distilled
-        options.check_output(output_type, postprocess, timeout)
+        unet, factor = bundle.unet, bundle.vae.factor
+        check_output(output_type, postprocess, timeout)
         prompts, n = options.check_prompts(prompt, prompt_embeds, bundle.text.width)
-        repeats = options.positive("num_images_per_prompt", num_images_per_prompt)
+        repeats = whole("num_images_per_prompt", num_images_per_prompt)
         has_key = prompts is not None or query is not None
         resolved = options.choose_mode(
             mode,
@@ -162,9 +162,10 @@ class Request:
         k = options.choose_num_neighbors(
             resolved, num_neighbors, chosen, bundle.info.num_neighbors, composed=cut is not None
         )
-        most = DISTILLED_MAX_STEPS if distilled else int(bundle.scheduler.config.num_train_timesteps)
-        options.check_steps(num_inference_steps, guidance_scale, most=most, distilled=distilled)
-        negative = options.check_negative(negative_prompt, negative_prompt_embeds, n, guided=guidance_scale > 1)
+        steps, guidance = options.check_steps(num_inference_steps, guidance_scale, bundle)
+        negative = options.check_negative(
+            negative_prompt, negative_prompt_embeds, n, guided=guidance > 1, width=bundle.text.width
+        )
         height, width = options.choose_size(height, width, latents, factor=factor, default=bundle.default_size)
         cells = (height // factor, width // factor)
         seeds, noise = options.make_noise(
@@ -219,20 +220,20 @@ class Request:
             w=w_rows,
             min_score=min_scores,
             input_ids=ids,
-            text=_embeds(prompt_embeds, count, repeats),
+            text=_embeds(prompt_embeds, repeats),
             query_ids=query_ids,
             searched=searched,
             query_key=None if query_key is None else _repeat(query_key, repeats),
             negative_ids=negative_ids,
-            negative_text=_embeds(negative_prompt_embeds, count, repeats),
+            negative_text=_embeds(negative_prompt_embeds, repeats),
             retrieved=retrieved,
             texts=tuple(text for text in texts for _ in range(repeats)),
             seeds=tuple(seeds),
             mode=resolved,
             k=k,
             database=database if resolved != "none" and chosen is None else None,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=float(guidance_scale),
+            num_inference_steps=steps,
+            guidance_scale=guidance,
             per=per or "sample",
             output_type=output_type,
             postprocess=postprocess,
@@ -362,9 +363,9 @@ def _repeat(rows: Tensor, repeats: int) -> Tensor:
     return rows if repeats == 1 else rows.repeat_interleave(repeats, 0)
 
 
-def _embeds(embeds: Tensor | None, count: int, repeats: int) -> Tensor | None:
+def _embeds(embeds: Tensor | None, repeats: int) -> Tensor | None:
     if embeds is None:
         return None
     # A copy: the caller may reuse its buffer before the request runs.
     embeds = embeds.detach().to("cpu", copy=True)
-    return embeds.expand(count, -1, -1) if len(embeds) == 1 else _repeat(embeds, repeats)
+    return _repeat(embeds, repeats)

@@ -114,9 +114,11 @@ def _value(text: str) -> Any:
 class GeneratorSystem:
     """A Generator with fixed call options."""
 
-    def __init__(self, title: str, generator: Generator, steps: int = 1, **options: Any) -> None:
-        self.title, self.steps, self.generator = title, steps, generator
-        self.options: dict[str, Any] = {"num_inference_steps": steps, **options}
+    def __init__(self, title: str, generator: Generator, steps: int | None = None, **options: Any) -> None:
+        """steps: None: the model's default."""
+        self.title, self.generator = title, generator
+        self.steps: int = generator.bundle.default_steps if steps is None else steps
+        self.options: dict[str, Any] = {"num_inference_steps": self.steps, **options}
 
     def draw(self, prompts: Sequence[str], seeds: Sequence[int], score: ScoreImage) -> list[DrawnImage]:
         return self._generate(prompts, seeds, **self.options)

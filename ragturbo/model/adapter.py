@@ -19,13 +19,13 @@ from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
 from ragturbo.errors import InvalidRequest, ModelError
+from ragturbo.model.find import ADAPTER as FILE
 from ragturbo.model.info import ADAPTER_KINDS
 from ragturbo.model.tokens import sdpa
 from ragturbo.model.weights import read_safetensors, write_safetensors
 from ragturbo.ops import adapter as ops
 from ragturbo.ops import cross_attention, dispatch, scaled_residual
 
-FILE = "adapter.safetensors"
 _VERSION = "1"
 _HEAD_WIDTH = 64
 _NORM_GROUPS = 32

@@ -11,19 +11,21 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ragturbo.errors import ModelError
-from ragturbo.model import adapter as adapter_file
+from ragturbo.config import short
+from ragturbo.errors import InvalidRequest, ModelError
 from ragturbo.model import clip_key as clip_key_file
 from ragturbo.model import lora, source
 from ragturbo.model.adapter import HSpaceAdapter
 from ragturbo.model.clip_key import ClipKey
+from ragturbo.model.find import ADAPTER, LORA, PARTS, Hub, check_model, find_adapter, resolve
 from ragturbo.model.fingerprint import UNET_ENCODER, VAE_ENCODER, base_state, fingerprint
+from ragturbo.model.info import FILE as INFO_FILE
 from ragturbo.model.info import BundleInfo
-from ragturbo.model.onestep import is_trailing
+from ragturbo.model.onestep import default_guidance, default_steps, looks_distilled
 from ragturbo.model.text import TextEncoder
 from ragturbo.model.unet import HSpaceUNet
 from ragturbo.model.vae import VAE
-from ragturbo.model.weights import refuse_pickle, write_safetensors
+from ragturbo.model.weights import write_safetensors
 
 DATABASE = "database"
 TEACHER = "teacher_unet"
@@ -45,6 +47,8 @@ class Bundle:
     database_path: Path | None = None
     fingerprints: dict[str, str] = field(default_factory=dict)
     """Of text encoder, UNet encoder, VAE encoder and CLIP key: a database must have been built with the same."""
+    distilled_why: str = f"its {INFO_FILE} says so"
+    """Why `info.distilled` is what it is, for messages."""
 
     def __post_init__(self) -> None:
         text = self.text
@@ -67,6 +71,14 @@ class Bundle:
         return (size if isinstance(size, int) else size[0]) * self.vae.factor
 
     @property
+    def default_steps(self) -> int:
+        return default_steps(self.scheduler, distilled=self.info.distilled)
+
+    @property
+    def default_guidance(self) -> float:
+        return default_guidance(distilled=self.info.distilled)
+
+    @property
     def has_lora(self) -> bool:
         return lora.has_lora(self.unet.unet)
 
@@ -83,9 +95,14 @@ class Bundle:
         vae: str = "full",
         adapter: str | os.PathLike[str] | Literal[False] | None = None,
         teacher: bool = False,
+        distilled: bool | None = None,
+        scheduler: Any = None,
         local_files_only: bool = False,
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
+        token: str | bool | None = None,
+        subfolder: str | None = None,
+        variant: str | None = None,
     ) -> Bundle:
         """Load a bundle, or a plain diffusers folder of Stable Diffusion's layout.
 
@@ -95,24 +112,28 @@ class Bundle:
             vae: "full", "tiny", or a folder or hub id of an AutoencoderTiny.
             adapter: a folder or file, None for the bundle's own, False for neither adapter nor decoder LoRA.
             teacher: also load teacher_unet/.
-            local_files_only, revision, cache_dir: as in huggingface_hub.snapshot_download.
+            distilled: whether the model is; None: as ragturbo.json says, else by its scheduler.
+            scheduler: one of diffusers, instead of the model's.
+            local_files_only, revision, cache_dir, token: as in huggingface_hub.snapshot_download.
+            subfolder, variant: as in diffusers.
 
         Raises:
             ModelError: there is no such model, or its parts cannot be used together.
         """
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.float16 if where.type == "cuda" else torch.float32)
-        hub: dict[str, Any] = {"local_files_only": local_files_only, "cache_dir": cache_dir}
-        folder = source.resolve(name, revision=revision, **hub)
-        _check_index(folder)
+        hub = Hub(local_files_only, revision, cache_dir, token, subfolder, variant)
+        folder = resolve(name, hub)
+        check_model(folder)
 
-        text_encoder, tokenizer = source.load_text_encoder(folder), source.load_tokenizer(folder)
-        unet, vae_module = source.load_unet(folder, "unet"), source.load_vae(folder, vae, hub)
+        text_encoder, tokenizer = source.load_text_encoder(folder, variant), source.load_tokenizer(folder)
+        unet, vae_module = source.load_unet(folder, "unet", variant), source.load_vae(folder, vae, hub)
         clip_key = ClipKey.load(folder) if (folder / clip_key_file.FILE).is_file() else None
-        scheduler = source.load_scheduler(folder)
-        info = BundleInfo.read(folder) or BundleInfo(
-            distilled=is_trailing(scheduler), key_kind="pooled" if clip_key is None else "clip", base_model=str(name)
-        )
+        scheduler = source.load_scheduler(folder) if scheduler is None else _checked_scheduler(scheduler)
+        written = BundleInfo.read(folder)
+        info, why = _say_distilled(written, scheduler, distilled)
+        if written is None:
+            info = replace(info, key_kind="pooled" if clip_key is None else "clip", base_model=str(name))
         if info.key_kind == "clip" and clip_key is None:
             raise ModelError(f'the key of {folder} is "clip", but it has no {clip_key_file.FILE}')
         clip_key = clip_key if info.key_kind == "clip" else None
@@ -132,27 +153,64 @@ class Bundle:
             teacher=place(source.load_unet(folder, TEACHER)) if teacher else None,
             database_path=folder / DATABASE if (folder / DATABASE).is_dir() else None,
             fingerprints=names,
+            distilled_why=why,
         )
-        own = folder if (folder / adapter_file.FILE).is_file() or (folder / lora.FOLDER).is_dir() else None
+        own = folder if (folder / ADAPTER).is_file() or (folder / LORA).is_dir() else None
         chosen = own if adapter is None else adapter
         if chosen:
             bundle.load_adapter(chosen)
         return bundle
 
+    @classmethod
+    def from_pipeline(
+        cls,
+        pipeline: Any,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        adapter: str | os.PathLike[str] | Literal[False] | None = None,
+        distilled: bool | None = None,
+        scheduler: Any = None,
+    ) -> Bundle:
+        """Use the modules of a loaded StableDiffusionPipeline. They are not copied.
+
+        Args:
+            device, dtype: what the modules are moved to; None: where and as they are.
+
+        Raises:
+            ModelError: it is another kind of pipeline, is offloaded, or has a LoRA that is not fused.
+        """
+        check_pipeline(pipeline)
+        unet = pipeline.unet
+        where = torch.device(device or unet.device)
+        precision = dtype or unet.dtype
+        scheduler = _checked_scheduler(pipeline.scheduler if scheduler is None else scheduler)
+        info, why = _say_distilled(None, scheduler, distilled)
+        name = str(getattr(pipeline.config, "_name_or_path", "") or type(pipeline).__name__)
+        for module in (pipeline.text_encoder, unet, pipeline.vae):
+            nn.Module.to(module, where, precision).requires_grad_(False).eval()
+        bundle = cls(
+            name=name,
+            info=replace(info, base_model=name),
+            text=TextEncoder(pipeline.tokenizer, pipeline.text_encoder, None),
+            unet=HSpaceUNet(unet),
+            vae=VAE(pipeline.vae),
+            scheduler=scheduler,
+            distilled_why=why,
+        )
+        if adapter:
+            bundle.load_adapter(adapter)
+        return bundle
+
     def load_adapter(self, path: str | os.PathLike[str]) -> None:
-        """Replace adapter and decoder LoRA by those of a folder, which may lack one of them, or by an adapter file."""
+        """Replace adapter and decoder LoRA by those of a folder, which may lack one of them, or by an adapter file.
+        A folder of peft with a LoRA of the decoder is one, too."""
         path = Path(path).expanduser()
-        folder = path if path.is_dir() else path.parent
-        has_adapter = path.is_file() or (folder / adapter_file.FILE).is_file()
-        has_lora = (folder / lora.FOLDER).is_dir()
-        if not path.exists() or not (has_adapter or has_lora):
-            for other in (path, *sorted(folder.glob("adapter.*"))):
-                refuse_pickle(other)
-            raise ModelError(f"{path} holds neither {adapter_file.FILE} nor {lora.FOLDER}/")
+        adapter, lora_folder = find_adapter(path)
         # The adapter is loaded first, so that one that does not fit leaves the LoRA unchanged.
-        new = HSpaceAdapter.load(path, self.unet.channels) if has_adapter else None
-        if has_lora:
-            lora.load_lora(self.unet.unet, folder / lora.FOLDER)
+        new = None if adapter is None else HSpaceAdapter.load(adapter, self.unet.channels)
+        if lora_folder is not None:
+            lora.load_lora(self.unet.unet, lora_folder)
         else:
             lora.remove_lora(self.unet.unet)
         self.adapter = None if new is None else new.to(self.device, self.dtype).requires_grad_(False).eval()
@@ -174,7 +232,7 @@ class Bundle:
         if self.adapter is not None:
             self.adapter.save(folder)
         if self.has_lora:
-            lora.save_lora(self.unet.unet, folder / lora.FOLDER)
+            lora.save_lora(self.unet.unet, folder / LORA)
         (folder / "model_index.json").write_text(json.dumps(_model_index(self), indent=2) + "\n", "utf-8")
         kind = None if self.adapter is None else self.adapter.kind
         replace(self.info, adapter_kind=kind, key_kind=self.text.key_kind).write(folder)
@@ -209,13 +267,54 @@ def _check_widths(bundle: Bundle) -> None:
         raise ModelError(f"the adapter is {bundle.adapter.channels} wide, the UNet's H-space {bundle.unet.channels}")
 
 
-def _check_index(folder: Path) -> None:
-    path = folder / "model_index.json"
-    if not path.is_file():
-        raise ModelError(f"{folder} is not a model in diffusers' layout: it has no model_index.json")
-    index = source.read_json(path)
-    if "text_encoder_2" in index:
-        raise ModelError(f"{folder} has two text encoders ({index.get('_class_name')}), which is not supported")
+def check_pipeline(pipeline: Any) -> None:
+    """Raise ModelError unless `pipeline` is a StableDiffusionPipeline whose modules can be used."""
+    kind = type(pipeline).__name__
+    missing = [name for name in PARTS if getattr(pipeline, name, None) is None]
+    if missing or hasattr(pipeline, "text_encoder_2"):
+        raise ModelError(
+            f"a {kind} cannot be used as a model: it takes one of diffusers with one text encoder and a UNet, such as "
+            "StableDiffusionPipeline"
+        )
+    for name in ("text_encoder", "unet", "vae"):
+        module = getattr(pipeline, name)
+        if any(parameter.is_meta for parameter in module.parameters()):
+            raise ModelError(
+                f"the {name} of this {kind} is offloaded to the CPU. Load it without enable_model_cpu_offload() or "
+                "enable_sequential_cpu_offload(): Stable Diffusion 1 and 2 need about 2.6 GB in float16"
+            )
+        if getattr(module, "peft_config", None):
+            raise ModelError(
+                f"the {name} of this {kind} has a LoRA beside its weights. Fuse it first: pipe.fuse_lora(), then "
+                "pipe.unload_lora_weights()"
+            )
+
+
+def _checked_scheduler(scheduler: Any) -> Any:
+    from diffusers import SchedulerMixin
+
+    if not isinstance(scheduler, SchedulerMixin):
+        raise InvalidRequest(
+            f"scheduler={short(scheduler)} must be a scheduler of diffusers, such as "
+            "DPMSolverMultistepScheduler.from_config(…)",
+            option="scheduler",
+        )
+    return scheduler
+
+
+def _say_distilled(info: BundleInfo | None, scheduler: Any, asked: bool | None) -> tuple[BundleInfo, str]:
+    """Return the info with `distilled` set, and why it has that value."""
+    if asked is not None and not isinstance(asked, bool):
+        raise InvalidRequest(f"distilled={short(asked)} must be True, False or None", option="distilled")
+    if asked is not None:
+        return replace(info or BundleInfo(asked), distilled=asked), f"distilled={asked} was given"
+    if info is not None:
+        return info, f"its {INFO_FILE} says so"
+    why = looks_distilled(scheduler)
+    where = f"there is no {INFO_FILE} that says it"
+    if why is None:
+        return BundleInfo(False), f"its scheduler is that of an undistilled model, and {where}"
+    return BundleInfo(True), f"{why}, and {where}"
 
 
 def _model_index(bundle: Bundle) -> dict[str, Any]:

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ragturbo.errors import ModelError
+from ragturbo.model.find import LORA
 from ragturbo.model.ties import base_layer
 from ragturbo.model.weights import read_safetensors, write_safetensors
 
-FOLDER = "decoder_lora"
+FOLDER = LORA
+FOLDER = LORA
 NAME = "decoder"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # The prefix of peft's PeftModel in its files.

@@ -1,77 +1,25 @@
-"""Find a model's folder and load its parts: complete, from safetensors, in the dtype of their files."""
+"""Load a model's parts: complete, from safetensors, in the dtype of their files."""
 
 from __future__ import annotations
 
-import json
-import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import resources
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ragturbo.errors import ModelError
-from ragturbo.model.weights import PICKLES, file_dtype, refuse_pickle
+from ragturbo.errors import InvalidRequest, ModelError
+from ragturbo.model.find import Hub, read_json, resolve
+from ragturbo.model.pickles import refuse_pickled_model
+from ragturbo.model.weights import file_dtype
 
-EMBEDDED = "shapes"
 TINY_VAE = "vae_tiny"
 # The tiny VAE for the latents of Stable Diffusion 1 and 2, if the bundle has none of its own.
 TINY_VAE_ID = "madebyollin/taesd"
 _SD_SCALE = 0.18215
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-# The files of a bundle. Weights at a repository's root are single-file copies of the same model; pickles and the files
-# of other frameworks are not downloaded.
-_WANTED = ("*.json", "*/*.txt", "*/*.safetensors", "adapter.safetensors", "clip_key.safetensors", "database/**")
-_UNWANTED = ("*/*.fp16.*", "*/*.non_ema.*", "safety_checker/*", "feature_extractor/*", "image_encoder/*")
 
 
-def resolve(
-    name: str | os.PathLike[str],
-    *,
-    local_files_only: bool = False,
-    revision: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-) -> Path:
-    """The folder of a model: name is a local folder, "shapes" (the embedded model) or a hub id to download.
-
-    local_files_only, revision, cache_dir: as in huggingface_hub.snapshot_download.
-    """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if str(name) == EMBEDDED:
-        folder = Path(str(resources.files("ragturbo") / "assets" / EMBEDDED))
-        if not folder.is_dir():
-            raise ModelError(f"the embedded model {EMBEDDED!r} is not in this installation ({folder})")
-        return folder
-    refuse_pickle(path)
-    if path.is_file():
-        raise ModelError(f"{path} is a file; a model is a folder in diffusers' layout (model_index.json, unet/, …)")
-    if not _HUB_ID.fullmatch(str(name)):
-        raise ModelError(f"there is no folder {path}, and {str(name)!r} is not a hub id (owner/name)")
-    from huggingface_hub import constants, snapshot_download
-
-    offline = local_files_only or constants.HF_HUB_OFFLINE
-    try:
-        return Path(
-            snapshot_download(
-                str(name),
-                revision=revision,
-                cache_dir=None if cache_dir is None else os.fspath(cache_dir),
-                local_files_only=offline,
-                allow_patterns=list(_WANTED),
-                ignore_patterns=list(_UNWANTED),
-            )
-        )
-    # The hub client raises its own errors and those of HTTP and of the file system.
-    except Exception as error:
-        where = "the local cache (offline)" if offline else "the hub or the local cache"
-        version = "" if revision is None else f" at revision {revision}"
-        raise ModelError(f"no folder {str(name)!r}, and no model of that name in {where}{version}: {error}") from error
-
-
-def load_text_encoder(folder: Path) -> Any:
+def load_text_encoder(folder: Path, variant: str | None = None) -> Any:
     from transformers import CLIPTextModel
 
     path = _part(folder, "text_encoder")
@@ -80,7 +28,7 @@ def load_text_encoder(folder: Path) -> Any:
         raise ModelError(f"{path} is a {kind!r} model; only CLIP text encoders are supported")
     # Not CLIPTextModelWithProjection: SD 2's config has a projection_dim, but its weights have no projection.
     with quiet():
-        return _load(CLIPTextModel, path, "dtype")
+        return _load(CLIPTextModel, path, "dtype", variant=variant)
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -96,24 +44,26 @@ def load_tokenizer(folder: Path) -> Any:
         raise ModelError(f"the tokenizer in {path} cannot be loaded: {error}") from error
 
 
-def load_unet(folder: Path, name: str) -> Any:
+def load_unet(folder: Path, name: str, variant: str | None = None) -> Any:
     from diffusers import UNet2DConditionModel
 
-    return _load(UNet2DConditionModel, _part(folder, name))
+    return _load(UNet2DConditionModel, _part(folder, name), variant=variant)
 
 
-def load_vae(folder: Path, choice: str, hub: dict[str, Any]) -> Any:
+def load_vae(folder: Path, choice: str, hub: Hub) -> Any:
     """choice: "full" (the model's own), "tiny", or a folder or hub id of an AutoencoderTiny."""
     from diffusers import AutoencoderKL, AutoencoderTiny
 
     if choice == "full":
         path = _part(folder, "vae")
         tiny = read_json(path / "config.json").get("_class_name") == "AutoencoderTiny"
-        return _load(AutoencoderTiny if tiny else AutoencoderKL, path)
+        return _load(AutoencoderTiny if tiny else AutoencoderKL, path, variant=hub.variant)
     if choice == "tiny" and (folder / TINY_VAE).is_dir():
         path = folder / TINY_VAE
     else:
-        path = resolve(_tiny_vae_id(folder) if choice == "tiny" else choice, **hub)
+        # A repository of its own, without the model's revision and subfolder.
+        own = replace(hub, revision=None, subfolder=None, variant=None)
+        path = resolve(_tiny_vae_id(folder) if choice == "tiny" else choice, own)
     if read_json(path / "config.json").get("_class_name") != "AutoencoderTiny":
         raise ModelError(f"{path} is not an AutoencoderTiny")
     return _load(AutoencoderTiny, path)
@@ -150,19 +100,21 @@ def _part(folder: Path, name: str) -> Path:
     return path
 
 
-def _load(kind: Any, path: Path, dtype_argument: str = "torch_dtype") -> Any:
+def _load(kind: Any, path: Path, dtype_argument: str = "torch_dtype", *, variant: str | None = None) -> Any:
     """from_pretrained, but missing or mismatched weights raise: the libraries warn and initialize them."""
     from diffusers.utils import is_accelerate_available
 
     files = sorted(path.glob("*.safetensors"))
-    # model.fp16.safetensors is loaded only if there are no other weights.
-    variant = None if any(_variant(file) is None for file in files) else "fp16"
+    there = {_variant(file) for file in files}
+    if variant is not None and variant not in there:
+        raise InvalidRequest(f"{path} has no weights of variant={variant!r}", option="variant")
+    # model.fp16.safetensors is loaded if it is asked for, or if there are no other weights.
+    if variant is None and None not in there:
+        variant = "fp16"
     # All headers are read, which detects truncated shards.
     dtypes = [file_dtype(file) for file in files if _variant(file) == variant]
     if not dtypes:
-        for other in sorted(path.iterdir()):
-            if other.suffix in PICKLES:
-                refuse_pickle(other)
+        refuse_pickled_model(path.parent, path)
         raise ModelError(f"{path} has no weights (*.safetensors)")
     try:
         model, report = kind.from_pretrained(
@@ -186,13 +138,6 @@ def _load(kind: Any, path: Path, dtype_argument: str = "torch_dtype") -> Any:
 def _variant(file: Path) -> str | None:
     """None for model.safetensors; "fp16" for model.fp16.safetensors and model.fp16-00001-of-00002.safetensors."""
     return ".".join(file.name.split(".")[1:-1]).split("-")[0] or None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read: {error}") from error
 
 
 @contextmanager

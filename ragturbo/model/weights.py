@@ -13,29 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ragturbo.errors import ModelError
+from ragturbo.model.pickles import refuse_pickle
 
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-def refuse_pickle(path: str | Path) -> None:
-    """Raise ModelError if the file name is that of a pickle."""
-    if str(path).lower().endswith(PICKLES):
-        raise ModelError(
-            f"{path} is a pickle, which can run code when it is loaded. Convert it to safetensors with "
-            f"`ragturbo convert {path} {Path(path).with_name(safetensors_name(Path(path).name))}`."
-        )
-
-
-def safetensors_name(name: str) -> str:
-    """The file name under which diffusers, transformers and peft look for converted weights.
-
-    transformers writes pytorch_model-….bin, but its safetensors files are named model-….safetensors.
-    """
-    stem, _ = os.path.splitext(name)
-    if stem == "pytorch_model" or stem.startswith(("pytorch_model-", "pytorch_model.")):
-        stem = stem.removeprefix("pytorch_")
-    return f"{stem}.safetensors"
 
 
 def open_safetensors(path: str | Path) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import ragturbo
-from ragturbo.model.source import resolve
+from ragturbo.model.find import resolve
 from ragturbo.retrieval.pairs import PairsFile
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ragturbo.errors import InvalidRequest, ModelError
 from ragturbo.model.bundle import Bundle
-from ragturbo.model.onestep import EulerSchedule, SchedulerLoop, guided, is_trailing, make_schedule
+from ragturbo.model.onestep import EulerSchedule, SchedulerLoop, guided, looks_distilled, make_schedule
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
@@ -169,8 +169,9 @@ def test_a_distilled_model_takes_one_to_four(tiny: ModuleType) -> None:
 
 
 def test_distilled_means_trailing_where_nothing_says_so(tiny: ModuleType) -> None:
-    assert is_trailing(tiny.scheduler("sd21")) and not is_trailing(tiny.scheduler("sd15"))
-    assert not is_trailing(PNDMScheduler())
+    assert "trailing" in looks_distilled(tiny.scheduler("sd21"))
+    assert looks_distilled(tiny.scheduler("sd15")) is None and looks_distilled(PNDMScheduler()) is None
+    assert looks_distilled(LCMScheduler()) == "its scheduler is LCMScheduler"
 
 
 def test_an_unknown_prediction_type_is_named() -> None:

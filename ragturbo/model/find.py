@@ -1,0 +1,190 @@
+"""Find a model's folder, by path, as the embedded model or on the hub, and check its files. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from ragturbo.config import short
+from ragturbo.errors import InvalidRequest, ModelError
+from ragturbo.model.pickles import refuse_pickle, refuse_pickled_model
+
+EMBEDDED = "shapes"
+ADAPTER, LORA = "adapter.safetensors", "decoder_lora"
+_PEFT = "adapter_model.safetensors"
+_DIFFUSERS_LORA = "pytorch_lora_weights.safetensors"
+PARTS = ("text_encoder", "tokenizer", "unet", "vae", "scheduler")
+_WEIGHTS = ("text_encoder", "unet", "vae")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# The files of a bundle. Weights at a repository's root are single-file copies of the same model; pickles and the files
+# of other frameworks are not downloaded.
+_WANTED = ("*.json", "*/*.txt", "*/*.safetensors", "adapter.safetensors", "clip_key.safetensors", "database/**")
+_UNWANTED = ("*/*.non_ema.*", "safety_checker/*", "feature_extractor/*", "image_encoder/*")
+
+
+@dataclass(frozen=True)
+class Hub:
+    """Where to look for a model, as in diffusers' from_pretrained."""
+
+    local_files_only: bool = False
+    revision: str | None = None
+    cache_dir: str | os.PathLike[str] | None = None
+    token: str | bool | None = None
+    subfolder: str | None = None
+    variant: str | None = None
+    """"fp16": weights named model.fp16.safetensors. None: those without a variant, if there are any."""
+
+    def __post_init__(self) -> None:
+        for name in ("revision", "subfolder", "variant"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or not value):
+                raise InvalidRequest(f"{name}={short(value)} must be a text or None", option=name)
+
+
+def resolve(name: str | os.PathLike[str], hub: Hub = Hub(), /, **options: Any) -> Path:  # noqa: B008 (frozen)
+    """Return the folder of a model: a local folder, "shapes" (the embedded model) or a hub id, which is downloaded.
+
+    options: fields of Hub, instead of `hub`.
+    """
+    hub = Hub(**options) if options else hub
+    folder = _folder(name, hub)
+    if hub.subfolder is None:
+        return folder
+    inner = folder / hub.subfolder
+    if not inner.is_dir():
+        raise ModelError(f"{name} has no folder {hub.subfolder!r} (subfolder=)")
+    return inner
+
+
+def _folder(name: str | os.PathLike[str], hub: Hub) -> Path:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if str(name) == EMBEDDED:
+        folder = Path(str(resources.files("ragturbo") / "assets" / EMBEDDED))
+        if not folder.is_dir():
+            raise ModelError(f"the embedded model {EMBEDDED!r} is not in this installation ({folder})")
+        return folder
+    if path.is_file():
+        refuse_pickle(path)
+        if path.suffix == ".safetensors":
+            raise ModelError(
+                f"{path} is a single file; a model is a folder in diffusers' layout. Load it with diffusers: "
+                f"pipe = StableDiffusionPipeline.from_single_file({str(path)!r}), and give pipe as the model, or the "
+                "folder that pipe.save_pretrained(folder) writes"
+            )
+        raise ModelError(f"{path} is a file; a model is a folder in diffusers' layout (model_index.json, unet/, …)")
+    refuse_pickle(path)
+    if path.suffix == ".safetensors":
+        raise ModelError(f"there is no file {path}")
+    if not _HUB_ID.fullmatch(str(name)):
+        raise ModelError(
+            f"there is no folder {path}, and {short(str(name))} is not a hub id (owner/name) or 'shapes', the embedded "
+            "model"
+        )
+    return _download(str(name), hub)
+
+
+def _download(name: str, hub: Hub) -> Path:
+    from huggingface_hub import constants, snapshot_download
+
+    offline = hub.local_files_only or constants.HF_HUB_OFFLINE
+    inside = "" if hub.subfolder is None else f"{hub.subfolder.strip('/')}/"
+    unwanted = _UNWANTED if hub.variant else (*_UNWANTED, "*/*.fp16.*")
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                revision=hub.revision,
+                cache_dir=None if hub.cache_dir is None else os.fspath(hub.cache_dir),
+                token=hub.token,
+                local_files_only=offline,
+                allow_patterns=[inside + pattern for pattern in _WANTED],
+                ignore_patterns=[inside + pattern for pattern in unwanted],
+            )
+        )
+    # The hub client raises its own errors and those of HTTP and of the file system.
+    except Exception as error:
+        version = "" if hub.revision is None else f" at revision {hub.revision}"
+        missing = f"there is no folder {name!r}, and no model of that name in the hub's cache on this machine{version}"
+        if offline:
+            raise ModelError(
+                f"offline: {missing}. Download it once without local_files_only and HF_HUB_OFFLINE, or give a folder"
+            ) from error
+        kind = type(error).__name__
+        if kind in ("LocalEntryNotFoundError", "ConnectError", "ConnectionError", "OfflineModeIsEnabled"):
+            raise ModelError(f"offline: the hub cannot be reached, {missing} ({kind})") from error
+        reasons = {
+            "RepositoryNotFoundError": "the hub has no such model, or it is private: pass token=",
+            "GatedRepoError": "the model's licence must be accepted on the hub first; then pass token=",
+            "RevisionNotFoundError": "the hub has no such revision",
+        }
+        why = reasons.get(kind) or f"{kind}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+        raise ModelError(f"{name}{version} cannot be downloaded: {why}") from error
+
+
+def check_model(folder: Path) -> dict[str, Any]:
+    """Check that a folder has the parts of a model that this library loads; return its model_index.json."""
+    path = folder / "model_index.json"
+    if not path.is_file():
+        raise ModelError(f"{folder} is not a model in diffusers' layout: it has no model_index.json")
+    index = read_json(path)
+    if "text_encoder_2" in index or "transformer" in index:
+        kind = index.get("_class_name") or "another pipeline"
+        raise ModelError(
+            f"{folder} is a {kind}, which is not supported: models with one CLIP text encoder and a UNet are "
+            "(Stable Diffusion 1 and 2, sd-turbo)"
+        )
+    for name in PARTS:
+        if not (folder / name).is_dir():
+            raise ModelError(f"{folder} is not a model in diffusers' layout: it has no folder {name}/")
+    for name in _WEIGHTS:
+        if not any((folder / name).glob("*.safetensors")):
+            refuse_pickled_model(folder, folder / name)
+            raise ModelError(f"{folder / name} has no weights (*.safetensors)")
+    return index
+
+
+def find_adapter(path: Path) -> tuple[Path | None, Path | None]:
+    """Return the adapter's file or folder and the LoRA's folder at `path`; one of them may be None.
+
+    Raises:
+        ModelError: there is neither.
+    """
+    if not path.exists():
+        refuse_pickle(path)
+        raise ModelError(f"there is no adapter {path}: give a folder with {ADAPTER}, or that file")
+    if path.is_file():
+        refuse_pickle(path)
+        beside = path.parent / LORA
+        return path, beside if beside.is_dir() else None
+    adapter = path if (path / ADAPTER).is_file() else None
+    lora = next((folder for folder in (path / LORA, path) if (folder / _PEFT).is_file()), None)
+    if lora is None and (path / LORA).is_dir():
+        lora = path / LORA
+    if adapter is None and lora is None:
+        if (path / _DIFFUSERS_LORA).is_file():
+            raise ModelError(
+                f"{path} is a LoRA of diffusers. It changes the whole UNet, and with it what a database holds: load it "
+                "into a pipeline, pipe.load_lora_weights(…), pipe.fuse_lora(), pipe.unload_lora_weights(), and give "
+                "pipe as the model"
+            )
+        for other in sorted(path.glob("adapter*")):
+            refuse_pickle(other)
+        raise ModelError(f"{path} holds neither {ADAPTER} nor {LORA}/")
+    return adapter, lora
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise ModelError(f"{path} is not a JSON object")
+    return values
