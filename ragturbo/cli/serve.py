@@ -36,10 +36,19 @@ def serve(
     max_prompt: Annotated[int, typer.Option(help="Characters per prompt.")] = 4000,
     max_body: Annotated[int, typer.Option(help="Bytes per request.")] = 64 * 1024,
     body_timeout: Annotated[float, typer.Option(help="Seconds in which a request has to arrive.")] = 10.0,
+    lenient: Annotated[
+        bool, typer.Option("--lenient", help="Ignore and report unknown fields instead of refusing them.")
+    ] = False,
     max_side: Annotated[int | None, typer.Option(help="Pixels. Default: twice the model's native size.")] = None,
     host_cache: Annotated[str | None, typer.Option(help='Host memory for features, such as "8GiB".')] = None,
     device_cache: Annotated[str | None, typer.Option(help='Device memory for features, such as "1GiB".')] = None,
     prompt_cache: Annotated[int, typer.Option(help="Number of encoded prompts to keep.")] = 0,
+    distilled: Annotated[
+        bool | None,
+        typer.Option(
+            "--distilled/--undistilled", help="Whether the model was distilled to few steps. Default: as it says."
+        ),
+    ] = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
     engine: options.Engine = "auto",
@@ -72,12 +81,14 @@ def serve(
     clients, admins = keys_from_environment()
     config = ServeConfig(
         model=model, database=options.path_or_off(database), adapter=options.path_or_off(adapter), name=name,
-        device=device, dtype=dtype, local_files_only=local_files_only, revision=revision, postprocess=postprocess,
+        device=device, dtype=dtype, distilled=distilled, local_files_only=local_files_only,
+        revision=revision, postprocess=postprocess,
         host=host, port=port, drain_delay=drain_delay, log_prompts=log_prompts, access_log=access_log,
         api_keys=clients if api_keys is None else read_keys(api_keys),
         admin_keys=admins if admin_keys is None else read_keys(admin_keys),
         timeout=timeout, body_timeout=body_timeout,
         max_images=max_images, max_prompt=max_prompt, max_body=max_body, max_side=max_side,
+        lenient=lenient,
         options={
             "engine": engine, "capture": capture, "compile": compile, "attention": attention, "vae": vae,
             "retriever": retriever, "compose": compose, "host_cache": host_cache, "device_cache": device_cache,

@@ -9,9 +9,10 @@ import traceback
 from collections.abc import Mapping
 
 from fastapi.responses import Response
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from ragturbo.errors import DeadlineExceeded, DeviceLost, InvalidRequest, NonFiniteOutput, OutOfDeviceMemory, Overloaded
+from ragturbo.serve.schema import FIELD_OF_OPTION
 
 log = logging.getLogger("ragturbo")
 
@@ -45,7 +46,8 @@ class APIError(Exception):
         self.detail = ErrorDetail(message=message, type=type, param=param, code=code)
 
     def response(self) -> Response:
-        body = json.dumps({"error": dict(self.detail)})
+        # Readable in a terminal. Nothing that cannot be encoded is expected in a message, but it must not raise.
+        body = json.dumps({"error": dict(self.detail)}, ensure_ascii=False).encode(errors="replace")
         return Response(body, status_code=self.status, headers=self.headers, media_type="application/json")
 
 
@@ -66,7 +68,7 @@ def to_api_error(error: BaseException, *, log_messages: bool = False) -> APIErro
     if isinstance(error, DeviceLost):
         return retry_later("the device is lost; this server has to be restarted", "device_lost", 5)
     if isinstance(error, InvalidRequest):
-        return APIError(400, str(error), code="invalid_value")
+        return APIError(400, str(error), code="invalid_value", param=FIELD_OF_OPTION.get(error.option or ""))
     # Clients get a fixed text: the exception's message may contain internals.
     if isinstance(error, NonFiniteOutput):
         message, code, log_messages = "the model produced NaN or infinity", "non_finite_output", True
@@ -87,18 +89,3 @@ def _format_chain(error: BaseException, with_messages: bool) -> str:
         text += f"{type(cause).__name__}{message}\n" + "".join(traceback.format_tb(cause.__traceback__))
         cause = cause.__cause__
     return text.rstrip()
-
-
-def validation_error(error: ValidationError, known: list[str]) -> APIError:
-    """Describe the first validation error of a body, without its value, which may be large."""
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    param = ".".join(map(str, first["loc"])) or None
-    if first["type"] == "extra_forbidden":
-        message = f"unknown field {param!r}; this endpoint accepts: {', '.join(known)}"
-        return APIError(400, message, code="unknown_parameter", param=param)
-    if first["type"] == "missing":
-        return APIError(400, f"{param!r} is missing", code="missing_required_parameter", param=param)
-    if first["type"] == "json_invalid":
-        return APIError(400, f"the body is not valid JSON: {first['msg']}", code="invalid_json")
-    prefix = f"{param!r}: " if param else ""
-    return APIError(400, prefix + first["msg"], code="invalid_value", param=param)

@@ -10,16 +10,18 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ValidationError
+from fastapi.responses import HTMLResponse, JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
+from ragturbo.config import short
 from ragturbo.errors import DatabaseError, InvalidRequest
 from ragturbo.output import Output
-from ragturbo.serve import schema
-from ragturbo.serve.api_errors import APIError, ErrorBody, validation_error
+from ragturbo.serve import docs_page, paths, schema
+from ragturbo.serve.api_errors import APIError, ErrorBody
+from ragturbo.serve.body import read_body, read_query
 from ragturbo.serve.config import ServeConfig
-from ragturbo.serve.middleware import IMAGES, RequestMiddleware
+from ragturbo.serve.middleware import RequestMiddleware
 from ragturbo.serve.service import Service
 from ragturbo.version import __version__
 
@@ -63,44 +65,55 @@ def create_app(
         elif generator is None:
             await asyncio.to_thread(service.close)
 
-    # FastAPI's documentation pages load scripts from other hosts.
-    app = FastAPI(title="ragturbo", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    # FastAPI's documentation pages load scripts from other hosts; /docs is ours.
+    app = FastAPI(
+        title="ragturbo",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        # The middleware removes trailing slashes.
+        redirect_slashes=False,
+    )
     app.state.service = service
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
-        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
-        raise APIError(error.status_code, str(error.detail), code=code, headers=error.headers)
+        path = paths.inside(request.scope)
+        if error.status_code == 404:
+            raise paths.not_found(path)
+        if error.status_code == 405:
+            raise paths.not_allowed(request.method, path, (error.headers or {}).get("Allow", ""))
+        raise APIError(error.status_code, str(error.detail), code="invalid_request", headers=error.headers)
 
     _add_api_routes(app, service)
     _add_monitoring_routes(app, service)
+    _add_docs_routes(app, service)
     if service.config.admin_keys:
         _add_admin_routes(app, service)
     app.add_middleware(RequestMiddleware, service=service)
     return app
 
 
+REASONS = {
+    400: "A field is unknown, out of range or without effect; see `param`.",
+    401: "The API key is missing or wrong.",
+    404: "There is no such model or path.",
+    408: "The body arrived too slowly.",
+    413: "The body is too large.",
+    415: "The body is not application/json.",
+    429: "Too many requests are waiting; try again after Retry-After seconds.",
+    500: "The model produced NaN or infinity, ran out of device memory, or failed.",
+    503: "The model is being loaded, the deadline has passed, or the device is lost; see Retry-After.",
+}
+
+
 def _error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {status: {"model": ErrorBody} for status in statuses}
+    return {status: {"model": ErrorBody, "description": REASONS[status]} for status in statuses}
 
 
 def _request_body(model: type[BaseModel]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": model.model_json_schema()}}}}
-
-
-async def _parse_body(request: Request, model: type[BaseModel]) -> Any:
-    """Parse the body as `model`. Raises APIError with status 400 for anything invalid."""
-    if request.scope["query_string"]:
-        message = "query parameters are not supported; send fields in the body"
-        raise APIError(400, message, code="unknown_parameter", param="query")
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type != "application/json":
-        # This also prevents cross-site requests: browsers send JSON to another origin only after a preflight.
-        raise APIError(415, f"content-type {media_type!r} is not application/json", code="unsupported_media_type")
-    try:
-        return model.model_validate_json(await request.body())
-    except ValidationError as error:
-        raise validation_error(error, list(model.model_fields)) from None
 
 
 def _add_api_routes(app: FastAPI, service: Service) -> None:
@@ -108,7 +121,7 @@ def _add_api_routes(app: FastAPI, service: Service) -> None:
     request_model = schema.limited_request(config.max_prompt, config.max_images)
 
     @app.post(
-        IMAGES,
+        paths.IMAGES,
         operation_id="create_image",
         summary="Generate images from text.",
         response_model=schema.ImagesResponse,
@@ -123,15 +136,16 @@ def _add_api_routes(app: FastAPI, service: Service) -> None:
                 pass
 
         with metrics.in_flight.track_inprogress():
-            fields: schema.ImageRequest = await _parse_body(request, request_model)
+            fields, ignored = await read_body(request, request_model, lenient=config.lenient)
             if fields.model not in (None, config.model_id):
-                message = f"model {fields.model[:80]!r} not found; see /v1/models"
-                raise APIError(404, message, code="model_not_found", param="model")
-            if fields.return_neighbors and not service.retrieves(fields.mode):
-                message = "return_neighbors has no effect with mode 'none', or without a database and an adapter"
+                raise unknown_model(fields.model)
+            if not service.retrieves(fields.mode) and fields.return_neighbors:
+                message = "return_neighbors has no effect with mode 'none', or without a database"
                 raise APIError(400, message, code="invalid_value", param="return_neighbors")
-            options = fields.call_options()
+            width, height = service.size(fields.size)
+            options = fields.call_options() | {"width": width, "height": height}
             output = await service.generate(fields.prompt, options, disconnected)
+            output.notes += service.report_ignored(ignored)
             if fields.return_neighbors:
                 # Captions are read from disk, which must not block the event loop.
                 response = await asyncio.to_thread(_response, service, fields, options, output)
@@ -140,13 +154,37 @@ def _add_api_routes(app: FastAPI, service: Service) -> None:
             metrics.record(output, time.perf_counter() - begin)
             return response
 
-    @app.get("/v1/models", operation_id="list_models", summary="List models.", responses=_error_responses(401))
-    async def list_models() -> schema.ModelList:
-        return schema.ModelList(data=[schema.ModelData(id=config.model_id, created=service.created)])
+    def own_model() -> schema.ModelData:
+        return schema.ModelData(id=config.model_id, created=service.created)
+
+    def unknown_model(name: str) -> APIError:
+        message = f"there is no model {short(name)} here; this server has {config.model_id!r}"
+        return APIError(404, message, code="model_not_found", param="model")
+
+    @app.get(paths.MODELS, operation_id="list_models", summary="List models.", responses=_error_responses(400, 401))
+    async def list_models(request: Request) -> schema.ModelList:
+        service.report_ignored(read_query(request, lenient=config.lenient))
+        return schema.ModelList(data=[own_model()])
+
+    # Ids of the hub contain a slash, which clients may send as it is or as %2F.
+    @app.get(
+        "/v1/models/{model:path}",
+        operation_id="get_model",
+        summary="Describe a model.",
+        responses=_error_responses(400, 401, 404),
+        # Declared here: a parameter of the function would add FastAPI's 422 to the schema.
+        openapi_extra={
+            "parameters": [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}],
+        },
+    )
+    async def get_model(request: Request) -> schema.ModelData:
+        service.report_ignored(read_query(request, lenient=config.lenient))
+        if (model := request.path_params["model"]) != config.model_id:
+            raise unknown_model(model)
+        return own_model()
 
 
 def _response(service: Service, fields: schema.ImageRequest, options: dict[str, Any], output: Output) -> Response:
-    default = service.loaded_generator().default_size
     data = []
     for i, image in enumerate(output.images):
         b64_json = base64.b64encode(image).decode()
@@ -156,7 +194,7 @@ def _response(service: Service, fields: schema.ImageRequest, options: dict[str, 
     body = schema.ImagesResponse(
         created=int(time.time()),
         model=service.config.model_id,
-        size=f"{options.get('width', default)}x{options.get('height', default)}",
+        size=f"{options['width']}x{options['height']}",
         output_format=options["output_type"],
         mode=output.mode,
         data=data,
@@ -189,9 +227,18 @@ def _add_monitoring_routes(app: FastAPI, service: Service) -> None:
         return Response(service.metrics.text(), headers={"content-type": METRICS_TYPE})
 
 
+def _add_docs_routes(app: FastAPI, service: Service) -> None:
+    @app.get("/", include_in_schema=False)
+    @app.get(paths.DOCS, include_in_schema=False)
+    async def docs(request: Request) -> Response:
+        sizes = service.sizes() if service.warm else None
+        page = docs_page.render(app.openapi(), service.config, sizes, base_url=str(request.base_url).rstrip("/"))
+        return HTMLResponse(page, headers=docs_page.HEADERS)
+
+
 def _add_admin_routes(app: FastAPI, service: Service) -> None:
     @app.post(
-        "/admin/database",
+        paths.DATABASE,
         operation_id="swap_database",
         summary="Replace or reopen the database without failing requests.",
         response_model=schema.SwapResponse,
@@ -199,7 +246,7 @@ def _add_admin_routes(app: FastAPI, service: Service) -> None:
         openapi_extra=_request_body(schema.SwapRequest),
     )
     async def swap_database(request: Request) -> Response:
-        fields = await _parse_body(request, schema.SwapRequest)
+        fields, _ = await read_body(request, schema.SwapRequest)
         try:
             return JSONResponse(await asyncio.to_thread(service.swap, fields.path))
         except (DatabaseError, InvalidRequest, OSError, ValueError) as error:

@@ -25,6 +25,8 @@ class ServeConfig:
     local_files_only: bool = False
     revision: str | None = None
     cache_dir: str | None = None
+    distilled: bool | None = None
+    """Whether the model was distilled to few steps. None: as Generator.from_pretrained decides."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Fields of GeneratorConfig: batch_sizes, batch_window, max_queue, retriever, host_cache …"""
     name: str | None = None
@@ -51,6 +53,8 @@ class ServeConfig:
     """Seconds in which a request has to arrive."""
     max_side: int | None = None
     """Pixels. None: twice the model's native size."""
+    lenient: bool = False
+    """Ignore and report unknown fields instead of refusing them."""
 
     log_prompts: bool = False
     access_log: bool = False

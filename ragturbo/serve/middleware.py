@@ -12,6 +12,7 @@ import anyio
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
+from ragturbo.serve import paths
 from ragturbo.serve.api_errors import APIError, to_api_error
 
 if TYPE_CHECKING:
@@ -19,10 +20,8 @@ if TYPE_CHECKING:
 
     from ragturbo.serve.service import Service
 
-IMAGES = "/v1/images/generations"
 # nginx's status for a client that closed the connection; used in the metrics only.
 CLIENT_CLOSED_REQUEST = 499
-PATHS = (IMAGES, "/v1/models", "/health/live", "/health/ready", "/metrics", "/admin/database")
 
 
 class RequestMiddleware:
@@ -37,9 +36,9 @@ class RequestMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        path = _path(scope)
-        # Unknown paths are counted as "other": each label value is a time series.
-        label = path if path in PATHS else "other"
+        scope, is_head = _normalized(scope)
+        path = paths.inside(scope)
+        label = paths.label(path)
         metrics, log_messages = self._service.metrics, self._service.config.log_prompts
         started = False
 
@@ -48,13 +47,15 @@ class RequestMiddleware:
             if message["type"] == "http.response.start":
                 started = True
                 metrics.requests.labels(label, str(message["status"])).inc()
+            elif is_head:
+                message = {**message, "body": b""}
             await send(message)
 
         try:
             headers = dict(scope["headers"])
             self._check_key(path, headers)
             limited = self._limited(receive, headers)
-            if path == IMAGES and scope["method"] == "POST":
+            if path == paths.IMAGES and scope["method"] == "POST":
                 # Under load most requests are refused here, before the body is read.
                 self._service.check_room()
             await self._app(scope, limited, counted)
@@ -89,13 +90,15 @@ class RequestMiddleware:
         """Wrap `receive` with the limits on a body's size and on the time it takes to arrive."""
         limit, timeout = self._service.config.max_body, self._service.config.body_timeout
         length = headers.get(b"content-length", b"0")
-        if not length.isdigit() or int(length[:20]) > limit:
-            raise _too_large(limit)
+        oversized = not length.isdigit() or int(length[:20]) > limit
         deadline = anyio.current_time() + timeout
         received, complete = 0, False
 
         async def limited() -> Message:
             nonlocal received, complete
+            if oversized:
+                # Not earlier: routes that read no body, such as a 404, answer for themselves.
+                raise _too_large(limit)
             if complete:
                 # The only message left is the client's disconnect, which has no deadline.
                 return await receive()
@@ -131,10 +134,15 @@ def _authorized(authorization: bytes, keys: Iterable[bytes]) -> bool:
     return any(matches) and scheme.lower() == b"bearer"
 
 
-def _path(scope: Scope) -> str:
-    """Return the path within this application, which may be mounted below another one."""
-    path, root = str(scope["path"]), str(scope.get("root_path", "")).rstrip("/")
-    return path[len(root) :] if root and path.startswith(f"{root}/") else path
+def _normalized(scope: Scope) -> tuple[Scope, bool]:
+    """Return the scope without the path's trailing slashes and with GET for HEAD, and whether it was HEAD.
+
+    A redirect would make some clients drop the body or the API key.
+    """
+    is_head = scope["method"] == "HEAD"
+    path = paths.inside(scope)
+    root = scope["path"][: len(scope["path"]) - len(path)]
+    return {**scope, "path": root + (path.rstrip("/") or "/"), "method": "GET" if is_head else scope["method"]}, is_head
 
 
 def _too_large(limit: int) -> APIError:

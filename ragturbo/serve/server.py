@@ -17,6 +17,7 @@ import uvicorn
 from ragturbo.errors import InvalidRequest
 from ragturbo.serve.app import create_app
 from ragturbo.serve.config import ServeConfig
+from ragturbo.serve.protocol import HTTPProtocol
 from ragturbo.serve.service import Service
 
 log = logging.getLogger("ragturbo")
@@ -43,6 +44,7 @@ class Server(uvicorn.Server):
             timeout_keep_alive=KEEP_ALIVE,
             timeout_graceful_shutdown=int(config.timeout) + 5,
             ws="none",
+            http=HTTPProtocol,
         )
         super().__init__(settings)
 

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.requests import ClientDisconnect
 
+from ragturbo.config import short
 from ragturbo.errors import InvalidRequest
 from ragturbo.serve.api_errors import APIError, retry_later
 from ragturbo.serve.config import ServeConfig
 from ragturbo.serve.metrics import Metrics
+from ragturbo.serve.size import parse_size
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("ragturbo")
 # Loading takes seconds to minutes.
 LOADING_RETRY = 5.0
+# Names of ignored fields that are logged. Clients choose the names, so their number has to be limited.
+MAX_LOGGED_NAMES = 100
 LOAD_ARGUMENTS = ("database", "adapter", "device", "dtype", "local_files_only", "revision", "cache_dir")
 
 
@@ -45,6 +49,7 @@ class Service:
         self.metrics = Metrics(lambda: None if self.generator is None else self.generator.stats())
         self._postprocess = config.load_postprocess()
         self._swap_lock = threading.Lock()
+        self._logged_names: set[str] = set()
         self._database = config.database if isinstance(config.database, str) else None
 
     def start_loading(self, on_failure: Callable[[], None] | None = None) -> Future[None]:
@@ -75,6 +80,8 @@ class Service:
         created = self.generator is None
         if self.generator is None:
             arguments = {name: getattr(config, name) for name in LOAD_ARGUMENTS}
+            if config.distilled is not None:
+                arguments["distilled"] = config.distilled
             options = {"log_prompts": config.log_prompts, **config.options}
             self.generator = Generator.from_pretrained(config.model, **arguments, **options)
         loaded = time.monotonic()
@@ -119,9 +126,6 @@ class Service:
     ) -> Output:
         """Generate the images of one request. If `disconnected` returns first, cancel it and raise ClientDisconnect."""
         generator, timeout = self.loaded_generator(), self.config.timeout
-        limit = self.config.max_side or 2 * generator.default_size
-        if max(options.get("width", 0), options.get("height", 0)) > limit:
-            raise APIError(400, f"size: the limit is {limit} pixels per side", code="invalid_value", param="size")
         if self.config.log_prompts:
             log.info("prompt %r, options %r", prompt, options)
         if self._postprocess is not None:
@@ -143,12 +147,38 @@ class Service:
                 # Both end before the request does; their results are not needed.
                 await asyncio.gather(work, watch, return_exceptions=True)
 
-    def retrieves(self, mode: str | None) -> bool:
-        """Whether a request in this mode has neighbours."""
-        if mode is not None:
-            return mode != "none"
+    def size(self, size: str | None) -> tuple[int, int]:
+        """Return width and height of an image of this `size`. Raises APIError if this server does not make it."""
+        return parse_size(size, **self.sizes())
+
+    def sizes(self) -> dict[str, int]:
+        """The sizes this server makes, as arguments of parse_size."""
         generator = self.loaded_generator()
-        return generator.database is not None and generator.info["adapter"] is not None
+        default = generator.default_size
+        return {"step": generator._bundle.vae.factor, "default": default, "most": self.config.max_side or 2 * default}
+
+    def retrieves(self, mode: str | None) -> bool:
+        """Whether a request in this mode has neighbours. Raises APIError if the mode cannot be used here."""
+        if mode == "none":
+            return False
+        generator = self.loaded_generator()
+        if mode is not None and generator.database is None:
+            message = f"mode={mode!r} needs a database, and this server has none; leave 'mode' out"
+            raise APIError(400, message, code="invalid_value", param="mode")
+        if mode == "adapter" and generator.info["adapter"] is None:
+            message = "mode='adapter' needs an adapter, and this server has none; use 'slerp' or leave 'mode' out"
+            raise APIError(400, message, code="invalid_value", param="mode")
+        return generator.database is not None
+
+    def report_ignored(self, names: list[str]) -> list[str]:
+        """Return the notes for a response of a lenient server, and log each name once."""
+        for name in map(short, names):
+            if name not in self._logged_names and len(self._logged_names) < MAX_LOGGED_NAMES:
+                self._logged_names.add(name)
+                log.warning("ignoring %s in requests, because this server is lenient", name)
+                if len(self._logged_names) == MAX_LOGGED_NAMES:
+                    log.warning("further names of ignored fields are not logged")
+        return [f"ignored: {', '.join(map(repr, names))}"] if names else []
 
     def swap(self, path: str | None = None) -> dict[str, Any]:
         """Open a database and use it for new requests; None: reopen the current one.

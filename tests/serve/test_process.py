@@ -122,9 +122,21 @@ def test_sigterm_does_not_wait_for_a_model_that_loads_and_sighup_kills_nobody():
         assert httpx.get(f"{url}/v1/models").status_code == 200
         # The body is not parsed.
         assert httpx.post(f"{url}{PATH}", content=b"{").status_code == 503
+        # What is not HTTP is answered in OpenAI's form too.
+        assert httpx.request("WRONG", f"{url}{PATH}").json()["error"]["code"] == "invalid_http"
         process.send_signal(signal.SIGTERM)
         assert process.wait(300) == 0
         assert "Traceback" not in process.stderr.read()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [((), "None False"), (("--undistilled", "--lenient"), "False True"), (("--distilled",), "True False")],
+)
+def test_the_command_line_says_whether_the_model_is_distilled_and_the_server_lenient(flags, said):
+    code = "import ragturbo.serve.server as s; s.serve = lambda config: print(config.distilled, config.lenient); "
+    command = [sys.executable, "-c", code + MAIN, "serve", *flags]
+    assert subprocess.run(command, capture_output=True, text=True, timeout=300).stdout.strip() == said
 
 
 def test_a_port_that_is_taken_ends_the_process_before_anything_is_loaded():
