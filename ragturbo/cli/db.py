@@ -1,28 +1,23 @@
-"""`ragturbo db …`: build, change, verify and describe a retrieval database."""
+"""`ragturbo db …`: build and change a retrieval database. `db_read` has the commands that only read one."""
 
 from __future__ import annotations
 
-import json
-import sys
+import shlex
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ragturbo.cli.terminal import interactive, quiet_libraries
-from ragturbo.errors import DatabaseCorrupt, InvalidRequest
+from ragturbo.cli import db_read
+from ragturbo.cli.db_output import Folder, Json, condition, one_or_many, progress, say, typed
+from ragturbo.errors import InvalidRequest
 
-app = typer.Typer(name="db", help="Build, change, verify and describe a retrieval database.", no_args_is_help=True)
+app = typer.Typer(name="db", help="Build, search, change and check a retrieval database.", no_args_is_help=True)
 
-_Folder = Annotated[Path, typer.Argument(metavar="DATABASE", help="Folder of the database.")]
 _Pairs = Annotated[
     list[str], typer.Argument(metavar="PAIRS…", help="A folder, or .jsonl, .csv, .parquet or .tar files, or a pattern.")
 ]
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-_Model = Annotated[str, typer.Option(help='"shapes" (embedded), a local folder or a hub id.')]
 _Caption = Annotated[str, typer.Option(help="Column of the captions.")]
 _Image = Annotated[str, typer.Option(help='Column of the images, or a pattern: "train/{image_id}.jpg".')]
 _Root = Annotated[Path | None, typer.Option(help="Folder of the image paths.")]
@@ -30,6 +25,7 @@ _Columns = Annotated[list[str] | None, typer.Option("--column", help="Column to 
 _Batch = Annotated[int, typer.Option(help="Images encoded at once.")]
 _Workers = Annotated[int | None, typer.Option(help="Threads that decode images.")]
 _Thumbnails = Annotated[bool, typer.Option("--thumbnails/--no-thumbnails", help="Store a small WebP of each image.")]
+_Dedupe = Annotated[bool, typer.Option("--dedupe", help="Skip pairs with caption and image of an earlier one.")]
 _Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first bad image or caption.")]
 _Resume = Annotated[bool, typer.Option("--resume/--restart", help="Continue a run that was killed.")]
 _Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …")]
@@ -40,7 +36,7 @@ _Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16."
 def build(
     pairs: _Pairs,
     database: Annotated[Path, typer.Option("--out", "-o", help="Folder of the new database.")],
-    model: _Model = "shapes",
+    model: Annotated[str, typer.Option(help='"shapes" (embedded), a local folder or a hub id.')] = "shapes",
     key: Annotated[str | None, typer.Option(help="pooled or clip. Default: the model's own.")] = None,
     feature_dtype: Annotated[str, typer.Option(help="float16, or int8 with one scale per token.")] = "float16",
     size: Annotated[int | None, typer.Option(help="Side of the images in pixels. Default: the model's own.")] = None,
@@ -54,34 +50,37 @@ def build(
     batch_size: _Batch = 16,
     workers: _Workers = None,
     thumbnails: _Thumbnails = True,
+    dedupe: _Dedupe = False,
     strict: _Strict = False,
     resume: _Resume = True,
     device: _Device = None,
     dtype: _Dtype = None,
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Encode pairs into a new database. Resumes after a kill; torchrun shares the work among processes."""
-    quiet_libraries()
     from ragturbo.retrieval import build as builder
 
-    with _progress() as progress:
+    with progress(model) as (on_load, on_progress):
         report = builder.build(
-            _one(pairs), database, model=model, key=key, feature_dtype=feature_dtype, size=size,
+            one_or_many(pairs), database, model=model, key=key, feature_dtype=feature_dtype, size=size,
             segment_records=segment_records, index=index, centred=centred, caption=caption, image=image,
             image_root=image_root, columns=columns, batch_size=batch_size, workers=workers, thumbnails=thumbnails,
-            strict=strict, resume=resume, on_progress=progress, **_device_options(device, dtype),
+            dedupe=dedupe, strict=strict, resume=resume, device=device, dtype=dtype, on_progress=on_progress,
+            on_load=on_load,
         )  # fmt: skip
-    _say_report(report, as_json)
+    _say_report(report, as_json, _built(report))
 
 
 @app.command()
 def append(
-    database: _Folder,
+    database: Folder,
     pairs: Annotated[
         list[str],
         typer.Argument(metavar="PAIRS…", help="As for build, or image files with one --caption each."),
     ],
-    model: _Model = "shapes",
+    model: Annotated[
+        str | None, typer.Option(help="Default: the model that built the database; with --create, shapes.")
+    ] = None,
     caption: Annotated[
         list[str] | None, typer.Option(help="Caption of an image file; repeatable. For tables: as for build.")
     ] = None,
@@ -92,99 +91,69 @@ def append(
     batch_size: _Batch = 16,
     workers: _Workers = None,
     thumbnails: _Thumbnails = True,
+    dedupe: _Dedupe = False,
     strict: _Strict = False,
     resume: _Resume = True,
     device: _Device = None,
     dtype: _Dtype = None,
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Encode more pairs with the model that built the database. Of image files, all are added or none."""
-    quiet_libraries()
     from ragturbo.retrieval import build as builder
 
     source, column, named = _with_captions(pairs, caption or [])
-    change = builder.append
+    change: Any = builder.append
     if not (database.expanduser() / "CURRENT").exists():
         _check_creation(database, create)
-        change = builder.build
+        change, model = builder.build, model or "shapes"
         typer.echo(f"{database} does not exist: making it, for the model {model}", err=True)
-    with _progress() as progress:
+    with progress(model) as (on_load, on_progress):
         report = change(
             source, database, model=model, caption=column, image=image, image_root=image_root, columns=columns,
-            batch_size=batch_size, workers=workers, thumbnails=thumbnails, strict=strict or named, resume=resume,
-            on_progress=progress, **_device_options(device, dtype),
+            batch_size=batch_size, workers=workers, thumbnails=thumbnails, dedupe=dedupe, strict=strict or named,
+            resume=resume, device=device, dtype=dtype, on_progress=on_progress, on_load=on_load,
         )  # fmt: skip
-    _say_report(report, as_json, appended=True)
+    _say_report(report, as_json, _appended(report))
 
 
 @app.command()
 def copy(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="A database, or a model that has one: shapes.")],
     database: Annotated[Path, typer.Argument(metavar="COPY", help="Folder of the new database.")],
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Copy a database, for example a model's own to append to it. Ids stay the same."""
     from ragturbo.retrieval import Database
+    from ragturbo.retrieval.messages import many
 
     made = Database.copy(source, database)
     facts = {"database": str(database), "pairs": len(made), "generation": made.snapshot.manifest.generation}
-    _say(facts, f"{len(made)} pairs in {database}", as_json)
+    say(facts, f"{many(len(made), 'pair')} in {database}", as_json)
 
 
 @app.command()
 def remove(
-    database: _Folder,
+    database: Folder,
     ids: Annotated[list[int] | None, typer.Argument(metavar="ID…", help="Ids to remove.")] = None,
     where: Annotated[list[str] | None, typer.Option(help="column=value; a pair must match all of them.")] = None,
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Remove pairs from every later search. `compact` then deletes their bytes."""
     from ragturbo.retrieval import Database
+    from ragturbo.retrieval.messages import many
 
-    conditions = dict(_condition(text) for text in where or [])
+    conditions = dict(condition(text) for text in where or [])
     if bool(ids) == bool(conditions):
-        raise InvalidRequest("give ids, or --where column=value")
+        raise InvalidRequest("give ids, or --where COLUMN=VALUE")
     opened = Database.open(database, retriever="exact")
-    removed = opened.remove(ids) if ids else opened.remove(where=_typed(conditions))
-    _say({"removed": removed, "pairs": len(opened)}, f"removed {removed} pairs; {len(opened)} are left", as_json)
+    removed = opened.remove(ids) if ids else opened.remove(where=typed(conditions))
+    left = len(opened)
+    text = f"removed {many(removed, 'pair')}; {left} {'is' if left == 1 else 'are'} left"
+    say({"removed": removed, "pairs": left}, text, as_json)
 
 
 @app.command()
-def verify(
-    database: _Folder,
-    quick: Annotated[bool, typer.Option("--quick", help="Manifest, sizes, tables, keys and index only.")] = False,
-    as_json: _Json = False,
-) -> None:
-    """Read every byte and compare it with the manifest. If there is damage, list it and exit with code 3."""
-    from ragturbo.retrieval.snapshot import open_snapshot
-    from ragturbo.retrieval.verify import problems
-
-    say = (lambda name: print(f"\rsegment {name}", end="", file=sys.stderr)) if interactive() else None
-    try:
-        snapshot = open_snapshot(database)
-        found = list(problems(snapshot, "quick" if quick else "full", say))
-    except DatabaseCorrupt as error:
-        found = [str(error)]
-    if say:
-        print("\r", end="", file=sys.stderr)
-    text = "\n".join(found) if found else f"{database} is undamaged: {len(snapshot)} pairs"
-    _say({"whole": not found, "problems": found}, text, as_json)
-    if found:
-        raise typer.Exit(3)
-
-
-@app.command()
-def info(database: _Folder, as_json: _Json = False) -> None:
-    """Describe a database, its encoder and its retriever."""
-    from ragturbo.retrieval import Database
-
-    facts = Database.open(database).info.to_dict()
-    width = max(len(name) for name in facts)
-    _say(facts, "\n".join(f"{name:{width}}  {_plain(value)}" for name, value in facts.items()), as_json)
-
-
-@app.command()
-def compact(database: _Folder, as_json: _Json = False) -> None:
+def compact(database: Folder, as_json: Json = False) -> None:
     """Delete removed pairs from the disk and merge small segments."""
     from ragturbo.retrieval import Database
 
@@ -192,12 +161,12 @@ def compact(database: _Folder, as_json: _Json = False) -> None:
     before = opened.info.bytes
     opened.compact()
     after = opened.info.bytes
-    _say({"bytes_before": before, "bytes_after": after}, f"{before} bytes before, {after} after", as_json)
+    say({"bytes_before": before, "bytes_after": after}, f"{before} bytes before, {after} after", as_json)
 
 
 @app.command()
 def reindex(
-    database: _Folder,
+    database: Folder,
     centred: Annotated[
         bool | None, typer.Option("--centred/--uncentred", help="Search about the mean of the keys.")
     ] = None,
@@ -205,12 +174,13 @@ def reindex(
     leaves_to_search: Annotated[int | None, typer.Option()] = None,
     reorder: Annotated[int | None, typer.Option(help="Candidates rescored in bfloat16.")] = None,
     threads: Annotated[int, typer.Option(help="0: all.")] = 0,
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Build the ScaNN index over all live pairs."""
     from dataclasses import replace
 
     from ragturbo.retrieval import Database, ScannConfig
+    from ragturbo.retrieval.messages import many
 
     opened = Database.open(database, retriever="exact")
     given = {"leaves": leaves, "leaves_to_search": leaves_to_search, "reorder": reorder}
@@ -224,126 +194,78 @@ def reindex(
     opened.reindex(config, centred=centred, threads=threads)
     index = opened.info.index
     seconds = time.monotonic() - began
-    text = f"an index of {index['rows']} pairs in {seconds:.0f} s" if index else f"no index: {opened.choice()[1]}"
-    _say({"index": index, "seconds": seconds}, text, as_json)
+    made = f"an index of {many(index['rows'], 'pair')} in {seconds:.0f} s" if index else ""
+    say({"index": index, "seconds": seconds}, made or f"no index: {opened.choice()[1]}", as_json)
 
 
-def _one(pairs: list[str]) -> Any:
-    return pairs[0] if len(pairs) == 1 else pairs
+for command in (db_read.info, db_read.search, db_read.listed, db_read.show, db_read.export, db_read.verify):
+    app.command("list" if command is db_read.listed else None)(command)
 
 
 def _with_captions(pairs: list[str], captions: list[str]) -> tuple[Any, str, bool]:
     """Return the pairs, the column of their captions, and whether they are image files with captions."""
-    from ragturbo.retrieval.sources import IMAGE_TYPES
+    from ragturbo.retrieval.items import IMAGE_TYPES
+    from ragturbo.retrieval.messages import many
 
     images = [path for path in pairs if Path(path).suffix.lower() in IMAGE_TYPES and not Path(path).is_dir()]
     if not images:
         if len(captions) > 1:
             raise InvalidRequest(f"{len(captions)} captions but no image file; for a table, --caption is its column")
-        return _one(pairs), captions[0] if captions else "caption", False
+        return one_or_many(pairs), captions[0] if captions else "caption", False
     if len(images) < len(pairs):
         other = next(path for path in pairs if path not in images)
         raise InvalidRequest(f"{images[0]} is an image file and {other} is not; append them one after the other")
     if len(images) != len(captions):
         raise InvalidRequest(
-            f"{len(images)} image files and {len(captions)} captions; give one --caption for each, in their order"
+            f"{many(len(images), 'image file')} and {many(len(captions), 'caption')}; give one --caption for each, in "
+            "their order"
         )
+    for path in images:
+        if not Path(path).exists():
+            raise InvalidRequest(f"{path}: No such file")
     return list(zip(captions, images, strict=True)), "caption", True
 
 
 def _check_creation(database: Path, create: bool) -> None:
     from ragturbo.errors import DatabaseError
-    from ragturbo.retrieval.writer import check_new
+    from ragturbo.retrieval.writer import check_new, check_writable
 
     if not create:
         raise DatabaseError(
             f"there is no database {database}; make one with --create, or copy a model's: "
-            f"`ragturbo db copy shapes {database}`"
+            f"`ragturbo db copy shapes {shlex.quote(str(database))}`"
         )
     check_new(database.expanduser())
+    check_writable(database.expanduser())
 
 
-def _device_options(device: str | None, dtype: str | None) -> dict[str, Any]:
-    if dtype is None:
-        return {"device": device}
-    import torch
-
-    if dtype not in (names := ("float32", "float16", "bfloat16")):
-        raise InvalidRequest(f"dtype={dtype!r} is not one of {', '.join(names)}")
-    return {"device": device, "dtype": getattr(torch, dtype)}
+def _say_report(report: Any, as_json: bool, text: str) -> None:
+    facts = {"database": report.path, "generation": report.generation, "added": 0 if report.already else report.pairs,
+             "pairs": report.total, "first_id": report.first_id, "skipped": report.skipped, "notes": report.notes,
+             "seconds": report.seconds, "encoded": report.encoded}  # fmt: skip
+    say(facts, "\n".join([text, *report.lines()]), as_json)
 
 
-def _condition(text: str) -> tuple[str, str]:
-    column, equals, value = text.partition("=")
-    if not equals or not column:
-        raise InvalidRequest(f"--where {text!r} must be column=value")
-    return column, value
+def _built(report: Any) -> str:
+    from ragturbo.retrieval.messages import many
 
-
-def _typed(conditions: dict[str, str]) -> dict[str, Any]:
-    """Return each value as text and as the numbers it parses as, because columns are typed."""
-    typed: dict[str, Any] = {}
-    for column, value in conditions.items():
-        options: list[Any] = [value]
-        for kind in (int, float):
-            try:
-                options.append(kind(value))
-            except ValueError:
-                continue
-        typed[column] = options
-    return typed
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int | None, int], None] | None]:
-    """Show a progress bar on stderr if it is a terminal."""
-    if not interactive():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=None, rate="")
-        began = time.monotonic()
-
-        def show(done: int, total: int | None, skipped: int) -> None:
-            rate = done / max(time.monotonic() - began, 1e-9)
-            bar.update(task, completed=done, total=total, rate=f"{rate:.1f} pairs/s, {skipped} skipped")
-
-        yield show
-
-
-def _say_report(report: Any, as_json: bool, *, appended: bool = False) -> None:
-    facts = {"database": report.path, "generation": report.generation, "pairs": report.pairs,
-             "first_id": report.first_id, "skipped": report.skipped, "seconds": report.seconds,
-             "encoded": report.encoded}  # fmt: skip
-    text = f"{report.pairs} pairs in {report.path}"
-    if appended:
-        text = _appended(report)
-    elif report.encoded:
-        text += f", {report.rate:.1f} encoded per second"
-    if report.skipped:
-        first = report.skipped[0]
-        text += (
-            f"\n{len(report.skipped)} skipped, the first: item {first['item']} ({first['source']}): {first['reason']}\n"
-            f"all of them: {report.path}/build-report.json"
-        )
-    _say(facts, text, as_json)
+    text = f"{many(report.pairs, 'pair')} in {report.path}"
+    if report.already:
+        return f"{text}: this build was complete already"
+    return f"{text}, {report.rate:.1f} encoded per second" if report.encoded else text
 
 
 def _appended(report: Any) -> str:
-    """Say which ids the new pairs have, and for a few how to remove them."""
-    ids, few = report.ids, report.pairs <= 8
+    """Say which ids the new pairs have, for a few how to remove them, and how many pairs there are."""
+    from ragturbo.retrieval.messages import many
+
+    ids, total = report.ids, f"{many(report.total, 'pair')} in all"
+    if not ids:
+        return f"nothing added to {report.path}; {total}"
+    few = len(ids) <= 8
     named = " ".join(map(str, ids)) if few else f"{ids[0]} to {ids[-1]}"
-    text = f"{report.pairs} {'pair' if report.pairs == 1 else 'pairs'} added to {report.path}: id {named}"
-    return f"{text} (`ragturbo db remove {report.path} {named}` undoes it)" if few else text
-
-
-def _say(facts: dict[str, Any], text: str, as_json: bool) -> None:
-    typer.echo(json.dumps(facts, indent=2) if as_json else text)
-
-
-def _plain(value: Any) -> str:
-    return json.dumps(value) if isinstance(value, dict) else str(value)
+    noun = "id" if len(ids) == 1 else "ids"
+    if report.already:
+        return f"nothing added to {report.path}: the same input was the last append ({noun} {named}); {total}"
+    undo = f" (`ragturbo db remove {shlex.quote(report.path)} {named}` undoes it)" if few else ""
+    return f"{many(report.pairs, 'pair')} added to {report.path}: {noun} {named}{undo}; {total}"

@@ -6,8 +6,11 @@ import os
 from pathlib import Path
 
 from ragturbo.errors import DatabaseError, ModelError
+from ragturbo.model.find import resolve
 from ragturbo.retrieval import durable, writer
-from ragturbo.retrieval.manifest import Manifest, load, segment_path
+from ragturbo.retrieval.manifest import OWN_DATABASE, Manifest, load, segment_path
+from ragturbo.retrieval.origin import known_origin
+from ragturbo.retrieval.report import BuildReport
 
 
 def copy(source: Path, target: Path) -> Manifest:
@@ -17,6 +20,7 @@ def copy(source: Path, target: Path) -> Manifest:
     """
     base = load(source)
     writer.check_new(target)
+    writer.check_writable(target)
     writer.prepare(target)
     with durable.writer_lock(target):
         if (target / "CURRENT").exists():
@@ -28,6 +32,9 @@ def copy(source: Path, target: Path) -> Manifest:
                     path.unlink(missing_ok=True)
                 durable.link_or_copy(segment_path(source, entry.number, kind), path)
         durable.sync_folder(target / "segments")
+        if (report := BuildReport.find(source)) is not None:
+            report.model = known_origin(source)
+            report.save(target)
         removed = writer.removed_ids(source, base)
         return writer.commit(target, base, removed, writer.index_folder(source, base))
 
@@ -41,11 +48,8 @@ def find(source: str | os.PathLike[str]) -> Path:
     path = Path(source).expanduser()
     if (path / "CURRENT").exists():
         return path
-    from ragturbo.model.bundle import DATABASE
-    from ragturbo.model.source import resolve
-
     try:
-        own = resolve(source) / DATABASE
+        own = resolve(source) / OWN_DATABASE
     except ModelError as error:
         raise DatabaseError(f"{source} is neither a database nor a model: {error}") from error
     if not own.is_dir():

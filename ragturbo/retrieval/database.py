@@ -3,34 +3,43 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ragturbo.checks import whole
+from ragturbo.config import one_of, short
 from ragturbo.errors import DatabaseCorrupt, DatabaseError, DatabaseMismatch, InvalidRequest
+from ragturbo.keywords import named
+from ragturbo.model.find import Hub
 from ragturbo.retrieval import scann, writer
 from ragturbo.retrieval.compact import compact
 from ragturbo.retrieval.durable import writer_lock
 from ragturbo.retrieval.format import Geometry, decode_rows
 from ragturbo.retrieval.info import DatabaseInfo, describe
-from ragturbo.retrieval.manifest import load
+from ragturbo.retrieval.manifest import database_folder, load
+from ragturbo.retrieval.messages import many
 from ragturbo.retrieval.pairs import Record
 from ragturbo.retrieval.reindex import reindex
 from ragturbo.retrieval.retriever import EXACT_BELOW, Retriever, check_k, check_results, like, to_ids, to_numpy
 from ragturbo.retrieval.selection import Selection
 from ragturbo.retrieval.snapshot import Snapshot, open_snapshot
 from ragturbo.retrieval.verify import problems
+from ragturbo.retrieval.where import matching
 
 if TYPE_CHECKING:
     import torch
 
-    from ragturbo.retrieval.build import BuildReport
     from ragturbo.retrieval.encoder import PairEncoder
+    from ragturbo.retrieval.report import BuildReport
+    from ragturbo.retrieval.text_keys import TextKeys
 
+log = logging.getLogger("ragturbo")
 RETRIEVERS = ("auto", "scann", "exact", "bm25", "hybrid")
 
 
@@ -38,19 +47,26 @@ class Database:
     """A database folder at one generation. Thread-safe; `refresh()` moves it to the newest generation."""
 
     def __init__(self, folder: Path, snapshot: Snapshot, *, retriever: Any = "auto", checksums: bool = True,
-                 threads: int = 2, device: Any = "cpu") -> None:  # fmt: skip
+                 threads: int = 2, device: Any = "cpu", model: Any = None) -> None:  # fmt: skip
         _check_retriever(retriever, snapshot)
         self.path = folder
+        self.model = model
+        """The model for searches by text and for `append`: a bundle, pipeline, name or folder. None: the one that built
+        the database, if it is known."""
         self.checksums, self.threads, self.device = checksums, threads, device
         self.asked_retriever: Any = retriever
         """The `retriever` that `open` was given. `choice()` returns what "auto" resolves to."""
         self._state: tuple[Snapshot, dict[Any, Retriever]] = (snapshot, {})
         self._lock = threading.RLock()
         self._frozen = False
+        self._report: BuildReport | None = None
+        self._hub: Hub | None = None
+        # The model that `search` was last given, and its text encoder.
+        self._text_keys: tuple[Any, TextKeys] | None = None
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, verify: str = "quick", retriever: Any = "auto",
-             checksums: bool = True, threads: int = 2, device: Any = "cpu") -> Database:  # fmt: skip
+             checksums: bool = True, threads: int = 2, device: Any = "cpu", model: Any = None) -> Database:  # fmt: skip
         """Open the newest generation of a database. No index is loaded before the first search needs one.
 
         Args:
@@ -59,28 +75,85 @@ class Database:
             checksums: check each record against its CRC-32 as it is read.
             threads: threads for reading records.
             device: where exact search keeps its keys.
+            model: for searches by text and for `append`: a bundle, pipeline, name or folder. It is loaded when it is
+                needed. None: the one that built the database, if it is known.
 
         Raises:
-            InvalidRequest: unknown retriever.
+            InvalidRequest: an option is invalid.
             DatabaseError: no database, or the retriever's package or index is missing.
             DatabaseCorrupt: a file is damaged.
         """
-        if verify not in ("quick", "full"):
-            raise InvalidRequest(f"verify={verify!r} must be 'quick' or 'full'")
-        folder = Path(path).expanduser()
-        database = cls(folder, open_snapshot(folder), retriever=retriever, checksums=checksums, threads=threads,
-                       device=device)  # fmt: skip
+        one_of("verify", verify, ("quick", "full"))
+        folder = database_folder(path)
+        database = cls(folder, open_snapshot(folder), retriever=retriever, checksums=checksums,
+                       threads=whole("threads", threads), device=device, model=model)  # fmt: skip
         if verify == "full":
             database.verify("full")
         return database
 
     @classmethod
-    def build(cls, pairs: Any, path: str | os.PathLike[str], **options: Any) -> Database:
-        """Encode `pairs` into a new database and index it. Options: see `ragturbo.retrieval.build.build`."""
+    @named()
+    def build(
+        cls, pairs: Any, path: str | os.PathLike[str], *, model: Any = None, encoder: PairEncoder | None = None,
+        key: str | None = None, feature_dtype: str = "float16", size: int | None = None,
+        segment_records: int | None = None, index: bool = True, centred: bool = False, caption: str = "caption",
+        image: str = "image", image_root: str | os.PathLike[str] | None = None, columns: Sequence[str] | None = None,
+        thumbnails: bool = True, batch_size: int = 16, workers: int | None = None, dedupe: bool = False,
+        strict: bool = False, resume: bool = True, device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None, vae: str = "full", local_files_only: bool = False,
+        revision: str | None = None, cache_dir: str | os.PathLike[str] | None = None, token: str | bool | None = None,
+        subfolder: str | None = None, variant: str | None = None,
+        on_progress: Callable[[int, int | None, int], None] | None = None,
+    ) -> Database:  # fmt: skip
+        """Encode pairs into a new database, index it and open it. A killed build of the same input is resumed.
+
+        `report` of the result says what was skipped and why; if there is something to say, it is logged as a warning.
+
+        Args:
+            pairs: a folder of images with .txt files, a .jsonl, .csv, .parquet or .tar file, a pattern or list of
+                files, or an iterable of (caption, image[, metadata]).
+            path: folder of the new database.
+            model: a bundle, the name or folder of one, or a loaded pipeline of diffusers.
+            encoder: instead of a model.
+            key: "pooled" or "clip"; None: the model's own.
+            feature_dtype: "float16", or "int8" with one scale per token.
+            size: side of the images in pixels; None: the model's own.
+            segment_records: pairs per segment; None: about 1 GiB.
+            index: build the ScaNN index afterwards, from 20,000 pairs on.
+            centred: search about the mean of the keys.
+            caption, image: columns of a table; `image` may be a pattern of columns.
+            image_root: folder of image paths; None: that of the table.
+            columns: the user's own columns to keep; None: all.
+            thumbnails: keep a WebP of at most 128 pixels a side.
+            batch_size: images encoded at once.
+            workers: threads that decode images; None: by the number of CPUs.
+            dedupe: skip a pair whose caption and image are those of an earlier one; otherwise they are counted.
+            strict: raise InvalidRequest at the first bad item instead of skipping it.
+            resume: continue what a killed run left.
+            device, dtype: "cuda" and float16 if there is a GPU, otherwise "cpu" and float32.
+            vae: "full", "tiny", or a folder or hub id of an AutoencoderTiny.
+            local_files_only, revision, cache_dir, token, subfolder, variant: as in diffusers' from_pretrained.
+            on_progress: called with (done, total or None, skipped).
+
+        Raises:
+            InvalidRequest: an option is invalid, or no pair can be stored.
+            ModelError: there is no such model.
+            DatabaseError: `path` holds something else, or cannot be written.
+        """
         from ragturbo.retrieval.build import build
 
-        build(pairs, path, **options)
-        return cls.open(path)
+        hub = Hub(local_files_only, revision, cache_dir, token, subfolder, variant)
+        report = build(
+            pairs, path, model=model, encoder=encoder, key=key, feature_dtype=feature_dtype, size=size,
+            segment_records=segment_records, index=index, centred=centred, caption=caption, image=image,
+            image_root=image_root, columns=columns, thumbnails=thumbnails, batch_size=batch_size, workers=workers,
+            dedupe=dedupe, strict=strict, resume=resume, device=device, dtype=dtype, vae=vae, hub=hub,
+            on_progress=on_progress,
+        )  # fmt: skip
+        database = cls.open(path, model=model)
+        database._hub = hub
+        database._keep(report)
+        return database
 
     @classmethod
     def write(cls, path: str | os.PathLike[str], batches: Any, *, geometry: Geometry, key_kind: str = "pooled",
@@ -89,7 +162,7 @@ class Database:
 
         Appends if there is a database at `path`, which must have the same geometry, key kind and encoder.
         """
-        folder = Path(path).expanduser()
+        folder = database_folder(path)
         start = writer.empty_manifest(geometry, key_kind, encoder or {}, segment_records)
         writer.write_encoded(folder, start, batches)
         return cls.open(folder)
@@ -106,7 +179,7 @@ class Database:
         """
         from ragturbo.retrieval.copy import copy, find
 
-        folder = Path(path).expanduser()
+        folder = database_folder(path)
         copy(find(source), folder)
         return cls.open(folder)
 
@@ -131,7 +204,45 @@ class Database:
         return len(self.snapshot)
 
     def __repr__(self) -> str:
-        return f"Database({str(self.path)!r}, {len(self)} pairs, generation {self.snapshot.manifest.generation})"
+        size, report = self.encoder.get("size"), self.report
+        parts = [repr(str(self.path)), many(len(self), "pair")]
+        parts += [
+            f"{size} px {self.geometry.dtype}" if size else self.geometry.dtype,
+            f"retriever {self.choice()[0]!r}",
+        ]
+        if report is not None and report.skipped:
+            parts.append(f"{len(report.skipped)} skipped: see report")
+        return f"Database({', '.join(parts)})"
+
+    def __getitem__(self, id: int) -> Record:
+        """Return the pair with an id, with its thumbnail.
+
+        Raises:
+            UnknownId: a KeyError; there is no such pair, or it was removed.
+        """
+        if isinstance(id, (slice, list, tuple, np.ndarray, str)):
+            raise InvalidRequest(f"db[{short(id)}]: one id gives one pair; db.records(ids) gives many", option="id")
+        return self.snapshot.live_record(whole("id", id, -(2**63), 2**63 - 1))
+
+    def __iter__(self) -> Iterator[Record]:
+        """Yield all pairs, with thumbnails, in the order of their ids."""
+        return self.snapshot.records()
+
+    def __contains__(self, id: object) -> bool:
+        """Whether a pair with this id is stored and not removed."""
+        if not isinstance(id, (int, np.integer)) or isinstance(id, bool) or not 0 <= id < 2**63:
+            return False
+        row = int(self.snapshot.rows_of(np.array([id], np.int64))[0])
+        return row >= 0 and bool(self.snapshot.alive[row])
+
+    @property
+    def report(self) -> BuildReport | None:
+        """What the last build or append stored, skipped and noted; None if the folder has no report of one."""
+        if self._report is not None:
+            return self._report
+        from ragturbo.retrieval.report import BuildReport
+
+        return BuildReport.find(self.path)
 
     @property
     def ids(self) -> np.ndarray:
@@ -249,29 +360,51 @@ class Database:
     def search(
         self, keys: Any, k: int = 1, *, texts: Sequence[str] | None = None, exclude: Any = None,
         min_score: float | None = None, max_similarity: float | None = None, diversity: float = 0.0,
-        centred: bool | None = None, retriever: Any = None,
+        centred: bool | None = None, retriever: Any = None, model: Any = None,
     ) -> tuple[Any, Any]:  # fmt: skip
         """Find the k nearest pairs of each query.
 
         Args:
-            keys: (B, K) floats; a list of prompts for bm25.
-            texts: B prompts, for hybrid.
+            keys: a text or a list of B texts, or keys as (B, K) floats.
+            k: neighbours of each query.
+            texts: B prompts for hybrid, if the queries are keys.
             exclude: ids that are not returned, (m,) for all queries or (B, m) per query, padded with -1.
             min_score, max_similarity, diversity: see `Selection`.
             centred, retriever: see `retriever`.
+            model: encodes the texts: a bundle, pipeline, name or folder; None: `self.model`, or else the one that built
+                the database. Its text encoder alone is loaded, once. Retriever "bm25" needs none.
 
         Returns:
             ids (B, k) int64 and scores (B, k) float32, best first; -1 and NaN if there are fewer than k neighbours.
+            One text is a batch of one: (1, k).
+
+        Raises:
+            InvalidRequest: an option is invalid, or it is not known which model built the database.
+            DatabaseMismatch: another model built the database.
         """
         plain = texts is None and min_score is None and max_similarity is None and not diversity and centred is None
-        if plain and exclude is None and (retriever is None or type(retriever) is str):
+        if plain and exclude is None and model is None and (retriever is None or type(retriever) is str):
             # A short path for the common call: a search in ScaNN's tables evicts Python's own data from the CPU cache.
             ready = self._state[1].get((retriever, None))
             if type(ready) is scann.ScannRetriever and (found := ready.search_one(keys, k)) is not None:
                 return found
+        check_k(k)
+        k, prompts = int(k), _prompts(keys)
+        selection = Selection(min_score, max_similarity, diversity)
         searcher: Any = self.retriever(retriever, centred=centred)
         name = getattr(searcher, "name", type(searcher).__name__)
-        both = getattr(searcher, "query_kind", "key") == "both"
+        kind = getattr(searcher, "query_kind", "key")
+        both = kind == "both"
+        if prompts is not None:
+            if kind == "text":
+                keys = prompts
+            else:
+                if not all(map(str.strip, prompts)):
+                    raise InvalidRequest("a text to search by is empty", option="keys")
+                keys = self.text_keys(model).encode(prompts)
+                texts = prompts if both and texts is None else texts
+        if model is not None and (prompts is None or kind == "text"):
+            raise InvalidRequest("model has no effect: only a search by text and keys encodes texts", option="model")
         if texts is not None and not both:
             raise InvalidRequest(f"texts has no effect with retriever {name!r}; use 'hybrid'")
         if isinstance(searcher, scann.ScannRetriever):
@@ -280,15 +413,29 @@ class Database:
             if centred is not None and searcher.config.centred != centred:
                 state = "not " if centred else ""
                 raise InvalidRequest(f"the ScaNN index is {state}centred; reindex it, or use retriever='exact'")
-        check_k(k)
-        selection = Selection(min_score, max_similarity, diversity)
-        many = selection.candidates(k)
-        ids, scores = searcher.search(keys, many, exclude=exclude, **({"texts": texts} if both else {}))
-        check_results(ids, scores, len(keys), many, name)
+        wanted = selection.candidates(k)
+        ids, scores = searcher.search(keys, wanted, exclude=exclude, **({"texts": texts} if both else {}))
+        check_results(ids, scores, len(keys), wanted, name)
         if selection == Selection():
             return ids, scores
         snapshot = getattr(searcher, "snapshot", self.snapshot)
         return like(ids, *selection.apply(to_numpy(ids), to_numpy(scores), k, snapshot))
+
+    def text_keys(self, model: Any = None) -> TextKeys:
+        """Return the encoder of texts into keys of this database; the last one stays loaded.
+
+        Args:
+            model: see `search`.
+        """
+        from ragturbo.retrieval.text_keys import load_text_keys
+
+        asked = self.model if model is None else model
+        with self._lock:
+            held = self._text_keys
+            if held is None or not _same(held[0], asked):
+                held = asked, load_text_keys(asked, self.path, self.key_kind, self.check_encoder, self._hub)
+                self._text_keys = held
+            return held[1]
 
     def rows(self, ids: Any) -> np.ndarray:
         """ids (…,) -> the records as stored, (…, record bytes) uint8. Zeros for id -1."""
@@ -325,15 +472,51 @@ class Database:
         snapshot = self.snapshot
         return [snapshot.record(int(id), thumbnails) for id in to_ids(ids).reshape(-1)]
 
+    @named()
     def append(
-        self, pairs: Any, *, encoder: PairEncoder | None = None, model: Any = None, **options: Any
-    ) -> BuildReport:
-        """Encode and add pairs with the encoder or model that built the database. See `build.append`."""
+        self, pairs: Any, *, model: Any = None, encoder: PairEncoder | None = None, caption: str = "caption",
+        image: str = "image", image_root: str | os.PathLike[str] | None = None, columns: Sequence[str] | None = None,
+        thumbnails: bool = True, batch_size: int = 16, workers: int | None = None, dedupe: bool = False,
+        strict: bool = False, resume: bool = True, device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None, vae: str = "full", local_files_only: bool = False,
+        revision: str | None = None, cache_dir: str | os.PathLike[str] | None = None, token: str | bool | None = None,
+        subfolder: str | None = None, variant: str | None = None,
+        on_progress: Callable[[int, int | None, int], None] | None = None,
+    ) -> BuildReport:  # fmt: skip
+        """Encode and add pairs with the model that built the database.
+
+        Args:
+            model, encoder: None takes `self.model`, or else the model that built the database, if it is known.
+            dedupe: skip a pair whose caption and image are those of an earlier or a stored one.
+            pairs and the other options: see `build`.
+
+        Returns:
+            The report, which is also `self.report`. If it has something to say, it is logged as a warning.
+
+        Raises:
+            InvalidRequest: an option is invalid, or no pair can be stored.
+            DatabaseMismatch: the model is not the one that built the database.
+            DatabaseError: the database cannot be written.
+        """
         from ragturbo.retrieval.build import append
 
-        report = append(pairs, self.path, encoder=encoder, model=model, **options)
+        given = model if model is not None or encoder is not None else self.model
+        report = append(
+            pairs, self.path, model=given, encoder=encoder, caption=caption, image=image, image_root=image_root,
+            columns=columns, thumbnails=thumbnails, batch_size=batch_size, workers=workers, dedupe=dedupe,
+            strict=strict, resume=resume, device=device, dtype=dtype, vae=vae,
+            hub=Hub(local_files_only, revision, cache_dir, token, subfolder, variant), on_progress=on_progress,
+        )  # fmt: skip
         self.refresh()
+        self._keep(report)
         return report
+
+    def _keep(self, report: BuildReport) -> None:
+        self._report = report
+        if report.already:
+            log.warning("%s: the same input was stored before; nothing was added", self.path)
+        elif lines := report.lines():
+            log.warning("%s: %s", self.path, "\n".join(lines))
 
     def remove(self, ids: Any = None, *, where: Mapping[str, Any] | None = None) -> int:
         """Remove pairs from every later search. `compact()` deletes their bytes.
@@ -346,10 +529,10 @@ class Database:
             The number of pairs removed.
         """
         if (ids is None) == (where is None):
-            raise InvalidRequest("remove takes either ids or where={column: value}")
+            raise InvalidRequest("remove takes either ids or where={column: value}", option="ids")
         with writer_lock(self.path):
             snapshot = open_snapshot(self.path)
-            chosen = to_ids(ids).reshape(-1) if where is None else _matching(snapshot, where)
+            chosen = to_ids(ids).reshape(-1) if where is None else matching(snapshot, where)
             before = snapshot.manifest.removed
             manifest = snapshot.manifest
             if len(chosen):
@@ -381,33 +564,33 @@ def _check_retriever(asked: Any, snapshot: Snapshot) -> None:
     """Raise if a retriever cannot be made, without importing ScaNN or loading its index."""
     if not isinstance(asked, str):
         if not isinstance(asked, Retriever):
-            raise InvalidRequest(f"retriever={asked!r} has no search(keys, k, *, exclude=None)")
+            raise InvalidRequest(
+                f"retriever={short(asked)} has no search(keys, k, *, exclude=None)", option="retriever"
+            )
         return
-    if asked not in RETRIEVERS:
-        raise InvalidRequest(f"retriever={asked!r} is not one of {', '.join(RETRIEVERS)}")
+    one_of("retriever", asked, RETRIEVERS)
     if asked == "scann" and importlib.util.find_spec("scann") is None:
         raise DatabaseError("retriever 'scann' needs the package scann: pip install scann, or use 'exact'")
     if asked == "scann" and snapshot.manifest.index is None:
         raise DatabaseError(f"{snapshot.folder} has no ScaNN index; make one with `ragturbo db reindex`")
 
 
-def _matching(snapshot: Snapshot, where: Mapping[str, Any]) -> np.ndarray:
-    """Return the live ids whose columns equal the given values."""
-    if not where:
-        raise InvalidRequest("where={} would remove everything; name a column and a value")
-    known: set[str] = set()
-    masks = []
-    for pairs in snapshot.segments.pairs:
-        table = pairs.text()
-        known.update(table.column_names)
-        mask = np.ones(len(table), bool)
-        for column, value in where.items():
-            wanted = set(value) if isinstance(value, (list, tuple, set, frozenset)) else {value}
-            values = table.column(column).to_pylist() if column in table.column_names else [None] * len(table)
-            mask &= np.array([entry in wanted for entry in values], bool)
-        masks.append(mask)
-    for column in where:
-        if column not in known:
-            raise InvalidRequest(f"no pair has a column {column!r}; columns: {', '.join(sorted(known)) or 'none'}")
-    hit = np.concatenate(masks or [np.empty(0, bool)]) & snapshot.alive
-    return snapshot.ids[hit]
+def _prompts(queries: Any) -> list[str] | None:
+    """Return texts to search by as a list; None for keys."""
+    if isinstance(queries, str):
+        found = [queries]
+    elif isinstance(queries, np.ndarray) and queries.dtype.kind == "U":
+        found = queries.reshape(-1).tolist()
+    elif isinstance(queries, (list, tuple)) and any(isinstance(query, str) for query in queries):
+        found = list(queries)
+    else:
+        return None
+    for i, text in enumerate(found):
+        if not isinstance(text, str):
+            raise InvalidRequest(f"query {i} is {short(text)}, and others are texts", option="keys")
+    return found
+
+
+def _same(held: Any, asked: Any) -> bool:
+    names = isinstance(held, (str, os.PathLike)) and isinstance(asked, (str, os.PathLike))
+    return str(held) == str(asked) if names else held is asked

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from ragturbo.config import check_dtype, one_of, short
 from ragturbo.errors import InvalidRequest, ModelError
+from ragturbo.model.find import Hub, check_model, resolve
 
 if TYPE_CHECKING:
     from ragturbo.model.bundle import Bundle
+    from ragturbo.model.text import TextEncoder
+
+KEYS = ("pooled", "clip")
+CLIP_KEY = "clip_key.safetensors"
+_DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 
 
 class PairEncoder(Protocol):
-    """Encodes images and captions. The same batch must give the same bits."""
+    """Encodes images and captions. The same batch must give the same bits.
+
+    An optional method `unread(captions) -> [(tokens cut off, unknown words), …]` is used for the report of a build.
+    """
 
     size: int
     """Side of the images in pixels."""
@@ -36,16 +47,8 @@ class BundleEncoder:
     """Sec. 3.2: VAE mean, then the UNet's encoder at t = 0 with the caption of the pair."""
 
     def __init__(self, bundle: Bundle, *, size: int | None = None, key: str | None = None) -> None:
-        from ragturbo.model.text import TextEncoder
-
         self.bundle = bundle
-        self.text = bundle.text
-        if key == "clip" and bundle.text.key_kind != "clip":
-            raise ModelError(f"{bundle.name} has no clip_key.safetensors: use key='pooled'")
-        if key == "pooled" and bundle.text.key_kind != "pooled":
-            self.text = TextEncoder(bundle.text.tokenizer, bundle.text.text_encoder)
-        if key not in (None, "pooled", "clip"):
-            raise InvalidRequest(f"key={key!r} must be 'pooled' or 'clip'")
+        self.text = text_for(bundle, key)
         self.size = size or bundle.default_size
         factor = bundle.vae.factor
         if self.size % factor:
@@ -67,17 +70,71 @@ class BundleEncoder:
             features = bundle.unet.retrieval_features(latents, states.hidden_states)
         return states.key.float().cpu().numpy(), features.float().cpu().numpy()
 
+    def unread(self, captions: Sequence[str]) -> list[tuple[int, tuple[str, ...]]]:
+        """Of each caption, the number of tokens that are cut off and the words that the model does not know."""
+        tokens = self.text.tokenize(list(captions))
+        return list(zip(tokens.dropped, tokens.unknown, strict=True))
 
-def load_encoder(model: Any, *, key: str | None = None, size: int | None = None, **options: Any) -> BundleEncoder:
-    """model: a bundle, or the name or folder of one."""
+
+def text_for(bundle: Bundle, key: str | None) -> TextEncoder:
+    """Return the text encoder of a bundle for keys of this kind; None: the bundle's own."""
+    from ragturbo.model.text import TextEncoder
+
+    check_key(key)
+    if key == "clip" and bundle.text.key_kind != "clip":
+        raise ModelError(f"{bundle.name} has no {CLIP_KEY}: use key='pooled'")
+    if key == "pooled" and bundle.text.key_kind != "pooled":
+        return TextEncoder(bundle.text.tokenizer, bundle.text.text_encoder)
+    return bundle.text
+
+
+def check_key(key: Any) -> None:
+    if key is not None:
+        one_of("key", key, KEYS)
+
+
+def check_loading(device: Any, dtype: Any) -> None:
+    """Raise InvalidRequest for a device or dtype that no model can have, without torch."""
+    check_dtype(dtype)
+    if isinstance(device, str) and not _DEVICE.fullmatch(device):
+        raise InvalidRequest(f"device={short(device)} is not cpu, cuda or cuda:0, cuda:1, …", option="device")
+
+
+def load_encoder(
+    model: Any, *, key: str | None = None, size: int | None = None, device: Any = None, dtype: Any = None,
+    vae: str = "full", hub: Hub = Hub(),  # noqa: B008 (frozen)
+) -> BundleEncoder:  # fmt: skip
+    """Load a model as an encoder of pairs.
+
+    Args:
+        model: a bundle, the name or folder of one, or a loaded pipeline of diffusers.
+        device, dtype, vae: as in `Generator.from_pretrained`.
+        hub: where to look for the model.
+
+    Raises:
+        ModelError: there is no such model.
+        InvalidRequest: it has no such key or size, or torch no such device.
+    """
+    check_loading(device, dtype)
+    by_name = isinstance(model, (str, os.PathLike))
+    if by_name:
+        # Before torch is imported, which takes seconds.
+        folder = resolve(model, hub)
+        check_model(folder)
+        if key == "clip" and not (folder / CLIP_KEY).is_file():
+            raise ModelError(f"{model} has no {CLIP_KEY}: use key='pooled'")
+    import torch
+
     from ragturbo.model.bundle import Bundle
 
-    if not isinstance(model, Bundle):
-        if options.get("device") is None and "LOCAL_RANK" in os.environ:
-            import torch
-
-            if torch.cuda.is_available():
-                options["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
-        # Features do not depend on an adapter or a decoder LoRA.
-        model = Bundle.load(model, adapter=False, **options)
+    if device is None and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise InvalidRequest(f"device={device!r}: torch sees no CUDA GPU here; see `ragturbo info`", option="device")
+    kind = None if dtype is None else getattr(torch, str(dtype).removeprefix("torch."))
+    # Features do not depend on an adapter or a decoder LoRA.
+    if by_name:
+        model = Bundle.load(model, device=device, dtype=kind, vae=vae, adapter=False, **vars(hub))
+    elif not isinstance(model, Bundle):
+        model = Bundle.from_pipeline(model, device=device, dtype=kind)
     return BundleEncoder(model, size=size, key=key)

@@ -77,6 +77,11 @@ class Geometry:
     def stride(self) -> int:
         return aligned(self.record_bytes)
 
+    def describe(self) -> str:
+        """Say the shapes in words, for messages."""
+        features = f"{self.height} × {self.width} × {self.channels} features in {self.dtype}"
+        return f"{features} with keys of {self.key_dim} values"
+
     def segment_bytes(self, count: int) -> int:
         return HEADER_BYTES + count * (self.stride + 12) + TRAILER_BYTES
 

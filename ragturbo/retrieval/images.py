@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ragturbo.errors import InvalidRequest
 
@@ -31,21 +32,28 @@ def load(image: Any, size: int | None = None) -> Image.Image:
             picture = _open(image)
             width, height = picture.size
             if width * height > MAX_PIXELS:
-                raise InvalidRequest(f"{width}x{height} is more than {MAX_PIXELS} pixels")
+                raise InvalidRequest(f"the image is too large: {width}x{height} is more than {MAX_PIXELS} pixels")
             if size is not None:
                 picture.draft("RGB", (2 * size, 2 * size))
             picture = ImageOps.exif_transpose(picture)
             return _rgb(picture)
     except InvalidRequest:
         raise
+    except UnidentifiedImageError as error:
+        raise InvalidRequest("the image cannot be read: it is damaged or of no known format") from error
     # Pillow raises many types on damaged files: OSError, ValueError, SyntaxError, struct.error, …
     except Exception as error:
-        raise InvalidRequest(f"the image cannot be read: {type(error).__name__}: {str(error)[:200]}") from error
+        # Without addresses in memory, so that two builds write the same report.
+        why = re.sub(r" ?<[^<>]* at 0x[0-9a-f]+>", "", str(error))[:200]
+        raise InvalidRequest(f"the image cannot be read: {type(error).__name__}: {why}") from error
 
 
 def _check_size(path: str | os.PathLike[str]) -> None:
-    if (size := os.path.getsize(path)) > MAX_BYTES:
-        raise InvalidRequest(f"{size} bytes are more than {MAX_BYTES}")
+    size = os.path.getsize(path)
+    if size > MAX_BYTES:
+        raise InvalidRequest(f"the image has {size} bytes, more than {MAX_BYTES}")
+    if size == 0 and os.path.isfile(path):
+        raise InvalidRequest("the image cannot be read: the file is empty")
 
 
 def _open(image: Any) -> Image.Image:
@@ -91,7 +99,7 @@ def prepare(image: Any, size: int, thumbnail: bool) -> tuple[np.ndarray, str, by
             _check_size(image)
             image = Path(image).read_bytes()
         except OSError as error:
-            raise InvalidRequest(f"{image}: {error.strerror}") from error
+            raise InvalidRequest(f"the image cannot be read: {image}: {error.strerror}") from error
     picture = load(image, size)
     data = image if isinstance(image, (bytes, bytearray, memoryview)) else picture.tobytes()
     small = None

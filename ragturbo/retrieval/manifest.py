@@ -8,18 +8,22 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from ragturbo.errors import DatabaseCorrupt, DatabaseError
+from ragturbo.config import short
+from ragturbo.errors import DatabaseCorrupt, DatabaseError, InvalidRequest
 from ragturbo.retrieval import durable
 from ragturbo.retrieval.durable import FileSum
 from ragturbo.retrieval.format import FORMAT_VERSION, Geometry, generation_name, segment_name
 
 FORMAT_NAME = "ragturbo-database"
 SEGMENT_FILES = ("hseg", "keys", "parquet")
+# The folder of a model's own database, in that of the model.
+OWN_DATABASE = "database"
 _CURRENT = re.compile(rb"(gen-\d{6,}) ([0-9a-f]{64})\n")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _MAX_MANIFEST = 256 << 20
@@ -213,22 +217,57 @@ def _check_consistency(manifest: Manifest) -> None:
         raise ValueError(f"files must be removed.npy, not {', '.join(manifest.files) or 'none'}")
 
 
+def differences(base: Manifest, geometry: Geometry, key_kind: str, encoder: dict[str, Any]) -> list[tuple[str, str]]:
+    """Compare what encoded a database with another encoder: each difference in words, of the database and the other."""
+    found = []
+    if key_kind != base.key_kind:
+        found.append((f"{base.key_kind!r} keys", f"{key_kind!r} keys"))
+    for part in sorted({*base.encoder, *encoder}):
+        if base.encoder.get(part) != encoder.get(part):
+            found.append((_part(part, base.encoder), _part(part, encoder)))
+    if geometry != base.geometry:
+        found.append((base.geometry.describe(), geometry.describe()))
+    return found
+
+
+def _part(name: str, encoder: dict[str, Any]) -> str:
+    return f"{name} {str(encoder[name])[:12]}" if name in encoder else f"no {name}"
+
+
+def database_folder(path: Any) -> Path:
+    """Return the folder of a database as a path. Raises InvalidRequest for anything but a name or path."""
+    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+        raise InvalidRequest(f"path={short(path)} must be the name of a database's folder", option="path")
+    return Path(path).expanduser()
+
+
 def read_current(folder: Path) -> tuple[str, str]:
     """Return the name of the current generation and the SHA-256 of its manifest."""
     path = folder / "CURRENT"
     try:
         with open(path, "rb") as file:
             raw = file.read(4096)
-    except FileNotFoundError:
-        raise DatabaseError(
-            f"{folder}: not a ragturbo database, or its first build is unfinished (no CURRENT)"
-        ) from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise DatabaseError(f"{folder}: not a ragturbo database: {_why_none(folder)}") from None
     except OSError as error:
         raise DatabaseError(f"{path}: reading failed: {error.strerror}") from error
     match = _CURRENT.fullmatch(raw)
     if not match:
         raise DatabaseCorrupt(f"{path}: must be 'gen-NNNNNN <sha256>', not {raw[:100]!r}")
     return match[1].decode(), match[2].decode()
+
+
+def _why_none(folder: Path) -> str:
+    """Say what is at `folder`, which has no CURRENT, and what to do."""
+    if not folder.exists():
+        return f"there is no such folder. `ragturbo db build PAIRS --out {folder}` makes one"
+    if not folder.is_dir():
+        return "it is a file, and a database is a folder"
+    if (folder / "segments").is_dir():
+        return "its first build is unfinished (no CURRENT). Run the same build again to finish it"
+    if (folder / OWN_DATABASE / "CURRENT").is_file():
+        return f"it is a model with one of its own, {folder / OWN_DATABASE}"
+    return f"it has no CURRENT. `ragturbo db build {folder} --out OTHER-FOLDER` makes one of images with captions"
 
 
 def load(folder: Path) -> Manifest:

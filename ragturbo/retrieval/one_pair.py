@@ -12,9 +12,10 @@ import numpy as np
 from ragturbo.errors import DatabaseError, InvalidRequest
 from ragturbo.retrieval import images, writer
 from ragturbo.retrieval.build import BATCH_SIZE, check_encoder
+from ragturbo.retrieval.items import check_caption
 from ragturbo.retrieval.manifest import load
 from ragturbo.retrieval.pairs import Record
-from ragturbo.retrieval.sources import check_caption, from_tuple
+from ragturbo.retrieval.sources import from_tuple
 
 if TYPE_CHECKING:
     from ragturbo.retrieval.database import Database

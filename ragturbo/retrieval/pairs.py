@@ -6,10 +6,10 @@ import io
 import json
 import threading
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,6 +18,9 @@ from ragturbo.errors import DatabaseCorrupt
 from ragturbo.retrieval import durable
 from ragturbo.retrieval.durable import FileSum
 from ragturbo.retrieval.postings import Postings
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 _SCHEMA = {"id": pa.int64(), "caption": pa.string(), "source": pa.string(), "sha256": pa.string(),
            "thumbnail": pa.binary()}  # fmt: skip
@@ -35,11 +38,19 @@ class Record:
     caption: str
     source: str | None = None
     sha256: str | None = None
-    thumbnail: bytes | None = None
+    thumbnail: bytes | None = field(default=None, repr=False)
     extra: dict[str, Any] = field(default_factory=dict)
 
+    def image(self) -> Image | None:
+        """The thumbnail as a PIL image; None if it was not stored or not read."""
+        if self.thumbnail is None:
+            return None
+        from PIL import Image
 
-def _column(values: list[Any]) -> pa.Array:
+        return Image.open(io.BytesIO(self.thumbnail)).convert("RGB")
+
+
+def column(values: list[Any]) -> pa.Array:
     """Values of one plain type as they are, mixed or nested ones as JSON."""
     kinds = {type(v) for v in values if v is not None}
     fits = all(not isinstance(value, int) or -(2**63) <= value < 2**63 for value in values)
@@ -52,7 +63,7 @@ def encode(records: Sequence[Record]) -> bytes:
     """Return the parquet file of these records. The same records give the same bytes."""
     names = sorted({name for record in records for name in record.extra} - set(_SCHEMA))
     columns = {name: pa.array([getattr(r, name) for r in records], kind) for name, kind in _SCHEMA.items()}
-    columns |= {name: _column([r.extra.get(name) for r in records]) for name in names}
+    columns |= {name: column([r.extra.get(name) for r in records]) for name in names}
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(columns), sink, compression="zstd", row_group_size=_ROW_GROUP, use_dictionary=["source"],
                    write_page_checksum=True)  # fmt: skip
@@ -128,25 +139,40 @@ class PairsFile:
             self._whole = self._bytes()
         return pa.BufferReader(self._whole)
 
-    def thumbnail(self, row: int) -> bytes | None:
+    def _thumbnails(self, group: int) -> pa.ChunkedArray:
+        """Read the thumbnails of the rows from group · 256 on."""
+        start = group * _ROW_GROUP
         with self._lock:
             try:
                 parquet = pq.ParquetFile(self._source(), page_checksum_verification=True)
-                group = parquet.read_row_group(row // _ROW_GROUP, columns=["id", "thumbnail"], use_threads=False)
-                value = group.column("thumbnail")[row % _ROW_GROUP].as_py()
-                found = group.column("id")[row % _ROW_GROUP].as_py()
+                table = parquet.read_row_group(group, columns=["id", "thumbnail"], use_threads=False)
+                found, thumbnails = table.column("id").to_numpy(), table.column("thumbnail")
             except (pa.ArrowException, OSError, KeyError, IndexError, ValueError) as error:
-                raise DatabaseCorrupt(f"{self.path}: row {row}: {error}") from error
-        if found != self._ids[row]:
-            raise DatabaseCorrupt(f"{self.path}: row {row} has id {found}, the footer says {self._ids[row]}")
-        return value
+                raise DatabaseCorrupt(f"{self.path}: row {start}: {error}") from error
+        expected = self._ids[start : start + _ROW_GROUP]
+        if len(found) != len(expected) or (found != expected).any():
+            raise DatabaseCorrupt(f"{self.path}: from row {start} on, its ids are not those of the segment's footer")
+        return thumbnails
 
     def record(self, row: int, thumbnail: bool) -> Record:
-        table = self.text()
-        values: dict[str, Any] = {name: table.column(name)[row].as_py() for name in table.column_names}
-        id, caption, source, sha256 = (values.pop(name) for name in ("id", "caption", "source", "sha256"))
-        return Record(id, caption, source, sha256, self.thumbnail(row) if thumbnail else None, values)
+        image = self._thumbnails(row // _ROW_GROUP)[row % _ROW_GROUP].as_py() if thumbnail else None
+        return _record(self.text(), row, image)
+
+    def records(self, rows: Sequence[int], thumbnails: bool) -> Iterator[Record]:
+        """Yield the records of ascending rows. Each group of thumbnails is read once."""
+        table, held, images = self.text(), -1, None
+        for row in rows:
+            if thumbnails and row // _ROW_GROUP != held:
+                held = row // _ROW_GROUP
+                images = self._thumbnails(held)
+            yield _record(table, row, None if images is None else images[row % _ROW_GROUP].as_py())
 
     def check(self) -> None:
         """Read and check the whole file, for a full verification."""
         self._read()
+
+
+def _record(table: pa.Table, row: int, thumbnail: bytes | None) -> Record:
+    values: dict[str, Any] = {name: table.column(name)[row].as_py() for name in table.column_names}
+    id, caption, source, sha256 = (values.pop(name) for name in ("id", "caption", "source", "sha256"))
+    return Record(id, caption, source, sha256, thumbnail, values)

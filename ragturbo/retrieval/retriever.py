@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
+from ragturbo.config import short
 from ragturbo.errors import InvalidRequest
 
 # Below this number of pairs, exact search is as fast as an index.
@@ -66,7 +67,8 @@ def to_numpy(values: Any) -> np.ndarray:
 def check_keys(keys: np.ndarray, dim: int) -> None:
     """Raise InvalidRequest for keys of another width, or that are NaN, infinite or zero."""
     if keys.ndim != 2 or keys.shape[1] != dim:
-        raise InvalidRequest(f"keys must be (B, {dim}) for this database, not {tuple(keys.shape)}")
+        one = ", which is one key: give keys[None]" if keys.shape == (dim,) else ""
+        raise InvalidRequest(f"keys must be (B, {dim}) for this database, not {tuple(keys.shape)}{one}")
     # A NaN or infinity makes the squared length of its row not finite.
     squares = np.einsum("bk,bk->b", keys, keys)
     bad = ~(np.isfinite(squares) & (squares > 0))
@@ -77,7 +79,7 @@ def check_keys(keys: np.ndarray, dim: int) -> None:
 
 def check_k(k: int) -> None:
     if not isinstance(k, (int, np.integer)) or isinstance(k, bool) or k < 1:
-        raise InvalidRequest(f"k must be a whole number of at least 1, not {k!r}")
+        raise InvalidRequest(f"k must be a whole number of at least 1, not {short(k)}", option="k")
 
 
 def excluded_ids(exclude: Any, batch: int) -> list[np.ndarray] | None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ragturbo.checks import FLOAT32_MAX, number
 from ragturbo.errors import InvalidRequest
 from ragturbo.retrieval.snapshot import Snapshot
 
@@ -24,12 +25,14 @@ class Selection:
     diversity: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.min_score is not None and not np.isfinite(self.min_score):
-            raise InvalidRequest(f"min_score={self.min_score!r} must be a finite number")
-        if self.max_similarity is not None and not -1 < self.max_similarity <= 1:
-            raise InvalidRequest(f"max_similarity={self.max_similarity!r} must be a cosine above -1 and up to 1")
-        if not 0 <= self.diversity <= 1:
-            raise InvalidRequest(f"diversity={self.diversity!r} must be between 0 and 1")
+        # Numbers of NumPy become Python's.
+        if self.min_score is not None:
+            object.__setattr__(self, "min_score", number("min_score", self.min_score, -FLOAT32_MAX))
+        if self.max_similarity is not None:
+            object.__setattr__(self, "max_similarity", number("max_similarity", self.max_similarity, -1.0, 1.0))
+            if self.max_similarity == -1:
+                raise InvalidRequest("max_similarity=-1 would drop every candidate but the best; use k=1")
+        object.__setattr__(self, "diversity", number("diversity", self.diversity, 0.0, 1.0))
 
     @property
     def compares(self) -> bool:

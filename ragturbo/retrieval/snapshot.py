@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -10,8 +11,16 @@ import numpy as np
 from ragturbo.errors import DatabaseCorrupt, InvalidRequest
 from ragturbo.retrieval import writer
 from ragturbo.retrieval.manifest import Manifest, load, read_current
+from ragturbo.retrieval.messages import many
 from ragturbo.retrieval.pairs import Record
 from ragturbo.retrieval.segments import Segments
+
+
+class UnknownId(InvalidRequest, KeyError):
+    """No live pair has this id."""
+
+    # That of KeyError shows the repr of the message.
+    __str__ = Exception.__str__
 
 
 class Snapshot:
@@ -69,6 +78,25 @@ class Snapshot:
             raise InvalidRequest(f"id {id} is not in the database {self.folder}")
         segments, inside = self.segments.locate(row)
         return self.segments.pairs[int(segments[0])].record(int(inside[0]), thumbnail)
+
+    def live_record(self, id: int) -> Record:
+        """Return the pair with an id, with its thumbnail. Raises UnknownId if there is none or it was removed."""
+        row = int(self.rows_of(np.array([id]))[0])
+        if row < 0 or not self.alive[row]:
+            state = "was removed from" if row >= 0 else "is not in"
+            hint = "; id -1 stands for a neighbour that was not found" if id == -1 else ""
+            raise UnknownId(f"pair {id} {state} the database {self.folder}, which has {self._range()}{hint}")
+        return self.record(id)
+
+    def _range(self) -> str:
+        live = self.ids[self.alive]
+        return f"{many(len(live), 'pair')} from id {live[0]} to {live[-1]}" if len(live) else "no pairs"
+
+    def records(self, thumbnails: bool = True) -> Iterator[Record]:
+        """Yield all live pairs in the order of their ids."""
+        segments = self.segments
+        for start, stop, pairs in zip(segments.starts[:-1], segments.starts[1:], segments.pairs, strict=True):
+            yield from pairs.records(np.flatnonzero(self.alive[start:stop]).tolist(), thumbnails)
 
 
 def open_snapshot(folder: Path, before: Snapshot | None = None) -> Snapshot:

@@ -58,7 +58,11 @@ def _check_sum(folder: Path, entry: SegmentEntry, kind: str) -> None:
     path = segment_path(folder, entry.number, kind)
     found = durable.sum_file(path)
     if found != entry.files[kind]:
-        raise DatabaseCorrupt(f"{path}: {found}, the manifest says {entry.files[kind]}")
+        raise DatabaseCorrupt(f"{path}: {_sums(found)}, the manifest says {_sums(entry.files[kind])}")
+
+
+def _sums(file: durable.FileSum) -> str:
+    return f"{file.bytes} bytes with SHA-256 {file.sha256[:12]}…"
 
 
 def _records(snapshot: Snapshot) -> Iterator[str]:

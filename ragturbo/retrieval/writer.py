@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -21,7 +22,7 @@ from ragturbo.errors import DatabaseCorrupt, DatabaseError, DatabaseMismatch, In
 from ragturbo.retrieval import durable
 from ragturbo.retrieval.format import GENERATION_NAME, Geometry, generation_name
 from ragturbo.retrieval.jobs import Finished, Job, SegmentWriter
-from ragturbo.retrieval.manifest import Manifest, load
+from ragturbo.retrieval.manifest import Manifest, differences, load
 from ragturbo.retrieval.npy import read_ids, write_ids
 from ragturbo.retrieval.pairs import Record
 
@@ -47,9 +48,20 @@ def prepare(folder: Path) -> None:
         (folder / "segments").mkdir(parents=True, exist_ok=True)
 
 
+def check_writable(folder: Path) -> None:
+    """Raise DatabaseError if nothing can be written in `folder`, which need not exist. Nothing is written."""
+    there = folder.absolute()
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    if not there.is_dir():
+        raise DatabaseError(f"{folder} cannot be made: {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise DatabaseError(f"{folder} cannot be written: no permission to write in {there}")
+
+
 def check_new(folder: Path) -> None:
     """Raise DatabaseError if a new database at `folder` would be among files of something else."""
-    if folder.exists() and not (folder / "segments").is_dir():
+    if folder.is_dir() and not (folder / "segments").is_dir():
         with durable.naming(folder, "reading"):
             held = next((path.name for path in folder.iterdir()), None)
         if held is not None:
@@ -156,11 +168,9 @@ def write_encoded(folder: Path, start: Manifest, batches: Iterable[Batch], *, pa
     prepare(folder)
     with durable.writer_lock(folder, patience=patience):
         base = load(folder) if (folder / "CURRENT").exists() else start
-        for name in ("geometry", "key_kind", "encoder"):
-            if getattr(base, name) != getattr(start, name):
-                raise DatabaseMismatch(
-                    f"the database has {name} {getattr(base, name)}, the pairs {getattr(start, name)}"
-                )
+        if found := differences(base, start.geometry, start.key_kind, start.encoder):
+            built, given = (", ".join(texts) for texts in zip(*found, strict=True))
+            raise DatabaseMismatch(f"{folder} was built with {built}; the pairs have {given}")
         job = Job(folder, base, {"encoded": True})
         # An earlier run may have had other batches, so nothing is resumed.
         job.clear(resume=False)
@@ -204,7 +214,12 @@ def remove(folder: Path, ids: np.ndarray, base: Manifest, stored: np.ndarray) ->
     ids = np.unique(np.asarray(ids, np.int64))
     unknown = ids[~np.isin(ids, stored)]
     if len(unknown):
-        raise InvalidRequest(f"{len(unknown)} ids are not in this database ({int(unknown[0])} …); nothing was removed")
+        named = ", ".join(map(str, unknown[:5].tolist())) + (", …" if len(unknown) > 5 else "")
+        one = len(unknown) == 1
+        raise InvalidRequest(
+            f"{'id' if one else 'ids'} {named} {'is' if one else 'are'} not in this database; nothing was removed",
+            option="ids",
+        )
     removed = np.union1d(removed_ids(folder, base), ids)
     manifest = commit(folder, base.evolved(), removed, index_folder(folder, base))
     clean(folder, manifest)

@@ -41,7 +41,8 @@ def test_a_database_is_built_changed_and_proven_from_the_command_line(images, ti
     db = tmp_path / "db"
     made = run("build", images, "--out", db, "--model", tiny_sd21, "--device", "cpu", "--batch-size", 4)
     assert made["pairs"] == 5 and made["skipped"][0]["reason"] == "the caption is empty"
-    assert run("append", db, images, "--model", tiny_sd21, "--device", "cpu")["pairs"] == 5
+    added = run("append", db, images, "--model", tiny_sd21, "--device", "cpu")
+    assert (added["added"], added["pairs"], len(added["skipped"])) == (5, 10, 1)
     facts = run("info", db)
     assert facts["pairs"] == 10 and facts["retriever"] == "exact" and "fewer than 20000" in facts["why"]
     assert run("remove", db, 0, 1) == {"removed": 2, "pairs": 8, "exit": 0}
@@ -106,7 +107,7 @@ def test_an_image_file_is_appended_with_its_caption_and_the_printed_command_undo
     db, model = tmp_path / "db", ["--model", tiny_sd21, "--device", "cpu"]
     run("build", images, "--out", db, *model)
     said = text("append", db, images / "5.png", "--caption", "a zib", *model)
-    assert said.stdout == f"1 pair added to {db}: id 6 (`ragturbo db remove {db} 6` undoes it)\n"
+    assert said.stdout == f"1 pair added to {db}: id 6 (`ragturbo db remove {db} 6` undoes it); 6 pairs in all\n"
     added = Database.open(db).records([6])[0]
     assert (added.caption, added.source) == ("a zib", str(images / "5.png"))
     run("remove", db, 6)
@@ -123,8 +124,8 @@ def test_several_image_files_take_one_caption_each_and_are_added_together_or_not
     (images / "broken.png").write_bytes(b"not an image")
     wrong = [
         ([two[0], "--caption", " "], "0.png.: the caption is empty"),
-        ([two[0]], "1 image files and 0 captions; give one --caption for each"),
-        ([*two, "--caption", "a zib"], "2 image files and 1 captions"),
+        ([two[0]], "1 image file and 0 captions; give one --caption for each"),
+        ([*two, "--caption", "a zib"], "2 image files and 1 caption"),
         ([two[0], images / "broken.png", "--caption", "a zib", "--caption", "a frob"], "broken.png.*cannot be read"),
         ([images / "missing.png", "--caption", "a zib"], "missing.png.*No such file"),
         ([two[0], images, "--caption", "a zib"], "0.png is an image file and .*images is not"),
