@@ -9,10 +9,14 @@ import math
 import numbers
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ragturbo.config import MAX_NEIGHBORS, MAX_SEED, MODES, OUTPUT_TYPES, one_of, short
 from ragturbo.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from ragturbo.model.find import Parts
+    from ragturbo.model.info import Sampling
 
 UINT8_TYPES = ("pil", "uint8", "png", "jpeg", "webp")
 FLOAT32_MAX = 3.4028234663852886e38
@@ -58,7 +62,7 @@ def listed(value: Any) -> list[Any] | None:
 def check_seed(seed: Any, repeats: int = 1) -> list[int]:
     """Return the seeds; `repeats` images count up from each."""
     try:
-        return [whole("seed", value, 0, MAX_SEED - repeats) for value in listed(seed) or [seed]]
+        return [whole("seed", value, 0, MAX_SEED + 1 - repeats) for value in listed(seed) or [seed]]
     except InvalidRequest:
         raise InvalidRequest(f"seed={short(seed)} must be whole numbers from 0 to 2**64 - 1", option="seed") from None
 
@@ -88,6 +92,97 @@ def check_guidance(guidance_scale: Any) -> float:
     return value
 
 
+def choose_mode(mode: Any, *, has_adapter: bool, can_retrieve: bool, has_key: bool) -> str:
+    """Return the mode. Default, if there is something to retrieve from: "adapter", or without an adapter "slerp", the
+    paper's blend that needs no training (Sec. 3.2).
+
+    Args:
+        can_retrieve: there is a database, or the call brings its own neighbours.
+        has_key: there is a prompt or query to search by, or the call brings its own neighbours.
+    """
+    if mode is None:
+        mode = default_mode(has_adapter=has_adapter, can_retrieve=can_retrieve)
+    else:
+        one_of("mode", mode, MODES)
+        if mode == "adapter" and not has_adapter:
+            raise InvalidRequest(
+                "mode='adapter' needs an adapter: adapter= or load_adapter(); or use mode='slerp'", option="mode"
+            )
+        if mode != "none" and not can_retrieve:
+            raise InvalidRequest(
+                f"mode={mode!r} needs a database (database= or use_database()) or neighbors=", option="mode"
+            )
+    if mode != "none" and not has_key:
+        raise InvalidRequest(
+            "prompt_embeds carry no search key: give query= or neighbors=, or mode='none' to generate without "
+            "retrieval",
+            option="prompt_embeds",
+        )
+    return mode
+
+
+def default_mode(*, has_adapter: bool, can_retrieve: bool) -> str:
+    if not can_retrieve:
+        return "none"
+    return "adapter" if has_adapter else "slerp"
+
+
+def check_retrieval_options(mode: str, asked_mode: Any, given: dict[str, Any], *, has_key: bool) -> None:
+    """Refuse retrieval options that have no effect in this mode.
+
+    Args:
+        asked_mode: the caller's `mode`, None if it was chosen for them.
+        given: w, lam, num_neighbors, min_score, neighbors, query, per and compose as the caller gave them.
+        has_key: there is a prompt or query whose key gives λ.
+    """
+    names = [name for name, value in given.items() if value is not None]
+    if mode == "none" and names:
+        why = "" if asked_mode == "none" else ", the default here: there is no database"
+        raise InvalidRequest(f"{names[0]} has no effect with mode='none'{why}", option=names[0])
+    chosen = "" if asked_mode else ", the default without an adapter"
+    if mode == "adapter" and "w" in names:
+        raise InvalidRequest("w is the blend of mode='slerp'; the adapter's strength is lam", option="w")
+    if mode in ("slerp", "lerp") and "lam" in names:
+        raise InvalidRequest(f"lam is the adapter's strength; the blend of mode={mode!r}{chosen} is w", option="lam")
+    if "per" in names:
+        if mode != "slerp":
+            raise InvalidRequest(f"per is an option of mode='slerp', not of {mode!r}", option="per")
+        one_of("per", given["per"], ("sample", "token"))
+    if mode == "adapter" and not has_key and "lam" not in names:
+        raise InvalidRequest(
+            "prompt_embeds carry no key to weigh the neighbours by: give query= or lam=", option="prompt_embeds"
+        )
+    if {"min_score", "neighbors"} <= set(names):
+        raise InvalidRequest(
+            "min_score has no effect with neighbors: the ones you give are all used", option="min_score"
+        )
+    if mode == "adapter" and {"query", "neighbors", "lam"} <= set(names):
+        raise InvalidRequest("query has no effect if both neighbors and lam are given", option="query")
+    if "compose" in names and (others := {"query", "neighbors"} & set(names)):
+        raise InvalidRequest(
+            f"compose searches by the prompt's phrases: it has no effect with {min(others)}", option="compose"
+        )
+
+
+def check_steps(num_inference_steps: Any, guidance_scale: Any, sampling: Sampling) -> tuple[int, float]:
+    """Return steps and guidance; None is the model's default."""
+    why = f"it counts as distilled because {sampling.why}; distilled=False says that it is not"
+    steps, guidance = sampling.steps, sampling.guidance_scale
+    if num_inference_steps is not None:
+        steps = whole("num_inference_steps", num_inference_steps)
+        if steps > sampling.most_steps:
+            limit = f"num_inference_steps={steps}: this model takes 1 to {sampling.most_steps}"
+            raise InvalidRequest(f"{limit} ({why})" if sampling.distilled else limit, option="num_inference_steps")
+    if guidance_scale is not None:
+        guidance = check_guidance(guidance_scale)
+        if guidance and sampling.distilled:
+            raise InvalidRequest(
+                f"guidance_scale={guidance_scale}: a distilled model overshoots with guidance; use 0 ({why})",
+                option="guidance_scale",
+            )
+    return steps, guidance
+
+
 def check_call(
     prompt: str | Sequence[str] | None = None,
     *,
@@ -106,9 +201,13 @@ def check_call(
     output_type: Any = "pil",
     postprocess: Any = None,
     timeout: Any = None,
+    parts: Parts | None = None,
     **others: Any,
 ) -> None:
-    """Raise InvalidRequest for what is wrong with a call whatever the model. Options in `others` are not checked."""
+    """Raise InvalidRequest for what is wrong with a call whatever the model, or with the model that `parts` describes.
+
+    Options in `others` that depend on tensors are not checked.
+    """
     if prompt_embeds is None:
         if prompt is None:
             raise InvalidRequest("give a prompt", option="prompt")
@@ -134,3 +233,19 @@ def check_call(
         if side is not None:
             whole(name, side)
     check_output(output_type, postprocess, timeout)
+    if parts is None:
+        return
+    check_steps(num_inference_steps, guidance_scale, parts.sampling)
+    neighbors, query = others.get("neighbors"), others.get("query")
+    has_key = prompt is not None or query is not None
+    resolved = choose_mode(
+        mode,
+        has_adapter=parts.has_adapter,
+        can_retrieve=parts.database is not None or neighbors is not None,
+        has_key=has_key or neighbors is not None,
+    )
+    given = {
+        "w": w, "lam": lam, "num_neighbors": num_neighbors, "min_score": min_score, "neighbors": neighbors,
+        "query": query, "per": others.get("per"), "compose": others.get("compose") or None,
+    }  # fmt: skip
+    check_retrieval_options(resolved, mode, given, has_key=has_key)

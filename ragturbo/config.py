@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import difflib
 import re
 from collections.abc import Callable
@@ -58,6 +59,22 @@ def check_dtype(dtype: Any) -> None:
     """Raise InvalidRequest unless dtype is None, a name in DTYPES, or torch's object of that name."""
     if dtype is not None and str(dtype).removeprefix("torch.") not in DTYPES:
         raise InvalidRequest(f"dtype={short(dtype)} is not one of {', '.join(DTYPES)}", option="dtype")
+
+
+def check_device(device: Any) -> None:
+    """Raise InvalidRequest unless device is None, "cpu", "cuda" or "cuda:1", and this machine may have it."""
+    if device is None:
+        return
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", str(device)):
+        raise InvalidRequest(f"device={short(str(device))} is not one of 'cpu', 'cuda', 'cuda:1', …", option="device")
+    if str(device).startswith("cuda"):
+        try:
+            # Without a driver torch has no GPU: this is known without importing it.
+            ctypes.CDLL("libcuda.so.1")
+        except OSError:
+            raise InvalidRequest(
+                f"device={short(str(device))}: this machine has no NVIDIA driver; see `ragturbo info`", option="device"
+            ) from None
 
 
 def short(value: Any, most: int = 80) -> str:

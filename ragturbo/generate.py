@@ -9,14 +9,13 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 from ragturbo.checks import check_call, texts
-from ragturbo.config import MAX_PHRASES, Compose, GeneratorConfig, check_dtype
+from ragturbo.config import MAX_PHRASES, Compose, GeneratorConfig, check_device, check_dtype
 from ragturbo.errors import InvalidRequest
 from ragturbo.keywords import INSTEAD_ATTRIBUTES, named
-from ragturbo.model.find import Hub, check_model, find_adapter, resolve
+from ragturbo.model.find import Hub, look
 from ragturbo.output import Output
 
 if TYPE_CHECKING:
@@ -166,12 +165,11 @@ class Generator:
                     f"{name} is a folder, None (the model's own) or False (none), not True", option=name
                 )
         check_dtype(dtype)
+        check_device(device)
         hub = Hub(local_files_only, revision, cache_dir, token, subfolder, variant)
-        if adapter:
-            find_adapter(Path(adapter).expanduser())
         # Mistakes are reported before torch is imported and weights are read, which takes seconds.
         if isinstance(model, (str, os.PathLike)):
-            check_model(resolve(model, hub))
+            look(model, hub, adapter=adapter, distilled=distilled)
         elif vae != "full" or hub != Hub():
             raise InvalidRequest("vae, revision, subfolder and the like have no effect on a pipeline that is loaded")
         if isinstance(database, (str, os.PathLike)):
@@ -425,8 +423,8 @@ class Generator:
             "engine": self._engine.name,
             "ways": self._engine.describe(),
             "distilled": bundle.info.distilled,
-            "num_inference_steps": bundle.default_steps,
-            "guidance_scale": bundle.default_guidance,
+            "num_inference_steps": bundle.sampling.steps,
+            "guidance_scale": bundle.sampling.guidance_scale,
             "mode": self.default_mode,
             "size": self.default_size,
             "adapter": None if bundle.adapter is None else bundle.adapter.kind,
@@ -461,7 +459,7 @@ class Generator:
         bundle, database = self._bundle, self.database
         retrieval = "no database" if database is None else f"{len(database)} pairs in {database.path}"
         dtype = str(bundle.dtype).removeprefix("torch.")
-        steps = "1 step" if bundle.default_steps == 1 else f"{bundle.default_steps} steps"
+        steps = "1 step" if bundle.sampling.steps == 1 else f"{bundle.sampling.steps} steps"
         closed = "" if self._finalizer.alive else ", closed"
         return (
             f"Generator({bundle.name!r}, {bundle.device} {dtype}, engine {self._engine.name!r}, {retrieval}, mode "

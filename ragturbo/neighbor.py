@@ -17,8 +17,10 @@ def _nothing() -> None:
 
 @dataclass(frozen=True)
 class Neighbor:
-    """A retrieved text-image pair. `score` is the retriever's own, or the cosine of a pair that the caller gave. `lam` is the λ in use: the given one, else the
-    cosine of the two text keys or, if larger, the share of the prompt's rare words that the caption holds.
+    """A retrieved text-image pair.
+
+    `score` is the retriever's own, or the cosine if the caller gave the pair. `lam` is the λ in use: the given one,
+    else the cosine of the two text keys or, if larger, the share of the prompt's rare words that the caption holds.
 
     `caption`, `source` and `metadata` of a stored pair are read from the database on first access.
     """

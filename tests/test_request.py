@@ -20,6 +20,7 @@ from ragturbo.engine import request as request_module
 from ragturbo.engine.request import Request
 from ragturbo.engine.result import Retrieved
 from ragturbo.errors import InvalidRequest
+from ragturbo.model.info import BundleInfo, Sampling
 
 KEY_WIDTH, TEXT_WIDTH = 16, 32
 
@@ -33,10 +34,8 @@ def model(*, adapter: bool = True, distilled: bool = True, num_neighbors: int = 
     """What a request needs to know of a Bundle."""
     return SimpleNamespace(
         adapter=object() if adapter else None,
-        distilled_why="a test says so",
-        default_steps=1 if distilled else 50,
-        default_guidance=0.0 if distilled else 7.5,
         info=SimpleNamespace(distilled=distilled, num_neighbors=num_neighbors),
+        sampling=Sampling.of(BundleInfo(distilled), {"num_train_timesteps": 1000}),
         vae=SimpleNamespace(factor=8, channels=4),
         text=SimpleNamespace(width=TEXT_WIDTH, key_dim=KEY_WIDTH, tokenize=tokenize),
         unet=SimpleNamespace(grid=lambda height, width: (height // 8, width // 8)),
@@ -382,7 +381,7 @@ def test_steps_and_guidance_are_the_models_own_if_the_call_does_not_say():
 
 
 def test_too_many_steps_say_why_the_model_counts_as_distilled_and_how_to_say_otherwise():
-    with pytest.raises(InvalidRequest, match="1 to 4 .*because a test says so; distilled=False"):
+    with pytest.raises(InvalidRequest, match="1 to 4 .*because its ragturbo.json says so; distilled=False"):
         make(num_inference_steps=20)
 
 

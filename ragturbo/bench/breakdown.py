@@ -18,6 +18,7 @@ import torch
 from ragturbo.bench.agreement import disagreement, engine_mismatch, generator_latents, latent_agreement, relative_error
 from ragturbo.bench.eager import RETRIEVAL, EagerPipeline
 from ragturbo.bench.models import clustered_keys, make_bundle, make_database
+from ragturbo.bench.paper import PROFILES, RANDOM_WEIGHTS
 from ragturbo.bench.prompts import prompts
 from ragturbo.bench.timing import noise, percentiles
 from ragturbo.config import GeneratorConfig
@@ -26,8 +27,6 @@ from ragturbo.generate import Generator
 from ragturbo.machine import NOISE_LIMIT, describe, gpu_state, now, throttled
 from ragturbo.model.bundle import Bundle
 from ragturbo.retrieval import Database
-
-PROFILES = ("paper", "turbo")
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Settings:
 
     @property
     def random(self) -> bool:
-        return self.config in ("sd21", "rehearsal")
+        return self.config in RANDOM_WEIGHTS
 
 
 # Called before each measurement with the profile, the kind and the record so far.

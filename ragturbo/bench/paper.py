@@ -17,6 +17,9 @@ LABELS = {
     "uncached": "ours, pairs encoded at request",
 }
 ROWS = ("teacher", "lcm", "turbo", "ours")
+# How the bars are measured, and the models of random weights they are measured on.
+PROFILES = ("paper", "turbo")
+RANDOM_WEIGHTS = ("sd21", "rehearsal")
 
 
 @lru_cache(maxsize=1)

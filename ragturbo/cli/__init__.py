@@ -37,20 +37,21 @@ def version(show: bool = typer.Option(False, "--version", help="Print the versio
 
 
 def main() -> None:
-    """Run the command. Errors of the library are printed on one line.
+    """Run the command. An error is one line; with --json, also an object on stdout.
 
-    Exit codes: 0 success, 2 usage, 3 unusable model or database, 4 device or generation failure, 130 interrupted.
+    Exit codes: 0 success, 2 usage, 3 unusable model, database or file, 4 device or generation failure, 130 interrupted.
     """
-    from ragturbo.errors import DatabaseError, InvalidRequest, ModelError, RagTurboError
+    from ragturbo.cli.errors import CLICK_ERROR, report
+    from ragturbo.errors import RagTurboError
 
     try:
-        app()
-    except RagTurboError as error:
-        print(f"ragturbo: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, InvalidRequest) else 3 if isinstance(error, (DatabaseError, ModelError)) else 4)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        code = app(standalone_mode=False)
     except BrokenPipeError:
         # The reader of stdout ended, as in `ragturbo … | head`.
         sys.stderr.close()
         sys.exit(141)
+    except (RagTurboError, CLICK_ERROR, OSError) as error:
+        sys.exit(report(error, sys.argv[1:]))
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(130)
+    sys.exit(code if isinstance(code, int) else 0)

@@ -18,29 +18,34 @@ def breakdown(
         str, typer.Option(help='"sd21" (random weights), "rehearsal" (small ones), "shapes", a folder or a hub id.')
     ] = "sd21",
     device: Annotated[str | None, typer.Option(help="cuda or cpu; by default a GPU if there is one.")] = None,
-    prompts: Annotated[int, typer.Option(help="Number of prompts, one image each.")] = 100,
-    teacher_prompts: Annotated[int, typer.Option(help="Number of prompts for the 50-step teacher.")] = 5,
-    pairs: Annotated[int, typer.Option(help="Size of the database, with random weights.")] = 4096,
-    keys: Annotated[int, typer.Option(help="Number of keys to search.")] = 630_000,
+    prompts: Annotated[int, typer.Option(min=1, help="Number of prompts, one image each.")] = 100,
+    teacher_prompts: Annotated[int, typer.Option(min=1, help="Number of prompts for the 50-step teacher.")] = 5,
+    pairs: Annotated[int, typer.Option(min=1, help="Size of the database, with random weights.")] = 4096,
+    keys: Annotated[int, typer.Option(min=1, help="Number of keys to search.")] = 630_000,
     profile: Annotated[list[str] | None, typer.Option(help="paper, turbo; both by default.")] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder for the JSON and the bar chart.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Measure the paper's Fig. 6: teacher, LCM, SD Turbo and ours, as eager modules and by ragturbo."""
+    from ragturbo.bench.paper import PROFILES, RANDOM_WEIGHTS
     from ragturbo.cli.terminal import interactive, quiet_libraries
+    from ragturbo.config import check_device, one_of
+    from ragturbo.model.find import Hub, look
 
+    for name in profile or []:
+        one_of("profile", name, PROFILES)
+    check_device(device)
+    if model not in RANDOM_WEIGHTS:
+        look(model, Hub())
     quiet_libraries()
     import torch
 
-    from ragturbo.bench.breakdown import PROFILES, Settings
+    from ragturbo.bench.breakdown import Settings
     from ragturbo.bench.breakdown import breakdown as measure
     from ragturbo.bench.fig6 import bars, markdown
     from ragturbo.bench.paper import LABELS
-    from ragturbo.errors import InvalidRequest
 
     chosen = tuple(profile or PROFILES)
-    if unknown := sorted(set(chosen) - set(PROFILES)):
-        raise InvalidRequest(f"profile {unknown[0]!r} must be paper or turbo")
     settings = Settings(
         config=model, device=device or ("cuda" if torch.cuda.is_available() else "cpu"), prompts=prompts,
         teacher_prompts=teacher_prompts, pairs=pairs, keys=keys, profiles=chosen,

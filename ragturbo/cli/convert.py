@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ragturbo.cli import options
+from ragturbo.errors import ModelError
+
 
 def convert(
     source: Annotated[Path, typer.Argument(help="A pickled checkpoint (.bin, .pt, .pth, .ckpt) or a folder of them.")],
     target: Annotated[Path, typer.Argument(help="The .safetensors file or folder to write.")],
+    as_json: options.Json = False,
 ) -> None:
     """Convert a pickled checkpoint to safetensors without running code that the pickle may contain."""
+    if not source.expanduser().exists():
+        raise ModelError(f"there is no file or folder {source}")
     from ragturbo.convert import convert as run
 
-    run(source, target)
-    typer.echo(f"wrote {target}")
+    written = run(source, target)
+    typer.echo(json.dumps({"written": list(map(str, written))}) if as_json else f"wrote {target}")

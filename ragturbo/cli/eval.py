@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # A few minutes on two cores; the whole suite has 1,000 prompts.
 SHAPES_LIMIT = 300
+SUITES = ("shapes", "coco", "tifa", "classes", "text")
 
 
 def evaluate(
@@ -64,11 +65,19 @@ def evaluate(
 ) -> None:
     """Compare systems: draw every prompt, score the images, and write report.md, report.json and sheet.html."""
     from ragturbo.cli.terminal import quiet_libraries
-    from ragturbo.engine.build import choose_device
+    from ragturbo.config import check_device, check_dtype
+
+    # Mistakes are reported before anything slow is imported.
+    if suite not in SUITES:
+        raise typer.BadParameter(f"{suite!r} is not one of {', '.join(SUITES)}", param_hint="--suite")
+    check_device(device)
+    check_dtype(dtype)
+    names = systems or default_systems(model, database, adapter, suite, download)
     from ragturbo.evaluate import suites
     from ragturbo.evaluate.evaluation import Evaluation, load_fid
     from ragturbo.evaluate.systems import LoadOptions, parse_system
 
+    parsed = [parse_system(text) for text in names.split(",")]
     quiet_libraries()
     if suite == "shapes":
         chosen = suites.shapes(count).head(SHAPES_LIMIT if limit is None else limit)
@@ -79,12 +88,10 @@ def evaluate(
         chosen = suites.tifa(texts, _required(questions, "--questions", suite)).head(limit)
     elif suite == "classes":
         chosen = suites.classes(_required(classes, "--classes", suite)).head(limit)
-    elif suite == "text":
-        chosen = suites.text(_required(prompts, "--prompts", suite)).head(limit)
     else:
-        raise typer.BadParameter(f"{suite!r} is not one of shapes, coco, tifa, classes, text", param_hint="--suite")
-    names = systems or default_systems(model, database, adapter, suite, download)
-    parsed = [parse_system(text) for text in names.split(",")]
+        chosen = suites.text(_required(prompts, "--prompts", suite)).head(limit)
+    from ragturbo.engine.build import choose_device
+
     where = choose_device(device, dtype)[0]
     # Metrics load before the first image is drawn, so that a missing file is reported immediately.
     metrics = _load_metrics(
@@ -113,16 +120,16 @@ def evaluate(
 
 def default_systems(model: str, database: str | None, adapter: str | None, suite: str, download: bool) -> str:
     """Return the systems that the model has the parts for (database, adapter, teacher)."""
-    from ragturbo.model.bundle import DATABASE, TEACHER
-    from ragturbo.model.find import ADAPTER, resolve
+    from ragturbo.model.find import TEACHER, Hub, look
 
-    folder = resolve(model, local_files_only=not download)
+    off = options.path_or_off
+    parts = look(model, Hub(local_files_only=not download), adapter=off(adapter), database=off(database))
     chosen = ["student"]
-    if database != "off" and (database or (folder / DATABASE).is_dir()):
+    if parts.database is not None:
         chosen.append("slerp@w=0.8")
-        if adapter != "off" and (adapter or (folder / ADAPTER).is_file()):
+        if parts.has_adapter:
             chosen.append("adapter")
-    if (folder / TEACHER).is_dir():
+    if (parts.folder / TEACHER).is_dir():
         chosen.append("teacher@guidance=3" if suite == "shapes" else "teacher")
     return ",".join(chosen)
 

@@ -10,17 +10,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ragturbo.cli import options
+from ragturbo.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from ragturbo.generate import Generator
     from ragturbo.output import Output
 
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
 
 def generate(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT…", help="What the image should show.")],
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="A .png, .jpg or .webp file; several images get numbers.")
-    ] = Path("out.png"),
+        str,
+        typer.Option(
+            "--out", "-o", help="A .png, .jpg or .webp file, of which several images get numbers, or a folder."
+        ),
+    ] = "out.png",
     model: options.Model = "shapes",
     database: options.Database = None,
     adapter: options.Adapter = None,
@@ -35,8 +41,13 @@ def generate(
     min_score: Annotated[float | None, typer.Option(help="Ignore neighbours with a lower score.")] = None,
     query: Annotated[str | None, typer.Option(help="Search by this text instead of the prompt.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="With --guidance, on undistilled models.")] = None,
-    steps: Annotated[int, typer.Option(help="Denoising steps: 1 to 4 on distilled models.")] = 1,
-    guidance: Annotated[float, typer.Option(help="Classifier-free guidance, on undistilled models.")] = 0.0,
+    steps: Annotated[
+        int | None, typer.Option(help="Denoising steps: 1 to 4 on distilled models. Default: the model's, 1 or 50.")
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Classifier-free guidance, on undistilled models. Default there: 7.5.")
+    ] = None,
+    distilled: options.Distilled = None,
     height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     device: options.Device = None,
@@ -54,39 +65,51 @@ def generate(
     as_json: options.Json = False,
 ) -> None:
     """Generate images from text."""
-    from ragturbo.cli.terminal import quiet_libraries
+    from ragturbo.checks import check_call
+    from ragturbo.cli.terminal import loading
     from ragturbo.generate import Generator
+    from ragturbo.model.find import Hub, look
 
-    quiet_libraries()
-    generator = Generator.from_pretrained(
-        model, database=options.path_or_off(database), adapter=options.path_or_off(adapter),
-        device=device, dtype=dtype, local_files_only=local_files_only, engine=engine, capture=capture,
-        retriever=retriever, vae=vae, attention=attention,
-    )  # fmt: skip
+    off = options.path_or_off
     sampling: dict[str, Any] = {
         "negative_prompt": negative_prompt, "num_inference_steps": steps, "guidance_scale": guidance,
         "height": height, "width": width,
     }  # fmt: skip
-    with generator:
-        output = generator(
-            prompts, seed=seed, num_images_per_prompt=num_images, mode=mode, w=w, num_neighbors=num_neighbors,
-            lam=lam, min_score=min_score, query=query, compose=compose, **sampling,
+    call: dict[str, Any] = {
+        "seed": seed, "num_images_per_prompt": num_images, "mode": mode, "w": w, "num_neighbors": num_neighbors,
+        "lam": lam, "min_score": min_score, "query": query, "compose": compose, **sampling,
+    }  # fmt: skip
+    files = output_files(out, len(prompts) * max(1, num_images))
+    hub = Hub(local_files_only=local_files_only)
+    parts = look(model, hub, adapter=off(adapter), database=off(database), distilled=distilled)
+    check_call(prompts, **call, parts=parts)
+    with loading(model):
+        generator = Generator.from_pretrained(
+            model, database=off(database), adapter=off(adapter),
+            device=device, dtype=dtype, distilled=distilled, local_files_only=local_files_only, engine=engine,
+            capture=capture, retriever=retriever, vae=vae, attention=attention,
         )  # fmt: skip
+    with generator:
+        output = generator(prompts, **call)
         each_prompt = [prompt for prompt in prompts for _ in range(num_images)]
         images = _grids(generator, each_prompt, output, sampling) if grid else output.images
-        files = _save(images, out)
-        _report(generator, each_prompt, output, files, as_json)
-
-
-def _save(images: list[Any], out: Path) -> list[Path]:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    files = [out] if len(images) == 1 else [out.with_stem(f"{out.stem}-{i}") for i in range(len(images))]
-    for image, file in zip(images, files, strict=True):
-        try:
+        for image, file in zip(images, files, strict=True):
+            file.parent.mkdir(parents=True, exist_ok=True)
             image.save(file)
-        except (ValueError, OSError) as error:
-            raise typer.BadParameter(f"cannot write {file}: {error}", param_hint="--out") from None
-    return files
+        _report(generator, each_prompt, output, files, steps, as_json)
+
+
+def output_files(out: str, count: int) -> list[Path]:
+    """Return the files to write. Missing folders are made; a folder, or a name that ends in "/", gets out.png in it."""
+    path = Path(out).expanduser()
+    if path.is_dir() or out.endswith("/"):
+        path = path / "out.png"
+    if path.suffix.lower() not in SUFFIXES:
+        raise InvalidRequest(f"out={str(path)!r}: the file's name must end in {', '.join(SUFFIXES)}", option="out")
+    for parent in path.parents:
+        if parent.exists() and not parent.is_dir():
+            raise InvalidRequest(f"out={str(path)!r}: {parent} is a file", option="out")
+    return [path] if count == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(count)]
 
 
 def _grids(generator: Generator, prompts: list[str], output: Output, sampling: dict[str, Any]) -> list[Any]:
@@ -98,7 +121,9 @@ def _grids(generator: Generator, prompts: list[str], output: Output, sampling: d
     return [comparison(*row) for row in zip(prompts, output.images, without.images, output.neighbors, strict=True)]
 
 
-def _report(generator: Generator, prompts: list[str], output: Output, files: list[Path], as_json: bool) -> None:
+def _report(
+    generator: Generator, prompts: list[str], output: Output, files: list[Path], steps: int | None, as_json: bool
+) -> None:
     rows: list[dict[str, Any]] = [
         {
             "prompt": prompts[i],
@@ -124,10 +149,17 @@ def _report(generator: Generator, prompts: list[str], output: Output, files: lis
         facts = {"images": rows, "mode": output.mode, "timings": output.timings, "notes": output.notes}
         typer.echo(json.dumps({**facts, "model": generator.info}, indent=2, default=str))
         return
+    from ragturbo.cli.terminal import short
+
     for row in rows:
-        typer.echo(f"{row['file']}  seed {row['seed']}  {row['prompt']}")
+        typer.echo(f"{row['file']}  seed {row['seed']}  {short(row['prompt'])}")
         for n in row["neighbors"]:
-            typer.echo(f"  λ {n['lam']:.3f}  #{n['id']}  {n['caption']}" + ("" if n["used"] else "  (below min_score)"))
+            unused = "" if n["used"] else "  (below --min-score)"
+            typer.echo(f"  λ {n['lam']:.3f}  #{n['id']}  {short(n['caption'] or '')}{unused}")
     total = output.timings["total"]
     stages = "  ".join(f"{name} {1e3 * s:.1f}" for name, s in output.timings.items() if name != "total")
-    typer.echo(f"mode {output.mode}, {1e3 * total:.1f} ms: {stages}", file=sys.stderr)
+    steps = steps or generator.info["num_inference_steps"]
+    typer.echo(
+        f"mode {output.mode}, {steps} {'step' if steps == 1 else 'steps'}, {1e3 * total:.1f} ms: {stages}",
+        file=sys.stderr,
+    )

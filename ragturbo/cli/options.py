@@ -13,6 +13,10 @@ Adapter = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 … Default: a GPU if there is one.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")]
+Distilled = Annotated[
+    bool | None,
+    typer.Option("--distilled/--undistilled", help="Whether the model takes 1 to 4 steps. Default: as it says itself."),
+]
 Engine = Annotated[str, typer.Option(help="auto, reference or graph.")]
 Capture = Annotated[
     bool, typer.Option("--capture/--no-capture", help="Capture CUDA graphs; otherwise the graph engine runs eagerly.")

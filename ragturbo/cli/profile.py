@@ -9,6 +9,9 @@ from typing import Annotated
 
 import typer
 
+from ragturbo.cli.options import path_or_off
+from ragturbo.errors import InvalidRequest
+
 PROMPTS = ["a red circle left of a blue square", "a green triangle", "a blue circle above a red square"]
 
 
@@ -17,9 +20,9 @@ def profile(
     out: Annotated[Path, typer.Option("--out", "-o", help="Chrome trace to write.")] = Path("ragturbo-trace.json"),
     requests: Annotated[int, typer.Option(min=1, help="Number of profiled requests.")] = 5,
     model: Annotated[str, typer.Option(help='"shapes" (embedded), a local folder or a hub id.')] = "shapes",
-    database: Annotated[str | None, typer.Option(help="A database folder.")] = None,
+    database: Annotated[str | None, typer.Option(help='A database folder, or "off".')] = None,
     mode: Annotated[str | None, typer.Option(help="adapter, slerp, lerp or none.")] = None,
-    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 1,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps. Default: the model's.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")] = None,
     engine: Annotated[str, typer.Option(help="auto, reference or graph.")] = "auto",
@@ -29,21 +32,24 @@ def profile(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Profile requests after a warm-up."""
-    from ragturbo.cli.terminal import quiet_libraries
-
-    quiet_libraries()
-    import torch
-
-    from ragturbo.bench import profile as profiling
-    from ragturbo.errors import InvalidRequest
+    from ragturbo.checks import check_call
+    from ragturbo.cli.terminal import loading
+    from ragturbo.config import check_device
     from ragturbo.generate import Generator
+    from ragturbo.model.find import Hub, look
 
-    if ranged and not torch.cuda.is_available():
-        raise InvalidRequest("--range marks requests for nsys and ncu and needs a CUDA GPU")
     texts, options = prompts or PROMPTS, {"num_inference_steps": steps, "mode": mode}
-    with Generator.from_pretrained(
-        model, database=database, device=device, dtype=dtype, engine=engine, batch_sizes=(1,)
-    ) as gen:
+    check_call(texts, **options, parts=look(model, Hub(), database=path_or_off(database)))
+    if ranged:
+        check_device("cuda")
+    with loading(model):
+        generator = Generator.from_pretrained(
+            model, database=path_or_off(database), device=device, dtype=dtype, engine=engine, batch_sizes=(1,)
+        )
+        from ragturbo.bench import profile as profiling
+    with generator as gen:
+        if ranged and gen.bundle.device.type != "cuda":
+            raise InvalidRequest("--range marks requests for nsys and ncu and needs a CUDA GPU")
         profiling.run(gen, texts, profiling.WARMUPS, **options)
         recording = profiling.cuda_range(gen) if ranged else profiling.traced(gen, out)
         with recording:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ragturbo.config import check_dtype
+from ragturbo.config import check_device, check_dtype
 from ragturbo.errors import InvalidRequest, ModelError
 
 if TYPE_CHECKING:
@@ -22,14 +22,8 @@ log = logging.getLogger("ragturbo")
 
 def choose_device(device: Any, dtype: Any) -> tuple[torch.device, torch.dtype]:
     """Return device and dtype; None is cuda and float16 if there is a GPU, else cpu and float32."""
-    try:
-        where = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
-    except RuntimeError as error:
-        raise InvalidRequest(
-            f"device={device!r} is not a device: {str(error).splitlines()[0]}", option="device"
-        ) from None
-    if where.type not in ("cpu", "cuda"):
-        raise InvalidRequest(f"device={device!r}: ragturbo runs on cpu and cuda", option="device")
+    check_device(device)
+    where = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     if where.type == "cuda" and not torch.cuda.is_available():
         raise InvalidRequest(f"device={device!r}: torch sees no CUDA GPU here; see `ragturbo info`", option="device")
     check_dtype(dtype)

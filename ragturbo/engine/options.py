@@ -8,19 +8,15 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ragturbo.checks import FLOAT32_MAX, check_guidance, check_seed, listed, number, texts, whole
-from ragturbo.config import MAX_NEIGHBORS, MAX_PHRASES, MODES, Compose, one_of, short
+from ragturbo.checks import FLOAT32_MAX, check_seed, listed, number, texts, whole
+from ragturbo.config import MAX_NEIGHBORS, MAX_PHRASES, Compose, short
 from ragturbo.errors import InvalidRequest
-from ragturbo.model.onestep import max_steps
 from ragturbo.retrieval.phrases import phrases
-
-if TYPE_CHECKING:
-    from ragturbo.model.bundle import Bundle
 
 
 def check_prompts(prompt: Any, prompt_embeds: Any, width: int) -> tuple[list[str] | None, int]:
@@ -33,78 +29,6 @@ def check_prompts(prompt: Any, prompt_embeds: Any, width: int) -> tuple[list[str
         return found, len(found)
     _check_embeds("prompt_embeds", prompt_embeds, None, width)
     return None, len(prompt_embeds)
-
-
-def choose_mode(mode: Any, *, has_adapter: bool, can_retrieve: bool, has_key: bool) -> str:
-    """Return the mode. Default, if there is something to retrieve from: "adapter", or without an adapter "slerp", the
-    paper's blend that needs no training (Sec. 3.2).
-
-    Args:
-        can_retrieve: there is a database, or the call brings its own neighbours.
-        has_key: there is a prompt or query to search by, or the call brings its own neighbours.
-    """
-    if mode is None:
-        mode = default_mode(has_adapter=has_adapter, can_retrieve=can_retrieve)
-    else:
-        one_of("mode", mode, MODES)
-        if mode == "adapter" and not has_adapter:
-            raise InvalidRequest(
-                "mode='adapter' needs an adapter: adapter= or load_adapter(); or use mode='slerp'", option="mode"
-            )
-        if mode != "none" and not can_retrieve:
-            raise InvalidRequest(
-                f"mode={mode!r} needs a database (database= or use_database()) or neighbors=", option="mode"
-            )
-    if mode != "none" and not has_key:
-        raise InvalidRequest(
-            "prompt_embeds carry no search key: give query= or neighbors=, or mode='none' to generate without "
-            "retrieval",
-            option="prompt_embeds",
-        )
-    return mode
-
-
-def default_mode(*, has_adapter: bool, can_retrieve: bool) -> str:
-    if not can_retrieve:
-        return "none"
-    return "adapter" if has_adapter else "slerp"
-
-
-def check_retrieval_options(mode: str, asked_mode: Any, given: dict[str, Any], *, has_key: bool) -> None:
-    """Refuse retrieval options that have no effect in this mode.
-
-    Args:
-        asked_mode: the caller's `mode`, None if it was chosen for them.
-        given: w, lam, num_neighbors, min_score, neighbors, query, per and compose as the caller gave them.
-        has_key: there is a prompt or query whose key gives λ.
-    """
-    names = [name for name, value in given.items() if value is not None]
-    if mode == "none" and names:
-        why = "" if asked_mode == "none" else ", the default here: there is no database"
-        raise InvalidRequest(f"{names[0]} has no effect with mode='none'{why}", option=names[0])
-    chosen = "" if asked_mode else ", the default without an adapter"
-    if mode == "adapter" and "w" in names:
-        raise InvalidRequest("w is the blend of mode='slerp'; the adapter's strength is lam", option="w")
-    if mode in ("slerp", "lerp") and "lam" in names:
-        raise InvalidRequest(f"lam is the adapter's strength; the blend of mode={mode!r}{chosen} is w", option="lam")
-    if "per" in names:
-        if mode != "slerp":
-            raise InvalidRequest(f"per is an option of mode='slerp', not of {mode!r}", option="per")
-        one_of("per", given["per"], ("sample", "token"))
-    if mode == "adapter" and not has_key and "lam" not in names:
-        raise InvalidRequest(
-            "prompt_embeds carry no key to weigh the neighbours by: give query= or lam=", option="prompt_embeds"
-        )
-    if {"min_score", "neighbors"} <= set(names):
-        raise InvalidRequest(
-            "min_score has no effect with neighbors: the ones you give are all used", option="min_score"
-        )
-    if mode == "adapter" and {"query", "neighbors", "lam"} <= set(names):
-        raise InvalidRequest("query has no effect if both neighbors and lam are given", option="query")
-    if "compose" in names and (others := {"query", "neighbors"} & set(names)):
-        raise InvalidRequest(
-            f"compose searches by the prompt's phrases: it has no effect with {min(others)}", option="compose"
-        )
 
 
 def check_neighbors(neighbors: Any, prompts: int) -> list[list[Any]] | None:
@@ -183,29 +107,6 @@ def choose_num_neighbors(
             option="num_neighbors",
         )
     return k
-
-
-def check_steps(num_inference_steps: Any, guidance_scale: Any, bundle: Bundle) -> tuple[int, float]:
-    """Return steps and guidance; None is the model's default."""
-    distilled, most = bundle.info.distilled, max_steps(bundle.scheduler, distilled=bundle.info.distilled)
-    why = f"it counts as distilled because {bundle.distilled_why}; distilled=False says that it is not"
-    steps, guidance = bundle.default_steps, bundle.default_guidance
-    if num_inference_steps is not None:
-        steps = whole("num_inference_steps", num_inference_steps)
-        if steps > most:
-            kind = "this model takes" if distilled else "its scheduler takes"
-            raise InvalidRequest(
-                f"num_inference_steps={steps}: {kind} 1 to {most}" + (f" ({why})" if distilled else ""),
-                option="num_inference_steps",
-            )
-    if guidance_scale is not None:
-        guidance = check_guidance(guidance_scale)
-        if guidance and distilled:
-            raise InvalidRequest(
-                f"guidance_scale={guidance_scale}: a distilled model overshoots with guidance; use 0 ({why})",
-                option="guidance_scale",
-            )
-    return steps, guidance
 
 
 def check_negative(

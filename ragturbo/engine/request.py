@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ragturbo.checks import check_output, whole
+from ragturbo.checks import check_output, check_retrieval_options, check_steps, choose_mode, whole
 from ragturbo.config import Compose
 from ragturbo.engine import options
 from ragturbo.engine.neighbors import EncodePairs, resolve_neighbors
@@ -145,7 +145,7 @@ class Request:
         prompts, n = options.check_prompts(prompt, prompt_embeds, bundle.text.width)
         repeats = whole("num_images_per_prompt", num_images_per_prompt)
         has_key = prompts is not None or query is not None
-        resolved = options.choose_mode(
+        resolved = choose_mode(
             mode,
             has_adapter=bundle.adapter is not None,
             can_retrieve=database is not None or neighbors is not None,
@@ -156,13 +156,13 @@ class Request:
             "w": w, "lam": lam, "num_neighbors": num_neighbors, "min_score": min_score, "neighbors": neighbors,
             "query": query, "per": per, "compose": compose or None,
         }  # fmt: skip
-        options.check_retrieval_options(resolved, mode, given, has_key=has_key)
+        check_retrieval_options(resolved, mode, given, has_key=has_key)
         can_compose = resolved != "none" and prompts is not None and query is None and neighbors is None
         cut = options.choose_compose(compose, compose_by_default) if can_compose else None
         k = options.choose_num_neighbors(
             resolved, num_neighbors, chosen, bundle.info.num_neighbors, composed=cut is not None
         )
-        steps, guidance = options.check_steps(num_inference_steps, guidance_scale, bundle)
+        steps, guidance = check_steps(num_inference_steps, guidance_scale, bundle.sampling)
         negative = options.check_negative(
             negative_prompt, negative_prompt_embeds, n, guided=guidance > 1, width=bundle.text.width
         )

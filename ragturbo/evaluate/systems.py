@@ -117,7 +117,7 @@ class GeneratorSystem:
     def __init__(self, title: str, generator: Generator, steps: int | None = None, **options: Any) -> None:
         """steps: None: the model's default."""
         self.title, self.generator = title, generator
-        self.steps: int = generator.bundle.default_steps if steps is None else steps
+        self.steps: int = generator.bundle.sampling.steps if steps is None else steps
         self.options: dict[str, Any] = {"num_inference_steps": self.steps, **options}
 
     def draw(self, prompts: Sequence[str], seeds: Sequence[int], score: ScoreImage) -> list[DrawnImage]:
@@ -256,6 +256,7 @@ def _open_teacher(spec: SystemSpec, load: LoadOptions) -> System:
     """The undistilled UNet of a bundle, with its scheduler and guidance."""
     from ragturbo.engine.build import choose_device
     from ragturbo.model.bundle import Bundle
+    from ragturbo.model.info import Sampling
     from ragturbo.model.unet import HSpaceUNet
 
     device, dtype = choose_device(load.device, load.dtype)
@@ -267,12 +268,9 @@ def _open_teacher(spec: SystemSpec, load: LoadOptions) -> System:
         teacher=True,
         local_files_only=load.local_files_only,
     )
-    bundle = replace(
-        bundle,
-        unet=HSpaceUNet(bundle.teacher),
-        teacher=None,
-        info=replace(bundle.info, distilled=False, adapter_kind=None),
-        fingerprints={},
-    )
+    info = replace(bundle.info, distilled=False, adapter_kind=None)
+    sampling = Sampling.of(info, dict(bundle.scheduler.config))
+    unet = HSpaceUNet(bundle.teacher)
+    bundle = replace(bundle, unet=unet, teacher=None, info=info, sampling=sampling, fingerprints={})
     steps, guidance = spec.options.get("steps", 50), spec.options.get("guidance", 7.5)
     return GeneratorSystem("teacher", Generator(bundle), steps, guidance_scale=guidance, mode="none")

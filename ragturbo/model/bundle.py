@@ -17,18 +17,13 @@ from ragturbo.model import clip_key as clip_key_file
 from ragturbo.model import lora, source
 from ragturbo.model.adapter import HSpaceAdapter
 from ragturbo.model.clip_key import ClipKey
-from ragturbo.model.find import ADAPTER, LORA, PARTS, Hub, check_model, find_adapter, resolve
+from ragturbo.model.find import ADAPTER, DATABASE, LORA, PARTS, TEACHER, Hub, check_model, find_adapter, resolve
 from ragturbo.model.fingerprint import UNET_ENCODER, VAE_ENCODER, base_state, fingerprint
-from ragturbo.model.info import FILE as INFO_FILE
-from ragturbo.model.info import BundleInfo
-from ragturbo.model.onestep import default_guidance, default_steps, looks_distilled
+from ragturbo.model.info import BundleInfo, Sampling
 from ragturbo.model.text import TextEncoder
 from ragturbo.model.unet import HSpaceUNet
 from ragturbo.model.vae import VAE
 from ragturbo.model.weights import write_safetensors
-
-DATABASE = "database"
-TEACHER = "teacher_unet"
 
 
 @dataclass
@@ -47,11 +42,13 @@ class Bundle:
     database_path: Path | None = None
     fingerprints: dict[str, str] = field(default_factory=dict)
     """Of text encoder, UNet encoder, VAE encoder and CLIP key: a database must have been built with the same."""
-    distilled_why: str = f"its {INFO_FILE} says so"
-    """Why `info.distilled` is what it is, for messages."""
+    sampling: Sampling = None  # type: ignore[assignment]  # set in __post_init__
+    """Made from `info` and the scheduler if it is not given."""
 
     def __post_init__(self) -> None:
         text = self.text
+        if self.sampling is None:
+            self.sampling = Sampling.of(self.info, _facts(self.scheduler))
         if not self.fingerprints:
             self.fingerprints = fingerprints(text.text_encoder, self.unet.unet, self.vae.module, text.clip_key)
         _check_widths(self)
@@ -69,14 +66,6 @@ class Bundle:
         """The side in pixels of the images that the UNet was trained for."""
         size = self.unet.unet.config.sample_size
         return (size if isinstance(size, int) else size[0]) * self.vae.factor
-
-    @property
-    def default_steps(self) -> int:
-        return default_steps(self.scheduler, distilled=self.info.distilled)
-
-    @property
-    def default_guidance(self) -> float:
-        return default_guidance(distilled=self.info.distilled)
 
     @property
     def has_lora(self) -> bool:
@@ -130,10 +119,13 @@ class Bundle:
         unet, vae_module = source.load_unet(folder, "unet", variant), source.load_vae(folder, vae, hub)
         clip_key = ClipKey.load(folder) if (folder / clip_key_file.FILE).is_file() else None
         scheduler = source.load_scheduler(folder) if scheduler is None else _checked_scheduler(scheduler)
-        written = BundleInfo.read(folder)
-        info, why = _say_distilled(written, scheduler, distilled)
-        if written is None:
-            info = replace(info, key_kind="pooled" if clip_key is None else "clip", base_model=str(name))
+        info = BundleInfo.read(folder)
+        sampling = Sampling.of(info, _facts(scheduler), distilled)
+        if info is None:
+            info = BundleInfo(
+                sampling.distilled, key_kind="pooled" if clip_key is None else "clip", base_model=str(name)
+            )
+        info = replace(info, distilled=sampling.distilled)
         if info.key_kind == "clip" and clip_key is None:
             raise ModelError(f'the key of {folder} is "clip", but it has no {clip_key_file.FILE}')
         clip_key = clip_key if info.key_kind == "clip" else None
@@ -153,7 +145,7 @@ class Bundle:
             teacher=place(source.load_unet(folder, TEACHER)) if teacher else None,
             database_path=folder / DATABASE if (folder / DATABASE).is_dir() else None,
             fingerprints=names,
-            distilled_why=why,
+            sampling=sampling,
         )
         own = folder if (folder / ADAPTER).is_file() or (folder / LORA).is_dir() else None
         chosen = own if adapter is None else adapter
@@ -185,18 +177,18 @@ class Bundle:
         where = torch.device(device or unet.device)
         precision = dtype or unet.dtype
         scheduler = _checked_scheduler(pipeline.scheduler if scheduler is None else scheduler)
-        info, why = _say_distilled(None, scheduler, distilled)
+        sampling = Sampling.of(None, _facts(scheduler), distilled)
         name = str(getattr(pipeline.config, "_name_or_path", "") or type(pipeline).__name__)
         for module in (pipeline.text_encoder, unet, pipeline.vae):
             nn.Module.to(module, where, precision).requires_grad_(False).eval()
         bundle = cls(
             name=name,
-            info=replace(info, base_model=name),
+            info=BundleInfo(sampling.distilled, base_model=name),
             text=TextEncoder(pipeline.tokenizer, pipeline.text_encoder, None),
             unet=HSpaceUNet(unet),
             vae=VAE(pipeline.vae),
             scheduler=scheduler,
-            distilled_why=why,
+            sampling=sampling,
         )
         if adapter:
             bundle.load_adapter(adapter)
@@ -290,6 +282,10 @@ def check_pipeline(pipeline: Any) -> None:
             )
 
 
+def _facts(scheduler: Any) -> dict[str, Any]:
+    return {**scheduler.config, "_class_name": type(scheduler).__name__}
+
+
 def _checked_scheduler(scheduler: Any) -> Any:
     from diffusers import SchedulerMixin
 
@@ -300,21 +296,6 @@ def _checked_scheduler(scheduler: Any) -> Any:
             option="scheduler",
         )
     return scheduler
-
-
-def _say_distilled(info: BundleInfo | None, scheduler: Any, asked: bool | None) -> tuple[BundleInfo, str]:
-    """Return the info with `distilled` set, and why it has that value."""
-    if asked is not None and not isinstance(asked, bool):
-        raise InvalidRequest(f"distilled={short(asked)} must be True, False or None", option="distilled")
-    if asked is not None:
-        return replace(info or BundleInfo(asked), distilled=asked), f"distilled={asked} was given"
-    if info is not None:
-        return info, f"its {INFO_FILE} says so"
-    why = looks_distilled(scheduler)
-    where = f"there is no {INFO_FILE} that says it"
-    if why is None:
-        return BundleInfo(False), f"its scheduler is that of an undistilled model, and {where}"
-    return BundleInfo(True), f"{why}, and {where}"
 
 
 def _model_index(bundle: Bundle) -> dict[str, Any]:

@@ -12,10 +12,12 @@ from typing import Any
 
 from ragturbo.config import short
 from ragturbo.errors import InvalidRequest, ModelError
+from ragturbo.model.info import BundleInfo, Sampling
 from ragturbo.model.pickles import refuse_pickle, refuse_pickled_model
 
 EMBEDDED = "shapes"
-ADAPTER, LORA = "adapter.safetensors", "decoder_lora"
+ADAPTER, LORA, DATABASE = "adapter.safetensors", "decoder_lora", "database"
+TEACHER = "teacher_unet"
 _PEFT = "adapter_model.safetensors"
 _DIFFUSERS_LORA = "pytorch_lora_weights.safetensors"
 PARTS = ("text_encoder", "tokenizer", "unet", "vae", "scheduler")
@@ -148,6 +150,35 @@ def check_model(folder: Path) -> dict[str, Any]:
             refuse_pickled_model(folder, folder / name)
             raise ModelError(f"{folder / name} has no weights (*.safetensors)")
     return index
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a model, adapter and database given by name have, from their small files alone."""
+
+    folder: Path
+    sampling: Sampling
+    has_adapter: bool
+    database: Path | None
+
+
+def look(
+    model: str | os.PathLike[str], hub: Hub, *, adapter: Any = None, database: Any = None, distilled: bool | None = None
+) -> Parts:
+    """Find and check the parts of a Generator before anything is loaded; the arguments are those of from_pretrained."""
+    folder = resolve(model, hub)
+    check_model(folder)
+    if adapter:
+        has_adapter = find_adapter(Path(adapter).expanduser())[0] is not None
+    else:
+        has_adapter = adapter is None and (folder / ADAPTER).is_file()
+    own = folder / DATABASE
+    if database is None and own.is_dir():
+        database = own
+    sampling = Sampling.of(
+        BundleInfo.read(folder), read_json(folder / "scheduler" / "scheduler_config.json"), distilled
+    )
+    return Parts(folder, sampling, has_adapter, None if database is False or database is None else Path(database))
 
 
 def find_adapter(path: Path) -> tuple[Path | None, Path | None]:

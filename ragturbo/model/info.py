@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ragturbo.config import RETRIEVERS
-from ragturbo.errors import ModelError
+from ragturbo.config import RETRIEVERS, short
+from ragturbo.errors import InvalidRequest, ModelError
 from ragturbo.version import __version__
 
 FILE = "ragturbo.json"
+# One-step and few-step students are distilled for at most the four steps of the paper's T_4.
+DISTILLED_MAX_STEPS = 4
+# Consistency models are sampled in several steps.
+_CONSISTENCY = ("LCMScheduler", "TCDScheduler")
 FORMAT = 1
 KEY_KINDS = ("pooled", "clip")
 ADAPTER_KINDS = ("transformer", "attention")
@@ -74,3 +79,43 @@ class BundleInfo:
 
     def write(self, folder: Path) -> None:
         (folder / FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", "utf-8")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How many steps a model takes, and what a request that does not say gets."""
+
+    distilled: bool
+    why: str
+    """Why it counts as distilled or not, for messages."""
+    most_steps: int
+    steps: int
+    guidance_scale: float
+
+    @classmethod
+    def of(cls, info: BundleInfo | None, scheduler: Mapping[str, Any], asked: bool | None = None) -> Sampling:
+        """Args:
+        info: None if the model has no ragturbo.json.
+        scheduler: its configuration, with "_class_name".
+        asked: what the caller says of the model; None: nothing.
+        """
+        if asked is not None and not isinstance(asked, bool):
+            raise InvalidRequest(f"distilled={short(asked)} must be True, False or None", option="distilled")
+        kind, distilled = scheduler.get("_class_name"), False
+        if asked is not None:
+            distilled, why = asked, f"distilled={asked} was given"
+        elif info is not None:
+            distilled, why = info.distilled, f"its {FILE} says so"
+        else:
+            if kind in _CONSISTENCY:
+                distilled, why = True, f"its scheduler is {kind}"
+            elif scheduler.get("timestep_spacing") == "trailing":
+                distilled, why = True, "its scheduler's timesteps are trailing"
+            else:
+                why = "its scheduler is that of an undistilled model"
+            why += f", and it has no {FILE}"
+        if distilled:
+            return cls(True, why, DISTILLED_MAX_STEPS, DISTILLED_MAX_STEPS if kind in _CONSISTENCY else 1, 0.0)
+        most = int(scheduler.get("num_train_timesteps", 1000))
+        # The defaults of diffusers' pipelines; 50 steps are those of the paper's teacher.
+        return cls(False, why, most, min(50, most), 7.5)

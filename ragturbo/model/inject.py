@@ -82,7 +82,9 @@ def check_equal_grids(
     retrieved = f"{theirs} tokens" if isinstance(theirs, int) else f"{theirs[0]}x{theirs[1]}"
     raise InvalidRequest(
         f"slerp and lerp need equal feature grids: {image} has features of {own[0]}x{own[1]}, its neighbours "
-        f"{retrieved}. Generate at the size of the database's images, or use mode='adapter', which takes any grid."
+        f"{retrieved}. Generate at the size of the database's images, or use mode='none', or an adapter, which "
+        "takes any grid.",
+        option="height",
     )
 
 

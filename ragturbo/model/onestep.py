@@ -16,10 +16,9 @@ from diffusers import EulerDiscreteScheduler
 from torch import Tensor
 
 from ragturbo.errors import InvalidRequest, ModelError
+from ragturbo.model.info import DISTILLED_MAX_STEPS
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-# One-step and few-step students are distilled for at most the four steps of the paper's T_4.
-DISTILLED_MAX_STEPS = 4
 
 
 class EulerSchedule:
@@ -121,32 +120,6 @@ def make_schedule(
 
 def max_steps(scheduler: Any, *, distilled: bool) -> int:
     return DISTILLED_MAX_STEPS if distilled else int(scheduler.config.num_train_timesteps)
-
-
-def looks_distilled(scheduler: Any) -> str | None:
-    """Why a model with this scheduler seems to be distilled, for folders that do not say it; None if it does not."""
-    if _is_consistency(scheduler):
-        return f"its scheduler is {type(scheduler).__name__}"
-    if getattr(scheduler.config, "timestep_spacing", None) == "trailing":
-        return "its scheduler's timesteps are trailing"
-    return None
-
-
-def default_steps(scheduler: Any, *, distilled: bool) -> int:
-    """Steps of a request that does not say: as many as the model needs."""
-    if not distilled:
-        # The default of diffusers' pipelines, and the paper's teacher.
-        return min(50, max_steps(scheduler, distilled=False))
-    return DISTILLED_MAX_STEPS if _is_consistency(scheduler) else 1
-
-
-def default_guidance(*, distilled: bool) -> float:
-    return 0.0 if distilled else 7.5
-
-
-def _is_consistency(scheduler: Any) -> bool:
-    """Consistency models are sampled in four steps or more."""
-    return type(scheduler).__name__ in ("LCMScheduler", "TCDScheduler")
 
 
 def guided(out_negative: Tensor, out: Tensor, guidance_scale: float) -> Tensor:

@@ -155,7 +155,7 @@ class Service:
         """The sizes this server makes, as arguments of parse_size."""
         generator = self.loaded_generator()
         default = generator.default_size
-        return {"step": generator._bundle.vae.factor, "default": default, "most": self.config.max_side or 2 * default}
+        return {"step": generator.bundle.vae.factor, "default": default, "most": self.config.max_side or 2 * default}
 
     def retrieves(self, mode: str | None) -> bool:
         """Whether a request in this mode has neighbours. Raises APIError if the mode cannot be used here."""

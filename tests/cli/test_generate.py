@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -78,11 +79,11 @@ def test_several_images_are_numbered_and_json_is_all_there_is_on_stdout(ragturbo
     ("arguments", "code", "message"),
     [
         (["generate", ""], 2, "prompt is empty"),
-        (["generate", PROMPT, "--mode", "magic"], 2, "'magic' is not one of"),
-        (["generate", PROMPT, "-w", "0.5"], 2, "w has no effect"),
+        (["generate", PROMPT, "--mode", "magic"], 2, "--mode magic is not one of"),
+        (["generate", PROMPT, "-w", "0.5"], 2, "-w has no effect"),
         (["generate"], 2, "Missing argument"),
-        (["generate", PROMPT, "--engine", "warp"], 2, "'warp' is not one of"),
-        (["generate", PROMPT, "-o", "x.nothing"], 2, "cannot write"),
+        (["generate", PROMPT, "--engine", "warp"], 2, "--engine warp is not one of"),
+        (["generate", PROMPT, "-o", "x.nothing"], 2, "must end in .png"),
         (["generate", PROMPT, "--database", "nowhere"], 3, "nowhere"),
         (["generate", PROMPT, "--adapter", "nowhere"], 3, "nowhere"),
     ],
@@ -92,6 +93,94 @@ def test_a_mistake_is_one_line_and_the_exit_code_of_its_kind(ragturbo, tiny_sd21
     assert done.returncode == code, done.stderr
     assert message in done.stderr and "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_mistake_that_needs_no_model_is_answered_without_importing_torch(tmp_path):
+    """In processes of their own: torch takes seconds to import, and models longer."""
+    mistakes = [
+        ["generate", ""],
+        ["generate", PROMPT, "--mode", "adaptr"],
+        ["generate", PROMPT, "--steps", "9"],
+        ["generate", PROMPT, "-w", "0.5"],
+        ["generate", PROMPT, "--dtype", "float8"],
+        ["generate", PROMPT, "--device", "tpu"],
+        ["generate", PROMPT, "-n", "0"],
+        ["generate", PROMPT, "-o", "x.tiff"],
+        ["generate", PROMPT, "--model", "./nowhere"],
+        ["generate", PROMPT, "--database", "nowhere"],
+        ["generate", PROMPT, "--adapter", "nowhere"],
+        ["profile", PROMPT, "--steps", "9"],
+        ["eval", "--suite", "nothing"],
+        ["eval", "--model", "./nowhere"],
+        ["bench", "breakdown", "--profile", "fast"],
+        ["convert", "nowhere", "out"],
+        ["db", "build", "nowhere", "-o", "db"],
+        ["db", "info", "nowhere"],
+        ["train", "nowhere", "--out", "run"],
+        ["data", "encode", "nowhere", "--out", "data", "--model", "shapes"],
+    ]
+    program = (
+        "import json, sys\nfrom ragturbo.cli import main\n"
+        "for line in json.loads(sys.argv.pop()):\n    sys.argv[1:] = line\n    try:\n        main()\n"
+        "    except SystemExit as stop:\n        print(stop.code, 'torch' in sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, json.dumps(mistakes)], capture_output=True, text=True, cwd=tmp_path, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    answers = [line.split() for line in done.stdout.splitlines()]
+    assert len(answers) == len(mistakes)
+    wrong = [
+        mistake for mistake, (code, torch) in zip(mistakes, answers, strict=True) if code == "0" or torch == "True"
+    ]
+    assert not wrong, done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["generate", PROMPT, "--steps", "0"], "--steps 0 must be a whole number"),
+        (["generate", PROMPT, "-n", "0"], "--num-images 0 must be a whole number"),
+        (["generate", PROMPT, "--guidance", "7.5"], "--guidance 7.5: a distilled model.*--undistilled says"),
+        (["generate", PROMPT, "--mode", "slerp", "--lam", "1"], "needs a database .--database.$"),
+        (["generate", PROMPT, "--num-neighbors", "2"], "--num-neighbors has no effect with --mode none"),
+    ],
+)
+def test_an_error_speaks_of_the_options_of_the_command_line(ragturbo, tiny_sd21, arguments, says):
+    done = ragturbo(*arguments, "--model", tiny_sd21)
+    assert done.returncode == 2 and re.search(says, done.stderr), done.stderr
+    assert not re.search(r"num_inference_steps|num_images_per_prompt|guidance_scale|\w+='", done.stderr)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["generate", ""], ["generate"], ["db", "info", "nowhere"], ["generate", PROMPT, "--stepz", "1"]]
+)
+def test_an_error_is_json_where_json_is_asked_for(ragturbo, arguments):
+    done = ragturbo(*arguments, "--json")
+    error = json.loads(done.stdout)["error"]
+    assert error["exit_code"] == done.returncode != 0 and error["message"] in done.stderr and error["type"]
+
+
+def test_a_folder_as_out_gets_the_files_and_missing_folders_are_made(ragturbo, tiny_sd21, tmp_path):
+    (tmp_path / "there").mkdir()
+    for out, file in (("there", "there/out.png"), ("new/", "new/out.png"), ("a/b/x.webp", "a/b/x.webp")):
+        done = ragturbo("generate", PROMPT, "--model", tiny_sd21, "-o", out)
+        assert done.returncode == 0 and done.stdout.startswith(f"{file}  seed"), done.stderr
+        assert (tmp_path / file).is_file()
+    (tmp_path / "file").write_text("")
+    done = ragturbo("generate", PROMPT, "--model", tiny_sd21, "-o", "file/x.png")
+    assert done.returncode == 2 and "file is a file" in done.stderr
+
+
+def test_a_long_prompt_is_printed_short(ragturbo, tiny_sd21):
+    done = ragturbo("generate", "a red circle " * 40, "--model", tiny_sd21)
+    assert done.returncode == 0 and len(done.stdout.splitlines()[0]) < 130 and "…" in done.stdout
+
+
+def test_a_database_without_an_adapter_is_used_and_said(ragturbo, tmp_path):
+    done = ragturbo("generate", PROMPT, "--adapter", "off", "--seed", 7)
+    assert done.returncode == 0 and "λ" in done.stdout and "mode slerp" in done.stderr
 
 
 def test_a_missing_model_is_bad_data(ragturbo):

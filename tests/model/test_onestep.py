@@ -23,7 +23,8 @@ from torch import Tensor
 
 from ragturbo.errors import InvalidRequest, ModelError
 from ragturbo.model.bundle import Bundle
-from ragturbo.model.onestep import EulerSchedule, SchedulerLoop, guided, looks_distilled, make_schedule
+from ragturbo.model.info import Sampling
+from ragturbo.model.onestep import EulerSchedule, SchedulerLoop, guided, make_schedule
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
@@ -169,9 +170,16 @@ def test_a_distilled_model_takes_one_to_four(tiny: ModuleType) -> None:
 
 
 def test_distilled_means_trailing_where_nothing_says_so(tiny: ModuleType) -> None:
-    assert "trailing" in looks_distilled(tiny.scheduler("sd21"))
-    assert looks_distilled(tiny.scheduler("sd15")) is None and looks_distilled(PNDMScheduler()) is None
-    assert looks_distilled(LCMScheduler()) == "its scheduler is LCMScheduler"
+    def sampling(scheduler: Any, asked: bool | None = None) -> Sampling:
+        return Sampling.of(None, {**scheduler.config, "_class_name": type(scheduler).__name__}, asked)
+
+    turbo = sampling(tiny.scheduler("sd21"))
+    assert (turbo.distilled, turbo.steps, turbo.guidance_scale) == (True, 1, 0.0) and "trailing" in turbo.why
+    for plain in (sampling(tiny.scheduler("sd15")), sampling(PNDMScheduler())):
+        assert (plain.distilled, plain.steps, plain.guidance_scale) == (False, 50, 7.5)
+    consistency = sampling(LCMScheduler())
+    assert (consistency.distilled, consistency.steps) == (True, 4) and "LCMScheduler" in consistency.why
+    assert not sampling(tiny.scheduler("sd21"), False).distilled and sampling(PNDMScheduler(), True).distilled
 
 
 def test_an_unknown_prediction_type_is_named() -> None:

@@ -1,0 +1,82 @@
+"""Report an error of a command: one line on stderr in the words of the command line, JSON on stdout, an exit code."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from typing import Any
+
+import typer
+
+# Names in Python whose option is called differently.
+_OPTIONS = {
+    "num_inference_steps": "steps", "guidance_scale": "guidance", "num_images_per_prompt": "num-images",
+    "output_type": "out", "model_path": "model",
+}  # fmt: skip
+# `name=value`, and a name that a sentence is about: "w has no effect", "w is the blend".
+_ASSIGNED = re.compile(r"(?<![\w'`/.])([a-z][a-z_]*)=(True\b|False\b|None\b|'[^']*'|[-\w.+…]+)?")
+_SUBJECT = re.compile(
+    r"^(num_inference_steps|guidance_scale|negative_prompt|num_images_per_prompt|num_neighbors|min_score|w|lam|query|per|"
+    r"compose|output_type|seed|height|width)(?= (has|is|must|lists)\b)"
+)
+# What only Python has.
+_PYTHON_ONLY = re.compile(r" or (?:load_adapter|use_database)\(\)(?:\) or neighbors=(?P<end>))?")
+
+
+def in_cli_words(message: str) -> str:
+    """Replace Python's names of options: "num_inference_steps=9" -> "--steps 9"."""
+
+    def option(name: str) -> str:
+        return "-w" if name == "w" else f"--{_OPTIONS.get(name, name).replace('_', '-')}"
+
+    def assigned(match: re.Match[str]) -> str:
+        name, value = match[1], match[2]
+        if value in ("True", "False"):
+            switch = {("distilled", "False"): "--undistilled", ("local_files_only", "True"): "--local-files-only"}
+            off = f"--no-{name.replace('_', '-')}"
+            return switch.get((name, value), option(name) if value == "True" else off)
+        return option(name) + ("" if value is None else f" {value.strip(chr(39))}")
+
+    text = _PYTHON_ONLY.sub(lambda match: "" if match["end"] is None else ")", message)
+    text = _SUBJECT.sub(lambda match: option(match[1]), text)
+    return _ASSIGNED.sub(assigned, text)
+
+
+def exit_code(error: BaseException) -> int:
+    """2 usage, 3 unusable model, database or file, 4 device or generation failure."""
+    from ragturbo.errors import DatabaseError, InvalidRequest, ModelError
+
+    if isinstance(error, InvalidRequest):
+        return 2
+    return 3 if isinstance(error, (DatabaseError, ModelError, OSError)) else 4
+
+
+def report(error: BaseException, arguments: list[str]) -> int:
+    """Print an error and return the exit code. With --json, stdout has it as {"error": {...}}."""
+    from ragturbo.errors import InvalidRequest
+
+    code, kind, hint = exit_code(error), type(error).__name__, ""
+    if isinstance(error, CLICK_ERROR):
+        if kind == "NoArgsIsHelpError":
+            error.show()  # type: ignore[attr-defined]
+            return 2
+        code, kind, message = error.exit_code, "UsageError", error.format_message()  # type: ignore[attr-defined]
+        path = getattr(getattr(error, "ctx", None), "command_path", "ragturbo")
+        hint = f"\nTry `{path} --help`."
+    elif isinstance(error, OSError):
+        where = f": {error.filename}" if error.filename else ""
+        message = f"{error.strerror or error}{where}"
+    else:
+        message = str(error)
+    if isinstance(error, InvalidRequest):
+        message = in_cli_words(message)
+    print(f"ragturbo: {message}{hint}", file=sys.stderr)
+    if "--json" in arguments:
+        facts: dict[str, Any] = {"type": kind, "message": message, "exit_code": code}
+        print(json.dumps({"error": facts}, indent=2))
+    return code
+
+
+# typer has its own copy of click since 0.16, or so.
+CLICK_ERROR: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
