@@ -68,8 +68,7 @@ def load_text_keys(model: Any, folder: Path, key_kind: str, check: Check, hub: H
         home = resolve(name, hub or Hub(local_files_only=True))
     except ModelError as error:
         raise InvalidRequest(
-            f"{folder} was built by {name}, which is not on this machine: pass model=, its name or folder "
-            f"({error})",
+            f"{folder} was built by {name}, which is not on this machine: pass model=, its name or folder ({error})",
             option="model",
         ) from error
     return _of_folder(home, key_kind, check)
