@@ -1,4 +1,4 @@
-"""Write DIR/sheet.html: the images and neighbours of every prompt, and a blind vote between two systems.
+"""Write DIR/sheet.html: every prompt's images, with seeds, scores and neighbours, and a blind vote between two systems.
 
 The page needs no server; it links the images in DIR/images.
 """
@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from ragturbo.evaluate.images import image_path, read_notes, write_file
+from ragturbo.evaluate.images import image_path, neighbor_path, read_notes, write_file
+from ragturbo.evaluate.scores import ImageScore
 from ragturbo.evaluate.suites import Prompt, Suite
 from ragturbo.evaluate.systems import SystemSpec
 
@@ -22,6 +24,8 @@ table {{ border-collapse: collapse; }} td, th {{ padding: .4rem; vertical-align:
 img {{ width: 192px; image-rendering: pixelated; display: block; }}
 small {{ color: #666; display: block; max-width: 192px; }}
 td.prompt {{ max-width: 16rem; }}
+figure {{ display: inline-block; margin: .3rem .3rem 0 0; width: 92px; vertical-align: top; }}
+figure img {{ width: 64px; }} figcaption {{ color: #666; font-size: 11px; }}
 #vote img {{ cursor: pointer; width: 256px; }} #vote td {{ padding-right: 1rem; }}
 </style>
 <h1>{title}</h1>
@@ -72,19 +76,35 @@ show();
 """
 
 
-def write_sheet(out: Path, suite: Suite, specs: Sequence[SystemSpec], titles: Sequence[str], limit: int = 200) -> None:
-    """Write the page for the first `limit` prompts; thousands of images would load slowly."""
+Scores = Mapping[str, Mapping[str, ImageScore]]
+"""By metric and prompt id."""
+
+
+def write_sheet(
+    out: Path,
+    suite: Suite,
+    specs: Sequence[SystemSpec],
+    titles: Sequence[str],
+    scores: Sequence[Scores],
+    limit: int = 200,
+) -> None:
+    """Write the page for the first `limit` prompts; thousands of images would load slowly.
+
+    titles, scores: of each system.
+    """
     prompts = suite.prompts[:limit]
     notes = [read_notes(out, spec) for spec in specs]
     rows = []
     for prompt in prompts:
         cells = [f'<td class="prompt">{html.escape(prompt.text)}<small>{html.escape(prompt.group)}</small></td>']
-        for spec, by_prompt in zip(specs, notes, strict=True):
+        for spec, by_prompt, found in zip(specs, notes, scores, strict=True):
             note = by_prompt.get(prompt.id, {})
-            captions = [f"neighbour: {caption}" for caption in note.get("neighbors", [])]
-            captions += [note["chosen"]] if note.get("chosen") else []
-            small = "".join(f"<small>{html.escape(line)}</small>" for line in captions)
-            cells.append(f'<td><img loading="lazy" src="{_src(out, spec, prompt)}" alt="">{small}</td>')
+            lines = [f"{metric} {of[prompt.id].value:.3f}" for metric, of in found.items() if prompt.id in of]
+            lines += [f"seed {note.get('seed', prompt.seed)}", note.get("chosen", "")]
+            small = f"<small>{html.escape(' · '.join(filter(None, lines)))}</small>"
+            cells.append(
+                f'<td><img loading="lazy" src="{_src(out, spec, prompt)}" alt="">{small}{_neighbors(out, note)}</td>'
+            )
         rows.append(f"<tr>{''.join(cells)}</tr>")
     data = {
         "title": suite.title,
@@ -99,6 +119,18 @@ def write_sheet(out: Path, suite: Suite, specs: Sequence[SystemSpec], titles: Se
         data=json.dumps(data).replace("</", "<\\/"),
     )
     write_file(out / "sheet.html", page)
+
+
+def _neighbors(out: Path, note: Mapping[str, Any]) -> str:
+    """The thumbnails of the neighbours, where the database has them, and their captions."""
+    cells = []
+    captions = note.get("neighbors", [])
+    for id, caption in zip(note.get("neighbor_ids", [-1] * len(captions)), captions, strict=True):
+        path = neighbor_path(out, id)
+        image = f'<img loading="lazy" src="{path.relative_to(out).as_posix()}" alt="">' if path.exists() else ""
+        number = "" if id < 0 else f"#{id} "
+        cells.append(f"<figure>{image}<figcaption>{number}{html.escape(caption)}</figcaption></figure>")
+    return f"<div>{''.join(cells)}</div>" if cells else ""
 
 
 def _src(out: Path, spec: SystemSpec, prompt: Prompt) -> str:

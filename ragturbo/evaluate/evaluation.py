@@ -68,6 +68,7 @@ class Evaluation:
         if fid is not None:
             about["fid"] = fid.about
         rows: list[Row] = []
+        all_scores = []
         baseline = None
         for spec in self.systems:
             scores = {metric.name: read_scores(self.out, metric.name, spec) for metric in self.metrics}
@@ -77,9 +78,10 @@ class Evaluation:
             facts = json.loads((self.out / "images" / spec.slug / "system.json").read_text("utf-8"))
             prompts = self.suite.prompts
             rows.append(make_row(spec.text, facts["title"], facts["steps"], prompts, scores, baseline, numbers))
+            all_scores.append(scores)
             baseline = baseline or scores
         write_report(self.out, self.suite, rows, about, self.command)
-        write_sheet(self.out, self.suite, self.systems, [row.title for row in rows])
+        write_sheet(self.out, self.suite, self.systems, [row.title for row in rows], all_scores)
         return rows
 
 

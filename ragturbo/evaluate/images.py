@@ -1,6 +1,7 @@
 """Draw the images of an evaluation and store them with notes.
 
     DIR/images/<system>/<prompt id>.png    DIR/images/<system>/notes-<rank>.jsonl    DIR/run.json
+    DIR/images/neighbors/<pair id>.webp
 
 Images that exist are not drawn again, so a killed run can be continued. Under torchrun every process draws every
 world-size-th prompt.
@@ -85,8 +86,14 @@ def draw_images(
             with open(folder / f"notes-{rank}.jsonl", "a", encoding="utf-8") as file:
                 for prompt, one in zip(part, drawn, strict=True):
                     note = {"id": prompt.id, "prompt": prompt.text, "seed": prompt.seed}
-                    note |= {"neighbors": list(one.neighbors), "chosen": one.chosen}
+                    note |= {"neighbors": [n.caption or "" for n in one.neighbors], "chosen": one.chosen}
+                    note["neighbor_ids"] = [n.id for n in one.neighbors]
                     file.write(json.dumps(note) + "\n")
+            for neighbor in {n.id: n for one in drawn for n in one.neighbors}.values():
+                path = neighbor_path(out, neighbor.id)
+                if not path.exists() and (thumbnail := neighbor.thumbnail) is not None:
+                    path.parent.mkdir(exist_ok=True)
+                    write_file(path, thumbnail)
             for prompt, one in zip(part, drawn, strict=True):
                 png = io.BytesIO()
                 one.image.save(png, "PNG", compress_level=1)
@@ -99,6 +106,11 @@ def draw_images(
 
 def image_path(out: Path, spec: SystemSpec, prompt: Prompt) -> Path:
     return out / "images" / spec.slug / f"{prompt.id}.png"
+
+
+def neighbor_path(out: Path, id: int) -> Path:
+    """The thumbnail of a pair; all systems of a run have one database."""
+    return out / "images" / "neighbors" / f"{id}.webp"
 
 
 def read_notes(out: Path, spec: SystemSpec) -> dict[str, dict[str, Any]]:

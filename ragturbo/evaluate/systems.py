@@ -16,6 +16,7 @@ from PIL import Image
 
 from ragturbo.errors import InvalidRequest, ModelError
 from ragturbo.generate import Generator
+from ragturbo.neighbor import Neighbor
 
 ScoreImage = Callable[[int, Image.Image], float]
 """(index of the prompt, image) -> score; best-of systems choose by it."""
@@ -75,8 +76,8 @@ class LoadOptions:
 @dataclass(frozen=True)
 class DrawnImage:
     image: Image.Image
-    neighbors: tuple[str, ...] = ()
-    """Captions of the neighbours that were used."""
+    neighbors: tuple[Neighbor, ...] = ()
+    """Those that were used."""
     chosen: str = ""
     """The chosen candidate of a best-of system."""
 
@@ -126,7 +127,7 @@ class GeneratorSystem:
     def _generate(self, prompts: Sequence[str], seeds: Sequence[int], **options: Any) -> list[DrawnImage]:
         out = self.generator(list(prompts), seed=list(seeds), **options)
         return [
-            DrawnImage(image, tuple(n.caption or "" for n in neighbors if n.used))
+            DrawnImage(image, tuple(n for n in neighbors if n.used))
             for image, neighbors in zip(out.images, out.neighbors, strict=True)
         ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -17,11 +18,11 @@ import torch
 from PIL import Image
 
 from ragturbo import Database, Generator
-from ragturbo.errors import InvalidRequest
+from ragturbo.errors import InvalidRequest, ModelError
 from ragturbo.evaluate.evaluation import Evaluation
 from ragturbo.evaluate.faithfulness import Faithfulness
 from ragturbo.evaluate.images import draw_images, image_path, read_notes
-from ragturbo.evaluate.scores import ImageScore
+from ragturbo.evaluate.scores import ImageScore, read_scores
 from ragturbo.evaluate.suites import Suite, shapes, text
 from ragturbo.evaluate.systems import LoadOptions, open_system, parse_system
 from ragturbo.model.adapter import HSpaceAdapter
@@ -46,11 +47,18 @@ def model(tiny, tmp_path_factory) -> Path:
         keys, rows = gen._engine.encode_pairs(CAPTIONS, images)
         side = int(rows.shape[1] ** 0.5)
         geometry = Geometry(side, side, rows.shape[2], "float16", keys.shape[1])
-        records = [Record(i, caption) for i, caption in enumerate(CAPTIONS)]
+        # The last pair has no thumbnail.
+        records = [Record(i, c, thumbnail=None if i == 3 else thumbnail(i)) for i, c in enumerate(CAPTIONS)]
         batch = (records, keys.numpy(), rows.numpy().astype(np.float16))
         Database.write(path / "database", [batch], geometry=geometry, encoder=bundle.fingerprint())
     UNet2DConditionModel.from_pretrained(path / "unet").save_pretrained(path / "teacher_unet")
     return path
+
+
+def thumbnail(i: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 32), (60 * i, 0, 0)).save(buffer, "WEBP")
+    return buffer.getvalue()
 
 
 @pytest.fixture
@@ -107,6 +115,21 @@ def test_the_report_has_the_table_and_the_sheet_escapes_what_prompts_hold(model,
     assert all((out / src).is_file() for src in re.findall(r'<img loading="lazy" src="([^"]+)"', sheet))
 
 
+def test_the_sheet_shows_each_images_seed_and_score_and_the_pictures_of_its_neighbours(model, suite, tmp_path):
+    out = tmp_path / "out"
+    evaluation(suite, ["student", "adapter"], model, out).run()
+    sheet, prompts = (out / "sheet.html").read_text(), suite.prompts
+    scores = read_scores(out, "brightness", parse_system("adapter"))
+    cells = re.findall(r"<td><img.*?</td>", sheet)
+    assert len(cells) == 2 * len(prompts)
+    for prompt, cell in zip(prompts, cells[1::2], strict=True):
+        assert f"brightness {scores[prompt.id].value:.3f} · seed {prompt.seed}" in cell
+        [id] = read_notes(out, parse_system("adapter"))[prompt.id]["neighbor_ids"]
+        assert f"#{id} {CAPTIONS[id]}" in cell and (f"images/neighbors/{id}.webp" in cell) == (id != 3)
+    assert "<figure>" not in "".join(cells[::2])
+    assert (out / "images/neighbors/0.webp").read_bytes() == thumbnail(0)
+
+
 def test_by_default_a_model_is_asked_for_what_it_can_do(model, tiny_sd21):
     from ragturbo.cli.eval import default_systems
 
@@ -115,7 +138,9 @@ def test_by_default_a_model_is_asked_for_what_it_can_do(model, tiny_sd21):
 
     assert systems(model) == "student,slerp@w=0.8,adapter,teacher@guidance=3"
     assert systems(model, suite="text", adapter="off") == "student,slerp@w=0.8,teacher"
-    assert systems(tiny_sd21) == systems(tiny_sd21, adapter="some") == "student"
+    assert systems(tiny_sd21) == "student"
+    with pytest.raises(ModelError, match="there is no adapter some"):
+        systems(tiny_sd21, adapter="some")
     assert systems(tiny_sd21, database="some") == "student,slerp@w=0.8"
     assert systems(model, database="off") == "student,teacher@guidance=3"
 
