@@ -323,13 +323,6 @@ class Generator:
         from ragturbo.engine.build import open_database
 
         opened = None if database is None else open_database(database, self._bundle, self.config)
-        if opened is not None and self._bundle.adapter is None and not self._said_slerp:
-            self._said_slerp = True
-            log.warning(
-                "%s has no adapter: by default retrieved features are blended in by slerp with w = 0.8, which needs no "
-                "training; adapter= loads one, mode= and w= of a call change it",
-                self._bundle.name,
-            )
         with self._swap:
             self._database = opened
 
@@ -499,6 +492,13 @@ class Generator:
             compose_by_default=self._compose, **options,
         )  # fmt: skip
         request.log_notes = self.config.log_prompts
+        if request.mode == "slerp" and options.get("mode") is None and not self._said_slerp:
+            self._said_slerp = True
+            log.warning(
+                "%s has no adapter: retrieved features are blended in by slerp with w = 0.8, which needs no training; "
+                "adapter= loads one, mode= and w= choose",
+                self._bundle.name,
+            )
         self._executor.submit(request, reservation)
         return request
 

@@ -184,9 +184,18 @@ def test_without_a_database_and_with_one_put_in_later(folder):
         assert gen(PROMPT, seed=1).mode == "none"
 
 
-def test_the_baseline_is_a_generator_without_adapter(folder):
+def test_a_database_without_an_adapter_is_used_by_slerp_which_is_said_once(folder, caplog):
     with Generator.from_pretrained(folder, adapter=False, device="cpu") as gen:
-        assert gen(PROMPT, seed=1).mode == "slerp"
-        assert gen(PROMPT, seed=1, mode="none").mode == "none"
+        assert gen(PROMPT, seed=1, mode="none").mode == "none" and not caplog.records
+        assert gen.info["mode"] == "slerp" and "mode 'slerp'" in repr(gen)
+        by_default = [gen(PROMPT, seed=1, output_type="uint8") for _ in range(2)][0]
+        assert by_default.mode == "slerp" and by_default.neighbors[0]
+        assert "no adapter: retrieved features are blended in by slerp with w = 0.8" in caplog.text
+        assert len(caplog.records) == 1
+        assert np.array_equal(by_default.images, gen(PROMPT, seed=1, mode="slerp", w=0.8, output_type="uint8").images)
+
+
+def test_an_adapter_that_is_loaded_later_is_the_default(folder):
+    with Generator.from_pretrained(folder, adapter=False, device="cpu") as gen:
         gen.load_adapter(folder)
         assert gen(PROMPT, seed=1).mode == "adapter"
