@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ragturbo.cli.terminal import quiet_libraries
+
+if TYPE_CHECKING:
+    from ragturbo.train.report import DataReport
 
 app = typer.Typer(
     help="Make training data: teacher latents, encoded images, neighbours, latent LPIPS.", no_args_is_help=True
@@ -18,14 +22,15 @@ Model = Annotated[str, typer.Option(help="A local folder or a hub id.")]
 Caption = Annotated[str, typer.Option(help="Name of the caption column.")]
 ScoreColumn = Annotated[str | None, typer.Option(help="Name of a column of scores, with --min-score.")]
 MinScore = Annotated[float | None, typer.Option(help="Skip rows with a lower score.")]
-Batch = Annotated[int, typer.Option(help="Samples per forward pass. Must not change on resume.")]
-ShardSize = Annotated[int, typer.Option(help="Inputs per shard, the unit of work and of resuming.")]
+Batch = Annotated[int, typer.Option(min=1, help="Samples per forward pass. Must not change on resume.")]
+ShardSize = Annotated[int, typer.Option(min=1, help="Inputs per shard, the unit of work and of resuming.")]
 Dtype = Annotated[str, typer.Option(help="Storage type: float16, bfloat16 or float32.")]
 Precision = Annotated[str | None, typer.Option(help="Compute type; by default float16 on a GPU.")]
 StoreText = Annotated[
     bool, typer.Option("--store-text", help="Also store text states, so that training needs no text encoder.")
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; by default the launcher's.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command()
@@ -34,27 +39,34 @@ def teacher(
     out: Out,
     model: Model,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance.")] = 7.5,
-    steps: Annotated[int, typer.Option(help="Steps of the teacher.")] = 50,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the teacher.")] = 50,
     seed: Annotated[int, typer.Option(help="The noise of prompt i is drawn from (seed, i).")] = 0,
     caption_column: Caption = "caption",
     score_column: ScoreColumn = None,
     min_score: MinScore = None,
-    limit: Annotated[int | None, typer.Option(help="Use only the first prompts.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first prompts.")] = None,
     batch: Batch = 16,
     shard_size: ShardSize = 1024,
     dtype: Dtype = "float16",
     precision: Precision = None,
     store_text: StoreText = False,
     device: Device = None,
+    as_json: Json = False,
 ) -> None:
     """Generate latents with the teacher, stored with the noise they were generated from."""
-    quiet_libraries()
+    _check_options(device, dtype, precision)
+    # Mistakes are reported before torch is imported, which takes seconds.
+    from ragturbo.train.folder import check_output
     from ragturbo.train.prompts import read_prompts
-    from ragturbo.train.teacher import make_teacher_data
 
     chosen = read_prompts(prompts, caption=caption_column, score_column=score_column, min_score=min_score, limit=limit)
-    written = make_teacher_data(
-        chosen,
+    check_output(out)
+    _check_model(model)
+    quiet_libraries()
+    from ragturbo.train.teacher import make_teacher_data
+
+    report = make_teacher_data(
+        chosen.texts,
         out,
         model=model,
         guidance=guidance,
@@ -62,12 +74,13 @@ def teacher(
         seed=seed,
         batch=batch,
         shard_size=shard_size,
-        dtype=_dtype(dtype, "--dtype"),
-        precision=precision and _dtype(precision, "--precision"),
+        dtype=dtype,
+        precision=precision,
         store_text=store_text,
         device=device,
+        left_out=chosen.left_out,
     )
-    typer.echo(f"wrote {written} shards to {out}")
+    _say(report, as_json)
 
 
 @app.command()
@@ -75,60 +88,77 @@ def encode(
     pairs: Annotated[str, typer.Argument(help="A folder, .jsonl, .csv, .parquet or .tar files, as for `db build`.")],
     out: Out,
     model: Model,
-    min_size: Annotated[int, typer.Option(help="Skip images with a shorter side, in pixels.")] = 1024,
+    min_size: Annotated[int, typer.Option(min=1, help="Skip images with a shorter side, in pixels.")] = 1024,
     caption_column: Caption = "caption",
     image_column: Annotated[str, typer.Option(help="Name of the image column, or a pattern over columns.")] = "image",
     image_root: Annotated[Path | None, typer.Option(help="Folder that image paths are relative to.")] = None,
     score_column: ScoreColumn = None,
     min_score: MinScore = None,
-    size: Annotated[int | None, typer.Option(help="Image side in pixels; by default the model's.")] = None,
+    size: Annotated[int | None, typer.Option(min=1, help="Image side in pixels; by default the model's.")] = None,
     batch: Batch = 16,
     shard_size: ShardSize = 1024,
     dtype: Dtype = "float16",
     precision: Precision = None,
     store_text: StoreText = False,
     device: Device = None,
+    as_json: Json = False,
 ) -> None:
-    """Encode real captioned images as latents."""
+    """Encode real captioned images as latents. What is left out is counted, and listed in OUT/skipped.jsonl."""
+    _check_options(device, dtype, precision)
+    from ragturbo.retrieval.sources import Columns, open_source
+    from ragturbo.train.folder import check_output
+
+    columns = Columns(caption_column, image_column, image_root)
+    open_source(pairs, columns)
+    check_output(out)
+    _check_model(model)
     quiet_libraries()
-    from ragturbo.retrieval.sources import Columns
     from ragturbo.train.encode import make_encoded_data
 
-    written = make_encoded_data(
+    report = make_encoded_data(
         pairs,
         out,
         model=model,
-        columns=Columns(caption_column, image_column, image_root),
+        columns=columns,
         min_size=min_size,
         score_column=score_column,
         min_score=min_score,
         size=size,
         batch=batch,
         shard_size=shard_size,
-        dtype=_dtype(dtype, "--dtype"),
-        precision=precision and _dtype(precision, "--precision"),
+        dtype=dtype,
+        precision=precision,
         store_text=store_text,
         device=device,
     )
-    typer.echo(f"wrote {written} shards to {out}")
+    _say(report, as_json)
 
 
 @app.command()
 def relabel(
     data: Annotated[Path, typer.Argument(help="A folder made by `data teacher`.")],
-    prompts: Annotated[Path, typer.Argument(help="One prompt per sample, in order; see `data teacher`.")],
+    prompts: Annotated[
+        Path, typer.Argument(help="One prompt per sample, in order; an empty one leaves it out. See `data teacher`.")
+    ],
     out: Out,
     model: Model,
     caption_column: Caption = "caption",
     device: Device = None,
+    as_json: Json = False,
 ) -> None:
     """Give teacher latents other prompts for the student, such as short ones. D keeps the teacher's."""
-    quiet_libraries()
+    _check_options(device)
+    from ragturbo.train.folder import check_output, read_plan
     from ragturbo.train.prompts import read_prompts
+
+    read_plan(data.expanduser())
+    chosen = read_prompts(prompts, caption=caption_column, keep_empty=True)
+    check_output(out)
+    _check_model(model)
+    quiet_libraries()
     from ragturbo.train.relabel import relabel
 
-    written = relabel(data, read_prompts(prompts, caption=caption_column), out, model=model, device=device)
-    typer.echo(f"wrote {written} shards to {out}")
+    _say(relabel(data, chosen.texts, out, model=model, device=device), as_json)
 
 
 @app.command()
@@ -136,19 +166,27 @@ def neighbors(
     data: Annotated[Path, typer.Argument(help="A folder made by `data teacher` or `data encode`.")],
     database: Annotated[Path, typer.Option(help="The database to retrieve from.")],
     model: Model,
-    num_neighbors: Annotated[int, typer.Option("--num-neighbors", "-k", help="Neighbours per sample.")] = 4,
+    num_neighbors: Annotated[int, typer.Option("--num-neighbors", "-k", min=1, help="Neighbours per sample.")] = 4,
     max_cosine: Annotated[
         float | None, typer.Option(help="Exclude rows whose key has at least this cosine with the sample's.")
     ] = None,
     retriever: Annotated[str, typer.Option(help="auto, scann, exact or hybrid (finds names).")] = "auto",
-    batch: Annotated[int, typer.Option(help="Samples per search.")] = 256,
+    batch: Annotated[int, typer.Option(min=1, help="Samples per search.")] = 256,
     device: Device = None,
+    as_json: Json = False,
 ) -> None:
     """Find the database rows each sample is trained with, excluding its own record and duplicates."""
+    _check_options(device)
+    from ragturbo.train.folder import read_plan
+    from ragturbo.train.start import check_database
+
+    read_plan(data.expanduser())
+    check_database(database)
+    _check_model(model)
     quiet_libraries()
     from ragturbo.train.neighbors import make_neighbors
 
-    written = make_neighbors(
+    report = make_neighbors(
         data,
         database,
         model=model,
@@ -158,35 +196,59 @@ def neighbors(
         batch=batch,
         device=device,
     )
-    typer.echo(f"wrote neighbours of {written} shards to {data}/neighbors")
+    _say(report, as_json)
 
 
 @app.command()
 def lpips(
     data: Annotated[Path, typer.Argument(help="A folder made by `data teacher` or `data encode`.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The .safetensors file to write.")],
-    width: Annotated[int, typer.Option(help="Channels of the first block; 64 in VGG16.")] = 64,
-    words: Annotated[int, typer.Option(help="Size of the vocabulary to predict.")] = 512,
-    steps: Annotated[int, typer.Option()] = 20_000,
-    batch: Annotated[int, typer.Option()] = 64,
-    lr: Annotated[float, typer.Option()] = 1e-3,
-    seed: Annotated[int, typer.Option()] = 0,
+    width: Annotated[int, typer.Option(min=1, help="Channels of the first block; 64 in VGG16.")] = 64,
+    words: Annotated[int, typer.Option(min=2, help="Size of the vocabulary to predict.")] = 512,
+    steps: Annotated[int, typer.Option(min=1)] = 20_000,
+    batch: Annotated[int, typer.Option(min=1)] = 64,
+    lr: Annotated[float, typer.Option(min=0)] = 1e-3,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
     device: Device = None,
+    as_json: Json = False,
 ) -> None:
     """Train the network of the latent LPIPS loss on captioned latents."""
+    _check_options(device)
+    from ragturbo.train.folder import check_output, read_plan
+
+    read_plan(data.expanduser())
+    if out.is_dir():
+        raise typer.BadParameter(
+            f"{out} is a folder; give a file, such as {out / 'vgg.safetensors'}", param_hint="--out"
+        )
+    check_output(out.parent)
     quiet_libraries()
     from ragturbo.train.train_vgg import train_vgg
 
     result = train_vgg(data, out, width=width, words=words, steps=steps, batch=batch, lr=lr, seed=seed, device=device)
-    typer.echo(
+    text = (
         f"wrote {out}: average precision on the words of held-out captions {result['average_precision']:.3f} "
         f"(by frequency alone {result['by_frequency']:.3f})"
     )
+    typer.echo(json.dumps({"out": str(out), **result}) if as_json else text)
 
 
-def _dtype(name: str, option: str) -> str:
-    from ragturbo.train.shards import DTYPES
+def _say(report: DataReport, as_json: bool) -> None:
+    """Print what was made; what was left out is logged."""
+    typer.echo(json.dumps(report.to_dict()) if as_json else str(report))
 
-    if name not in DTYPES:
-        raise typer.BadParameter(f"{name!r} is not one of {', '.join(DTYPES)}", param_hint=option)
-    return name
+
+def _check_options(device: str | None, dtype: str | None = None, precision: str | None = None) -> None:
+    from ragturbo.config import DTYPES, check_device, one_of
+
+    check_device(device)
+    for name, value in (("dtype", dtype), ("precision", precision)):
+        if value is not None:
+            one_of(name, value, DTYPES)
+
+
+def _check_model(name: str) -> None:
+    """Raise ModelError if there is no such model."""
+    from ragturbo.model.find import check_model, resolve
+
+    check_model(resolve(name))

@@ -5,6 +5,7 @@
       state.json             step, samples, skipped steps, the configuration, sha256 of every file
 
 There is no random state: what a step draws, and which samples it reads, are functions of (seed, step, process).
+Finding a checkpoint imports no torch.
 """
 
 from __future__ import annotations
@@ -16,16 +17,17 @@ import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors.torch import save_file
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from ragturbo.errors import InvalidRequest, ModelError
-from ragturbo.model.weights import read_safetensors
 from ragturbo.retrieval import durable
-from ragturbo.train.config import LADDConfig, changed_settings, from_dict, to_dict
+from ragturbo.train.config import LADDConfig, from_dict, to_dict
+from ragturbo.train.folder import make_folder, writing
+from ragturbo.train.settings import changed_settings
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 FACTS = "state.json"
 _NAME = re.compile(r"step-(\d{6,})")
@@ -40,7 +42,9 @@ _FREE = {f"loop.{name}" for name in _FREE_LOOP} | {"data.prefetch", "data.held_o
 
 def save(folder: Path, step: int, states: dict[str, dict[str, Tensor]], facts: dict[str, Any], keep: int) -> Path:
     """Write `states`, a file each, and `facts` as state.json; then delete all but the newest `keep` checkpoints."""
-    folder.mkdir(parents=True, exist_ok=True)
+    from safetensors.torch import save_file
+
+    make_folder(folder)
     for path in folder.iterdir():
         # Left behind by a killed process.
         if _PART.fullmatch(path.name):
@@ -52,7 +56,8 @@ def save(folder: Path, step: int, states: dict[str, dict[str, Tensor]], facts: d
         sums = {}
         for name, state in states.items():
             path = part / f"{name}.safetensors"
-            save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, path)
+            with writing(path):
+                save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, path)
             durable.sync_file(path)
             sums[path.name] = durable.sum_file(path).sha256
         durable.write_file(part / FACTS, json.dumps({**facts, "step": step, "sha256": sums}, indent=2).encode())
@@ -82,6 +87,8 @@ def latest(folder: Path) -> Path | None:
 
 def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """Return the states and facts given to `save`, after checking the sha256 of every file."""
+    from ragturbo.model.weights import read_safetensors
+
     try:
         facts: dict[str, Any] = json.loads((path / FACTS).read_text("utf-8"))
         sums: dict[str, str] = facts["sha256"]
@@ -98,11 +105,19 @@ def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
 def check_same_run(path: Path, facts: dict[str, Any], config: LADDConfig, fingerprints: dict[str, str]) -> None:
     """Raise InvalidRequest or ModelError if the checkpoint has other settings or another model than this run."""
     # Read as a configuration: a setting that is newer than the checkpoint gets its default.
-    changed = changed_settings(to_dict(from_dict(facts["config"])), to_dict(config))
-    if what := ", ".join(f"{name} ({text})" for name, text in changed.items() if name not in _FREE):
-        raise InvalidRequest(f"{path} was trained with other settings: {what}. Use those, or another --out")
+    check_same_settings(path, from_dict(facts["config"]), config)
     if facts["fingerprints"] != fingerprints:
         raise ModelError(f"{path} was trained on another model than {config.model} is now")
+
+
+def check_same_settings(path: Path, before: LADDConfig, now: LADDConfig) -> None:
+    """Raise InvalidRequest if a setting differs that a resumed run must keep."""
+    changed = changed_settings(to_dict(before), to_dict(now))
+    if what := ", ".join(f"{name} ({text})" for name, text in changed.items() if name not in _FREE):
+        raise InvalidRequest(
+            f"{path} has other settings: {what}. A resumed run may change how long it runs and what it logs and saves, "
+            "but not what it trains: leave these settings as they were, or choose another --out"
+        )
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, names: Iterable[str]) -> dict[str, Tensor]:

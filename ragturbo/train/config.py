@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
+import logging
 import math
-import types
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ragturbo.config import one_of
 from ragturbo.errors import InvalidRequest
 from ragturbo.train import require
+from ragturbo.train.settings import build, check_range, or_list, put, yaml_problem
+
+log = logging.getLogger("ragturbo")
+
+# The largest micro-batch that is chosen if none is set.
+MICRO_BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ class LoRAConfig:
     """A regular expression over module names. It may match decoder modules only."""
 
     def __post_init__(self) -> None:
-        _check_range("student.lora", self, rank=0, alpha=0, dropout=(0, 1))
+        check_range("student.lora", self, rank=0, alpha=0, dropout=(0, 1))
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,7 @@ class StudentConfig:
     def __post_init__(self) -> None:
         one_of("student.adapter", self.adapter, ("transformer", "attention", "none"))
         one_of("student.neighbors", self.neighbors, ("nearest", "random"))
-        _check_range(
+        check_range(
             "student", self, steps=(1, 4), num_neighbors=(1, 64), phrases=0, lam=(0, 1), retrieval_dropout=(0, 1)
         )
         if self.phrases > self.num_neighbors:
@@ -83,7 +89,7 @@ class OptimConfig:
     """"cosine" decays to lr / 50 at loop.max_steps; a resumed run uses the schedule of its own max_steps."""
 
     def __post_init__(self) -> None:
-        _check_range("optim", self, lr=0, eps=0, weight_decay=0, clip=0, warmup=0)
+        check_range("optim", self, lr=0, eps=0, weight_decay=0, clip=0, warmup=0)
         one_of("optim.decay", self.decay, ("none", "cosine"))
         if not all(0 <= beta < 1 for beta in self.betas):
             raise InvalidRequest(f"optim.betas={self.betas} must be two numbers in [0, 1)")
@@ -120,7 +126,7 @@ class DiscriminatorConfig:
 
     def __post_init__(self) -> None:
         one_of("discriminator.real", self.real, ("all", "images"))
-        _check_range("discriminator", self, width=1, r1=0)
+        check_range("discriminator", self, width=1, r1=0)
 
 
 @dataclass(frozen=True)
@@ -139,11 +145,12 @@ class LossConfig:
     prompt is not the one that the teacher drew."""
 
     def __post_init__(self) -> None:
-        _check_range("loss", self, adversarial=0, alpha=0, beta=0, augment=(0, 1), hspace=0)
+        check_range("loss", self, adversarial=0, alpha=0, beta=0, augment=(0, 1), hspace=0)
 
 
 @dataclass(frozen=True)
 class SourceConfig:
+    EXAMPLE: ClassVar[str] = "path: FOLDER, weight: 1"
     path: str
     weight: float = 1.0
     """Share of the samples, relative to the other sources."""
@@ -164,15 +171,16 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not self.sources:
             raise InvalidRequest("data.sources is empty: add a folder made by `ragturbo data teacher` or `data encode`")
-        _check_range("data", self, prefetch=1)
+        check_range("data", self, prefetch=1)
 
 
 @dataclass(frozen=True)
 class LoopConfig:
     batch: int = 2048
     """Samples per optimiser step, over all processes."""
-    micro_batch: int = 8
-    """Samples per forward pass of one process; gradients are accumulated up to `batch`."""
+    micro_batch: int | None = None
+    """Samples per forward pass of one process; gradients are accumulated up to `batch`. None: the largest divisor of a
+    process's share of the batch up to 16 (see `settle`)."""
     max_steps: int = 20_000
     precision: str = "bf16"
     gradient_checkpointing: bool = False
@@ -197,20 +205,14 @@ class LoopConfig:
         one_of("loop.precision", self.precision, ("fp32", "bf16"))
         ones = ("batch", "micro_batch", "max_steps", "max_skipped", "log_every", "held_out_every", "save_every", "keep",
                 "samples", "dead_after")  # fmt: skip
-        _check_range("loop", self, **dict.fromkeys(ones, 1), sample_every=0)
+        check_range("loop", self, **dict.fromkeys(ones, 1), sample_every=0)
         if not 0 <= self.ema < 1:
             raise InvalidRequest(f"loop.ema={self.ema} must be in [0, 1)")
-        self.accumulation(1)
-
-    def accumulation(self, processes: int) -> int:
-        """Micro-batches per step and process."""
-        count, rest = divmod(self.batch, self.micro_batch * processes)
-        if rest:
+        if self.micro_batch is not None and self.batch % self.micro_batch:
             raise InvalidRequest(
-                f"loop.batch={self.batch} is not a multiple of loop.micro_batch={self.micro_batch} times the number of "
-                f"processes ({processes})"
+                f"loop.batch={self.batch} is not a multiple of loop.micro_batch={self.micro_batch}: set "
+                f"loop.micro_batch={largest_divisor(self.batch, self.micro_batch)}, or leave it out to have it chosen"
             )
-        return count
 
 
 @dataclass(frozen=True)
@@ -233,28 +235,32 @@ class LADDConfig:
     loop: LoopConfig = field(default_factory=LoopConfig)
 
     def __post_init__(self) -> None:
-        one_of("mode", self.mode, ("adapter", "student"))
+        if self.mode not in ("adapter", "student"):
+            raise InvalidRequest(f"the setting mode is {self.mode!r}; it must be 'adapter' or 'student'")
         student, loop = self.student, self.loop
         no_adapter = student.adapter == "none" and student.lora.rank == 0
         if self.mode == "adapter" and no_adapter:
             raise InvalidRequest("student.adapter=none and student.lora.rank=0 leave nothing to train")
         if self.mode == "student" and not no_adapter:
             raise InvalidRequest(
-                "mode=student trains the whole UNet: set student.adapter=none and student.lora.rank=0, and train an "
-                "adapter on the result with mode=adapter"
+                "`mode=student` trains the whole UNet: set student.adapter=none and student.lora.rank=0, and train an "
+                "adapter on the result with `mode=adapter`"
             )
         if self.loss.hspace and not self.retrieves:
             raise InvalidRequest("loss.hspace trains the adapter, and this configuration has none")
         if self.mode == "student" and self.teacher == "self":
-            raise InvalidRequest("mode=student trains the student's encoder: with teacher=self D would change with it")
+            raise InvalidRequest(
+                "`mode=student` trains the student's encoder: with `teacher=self` D would change with it"
+            )
         if self.data.held_out is not None and loop.held_out_every % loop.log_every:
             raise InvalidRequest(
                 f"loop.held_out_every={loop.held_out_every} is not a multiple of loop.log_every={loop.log_every}"
             )
-        if self.discriminator.misaligned and loop.micro_batch < 2:
+        if self.discriminator.misaligned and min(loop.batch, loop.micro_batch or loop.batch) < 2:
             raise InvalidRequest(
-                "discriminator.misaligned takes other samples' prompts from the micro-batch, and loop.micro_batch is "
-                f"{loop.micro_batch}: set it to 2 or more"
+                "discriminator.misaligned takes other samples' prompts from the micro-batch, which has "
+                f"{min(loop.batch, loop.micro_batch or loop.batch)} here: set loop.batch and loop.micro_batch to 2 or "
+                "more for each process, or discriminator.misaligned=false"
             )
 
     @property
@@ -262,24 +268,63 @@ class LADDConfig:
         return self.mode == "adapter" and self.student.adapter != "none"
 
 
+def settle(config: LADDConfig, processes: int = 1) -> LADDConfig:
+    """Choose the micro-batch: the largest divisor of a process's share of the batch up to `loop.micro_batch`, or up to
+    16 if it is not set. The result always gives the same configuration again.
+
+    Raises:
+        InvalidRequest: the batch cannot be divided by the number of processes.
+    """
+    loop = config.loop
+    share, rest = divmod(loop.batch, processes)
+    if rest:
+        raise InvalidRequest(
+            f"loop.batch={loop.batch} cannot be shared by {processes} processes: set it to a multiple of {processes}"
+        )
+    chosen = largest_divisor(share, loop.micro_batch or MICRO_BATCH)
+    if chosen == loop.micro_batch:
+        return config
+    if loop.micro_batch is not None:
+        log.info("loop.micro_batch: %d instead of %d, to divide the batch of %d", chosen, loop.micro_batch, loop.batch)
+    return dataclasses.replace(config, loop=dataclasses.replace(loop, micro_batch=chosen))
+
+
+def largest_divisor(number: int, most: int) -> int:
+    return next(d for d in range(min(number, most), 0, -1) if number % d == 0)
+
+
 def load_config(source: str | Path, changes: Sequence[str] = ()) -> LADDConfig:
-    """Read a YAML file or a built-in configuration. changes: settings to replace, such as "loop.batch=64"."""
+    """Read a YAML file or a built-in configuration.
+
+    Args:
+        changes: settings to replace, such as "loop.batch=64". If they set the batch and not the micro-batch, that of
+            the file is only an upper bound.
+    """
     yaml = require("yaml")
     path = find_config(source)
     try:
         values = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InvalidRequest(f"{path} cannot be read as YAML: {error}") from error
+    except yaml.YAMLError as error:
+        raise InvalidRequest(f"{path} cannot be read as YAML: {yaml_problem(error)}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"{path} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise InvalidRequest(f"{path} contains no settings")
+    names = set()
     for change in changes:
         name, separator, text = change.partition("=")
         if not separator:
             raise InvalidRequest(f"--set {change!r}: write key=value, such as loop.batch=64")
+        names.add(name.strip())
         try:
-            _put(values, name.strip(), yaml.safe_load(text))
+            put(values, name.strip(), yaml.safe_load(text))
         except yaml.YAMLError as error:
-            raise InvalidRequest(f"--set {change!r}: {error}") from error
+            raise InvalidRequest(f"--set {change!r}: {yaml_problem(error)}") from error
+    loop = values.get("loop")
+    if "loop.batch" in names and "loop.micro_batch" not in names and isinstance(loop, dict):
+        batch, bound = loop["batch"], loop.get("micro_batch")
+        if type(batch) is int and type(bound) is int and min(batch, bound) > 0:
+            loop["micro_batch"] = largest_divisor(batch, bound)
     return from_dict(values)
 
 
@@ -287,15 +332,23 @@ def find_config(source: str | Path) -> Path:
     path = Path(source).expanduser()
     if path.is_file():
         return path
-    folder = Path(str(resources.files("ragturbo") / "train" / "configs"))
-    built_in = {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+    built_in = built_in_configs()
     if str(source) in built_in:
         return built_in[str(source)]
-    raise InvalidRequest(f"no configuration {source}; the built-in ones are: {', '.join(built_in)}")
+    if path.is_dir():
+        raise InvalidRequest(f"{source} is a folder, not a configuration: give a YAML file or {or_list(built_in)}")
+    near = difflib.get_close_matches(str(source), built_in, 1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise InvalidRequest(f"no configuration {source}; the built-in ones are: {', '.join(built_in)}{hint}")
+
+
+def built_in_configs() -> dict[str, Path]:
+    folder = Path(str(resources.files("ragturbo") / "train" / "configs"))
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 
 
 def from_dict(values: dict[str, Any]) -> LADDConfig:
-    return _build(LADDConfig, values, "")
+    return build(LADDConfig, values)
 
 
 def to_dict(config: LADDConfig) -> dict[str, Any]:
@@ -306,77 +359,3 @@ def to_dict(config: LADDConfig) -> dict[str, Any]:
 
 def to_yaml(config: LADDConfig) -> str:
     return require("yaml").safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
-
-
-def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
-    """The settings that differ between two nested dicts: {"optim.lr": "was 0.001, now 0.01", …}."""
-    a, b = _flat(before), _flat(now)
-    names = sorted(a.keys() | b.keys())
-    return {n: f"was {a.get(n)!r}, now {b.get(n)!r}" for n in names if a.get(n) != b.get(n)}
-
-
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(values, dict):
-        return {prefix: values}
-    return {k: v for name, value in values.items() for k, v in _flat(value, f"{prefix}.{name}".strip(".")).items()}
-
-
-def _put(values: dict[str, Any], name: str, value: Any) -> None:
-    *path, last = name.split(".")
-    for part in path:
-        inner = values.setdefault(part, {})
-        if not isinstance(inner, dict):
-            raise InvalidRequest(f"--set {name}: {part} is not a group of settings")
-        values = inner
-    values[last] = value
-
-
-def _build(kind: Any, values: Any, where: str) -> Any:
-    """Build a dataclass from a mapping. Errors name the setting."""
-    if not isinstance(values, dict):
-        raise InvalidRequest(f"{where or 'the configuration'} must be a group of settings, not {values!r}")
-    hints = typing.get_type_hints(kind)
-    prefix = f"{where}." if where else ""
-    if unknown := sorted(set(values) - set(hints)):
-        raise InvalidRequest(f"no setting {prefix}{unknown[0]}; known: {', '.join(sorted(hints))}")
-    for spec in dataclasses.fields(kind):
-        required = spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
-        if required and spec.name not in values:
-            raise InvalidRequest(f"{prefix}{spec.name} is not set")
-    return kind(**{name: _convert(hints[name], value, f"{prefix}{name}") for name, value in values.items()})
-
-
-def _convert(hint: Any, value: Any, name: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value, name)
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return None if value is None else _convert(next(t for t in inner if t is not type(None)), value, name)
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise InvalidRequest(f"{name}={value!r} must be a list")
-        kinds = [inner[0]] * len(value) if len(inner) == 2 and inner[1] is Ellipsis else inner
-        if len(kinds) != len(value):
-            raise InvalidRequest(f"{name}={value!r} must have {len(kinds)} values")
-        return tuple(_convert(t, v, f"{name}[{i}]") for i, (t, v) in enumerate(zip(kinds, value, strict=True)))
-    # YAML 1.1 reads 1e-5 as a string.
-    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        try:
-            value = float(value)
-        except ValueError:
-            raise InvalidRequest(f"{name}={value!r} must be a number") from None
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise InvalidRequest(f"{name}={value!r} must be {hint.__name__}")
-    if hint is float and not math.isfinite(value):
-        raise InvalidRequest(f"{name}={value!r} must be finite")
-    return value
-
-
-def _check_range(group: str, config: Any, **bounds: float | tuple[float, float]) -> None:
-    """bounds: by setting, the minimum or (minimum, maximum). A value of None is allowed."""
-    for name, bound in bounds.items():
-        value = getattr(config, name)
-        low, high = bound if isinstance(bound, tuple) else (bound, math.inf)
-        if value is not None and not low <= value <= high:
-            wanted = f"at least {low}" if high == math.inf else f"between {low} and {high}"
-            raise InvalidRequest(f"{group}.{name}={value!r} must be {wanted}")

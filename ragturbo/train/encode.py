@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import io
-import logging
 import os
-from collections import Counter
+import time
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,11 @@ from ragturbo.errors import InvalidRequest
 from ragturbo.model.bundle import Bundle
 from ragturbo.retrieval import images
 from ragturbo.retrieval.sources import Columns, Item, check_caption, open_source
+from ragturbo.train.folder import Plan, remaining
 from ragturbo.train.progress import local_device, rank_and_world, track
-from ragturbo.train.shards import DTYPES, Plan, digest, remaining, write_shard
-
-log = logging.getLogger("ragturbo")
+from ragturbo.train.prompts import score_problem
+from ragturbo.train.report import DataReport, Left, gather
+from ragturbo.train.shards import DTYPES, digest, write_shard
 
 
 class _Unusable(Exception):
@@ -44,8 +44,15 @@ def make_encoded_data(
     store_text: bool = False,
     precision: str | None = None,
     device: str | None = None,
-) -> int:
-    """Write this process's share of the missing shards; returns their number. The arguments are the CLI's options."""
+) -> DataReport:
+    """Write this process's share of the missing shards. The arguments are the CLI's options.
+
+    Pairs that cannot be used are left out and listed in skipped.jsonl.
+
+    Raises:
+        InvalidRequest: no pair can be used.
+    """
+    began = time.monotonic()
     if (score_column is None) != (min_score is None):
         raise InvalidRequest("--score-column and --min-score belong together")
     source = open_source(pairs, columns or Columns())
@@ -60,29 +67,30 @@ def make_encoded_data(
         "min_size": min_size, "score_column": score_column, "min_score": min_score, "size": size, "dtype": dtype,
         "text": store_text, "batch": batch,
     }  # fmt: skip
+    if store_text:
+        made_by["text_encoder"] = bundle.fingerprint()["text_encoder"]
     plan = Plan("encoded", total, shard_size, made_by)
-    folder = Path(out)
+    folder = Path(out).expanduser()
     plan.write_or_check(folder)
     todo = set(remaining(folder, plan.shards, *rank_and_world()))
-    skipped: Counter[str] = Counter()
     by_shard = groupby(enumerate(source.items()), lambda numbered: numbered[0] // shard_size)
     # The images of other shards are not read.
     for shard, items in track((group for group in by_shard if group[0] in todo), len(todo), "encode"):
         pixels: list[np.ndarray] = []
         records: list[dict[str, Any]] = []
+        left = Left()
         for number, item in items:
             try:
                 square, record = _prepare(item, size, min_size, score_column, min_score)
             except _Unusable as reason:
-                skipped[str(reason)] += 1
+                left.skip(number, item.source, str(reason))
             else:
                 pixels.append(square)
                 records.append({**record, "number": number})
         captions = [record["caption"] for record in records]
-        write_shard(folder, shard, _encode(bundle, pixels, captions, batch, DTYPES[dtype], store_text), records)
-    for why, count in skipped.most_common():
-        log.info("%d images left out: %s", count, why)
-    return len(todo)
+        fields = _encode(bundle, pixels, captions, batch, DTYPES[dtype], store_text, left)
+        write_shard(folder, shard, fields, records, left.to_dict())
+    return gather(folder, "pair", plan.shards, len(todo), began)
 
 
 def _prepare(
@@ -93,18 +101,15 @@ def _prepare(
         raise _Unusable(problem)
     record: dict[str, Any] = {"caption": item.caption, "source": item.source}
     if score_column is not None and min_score is not None:
-        try:
-            record["score"] = float(item.extra[score_column])
-        except (KeyError, TypeError, ValueError):
-            raise _Unusable(f"no number in column {score_column!r}") from None
-        if not record["score"] >= min_score:
-            raise _Unusable(f"{score_column} under {min_score}")
+        if problem := score_problem(item.extra.get(score_column), score_column, min_score):
+            raise _Unusable(problem)
+        record["score"] = float(item.extra[score_column])
     try:
-        if _short_side(item.image) < min_size:
-            raise _Unusable(f"a side under {min_size} pixels")
+        if (side := _short_side(item.image)) < min_size:
+            raise _Unusable(f"a side under --min-size {min_size} pixels: {side}")
         square, record["sha256"], _ = images.prepare(item.image, size, thumbnail=False)
-    except InvalidRequest:
-        raise _Unusable("the image cannot be read") from None
+    except InvalidRequest as error:
+        raise _Unusable(f"the image cannot be read: {error}") from None
     return square, record
 
 
@@ -125,12 +130,15 @@ def _short_side(image: Any) -> int:
 
 @torch.no_grad()
 def _encode(
-    bundle: Bundle, pixels: list[np.ndarray], captions: list[str], batch: int, storage: torch.dtype, store_text: bool
-) -> dict[str, Tensor]:
+    bundle: Bundle, pixels: list[np.ndarray], captions: list[str], batch: int, storage: torch.dtype, store_text: bool,
+    left: Left,
+) -> dict[str, Tensor]:  # fmt: skip
     parts: dict[str, list[Tensor]] = {}
     for start in range(0, len(pixels), batch):
         rgb = torch.from_numpy(np.stack(pixels[start : start + batch])).to(bundle.device)
-        ids = bundle.text.tokenize(captions[start : start + batch]).input_ids
+        tokens = bundle.text.tokenize(captions[start : start + batch])
+        ids = tokens.input_ids
+        left.note_tokens(captions[start : start + batch], tokens)
         latents = bundle.vae.encode(rgb.permute(0, 3, 1, 2).float() / 127.5 - 1)
         fields = {"latents": latents.to(storage), "input_ids": ids.to(torch.int32)}
         if store_text:

@@ -18,7 +18,7 @@ from ragturbo.errors import ModelError, RagTurboError
 from ragturbo.model.bundle import TEACHER
 from ragturbo.model.source import resolve
 from ragturbo.model.unet import HSpaceUNet
-from ragturbo.train.config import LADDConfig, to_dict
+from ragturbo.train.config import LADDConfig, settle, to_dict
 from ragturbo.train.discriminator import Discriminator
 from ragturbo.train.lpips import LatentLPIPS, LatentVGG
 from ragturbo.train.models import make_discriminator
@@ -40,6 +40,8 @@ def estimate(config: LADDConfig, out: str | Path | None = None, processes: int =
 
     If `out` is the folder of a run, its median samples/s is reported too.
     """
+    config = settle(config, processes)
+    assert config.loop.micro_batch is not None
     unet_config, notes = _unet_config(config)
     vgg_width = _vgg_width(config)
     if config.loss.beta and vgg_width is None:
@@ -75,7 +77,7 @@ def estimate(config: LADDConfig, out: str | Path | None = None, processes: int =
         "memory_bytes": {**memory, "total": sum(memory.values())},
         "flops_per_sample": {**flops, "total": per_sample},
         "flops_per_step": per_sample * config.loop.batch,
-        "micro_batches_per_step": config.loop.accumulation(processes),
+        "micro_batches_per_step": config.loop.batch // (config.loop.micro_batch * processes),
         "samples_per_s": _measured(out),
     }
 
@@ -117,6 +119,7 @@ def _trace(
 ) -> tuple[dict[str, int], int]:
     """FLOPs per sample and part, and the bytes that one micro-batch stores for its backward pass."""
     model, size = student.unet.config, config.loop.micro_batch
+    assert size is not None
     side = model.sample_size if isinstance(model.sample_size, int) else model.sample_size[0]
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

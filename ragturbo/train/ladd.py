@@ -14,19 +14,22 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from ragturbo.errors import InvalidRequest, NonFiniteOutput
+from ragturbo.retrieval import durable
 from ragturbo.train import checkpoint, models, require
-from ragturbo.train.config import LADDConfig, to_dict, to_yaml
+from ragturbo.train.config import LADDConfig, settle, to_dict, to_yaml
 from ragturbo.train.data import Batch, Prefetcher
 from ragturbo.train.discriminator import NoiseSchedule
 from ragturbo.train.export import export_adapter, export_student
+from ragturbo.train.folder import writing
 from ragturbo.train.monitor import sample_grid
 from ragturbo.train.objective import Objective
+from ragturbo.train.start import CHECKPOINTS, CONFIG, check_run
 from ragturbo.train.stats import HeadWatch, StatsWriter
 from ragturbo.train.student import EMA, Masters, Student
 
 log = logging.getLogger("ragturbo")
 
-CONFIG, CHECKPOINTS, SAMPLES, EXPORT = "config.yaml", "checkpoints", "samples", "export"
+SAMPLES, EXPORT = "samples", "export"
 
 
 class LADDTrainer:
@@ -36,15 +39,17 @@ class LADDTrainer:
         self, config: LADDConfig, out: str | Path, *, device: torch.device | str | None = None, resume: bool = False
     ) -> None:
         """device: None: the launcher's. resume: continue from the newest checkpoint in `out`, if there is one."""
-        self.config, self.out = config, Path(out)
+        self.out = Path(out).expanduser()
         cpu = str(device or "").startswith("cpu") or not torch.cuda.is_available()
         self.processes = require("accelerate").PartialState(cpu=cpu)
         self.device = torch.device(device) if device is not None else self.processes.device
         self.rank, self.world = self.processes.process_index, self.processes.num_processes
-        self.accumulation = config.loop.accumulation(self.world)
+        self.config = config = settle(config, self.world)
+        check_run(config, self.out, resume=resume)
+        assert config.loop.micro_batch is not None
+        self.micro_batch = config.loop.micro_batch
+        self.accumulation = config.loop.batch // (self.micro_batch * self.world)
         newest = checkpoint.latest(self.out / CHECKPOINTS)
-        if newest and not resume:
-            raise InvalidRequest(f"{self.out} already holds {newest.name}: pass --resume, or another --out")
 
         # Models. The seed is the same in all processes, and so are the initial weights.
         torch.manual_seed(config.seed)
@@ -63,7 +68,7 @@ class LADDTrainer:
         self.objective = Objective(config, self.student, self.discriminator, noise, lpips, self.bundle.text.encode)
 
         # Data.
-        self.data, self.held_out = models.open_data(config, models.open_database(config, self.bundle))
+        self.data, self.held_out = models.open_data(config, self.bundle, models.open_database(config, self.bundle))
 
         # Optimisers.
         self.optimizer_g = models.make_adamw(self.masters.parameters.values(), config.optim)
@@ -80,10 +85,12 @@ class LADDTrainer:
         """Run until step `max_steps` of the run (loop.max_steps by default); returns the folder of the export."""
         loop = self.config.loop
         last = loop.max_steps if max_steps is None else max_steps
+        if last < 1:
+            raise InvalidRequest(f"max_steps={last} must be at least 1", option="max_steps")
         stats = None
         if self.processes.is_main_process:
-            self.out.mkdir(parents=True, exist_ok=True)
-            (self.out / CONFIG).write_text(to_yaml(self.config), "utf-8")
+            with durable.naming(self.out / CONFIG, "writing"):
+                (self.out / CONFIG).write_text(to_yaml(self.config), "utf-8")
             stats = StatsWriter(self.out, last, tensorboard=loop.tensorboard, start=self.step)
         prefetcher = Prefetcher(self.load_batch, self.sample_numbers(last), self.config.data.prefetch)
         try:
@@ -103,7 +110,7 @@ class LADDTrainer:
 
     def sample_numbers(self, last: int) -> Iterator[range]:
         """Sample numbers of this process's micro-batches, from the next step to step `last`."""
-        size = self.config.loop.micro_batch
+        size = self.micro_batch
         for step in range(self.step, last):
             for m in range(self.accumulation):
                 start = step * self.config.loop.batch + (self.rank * self.accumulation + m) * size
@@ -161,11 +168,12 @@ class LADDTrainer:
         folder, config = Path(folder), self.config
         if self.processes.is_main_process:
             values = self.masters.state() if self.ema is None else self.ema.values
-            if config.mode == "student":
-                export_student(folder, config, values, self.bundle.scheduler)
-            else:
-                database = self.data.database.path if self.data.database is not None else None
-                export_adapter(folder, config, self.student, values, database=database, whole=whole)
+            with writing(folder):
+                if config.mode == "student":
+                    export_student(folder, config, values, self.bundle.scheduler)
+                else:
+                    database = self.data.database.path if self.data.database is not None else None
+                    export_adapter(folder, config, self.student, values, database=database, whole=whole)
         self.processes.wait_for_everyone()
         return folder
 
@@ -218,7 +226,7 @@ class LADDTrainer:
         values |= {"skipped": self.skipped, "lr": self.optimizer_g.param_groups[0]["lr"]}
         if self.held_out is not None and self.step % self.config.loop.held_out_every == 0:
             self.student.eval()
-            values |= self.held_out.measure(self.objective.estimate, self.config.loop.micro_batch, self.device)
+            values |= self.held_out.measure(self.objective.estimate, self.micro_batch, self.device)
         stats.write(self.step, self.config.loop.batch, values)
 
     def _save_samples(self) -> None:

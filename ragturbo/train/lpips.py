@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ragturbo.errors import InvalidRequest, ModelError
+from ragturbo.errors import ModelError
 from ragturbo.model.weights import read_safetensors, write_safetensors
 from ragturbo.train.augment import Augmentation
+from ragturbo.train.folder import writing
 
 FORMAT = "ragturbo latent lpips 1"
 _BLOCKS = (2, 2, 3, 3, 3)
@@ -104,7 +105,8 @@ class LatentLPIPS(nn.Module):
 
 def save_vgg(vgg: LatentVGG, path: str | Path, **metadata: str) -> None:
     state = {f"features.{name}": value for name, value in vgg.features.state_dict().items()}
-    write_safetensors(path, state, {"format": FORMAT, **metadata})
+    with writing(Path(path)):
+        write_safetensors(path, state, {"format": FORMAT, **metadata})
 
 
 def unit(x: Tensor) -> Tensor:
@@ -114,13 +116,8 @@ def unit(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().sum(1, keepdim=True) + 1e-10)
 
 
-def load_lpips(weights: str | None, in_channels: int, augmentation: Augmentation | None) -> LatentLPIPS:
+def load_lpips(weights: str, in_channels: int, augmentation: Augmentation | None) -> LatentLPIPS:
     """weights: loss.lpips_weights, a file or "random" for untrained features."""
-    if weights is None:
-        raise InvalidRequest(
-            "latent LPIPS (β > 0) needs weights: loss.lpips_weights=FILE.safetensors. `ragturbo data lpips` trains "
-            'them on your own latents; "random" takes untrained features; loss.beta=0 disables the loss'
-        )
     if weights == "random":
         return LatentLPIPS(LatentVGG(in_channels), augmentation=augmentation)
     return LatentLPIPS.load(weights, in_channels, augmentation)

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ragturbo.errors import InvalidRequest, ModelError
-from ragturbo.model.bundle import TEACHER, Bundle
-from ragturbo.model.source import resolve
+from ragturbo.errors import DatabaseMismatch, InvalidRequest, ModelError
+from ragturbo.model.bundle import Bundle
 from ragturbo.train.augment import Augmentation
 from ragturbo.train.config import LADDConfig, OptimConfig
 from ragturbo.train.data import TrainingData
@@ -30,11 +29,6 @@ def load_models(config: LADDConfig, device: torch.device, dtype: torch.dtype) ->
     # Whole-student training copies the weights in fp32 before they are rounded to `dtype`.
     first = torch.float32 if config.mode == "student" else dtype
     own = config.teacher is None
-    if own and not (resolve(config.model, revision=config.revision) / TEACHER).is_dir():
-        raise InvalidRequest(
-            f"{config.model} has no {TEACHER}/: set teacher to a folder or hub id, or to self to use the student's own "
-            "frozen encoder in the discriminator"
-        )
     bundle = Bundle.load(config.model, device=device, dtype=first, adapter=False, teacher=own, revision=config.revision)
     scheduler = bundle.scheduler
     if config.mode == "student":
@@ -81,6 +75,7 @@ def make_lpips(config: LADDConfig, channels: int) -> LatentLPIPS | None:
     if not config.loss.beta:
         return None
     augmentation = Augmentation(p=config.loss.augment) if config.loss.augment else None
+    assert config.loss.lpips_weights is not None, "checked in start.check_run"
     return load_lpips(config.loss.lpips_weights, channels, augmentation)
 
 
@@ -90,34 +85,49 @@ def open_database(config: LADDConfig, bundle: Bundle) -> Database | None:
     from ragturbo.retrieval.database import Database
 
     path = config.database or bundle.database_path
-    if path is None:
-        raise InvalidRequest(f"{config.model} has no database: set database=FOLDER")
+    assert path is not None, "checked in start.check_run"
     # Rows are looked up by id, so no index is loaded.
     database = Database.open(path, retriever="exact")
     database.check_encoder(bundle.fingerprint(), bundle.text.key_kind)
     return database
 
 
-def open_data(config: LADDConfig, database: Database | None) -> tuple[TrainingData, HeldOut | None]:
+def open_data(config: LADDConfig, bundle: Bundle, database: Database | None) -> tuple[TrainingData, HeldOut | None]:
     """The mixture of data.sources, and data.held_out if it is set."""
     student, settings = config.student, config.data
     retrieval: Any = {"database": database, "num_neighbors": student.num_neighbors}
     retrieval["random_neighbors"] = student.neighbors == "random"
     sources = [Shards(source.path) for source in settings.sources]
-    if config.discriminator.real == "images" and all("noise" in source.fields for source in sources):
-        raise InvalidRequest(
-            "discriminator.real=images, but no source of data.sources has images: all hold teacher latents. Add a "
-            "folder made by `ragturbo data encode`, or set discriminator.real=all"
-        )
+    for source in sources:
+        _check_made_for(source, config, bundle)
     data = TrainingData(sources, [source.weight for source in settings.sources], config.seed, **retrieval)
     held_out = None
     if settings.held_out is not None:
-        held_out = TrainingData([Shards(settings.held_out)], [1.0], config.seed, **retrieval)
+        source = Shards(settings.held_out)
+        _check_made_for(source, config, bundle)
+        held_out = TrainingData([source], [1.0], config.seed, **retrieval)
     if student.phrases:
         _check_phrases(data)
         if held_out is not None:
             _check_phrases(held_out)
     return data, None if held_out is None else HeldOut(held_out)
+
+
+def _check_made_for(source: Shards, config: LADDConfig, bundle: Bundle) -> None:
+    """Raise DatabaseMismatch if the samples do not fit the student."""
+    made, own = source.plan.made_by, bundle.fingerprint()
+    # Without stored states, the student encodes the prompts itself.
+    parts = {"vae_encoder": "VAE"} | ({"text_encoder": "text encoder"} if "text" in source.fields else {})
+    wrong = [what for part, what in parts.items() if made.get(part, own[part]) != own[part]]
+    if source.read(0, "latents").shape[0] != bundle.vae.channels:
+        wrong.append("number of latent channels")
+    if len(source.read(0, "input_ids")) != bundle.text.max_length:
+        wrong.append("prompt length")
+    if wrong:
+        raise DatabaseMismatch(
+            f"{source.folder} was made with {made.get('model', 'another model')}, which has another {wrong[0]} than "
+            f"{config.model}: make it with that model, or train this one"
+        )
 
 
 def _check_phrases(data: TrainingData) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ragturbo.errors import InvalidRequest
@@ -19,8 +20,10 @@ from ragturbo.model.inject import cosine
 from ragturbo.retrieval import durable
 from ragturbo.retrieval.hybrid import HybridRetriever
 from ragturbo.train.data import database_name
+from ragturbo.train.folder import NEIGHBORS, remaining, shard_path, write_or_check_index
 from ragturbo.train.progress import local_device, rank_and_world, track
-from ragturbo.train.shards import NEIGHBORS, Shards, remaining, shard_path, write_or_check_index
+from ragturbo.train.report import DataReport, Left
+from ragturbo.train.shards import Shards
 
 if TYPE_CHECKING:
     from ragturbo.retrieval.database import Database
@@ -41,14 +44,15 @@ def make_neighbors(
     batch: int = 256,
     retriever: str = "auto",
     device: str | None = None,
-) -> int:
-    """Write the missing tables of this process's share of the shards; returns their number.
+) -> DataReport:
+    """Write the missing tables of this process's share of the shards.
 
     A sample's own record and its duplicates are excluded, because the student would learn to copy them: rows with the
     same caption (ignoring case and spaces), image or source, or a key with a cosine of at least `max_cosine`.
     """
     from ragturbo.retrieval.database import Database
 
+    began = time.monotonic()
     if k < 1:
         raise InvalidRequest(f"k={k} must be at least 1")
     shards = Shards(data)
@@ -69,9 +73,26 @@ def make_neighbors(
             ids.append(found[0])
             lam.append(found[1])
         durable.write_file(shard_path(folder, shard), save({"ids": torch.cat(ids), "lam": torch.cat(lam)}))
-    if search.short:
-        log.warning("%d samples have fewer than %d neighbours: the other rows were duplicates", search.short, k)
-    return len(todo)
+    return _report(folder, len(shards.files), len(todo), k, began)
+
+
+def _report(folder: Path, shards: int, made: int, k: int, began: float) -> DataReport:
+    """Count the samples with too few neighbours in all tables, whichever process wrote them."""
+    paths = [path for path in (shard_path(folder, i) for i in range(shards)) if path.is_file()]
+    report, left = DataReport(str(folder), made, shards, shards - len(paths)), Left()
+    for path in paths:
+        found = (load_file(path)["ids"] >= 0).sum(1)
+        report.samples += len(found)
+        none, few = int((found == 0).sum()), int(((found > 0) & (found < k)).sum())
+        for kind, count in (("no_neighbors", none), ("few_neighbors", few)):
+            if count:
+                left.note(kind, f"of {k}, because the other rows of the database are duplicates of it", count)
+    report.notes = {kind: {**entry, "examples": entry["examples"][:1]} for kind, entry in left.notes.items()}
+    if not report.missing:
+        for line in report.lines():
+            log.warning("%s", line)
+    report.seconds = time.monotonic() - began
+    return report
 
 
 def write_neighbors(shards: Shards, ids: Tensor, lam: Tensor, database: str) -> None:
@@ -99,7 +120,6 @@ class NeighborSearch:
 
     def __init__(self, database: Database, k: int, max_cosine: float | None = None) -> None:
         self.database, self.k, self.max_cosine = database, k, max_cosine
-        self.short = 0  # samples that got fewer than k neighbours
         tables = [pairs.text() for pairs in database.snapshot.segments.pairs]
         self._marks = {
             name: np.array([_mark(name, v) for table in tables for v in table.column(name).to_pylist()], np.int64)
@@ -122,7 +142,6 @@ class NeighborSearch:
                 if len(good) < self.k:
                     again.append(row)
             if depth >= min(_DEEPEST, len(self.database)):
-                self.short += len(again)
                 break
             rows, depth = again, 4 * depth
         return ids, lam

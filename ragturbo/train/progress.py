@@ -1,4 +1,7 @@
-"""A progress bar on a terminal, and this process's rank and device as the launcher sets them."""
+"""A progress bar on a terminal, and this process's rank and device as the launcher sets them.
+
+Imports torch only to look for a GPU.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,6 @@ import os
 import sys
 from collections.abc import Iterable
 from typing import Any
-
-import torch
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -17,6 +18,8 @@ def rank_and_world() -> tuple[int, int]:
 
 def local_device() -> str:
     """This process's GPU, or "cpu"."""
+    import torch
+
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 

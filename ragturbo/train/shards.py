@@ -1,9 +1,5 @@
-"""Training samples on disk: numbered safetensors files that any number of processes write and read.
-
-    my-data/
-      index.json                     what the samples are: fields, number of shards, how they were made
-      000000.safetensors             latents [noise] input_ids [text key], and a JSON record per sample
-      neighbors/000000.safetensors   ids and lam (N, k), by `ragturbo data neighbors`
+"""Training samples on disk: numbered safetensors files that any number of processes write and read. `folder.py` has
+the layout.
 
 Not tar: a safetensors file gives access to single rows, so the order of samples can be a function of (seed, sample
 number) and a resumed run reads nothing twice. A shard is the unit of work and of restart; it is renamed into place when
@@ -12,13 +8,11 @@ it is complete.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,80 +21,54 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from ragturbo.errors import DatabaseCorrupt, DatabaseError, InvalidRequest
+from ragturbo.errors import DatabaseCorrupt, DatabaseError
 from ragturbo.model.weights import open_safetensors
 from ragturbo.retrieval import durable
-from ragturbo.train.config import changed_settings
+from ragturbo.train.folder import INDEX, NEIGHBORS, SKIPPED, check_complete, read_json, read_plan, shard_path
 
-FORMAT = 1
-INDEX = "index.json"
-NEIGHBORS = "neighbors"
 DTYPES = {"float16": torch.float16, "float32": torch.float32, "bfloat16": torch.bfloat16}
+# Kept besides the samples' fields.
+_RECORDS = ("record_bytes", "record_offsets")
+_REPORT = "report_bytes"
 # Files kept open at a time; each is a memory map.
 _OPEN = 128
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The contents of index.json, written before the first shard."""
+def write_shard(
+    folder: Path,
+    shard: int,
+    tensors: dict[str, Tensor],
+    records: Sequence[dict[str, Any]],
+    report: dict[str, Any] | None = None,
+) -> None:
+    """Write one file of samples.
 
-    kind: str
-    """"teacher" (latents with the noise that made them) or "encoded" (real images)."""
-    inputs: int
-    """Number of prompts or images; shard i is made of inputs i·shard_size and on."""
-    shard_size: int
-    made_by: dict[str, Any]
-    """Everything the samples depend on: model fingerprints, guidance, steps, seed, digest of the inputs."""
-
-    @property
-    def shards(self) -> int:
-        return -(-self.inputs // self.shard_size)
-
-    def inputs_of(self, shard: int) -> range:
-        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.inputs))
-
-    def write_or_check(self, folder: Path) -> None:
-        """Write index.json, or check that an unfinished folder was started with the same settings."""
-        write_or_check_index(folder, {"format": FORMAT, **dataclasses.asdict(self)})
-
-
-def write_or_check_index(folder: Path, values: dict[str, Any]) -> None:
-    """Write `values` to index.json, or raise InvalidRequest if it is there with other values."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / INDEX
-    # Compared as JSON, in which a tuple is a list.
-    values = json.loads(json.dumps(values))
-    if path.is_file():
-        if changed := changed_settings(_read_json(path), values):
-            what = ", ".join(f"{name} ({text})" for name, text in changed.items())
-            raise InvalidRequest(f"{folder} was started with other settings: {what}. Use those, or delete it first")
-        return
-    # Several processes may do this at once; all write the same bytes.
-    part = path.with_name(f".{INDEX}.{os.getpid()}.part")
-    part.write_text(json.dumps(values, indent=2) + "\n", "utf-8")
-    part.replace(path)
-
-
-def shard_path(folder: Path, shard: int) -> Path:
-    return folder / f"{shard:06d}.safetensors"
-
-
-def remaining(folder: Path, shards: int, rank: int = 0, world: int = 1) -> list[int]:
-    """The missing shards that process `rank` of `world` makes."""
-    # By shard number, not by position among the missing ones: processes that start later see fewer missing.
-    return [i for i in range(rank, shards, world) if not shard_path(folder, i).is_file()]
-
-
-def write_shard(folder: Path, shard: int, tensors: dict[str, Tensor], records: Sequence[dict[str, Any]]) -> None:
-    """tensors: (N, …) each; records: N, each at least with "caption". N may be 0."""
+    Args:
+        tensors: (N, …) each. N may be 0.
+        records: N, each at least with "caption".
+        report: what `Left` says of the shard's inputs. It is part of the file, so that a killed command loses none.
+    """
     blobs = [json.dumps(record, ensure_ascii=False, default=str).encode() for record in records]
-    offsets = torch.tensor(np.cumsum([0, *map(len, blobs)]), dtype=torch.int64)
-    text = torch.frombuffer(bytearray(b"".join(blobs) or b"\0"), dtype=torch.uint8)
     if any(len(value) != len(records) for value in tensors.values()):
         raise ValueError(f"{ {name: len(value) for name, value in tensors.items()} } rows for {len(records)} records")
     whole = {name: value.cpu().contiguous() for name, value in tensors.items()}
-    data = save({**whole, "record_bytes": text, "record_offsets": offsets}, {"samples": str(len(records))})
-    durable.write_file(shard_path(folder, shard), data)
+    whole["record_offsets"] = torch.tensor(np.cumsum([0, *map(len, blobs)]), dtype=torch.int64)
+    whole["record_bytes"] = _bytes(b"".join(blobs))
+    if report:
+        whole[_REPORT] = _bytes(json.dumps(report, ensure_ascii=False, default=str).encode())
+    durable.write_file(shard_path(folder, shard), save(whole, {"samples": str(len(records))}))
+
+
+def read_report(path: Path) -> tuple[int, dict[str, Any]]:
+    """The number of samples in a file, and the report it was written with."""
+    file = open_safetensors(path)
+    # keys() is a method of a safetensors file, which is not iterable itself.
+    blob = file.get_tensor(_REPORT).numpy().tobytes() if _REPORT in file.keys() else b"{}"  # noqa: SIM118
+    return int((file.metadata() or {}).get("samples", 0)), json.loads(blob)
+
+
+def _bytes(value: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(value or b"\0"), dtype=torch.uint8)
 
 
 class Shards:
@@ -108,23 +76,17 @@ class Shards:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder).expanduser()
-        if not (self.folder / INDEX).is_file():
-            raise DatabaseError(f"{self.folder} is not a folder of training samples: it has no {INDEX}")
-        values = _read_json(self.folder / INDEX)
-        if (found := values.pop("format", None)) != FORMAT:
-            raise DatabaseError(f"{self.folder / INDEX} has format {found!r}; this version reads {FORMAT}")
-        self.plan = Plan(**values)
+        self.plan = read_plan(self.folder)
         self.files = [shard_path(self.folder, i) for i in range(self.plan.shards)]
-        _check_complete(self.folder, self.files)
         self._open = functools.lru_cache(_OPEN)(open_safetensors)
         counts = [int((self._open(path).metadata() or {}).get("samples", -1)) for path in self.files]
         if -1 in counts:
             raise DatabaseCorrupt(f"{self.files[counts.index(-1)]} is not a shard of training samples")
         self.starts = np.cumsum([0, *counts])
         if not len(self):
-            raise DatabaseError(f"{self.folder} holds no samples")
+            raise DatabaseError(f"{self.folder} holds no samples: every input was left out (see {SKIPPED})")
         first = next(path for path, count in zip(self.files, counts, strict=True) if count)
-        self.fields = frozenset(self._open(first).keys()) - {"record_bytes", "record_offsets"}
+        self.fields = frozenset(self._open(first).keys()) - {*_RECORDS, _REPORT}
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -164,9 +126,9 @@ class NeighborTable:
 
     def __init__(self, shards: Shards, folder: Path) -> None:
         self._shards = shards
-        self.made_by: dict[str, Any] = _read_json(folder / INDEX)
+        self.made_by: dict[str, Any] = read_json(folder / INDEX)
         self.files = [folder / path.name for path in shards.files]
-        _check_complete(folder, self.files)
+        check_complete(folder, self.files)
         self.k = int(self.made_by["k"])
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
@@ -182,18 +144,3 @@ def digest(items: Sequence[Any]) -> str:
     for item in items:
         total.update(f"{item}\n".encode())
     return total.hexdigest()
-
-
-def _check_complete(folder: Path, files: Sequence[Path]) -> None:
-    if missing := [path.name for path in files if not path.is_file()]:
-        raise DatabaseError(
-            f"{folder} is unfinished: {len(missing)} of {len(files)} shards are missing ({missing[0]} …). Run the "
-            "command that made it again; it continues where it stopped."
-        )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise DatabaseCorrupt(f"{path}: {error}") from error

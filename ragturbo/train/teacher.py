@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from ragturbo.model.bundle import TEACHER, Bundle
 from ragturbo.model.fingerprint import fingerprint
 from ragturbo.model.onestep import EulerSchedule
 from ragturbo.model.source import resolve
+from ragturbo.train.folder import Plan, remaining
 from ragturbo.train.progress import local_device, rank_and_world, track
-from ragturbo.train.shards import DTYPES, Plan, digest, remaining, write_shard
+from ragturbo.train.report import DataReport, Left, gather
+from ragturbo.train.shards import DTYPES, digest, write_shard
 from ragturbo.train.student import trailing_euler
 
 
@@ -65,11 +68,16 @@ def make_teacher_data(
     store_text: bool = False,
     precision: str | None = None,
     device: str | None = None,
-) -> int:
-    """Write this process's share of the missing shards; returns their number. The arguments are the CLI's options."""
+    left_out: Sequence[dict[str, Any]] = (),
+) -> DataReport:
+    """Write this process's share of the missing shards. The arguments are the CLI's options.
+
+    left_out: the rows that `read_prompts` left out, for the report.
+    """
+    began = time.monotonic()
     if not prompts:
         raise InvalidRequest("no prompts given")
-    folder, storage = Path(out), DTYPES[dtype]
+    folder, storage = Path(out).expanduser(), DTYPES[dtype]
     bundle, unet = load_teacher(model, device or local_device(), None if precision is None else DTYPES[precision])
     # The batch size is included because the bits of the latents depend on it.
     made_by = {
@@ -85,13 +93,16 @@ def make_teacher_data(
     shape = (bundle.vae.channels, *((size, size) if isinstance(size, int) else size))
     empty = bundle.text.encode(bundle.text.tokenize([""]).input_ids.to(bundle.device)).hidden_states
 
-    def generate(numbers: Sequence[int]) -> dict[str, Tensor]:
+    def generate(numbers: Sequence[int], left: Left) -> dict[str, Tensor]:
         # The seed of a prompt's noise does not depend on process or shard.
         seeds = [(seed * 0x9E3779B97F4A7C15 + n) % 2**63 for n in numbers]
         draws = [torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
         # Rounded before use, so that the stored noise is exactly what the latents were made from.
         noise = torch.stack(draws).to(storage)
-        ids = bundle.text.tokenize([prompts[n] for n in numbers]).input_ids
+        texts = [prompts[n] for n in numbers]
+        tokens = bundle.text.tokenize(texts)
+        left.note_tokens(texts, tokens)
+        ids = tokens.input_ids
         states = bundle.text.encode(ids.to(bundle.device))
         latents = sampler(noise.to(bundle.device), states.hidden_states, empty)
         if not torch.isfinite(latents).all():
@@ -105,11 +116,12 @@ def make_teacher_data(
         return {name: value.cpu() for name, value in fields.items()}
 
     for shard in track(todo, len(todo), "teacher"):
-        numbers = plan.inputs_of(shard)
-        parts = [generate(numbers[i : i + batch]) for i in range(0, len(numbers), batch)]
+        numbers, left = plan.inputs_of(shard), Left()
+        parts = [generate(numbers[i : i + batch], left) for i in range(0, len(numbers), batch)]
         tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        write_shard(folder, shard, tensors, [{"caption": prompts[n], "number": n} for n in numbers])
-    return len(todo)
+        records = [{"caption": prompts[n], "number": n} for n in numbers]
+        write_shard(folder, shard, tensors, records, left.to_dict())
+    return gather(folder, "prompt", plan.shards, len(todo), began, left_out)
 
 
 def load_teacher(model: str, device: str, dtype: torch.dtype | None) -> tuple[Bundle, Any]:

@@ -100,8 +100,9 @@ def make_database(model: Path, path: Path) -> Path:
 
 def real_copy(source: Path, target: Path, database: Path, model: Path) -> Path:
     """The same samples without their noise, as real images are."""
+    from ragturbo.train.folder import Plan
     from ragturbo.train.neighbors import make_neighbors
-    from ragturbo.train.shards import Plan, Shards, write_shard
+    from ragturbo.train.shards import Shards, write_shard
 
     shards = Shards(source)
     Plan("encoded", 20, 20, {"test": True}).write_or_check(target)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ragturbo.errors import InvalidRequest
-from ragturbo.train.config import OptimConfig, find_config, from_dict, load_config, to_dict, to_yaml
+from ragturbo.train.config import OptimConfig, find_config, from_dict, load_config, settle, to_dict, to_yaml
 
 OURS = sorted(path.stem for path in find_config("paper").parent.glob("*.yaml"))
 LEAST = {"model": "m", "data": {"sources": [{"path": "d"}]}}
@@ -24,7 +26,7 @@ def test_the_papers_configuration_is_the_papers():
     assert config.optim.lr == config.discriminator.optim.lr == 1e-5
     assert (config.loss.alpha, config.loss.beta) == (2.5, 1.0)
     assert config.discriminator.spectral_norm and config.student.steps == 1 and config.student.lam is None
-    assert config.loop.accumulation(64) * 64 * config.loop.micro_batch == 2048
+    assert settle(config, 64) == config
     synthetic, real = config.data.sources
     assert synthetic.weight / real.weight == 6
 
@@ -39,11 +41,23 @@ def test_a_setting_can_be_changed_on_the_command_line():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["loop.bach=64"], "no setting loop.bach"),
+        (["loop.bach=64"], "no setting loop.bach; did you mean loop.batch?"),
+        (["batch=64"], "no setting batch; did you mean loop.batch?"),
+        (["lr=1"], "did you mean discriminator.optim.lr or optim.lr?"),
+        (["loop.xyz=1"], "no setting loop.xyz; known: batch, compile,"),
+        (["loop.batch=["], "line 1, column 2: expected the node content"),
+        (["data.sources=data/teacher"], "must be a list, such as [{path: FOLDER, weight: 1}]"),
+        (["data.sources=[data/teacher]"], "data.sources[0] must be a group of settings, such as {path: FOLDER, "),
+        (["data.sources=[{path: a, wieght: 2}]"], "did you mean data.sources[0].weight?"),
+        (["loop.max_steps=0"], "loop.max_steps=0 must be at least 1"),
+        (["mode=lora"], "the setting mode is 'lora'; it must be 'adapter' or 'student'"),
+        (["loop.precision=fp16"], "'fp32', 'bf16'; did you mean 'bf16'?"),
+        (["model=3"], "`model=3` must be a text"),
         (["loop.batch"], "write key=value"),
-        (["loop.batch=many"], "loop.batch='many' must be int"),
-        (["loop.batch=true"], "loop.batch=True must be int"),
-        (["loop.batch=2047"], "not a multiple of loop.micro_batch"),
+        (["loop.batch=many"], "loop.batch='many' must be a whole number"),
+        (["loop.batch=true"], "loop.batch=True must be a whole number"),
+        (["loop.batch=2047", "loop.micro_batch=16"], "not a multiple of loop.micro_batch=16: set loop.micro_batch=1,"),
+        (["loop.micro_batch=24"], "loop.batch=2048 is not a multiple of loop.micro_batch=24: set loop.micro_batch=16,"),
         (["optim.lr=-1"], "optim.lr=-1.0 must be at least 0"),
         (["optim.lr=.inf"], "must be finite"),
         (["optim.decay=linear"], "optim.decay='linear' is not one of 'none', 'cosine'"),
@@ -76,11 +90,35 @@ def test_what_is_missing_is_named(tmp_path):
         load_config(tmp_path / "broken.yaml")
 
 
-def test_a_batch_divides_into_processes_or_says_so():
-    config = from_dict({**LEAST, "loop": {"batch": 12, "micro_batch": 2}})
-    assert [config.loop.accumulation(n) for n in (1, 2, 3)] == [6, 3, 2]
-    with pytest.raises(InvalidRequest, match=r"batch=12 is not a multiple of .* processes \(4\)"):
-        config.loop.accumulation(4)
+def test_the_micro_batch_settles_by_itself():
+    def chosen(processes, **loop):
+        return settle(from_dict({**LEAST, "loop": loop}), processes).loop.micro_batch
+
+    assert [chosen(n, batch=64) for n in (1, 2, 4, 8, 16)] == [16, 16, 16, 8, 4]
+    assert [chosen(1, batch=batch) for batch in (1, 4, 12, 17, 24, 2048)] == [1, 4, 12, 1, 12, 16]
+    # What is set is an upper bound, because the number of processes is not a setting.
+    assert [chosen(n, batch=64, micro_batch=32) for n in (1, 2, 4)] == [32, 32, 16]
+    with pytest.raises(
+        InvalidRequest, match="loop.batch=12 cannot be shared by 5 processes: set it to a multiple of 5"
+    ):
+        chosen(5, batch=12)
+
+
+@given(st.integers(1, 4096), st.integers(1, 64), st.integers(1, 8))
+def test_a_settled_configuration_stays_as_it_is(share, bound, processes):
+    loop = {
+        "batch": share * processes,
+        "micro_batch": next(d for d in range(min(bound, share), 0, -1) if share % d == 0),
+    }
+    for config in (from_dict({**LEAST, "loop": {"batch": loop["batch"]}}), from_dict({**LEAST, "loop": loop})):
+        once = settle(config, processes)
+        assert settle(once, processes) == once and share % once.loop.micro_batch == 0
+
+
+def test_a_smaller_batch_takes_a_smaller_micro_batch():
+    assert load_config("shapes", ["loop.batch=4"]).loop.micro_batch == 4
+    assert load_config("shapes", ["loop.batch=96"]).loop.micro_batch == 48
+    assert load_config("shapes", ["loop.batch=128"]).loop.micro_batch == 64
 
 
 def test_a_rate_warms_up_and_decays_to_a_fiftieth_where_asked():

@@ -36,7 +36,7 @@ def test_a_misaligned_pair_with_the_same_prompt_counts_for_nothing(make, batches
     batch = batches(trainer, 1)[0]
     batch.input_ids[1] = batch.input_ids[0]
     assert trainer.objective.fake_weight(batch).tolist() == [[1, 1, 0, 0]] * 3
-    with pytest.raises(InvalidRequest, match="micro_batch is 1"):
+    with pytest.raises(InvalidRequest, match="micro-batch, which has 1 here"):
         make(discriminator__misaligned=True, loop__micro_batch=1)
 
 

@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 from ragturbo.errors import ModelError
 from ragturbo.train.config import load_config
-from ragturbo.train.shards import Plan, write_shard
+from ragturbo.train.folder import Plan
+from ragturbo.train.shards import write_shard
 from ragturbo.train.train_vgg import average_precision, most_informative_words, train_vgg
 
 
@@ -106,7 +107,7 @@ def test_from_prompts_to_an_adapter_by_commands_alone(commands, world, tmp_path)
     prompts.write_text("\n".join(f"a {c} {s}" for c in ("red", "blue") for s in ("cat", "dog", "boat")))
     made = commands("data", "teacher", prompts, "--out", tmp_path / "d", "--model", world.model, "--steps", 1,
                     "--shard-size", 4, "--dtype", "float32", "--device", "cpu")  # fmt: skip
-    assert made.exit_code == 0 and "wrote 2 shards" in made.output
+    assert made.exit_code == 0 and "which has 6 samples in 2 shards" in made.output
     found = commands("data", "neighbors", tmp_path / "d", "--database", world.database, "--model", world.model, "-k", 1,
                      "--device", "cpu")  # fmt: skip
     assert found.exit_code == 0, found.output

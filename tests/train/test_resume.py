@@ -55,7 +55,7 @@ def run():
 def settings_of(world, processes: int = 1) -> dict:
     """All components that have a state are on, with a checkpoint every step, so that kills coincide with saves."""
     return world.settings(
-        loop__max_steps=STEPS, loop__save_every=1, loop__batch=4, loop__micro_batch=4 // processes // 2,
+        loop__max_steps=STEPS, loop__save_every=1, loop__batch=4, loop__micro_batch=2 // processes,
         student__retrieval_dropout=0.3, student__steps=2, student__lora={"rank": 2, "alpha": 2.0, "dropout": 0.1},
         optim={"lr": 1e-3, "warmup": 3, "decay": "cosine"},
         data__sources=[{"path": str(world.data), "weight": 3.0}, {"path": str(world.real)}],
@@ -117,7 +117,7 @@ def test_a_run_is_not_resumed_with_other_settings_nor_begun_twice(world, tmp_pat
     from ragturbo.train.ladd import LADDTrainer
 
     LADDTrainer(world.config(loop__max_steps=1, loop__batch=2), tmp_path, device="cpu").train()
-    with pytest.raises(InvalidRequest, match="pass --resume"):
+    with pytest.raises(InvalidRequest, match="continue it with --resume"):
         LADDTrainer(world.config(loop__max_steps=2, loop__batch=2), tmp_path, device="cpu")
     with pytest.raises(InvalidRequest, match=r"optim.lr \(was 0.001, now 0.01\)"):
         LADDTrainer(world.config(loop__batch=2, optim__lr=1e-2), tmp_path, device="cpu", resume=True)
