@@ -24,7 +24,7 @@ from torch import Tensor
 from ragturbo.errors import DatabaseCorrupt, DatabaseError
 from ragturbo.model.weights import open_safetensors
 from ragturbo.retrieval import durable
-from ragturbo.train.folder import INDEX, NEIGHBORS, SKIPPED, check_complete, read_json, read_plan, shard_path
+from ragturbo.train.folder import INDEX, NEIGHBORS, SKIPPED, Plan, check_complete, read_json, read_plan, shard_path
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32, "bfloat16": torch.bfloat16}
 # Kept besides the samples' fields.
@@ -76,7 +76,7 @@ class Shards:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder).expanduser()
-        self.plan = read_plan(self.folder)
+        self.plan: Plan = read_plan(self.folder)
         self.files = [shard_path(self.folder, i) for i in range(self.plan.shards)]
         self._open = functools.lru_cache(_OPEN)(open_safetensors)
         counts = [int((self._open(path).metadata() or {}).get("samples", -1)) for path in self.files]
