@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ragturbo.checks import whole
-from ragturbo.config import one_of
+from ragturbo.config import one_of, short
 from ragturbo.errors import DatabaseError, DatabaseMismatch, InvalidRequest
 from ragturbo.model.find import Hub
 from ragturbo.retrieval import ranks, writer
@@ -52,6 +52,8 @@ class _Settings:
         whole("batch_size", self.batch_size)
         if self.workers is not None:
             whole("workers", self.workers)
+        if self.on_progress is not None and not callable(self.on_progress):
+            raise InvalidRequest(f"on_progress={short(self.on_progress)} must be a function", option="on_progress")
         if self.dedupe and ranks.current().world > 1:
             raise InvalidRequest(
                 "dedupe needs a single process: one of several does not know the pairs of the others. Run it without "
@@ -149,7 +151,9 @@ def check_encoder(folder: Path, base: Manifest, encoder: PairEncoder) -> None:
     """Raise DatabaseMismatch unless the encoder is the one that built the database."""
     if found := differences(base, *_description(encoder, base.geometry.dtype)):
         built, given = (", ".join(texts) for texts in zip(*found, strict=True))
-        raise DatabaseMismatch(f"{folder} was built with {built}; this encoder has {given}")
+        model = known_origin(folder)
+        hint = "" if model is None else f". The model that built it is {model}"
+        raise DatabaseMismatch(f"{folder} was built with {built}; this encoder has {given}{hint}")
 
 
 def _root(image_root: str | os.PathLike[str] | None) -> Path | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from ragturbo.errors import DatabaseError, ModelError
 from ragturbo.model.find import resolve
 from ragturbo.retrieval import durable, writer
-from ragturbo.retrieval.manifest import OWN_DATABASE, Manifest, load, segment_path
+from ragturbo.retrieval.manifest import OWN_DATABASE, Manifest, database_folder, load, segment_path
 from ragturbo.retrieval.origin import known_origin
 from ragturbo.retrieval.report import BuildReport
 
@@ -45,7 +45,7 @@ def find(source: str | os.PathLike[str]) -> Path:
     Raises:
         DatabaseError: it is neither.
     """
-    path = Path(source).expanduser()
+    path = database_folder(source)
     if (path / "CURRENT").exists():
         return path
     try:

@@ -17,7 +17,7 @@ from ragturbo.config import one_of, short
 from ragturbo.errors import DatabaseCorrupt, DatabaseError, DatabaseMismatch, InvalidRequest
 from ragturbo.keywords import named
 from ragturbo.model.find import Hub
-from ragturbo.retrieval import scann, writer
+from ragturbo.retrieval import ranks, scann, writer
 from ragturbo.retrieval.compact import compact
 from ragturbo.retrieval.durable import writer_lock
 from ragturbo.retrieval.format import Geometry, decode_rows
@@ -220,9 +220,9 @@ class Database:
         Raises:
             UnknownId: a KeyError; there is no such pair, or it was removed.
         """
-        if isinstance(id, (slice, list, tuple, np.ndarray, str)):
+        if isinstance(id, slice) or hasattr(id, "__len__"):
             raise InvalidRequest(f"db[{short(id)}]: one id gives one pair; db.records(ids) gives many", option="id")
-        return self.snapshot.live_record(whole("id", id, -(2**63), 2**63 - 1))
+        return self.snapshot.live_record(whole("id", id, -1))
 
     def __iter__(self) -> Iterator[Record]:
         """Yield all pairs, with thumbnails, in the order of their ids."""
@@ -513,9 +513,10 @@ class Database:
 
     def _keep(self, report: BuildReport) -> None:
         self._report = report
+        lines = report.lines()
         if report.already:
-            log.warning("%s: the same input was stored before; nothing was added", self.path)
-        elif lines := report.lines():
+            lines.insert(0, "the same input was stored before; nothing was added")
+        if lines and ranks.current().first:
             log.warning("%s: %s", self.path, "\n".join(lines))
 
     def remove(self, ids: Any = None, *, where: Mapping[str, Any] | None = None) -> int:

@@ -64,7 +64,8 @@ def _open(image: Any) -> Image.Image:
         return Image.open(image)
     if isinstance(image, (bytes, bytearray, memoryview)):
         return Image.open(io.BytesIO(image))
-    raise InvalidRequest(f"an image must be a PIL image, a path or bytes, not {type(image).__name__}")
+    hint = "; PIL.Image.fromarray makes one of an array" if hasattr(image, "shape") else ""
+    raise InvalidRequest(f"an image must be a PIL image, a path or bytes, not {type(image).__name__}{hint}")
 
 
 def _rgb(picture: Image.Image) -> Image.Image:

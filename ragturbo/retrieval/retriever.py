@@ -48,7 +48,10 @@ class Hits(NamedTuple):
 
 def to_host(keys: Any) -> np.ndarray:
     """Return keys as float32 on the host, without a copy if they are that already."""
-    return to_numpy(keys.float() if hasattr(keys, "detach") else keys).astype(np.float32, copy=False)
+    try:
+        return to_numpy(keys.float() if hasattr(keys, "detach") else keys).astype(np.float32, copy=False)
+    except (TypeError, ValueError):
+        raise InvalidRequest(f"keys must be (B, K) numbers, not {short(keys)}", option="keys") from None
 
 
 def like(keys: Any, ids: Any, scores: Any) -> tuple[Any, Any]:

@@ -110,6 +110,8 @@ class SegmentBuilder:
         self.report_progress(self.seen)
         stored = any(part.entry.count for part in done)
         if not stored and not any(entry["reason"].startswith(REASON) for entry in self.skipped):
+            # A corrected input must not meet the empty segments of this one.
+            job.clear(resume=False)
             raise InvalidRequest(none_stored(self.seen, next(iter(self.skipped), None)))
         removed = writer.removed_ids(job.folder, start)
         manifest = writer.joined(start, done, start.next_id + self.seen, job.name) if stored else start
@@ -193,7 +195,7 @@ class _Fill:
     def _skip(self, index: int, source: str | None, problem: str) -> None:
         # A duplicate is no bad item.
         if self.work.strict and not problem.startswith(REASON):
-            raise InvalidRequest(f"item {index} ({source or 'no source'}): {problem}")
+            raise InvalidRequest(f"item {index} ({cut(source or 'no source')}): {problem}")
         entry = {"item": index, "source": source, "reason": problem[:500]}
         self.skipped.append(entry)
         self.work.skipped.append(entry)

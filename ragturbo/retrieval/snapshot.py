@@ -75,18 +75,21 @@ class Snapshot:
     def record(self, id: int, thumbnail: bool = True) -> Record:
         row = self.rows_of(np.array([id]))
         if row[0] < 0:
-            raise InvalidRequest(f"id {id} is not in the database {self.folder}")
+            raise self._unknown(id)
         segments, inside = self.segments.locate(row)
         return self.segments.pairs[int(segments[0])].record(int(inside[0]), thumbnail)
 
     def live_record(self, id: int) -> Record:
         """Return the pair with an id, with its thumbnail. Raises UnknownId if there is none or it was removed."""
-        row = int(self.rows_of(np.array([id]))[0])
+        row = int(self.rows_of(np.array([id]))[0]) if id < 2**63 else -1
         if row < 0 or not self.alive[row]:
-            state = "was removed from" if row >= 0 else "is not in"
-            hint = "; id -1 stands for a neighbour that was not found" if id == -1 else ""
-            raise UnknownId(f"pair {id} {state} the database {self.folder}, which has {self._range()}{hint}")
+            raise self._unknown(id, removed=row >= 0)
         return self.record(id)
+
+    def _unknown(self, id: int, removed: bool = False) -> UnknownId:
+        state = "was removed from" if removed else "is not in"
+        hint = "; id -1 stands for a neighbour that was not found" if id == -1 else ""
+        return UnknownId(f"pair {id} {state} the database {self.folder}, which has {self._range()}{hint}")
 
     def _range(self) -> str:
         live = self.ids[self.alive]

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ragturbo.config import short
 from ragturbo.errors import InvalidRequest
 from ragturbo.retrieval.snapshot import Snapshot
 
@@ -20,7 +21,9 @@ def matching(snapshot: Snapshot, where: Mapping[str, Any]) -> np.ndarray:
     Raises:
         InvalidRequest: it is empty, or no pair has such a column.
     """
-    if not isinstance(where, Mapping) or not where:
+    if not isinstance(where, Mapping):
+        raise InvalidRequest(f"where={short(where)} must be {{column: value or list of values}}", option="where")
+    if not where:
         raise InvalidRequest("where={} would match everything; name a column and a value", option="where")
     known: set[str] = set()
     masks = []
@@ -29,7 +32,10 @@ def matching(snapshot: Snapshot, where: Mapping[str, Any]) -> np.ndarray:
         known.update(table.column_names)
         mask = np.ones(len(table), bool)
         for column, value in where.items():
-            wanted = set(value) if isinstance(value, (list, tuple, set, frozenset)) else {value}
+            try:
+                wanted = set(value) if isinstance(value, (list, tuple, set, frozenset)) else {value}
+            except TypeError:
+                raise InvalidRequest(f"where: {short(value)} is no value of a column", option="where") from None
             values = table.column(column).to_pylist() if column in table.column_names else [None] * len(table)
             mask &= np.array([entry in wanted for entry in values], bool)
         masks.append(mask)

@@ -41,8 +41,17 @@ def test_an_id_that_is_absent_or_removed_is_a_key_error_in_words(database):
     for wrong in (slice(0, 3), [1, 2], "1", np.array([1])):
         with pytest.raises(InvalidRequest, match=r"one id gives one pair; db.records\(ids\) gives many"):
             database[wrong]
-    with pytest.raises(InvalidRequest, match="id=1.5 must be a whole number"):
-        database[1.5]
+    for wrong in (1.5, None, -2):
+        with pytest.raises(InvalidRequest, match=f"id={wrong} must be a whole number of at least -1"):
+            database[wrong]
+    with pytest.raises(KeyError, match=f"pair {2**80} is not in"):
+        database[2**80]
+    for where, message in (
+        ("source=a", "must be {column: value or list of values}"),
+        ({"source": [{}]}, r"where: \[{}\] is no value of a column"),
+    ):
+        with pytest.raises(InvalidRequest, match=message):
+            database.remove(where=where)
 
 
 def test_iteration_gives_every_live_pair_in_the_order_of_ids(database):

@@ -357,3 +357,16 @@ def test_an_old_report_is_still_read(plain, tmp_path):
     (tmp_path / "db/build-report.json").write_text("[1]")
     assert Database.open(tmp_path / "db").report is None and "3 pairs" in repr(Database.open(tmp_path / "db"))
     append(plain.pairs(1, 5), tmp_path / "db", encoder=plain.PixelEncoder())
+
+
+def test_a_corrected_input_is_built_where_one_could_not_be_stored(plain, tmp_path):
+    for wrong, message in (
+        ([("a boat", None)], "item 0: an image must be a PIL image, a path or bytes, not NoneType"),
+        ([("a boat", np.zeros((9, 9, 3), np.uint8))], "not ndarray; PIL.Image.fromarray makes one"),
+        ([(plain.pairs(1)[0][1], "a boat")], r"the order is \(caption, image\), not \(Image, text\)"),
+        ([{"caption": "a boat"}], "not .caption, image. or .caption, image, metadata. but dict"),
+    ):
+        with pytest.raises(InvalidRequest, match=message) as caught:
+            build(wrong, tmp_path / "db", encoder=plain.PixelEncoder())
+        assert str(caught.value).startswith("none of 1 item can be stored; the first: item 0")
+    assert build(plain.pairs(2), tmp_path / "db", encoder=plain.PixelEncoder()).pairs == 2
