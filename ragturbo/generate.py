@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 from ragturbo.checks import check_call, texts
 from ragturbo.config import MAX_PHRASES, Compose, GeneratorConfig, check_device, check_dtype
-from ragturbo.errors import InvalidRequest
+from ragturbo.errors import InvalidRequest, ModelError
 from ragturbo.keywords import INSTEAD_ATTRIBUTES, named
-from ragturbo.model.find import Hub, look
+from ragturbo.model.find import Hub, check_single_file, look
 from ragturbo.output import Output
 
 if TYPE_CHECKING:
@@ -193,6 +193,38 @@ class Generator:
         if database is None:
             database = bundle.database_path
         return cls(bundle, database=None if database is False else database, config=config)
+
+    @classmethod
+    def from_single_file(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        config: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        **options: Any,
+    ) -> Generator:
+        """Load a model from one .safetensors file, as diffusers' from_single_file does.
+
+        Args:
+            config: a diffusers folder or hub id of the base model, whose configurations and tokenizer are used; None:
+                diffusers guesses it from the weights and loads it from the hub.
+            options: as in `from_pretrained`.
+        """
+        check_single_file(path, config)
+        from diffusers import StableDiffusionPipeline
+
+        from ragturbo.model.source import quiet
+
+        where = {} if config is None else {"config": os.fspath(config)}
+        try:
+            with quiet():
+                pipe = StableDiffusionPipeline.from_single_file(
+                    os.fspath(path), local_files_only=local_files_only, **where
+                )
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+            raise ModelError(f"{path} cannot be loaded by diffusers: {str(error).splitlines()[0][:300]}") from error
+        pipe.register_to_config(_name_or_path=os.fspath(path))
+        return cls.from_pretrained(pipe, **options)
 
     @named(lambda: Generator.from_pretrained)
     def __call__(

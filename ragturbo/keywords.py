@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 _PIPELINE = "load a pipeline with diffusers, change it, and give it as the model: Generator.from_pretrained(pipe)"
 _ONE_GRAPH = "the steps run as one graph, without callbacks; postprocess= runs on the finished batch"
-_IN_SCHEDULER = "give a scheduler that has it: Generator.from_pretrained(…, scheduler=…)"
+_IN_SCHEDULER = "timesteps follow from num_inference_steps and the scheduler: Generator.from_pretrained(…, scheduler=…)"
 _TEXT_ONLY = "images are generated from text; neighbors=[(caption, image)] is how a picture has an influence"
 _FUSE = "fuse the LoRA into a pipeline (pipe.load_lora_weights(…), pipe.fuse_lora(), pipe.unload_lora_weights()) and "
 _FUSE += "give pipe as the model; adapter= loads a LoRA of the decoder alone"

@@ -135,6 +135,12 @@ def tiny() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def single_file() -> Callable[[Path], dict[str, object]]:
+    """tests/single_file.py: the weights of a diffusers folder as in an original single-file checkpoint."""
+    return _load("single_file").single_file
+
+
+@pytest.fixture(scope="session")
 def tiny_sd21(tiny: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusers folder in the shape of sd-turbo: distilled, one step."""
     return tiny.make_bundle(tmp_path_factory.mktemp("tiny") / "sd21")

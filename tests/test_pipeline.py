@@ -127,6 +127,26 @@ def test_a_variant_and_a_subfolder_are_found_as_in_diffusers(tiny_sd21: Path, tm
         Generator.from_pretrained(tmp_path / "models", subfolder="inner", variant="bf16", device="cpu")
 
 
+def test_a_single_file_of_the_original_layout_draws_what_its_folder_draws(tiny, single_file, tmp_path: Path):
+    from safetensors.torch import save_file
+
+    folder = tiny.make_bundle(tmp_path / "sd15", "sd15")
+    file = tmp_path / "one.safetensors"
+    save_file(single_file(folder), file)
+    sampling = {"seed": 3, "num_inference_steps": 2}
+    with Generator.from_single_file(file, config=folder, local_files_only=True, device="cpu") as gen:
+        with Generator.from_pretrained(folder, device="cpu") as plain:
+            assert np.array_equal(pixels(gen(PROMPT, **sampling).images), pixels(plain(PROMPT, **sampling).images))
+        assert gen.info["model"] == str(file)
+    with pytest.raises(ModelError, match="there is no file"):
+        Generator.from_single_file(tmp_path / "none.safetensors")
+    with pytest.raises(ModelError, match="neither a folder nor a hub id"):
+        Generator.from_single_file(file, config="./nowhere")
+    (tmp_path / "bad.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ModelError, match="bad.safetensors cannot be loaded by diffusers"):
+        Generator.from_single_file(tmp_path / "bad.safetensors", config=folder, local_files_only=True)
+
+
 def test_encode_prompt_gives_the_embeddings_that_a_call_takes(tiny_sd21: Path):
     with Generator.from_pretrained(tiny_sd21, device="cpu") as gen:
         embeds = gen.encode_prompt([PROMPT, "a dog"])

@@ -76,9 +76,9 @@ def _folder(name: str | os.PathLike[str], hub: Hub) -> Path:
         refuse_pickle(path)
         if path.suffix == ".safetensors":
             raise ModelError(
-                f"{path} is a single file; a model is a folder in diffusers' layout. Load it with diffusers: "
-                f"pipe = StableDiffusionPipeline.from_single_file({str(path)!r}), and give pipe as the model, or the "
-                "folder that pipe.save_pretrained(folder) writes"
+                f"{path} is a single file; a model is a folder in diffusers' layout. Load the file with "
+                f"Generator.from_single_file({str(path)!r}), or make a folder of it with diffusers: "
+                "StableDiffusionPipeline.from_single_file(…).save_pretrained(folder)"
             )
         raise ModelError(f"{path} is a file; a model is a folder in diffusers' layout (model_index.json, unet/, …)")
     refuse_pickle(path)
@@ -128,6 +128,18 @@ def _download(name: str, hub: Hub) -> Path:
         }
         why = reasons.get(kind) or f"{kind}: {str(error).splitlines()[0][:200] if str(error) else ''}"
         raise ModelError(f"{name}{version} cannot be downloaded: {why}") from error
+
+
+def check_single_file(path: str | os.PathLike[str], config: str | os.PathLike[str] | None) -> None:
+    """Raise ModelError unless `path` is a safetensors file, and `config`, if it is a path, a folder."""
+    file = Path(path).expanduser()
+    refuse_pickle(file)
+    if not file.is_file():
+        raise ModelError(f"there is no file {file}")
+    if file.suffix != ".safetensors":
+        raise ModelError(f"{file} is not a .safetensors file")
+    if config is not None and not Path(config).is_dir() and not _HUB_ID.fullmatch(str(config)):
+        raise ModelError(f"config={str(config)!r} is neither a folder nor a hub id (owner/name)")
 
 
 def check_model(folder: Path) -> dict[str, Any]:
