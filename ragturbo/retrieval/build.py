@@ -25,7 +25,7 @@ from ragturbo.retrieval.format import DTYPES, Geometry, generation_name
 from ragturbo.retrieval.items import Columns
 from ragturbo.retrieval.jobs import Job
 from ragturbo.retrieval.manifest import Manifest, database_folder, differences, load, parse
-from ragturbo.retrieval.origin import known_origin, model_name, origin
+from ragturbo.retrieval.origin import known_origin, name_to_report, origin
 from ragturbo.retrieval.report import BuildReport
 from ragturbo.retrieval.segment_builder import Progress, SegmentBuilder
 from ragturbo.retrieval.sources import Source, check_source, open_source
@@ -206,7 +206,10 @@ def _run(
         if settings.dedupe:
             firsts = FirstPairs()
             firsts.add(folder, start.segments, writer.removed_ids(folder, start))
-        name = model_name(encoder) or (None if fresh else known_origin(folder))
+        name = name_to_report(encoder, folder)
+        if name is None and not fresh:
+            before = BuildReport.find(folder)
+            name = None if before is None else before.model
         work = SegmentBuilder(
             job, source, encoder, settings.thumbnails, int(settings.batch_size), int(workers), settings.strict, rank,
             settings.on_progress, firsts, name,

@@ -10,10 +10,19 @@ from ragturbo.model.find import EMBEDDED, resolve
 from ragturbo.retrieval.report import BuildReport
 
 
-def model_name(encoder: Any) -> str | None:
-    """Return the name of an encoder's model, for a local one the absolute path; None if it has none."""
+def name_to_report(encoder: Any, folder: Path) -> str | None:
+    """Return the name of the model that encodes a database, for a local one its absolute path.
+
+    None if the encoder has no name, or if the database is in its model's folder, which may be published as a whole.
+    """
     name = getattr(getattr(encoder, "bundle", None), "name", None)
-    return None if name is None else _name(str(name))
+    return None if name is None or _home(folder) is not None else _name(str(name))
+
+
+def _home(folder: Path) -> Path | None:
+    """The folder of the model that a database belongs to, or None."""
+    home = folder.absolute().parent
+    return home if (home / "model_index.json").is_file() else None
 
 
 def _name(name: str) -> str:
@@ -29,9 +38,7 @@ def _name(name: str) -> str:
 
 def known_origin(folder: Path) -> str | None:
     """Return the name or folder of the model that built a database, or None if it is not known."""
-    home = folder.absolute().parent
-    if (home / "model_index.json").is_file():
-        # A model's own database is in its folder.
+    if (home := _home(folder)) is not None:
         return _name(str(home))
     report = BuildReport.find(folder)
     return None if report is None else report.model

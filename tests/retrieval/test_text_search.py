@@ -111,6 +111,17 @@ def test_a_manifest_names_no_model_and_a_copy_still_knows_it(built, tmp_path):
     assert copied.search("a dog")[0].tolist() == [[4]]
 
 
+def test_the_database_of_a_model_is_searched_by_it_and_reports_no_path(tiny_sd21, plain, tmp_path):
+    model = shutil.copytree(tiny_sd21, tmp_path / "model")
+    images = [image for _, image, _ in plain.pairs(2)]
+    database = Database.build(zip(CAPTIONS, images, strict=False), model / "database", model=model, device="cpu")
+    assert str(tmp_path) not in (model / "database/build-report.json").read_text()
+    moved = Database.open(shutil.move(model, tmp_path / "moved") / "database")
+    assert moved.search("a blue square")[0].tolist() == [[1]] and database.report.model is None
+    copied = Database.copy(moved.path, tmp_path / "copy")
+    assert copied.report.model == str(tmp_path / "moved")
+
+
 def test_the_embedded_models_database_and_its_copies_are_searched_by_text(tmp_path):
     from ragturbo.model.find import resolve
 
