@@ -22,6 +22,9 @@ def train(
             show_default=False,
         ),
     ] = None,
+    more: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE…", help="Settings, as with --set.", show_default=False)
+    ] = None,
     max_steps: Annotated[
         int | None, typer.Option(min=1, help="Stop at this optimiser step, counted from the start of the run.")
     ] = None,
@@ -45,7 +48,9 @@ def train(
     from ragturbo.train.start import check_run, count_processes, read_settings
 
     out = out.expanduser()
-    settings = read_settings(config, out, changes or [], resume=resume, processes=processes or count_processes())
+    source, words = _divide([] if config is None else [config, *(more or [])])
+    changes = [*(changes or []), *words]
+    settings = read_settings(source, out, changes, resume=resume, processes=processes or count_processes())
     if dry_run:
         quiet_libraries()
         from ragturbo.train.estimate import estimate
@@ -70,6 +75,14 @@ def train(
     if first:
         facts = {"export": str(folder), "steps": trainer.step, "skipped": trainer.skipped}
         typer.echo(json.dumps(facts) if as_json else f"wrote {folder} after {many(trainer.step, 'step')}")
+
+
+def _divide(words: list[str]) -> tuple[str | None, list[str]]:
+    """The configuration, if there is one, and the settings."""
+    sources = [word for word in words if "=" not in word or Path(word).is_file()]
+    if len(sources) > 1:
+        raise typer.BadParameter(f"unexpected {sources[1]!r}: settings are written key=value, such as loop.batch=64")
+    return next(iter(sources), None), [word for word in words if word not in sources]
 
 
 def _readable(report: dict[str, Any]) -> str:

@@ -129,15 +129,19 @@ class TrainingData:
         self._rows = database.ids if database is not None and random_neighbors else None
 
     def _table(self, source: Shards) -> NeighborTable:
+        assert self.database is not None
         table = source.neighbors()
         if table is None:
-            raise InvalidRequest(f"{source.folder} has no neighbours: run `ragturbo data neighbors` on it")
-        assert self.database is not None
+            raise InvalidRequest(
+                f"{source.folder} has no neighbours: run `ragturbo data neighbors {source.folder} --database "
+                f"{self.database.path}` first"
+            )
         made_with, here = table.made_by["database"], database_name(self.database)
         if made_with != here:
             raise DatabaseMismatch(
-                f"{source.folder}/neighbors was made with database {made_with}, but this one is {here}: run "
-                "`ragturbo data neighbors` again"
+                f"{source.folder}/neighbors has rows of another database than {self.database.path}, or of an earlier "
+                f"generation ({_brief(made_with)}, now {_brief(here)}): delete it, and run `ragturbo data neighbors "
+                f"{source.folder} --database {self.database.path}`"
             )
         if table.k < self.num_neighbors:
             raise InvalidRequest(f"{source.folder} has {table.k} neighbours a sample, not {self.num_neighbors}")
@@ -192,6 +196,12 @@ def database_name(database: Database) -> str:
     from ragturbo.retrieval.manifest import read_current
 
     return " ".join(read_current(database.path))
+
+
+def _brief(name: str) -> str:
+    """A database's name with a part of its hash."""
+    generation, _, sha = name.partition(" ")
+    return f"{generation} {sha[:8]}"
 
 
 class Prefetcher:

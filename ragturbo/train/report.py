@@ -152,6 +152,9 @@ def gather(
         if left.skipped:
             report.skipped_list = str(out / SKIPPED)
             _write_list(out, left.skipped)
+        else:
+            # Of an earlier run with other settings.
+            (out / SKIPPED).unlink(missing_ok=True)
         if not report.samples:
             # An index without samples would only refuse other settings.
             for path in (*paths, out / INDEX):

@@ -86,6 +86,7 @@ def test_nothing_usable_is_an_error_with_the_reasons_and_the_folder_can_be_used_
     assert "none of 8 pairs can be used: 6 × a side under --min-size 1024 pixels, such as input 0" in str(error.value)
     assert len(skipped(tmp_path / "d")) == 8 and not (tmp_path / "d" / INDEX).exists()
     assert make_encoded_data(pictures, tmp_path / "d", **options).samples == 5
+    assert len(skipped(tmp_path / "d")) == 3
 
 
 def test_rows_of_prompts_that_are_left_out_are_counted(world, tmp_path):

@@ -106,6 +106,17 @@ def test_a_micro_batch_that_settled_is_saved_and_kept_on_resume(world, tmp_path)
     assert read_settings(tmp_path / "given.yaml", tmp_path, resume=True).loop.micro_batch == 4
 
 
+def test_several_settings_may_follow_one_set(train, settings, world, tmp_path):
+    dry = ("--out", tmp_path / "out", "--dry-run", "--json")
+    plan = train(settings(), *dry, "--set", "optim.lr=0.5", "loop.batch=8", "seed=3")
+    config = json.loads(plan.stdout)["config"]
+    assert (config["optim"]["lr"], config["loop"]["batch"], config["seed"]) == (0.5, 8, 3)
+    started(world, tmp_path / "out")
+    plan = train(*dry, "--resume", "--set", "loop.max_steps=7", "loop.keep=5")
+    assert json.loads(plan.stdout)["config"]["loop"]["keep"] == 5
+    assert "settings are written key=value" in train("paper", "loop.batch", *dry).output
+
+
 # What is checked before anything is loaded
 
 
@@ -233,6 +244,19 @@ def test_data_made_for_another_model_is_refused(world, tiny, tmp_path):
     index["made_by"] |= {"vae_encoder": "another", "model": "some/model"}
     (folder / "index.json").write_text(json.dumps(index))
     with pytest.raises(DatabaseMismatch, match="was made with some/model, which has another VAE than"):
+        LADDTrainer(world.config(data__sources=[{"path": str(folder)}]), tmp_path / "out", device="cpu")
+
+
+def test_neighbours_in_another_database_are_refused_with_the_command_that_finds_them(world, tmp_path):
+    from ragturbo.train.ladd import LADDTrainer
+
+    folder = tmp_path / "data"
+    shutil.copytree(world.data, folder)
+    index = folder / "neighbors" / "index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "database": "gen-000007 0123456789abcdef"}))
+    with pytest.raises(
+        DatabaseMismatch, match=r"gen-000007 01234567, now gen-000001 \w{8}\): delete it, and run `ragt"
+    ):
         LADDTrainer(world.config(data__sources=[{"path": str(folder)}]), tmp_path / "out", device="cpu")
 
 
