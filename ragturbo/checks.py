@@ -11,7 +11,7 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ragturbo.config import MAX_NEIGHBORS, MAX_SEED, MODES, OUTPUT_TYPES, one_of, short
+from ragturbo.config import MAX_IMAGES, MAX_NEIGHBORS, MAX_SEED, MAX_SIDE, MODES, OUTPUT_TYPES, one_of, short
 from ragturbo.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -50,6 +50,10 @@ def texts(name: str, value: Any, *, empty: bool = False) -> list[str]:
         raise InvalidRequest(f"{name} must be a text or a list of texts, not {short(value)}", option=name)
     if not empty and any(not text.strip() for text in found):
         raise InvalidRequest(f"{name} is empty; say what the image should show", option=name)
+    try:
+        "".join(found).encode()
+    except UnicodeEncodeError:
+        raise InvalidRequest(f"{name} is not valid Unicode", option=name) from None
     return found
 
 
@@ -212,7 +216,7 @@ def check_call(
         if prompt is None:
             raise InvalidRequest("give a prompt", option="prompt")
         texts("prompt", prompt)
-    repeats = whole("num_images_per_prompt", num_images_per_prompt)
+    repeats = whole("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES)
     if seed is not None:
         check_seed(seed, repeats)
     if mode is not None:
@@ -231,7 +235,7 @@ def check_call(
         check_guidance(guidance_scale)
     for name, side in (("height", height), ("width", width)):
         if side is not None:
-            whole(name, side)
+            whole(name, side, 1, MAX_SIDE)
     check_output(output_type, postprocess, timeout)
     if parts is None:
         return

@@ -22,6 +22,9 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent", "uint8", "png", "jpeg", "webp")
 MAX_NEIGHBORS = 16
 MAX_PHRASES = 4
 MAX_SEED = 2**64 - 1
+MAX_IMAGES = 4096
+MAX_SIDE = 8192
+"""Pixels; larger images fit on no device."""
 
 Compose = bool | Callable[[str], list[str]]
 """Whether to search by the phrases of the prompt, or the function that returns them."""
@@ -129,17 +132,23 @@ class GeneratorConfig:
             )
         if not isinstance(self.vae, str) or not self.vae:
             raise InvalidRequest(f"vae={self.vae!r} must be 'full', 'tiny' or a path or id of an AutoencoderTiny")
-        sizes = tuple(sorted(set(self.batch_sizes)))
-        if not sizes or any(not isinstance(n, int) or n < 1 or n & (n - 1) for n in sizes):
+        given = self.batch_sizes if isinstance(self.batch_sizes, (list, tuple, set, range)) else (self.batch_sizes,)
+        if not given or any(type(n) is not int or n < 1 or n & (n - 1) for n in given):
             raise InvalidRequest(
-                f"batch_sizes={self.batch_sizes!r} must be powers of two: other sizes would make an image's bits "
-                "depend on its place in the batch"
+                f"batch_sizes={short(self.batch_sizes)} must be powers of two: other sizes would make an image's bits "
+                "depend on its place in the batch",
+                option="batch_sizes",
             )
+        sizes = tuple(sorted(set(given)))
         object.__setattr__(self, "batch_sizes", sizes)
-        if not 0 <= self.batch_window <= 1:
-            raise InvalidRequest(f"batch_window={self.batch_window!r} must be between 0 and 1 second")
-        if not isinstance(self.max_queue, int) or self.max_queue < 1:
-            raise InvalidRequest(f"max_queue={self.max_queue!r} must be at least 1")
+        window = self.batch_window
+        if not isinstance(window, (int, float)) or isinstance(window, bool) or not 0 <= window <= 1:
+            raise InvalidRequest(f"batch_window={short(window)} must be between 0 and 1 second", option="batch_window")
+        if type(self.max_queue) is not int or self.max_queue < 1:
+            raise InvalidRequest(f"max_queue={short(self.max_queue)} must be at least 1", option="max_queue")
+        for name in ("capture", "compile", "log_prompts"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidRequest(f"{name}={short(getattr(self, name))} must be True or False", option=name)
         if isinstance(self.prompt_cache, bool) or not isinstance(self.prompt_cache, int) or self.prompt_cache < 0:
             raise InvalidRequest(f"prompt_cache={self.prompt_cache!r} must be a number of prompts, 0 for none")
         object.__setattr__(self, "host_cache", parse_bytes(self.host_cache, "host_cache"))

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
-from ragturbo.checks import check_call, texts
-from ragturbo.config import MAX_PHRASES, Compose, GeneratorConfig, check_device, check_dtype
+from ragturbo.checks import check_call, texts, whole
+from ragturbo.config import MAX_PHRASES, Compose, GeneratorConfig, check_device, check_dtype, short
 from ragturbo.errors import InvalidRequest, ModelError
 from ragturbo.keywords import INSTEAD_ATTRIBUTES, named
 from ragturbo.model.find import Hub, check_single_file, look
@@ -167,6 +167,10 @@ class Generator:
         check_dtype(dtype)
         check_device(device)
         hub = Hub(local_files_only, revision, cache_dir, token, subfolder, variant)
+        if not (isinstance(model, (str, os.PathLike)) and str(model)) and not hasattr(model, "unet"):
+            raise InvalidRequest(
+                f"model={short(model)} must be a folder, a hub id, 'shapes' or a loaded pipeline", option="model"
+            )
         # Mistakes are reported before torch is imported and weights are read, which takes seconds.
         if isinstance(model, (str, os.PathLike)):
             look(model, hub, adapter=adapter, distilled=distilled)
@@ -393,6 +397,8 @@ class Generator:
 
     def load_adapter(self, path: str | os.PathLike[str]) -> None:
         """Load adapter.safetensors and, if the folder has one, decoder_lora; used from the next batch on."""
+        if not isinstance(path, (str, os.PathLike)):
+            raise InvalidRequest(f"load_adapter takes a folder, not {short(path)}", option="path")
         self._executor.call(lambda: self._engine.load_adapter(path))
 
     def call(self, function: Callable[[], Any]) -> Any:
@@ -422,7 +428,7 @@ class Generator:
     def reserve(self, images: int = 1, timeout: float | None = None) -> Reservation:
         """`check_room`, and hold the room: `with gen.reserve(2, 5.0) as room: gen(…, reservation=room)` is not refused
         if it makes no more images."""
-        return self._executor.reserve(images, timeout)
+        return self._executor.reserve(whole("images", images), timeout)
 
     def expected_wait(self, images: int = 1) -> float:
         """Seconds until `images` more would be done, by the pace of the last batches; 0 if that is not known yet."""
@@ -511,6 +517,8 @@ class Generator:
 
         started = time.perf_counter()
         reservation = options.pop("reservation", None)
+        if reservation is not None and not hasattr(reservation, "pieces"):
+            raise InvalidRequest(f"reservation={short(reservation)} must come from reserve()", option="reservation")
         with self._swap:
             if self._database is not None:
                 self._database = self._database.current()

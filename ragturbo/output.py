@@ -129,9 +129,11 @@ def _images(result: Result, output_type: str, postprocess: Callable[[Any], Any] 
     if postprocess is not None:
         import numpy as np
 
-        shape, batch = batch.shape, np.asarray(postprocess(batch))
+        shape, returned = batch.shape, postprocess(batch)
+        batch = np.asarray(returned)
         if batch.shape != shape or batch.dtype != np.uint8:
-            raise InvalidRequest(f"postprocess returned {batch.dtype} {batch.shape} for uint8 {shape}")
+            what = "nothing" if returned is None else f"{batch.dtype} {batch.shape}"
+            raise InvalidRequest(f"postprocess returned {what}, and must return uint8 {shape}", option="postprocess")
     if output_type == "uint8":
         return batch
     if output_type == "pil":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -9,10 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ragturbo.config import short
 from ragturbo.engine.database import DatabaseGeneration
 from ragturbo.engine.result import Retrieved
 from ragturbo.errors import InvalidRequest
 from ragturbo.neighbor import Neighbor
+from ragturbo.retrieval.sources import check_caption
 
 EncodePairs = Callable[[list[str], Tensor], tuple[Tensor, Tensor]]
 """Captions and images (B, 3, H, W) in [-1, 1] -> keys (B, K), features (B, S, C)."""
@@ -43,14 +47,16 @@ def resolve_neighbors(
     neighbors: dict[int, Neighbor] = {}
     if stored:
         if database is None:
-            raise InvalidRequest("neighbors names ids, but there is no database to read them from")
+            raise InvalidRequest("neighbors names ids, but there is no database to read them from", option="neighbors")
         if missing := [number for number in stored.values() if not database.holds(number)]:
-            raise InvalidRequest(f"neighbors names id {missing[0]}, which the database does not have")
+            raise InvalidRequest(
+                f"neighbors names id {missing[0]}, which the database does not have", option="neighbors"
+            )
         found = database.gather(torch.tensor([[*stored.values()]]), torch.zeros(1, len(stored)))
         for j, (i, number) in enumerate(stored.items()):
             keys[i], rows[i], neighbors[i] = found.keys[0, j], found.h_retr[0, j], database.neighbor(number)
     if pairs:
-        images = torch.stack([pixels(image, image_size) for _, image in pairs.values()])
+        images = torch.stack([_pixels(image, image_size) for _, image in pairs.values()])
         new_keys, new_rows = encode_pairs([caption for caption, _ in pairs.values()], images)
         for j, (i, (caption, _)) in enumerate(pairs.items()):
             keys[i], rows[i] = new_keys[j].float().cpu(), new_rows[j].cpu()
@@ -77,12 +83,30 @@ def pixels(image: Any, size: int) -> Tensor:
 def _stored_id(entry: Any) -> int | None:
     if isinstance(entry, Neighbor):
         if entry.id < 0:
-            raise InvalidRequest("a Neighbor given with an earlier request is in no database; give (caption, image)")
+            raise InvalidRequest(
+                "a Neighbor given with an earlier request is in no database; give (caption, image)", option="neighbors"
+            )
         return entry.id
-    return entry if isinstance(entry, int) and not isinstance(entry, bool) else None
+    try:
+        return None if isinstance(entry, bool) else operator.index(entry)
+    except TypeError:
+        return None
 
 
 def _pair(entry: Any) -> tuple[str, Any]:
-    if isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str):
-        return entry
-    raise InvalidRequest(f"neighbors holds {str(entry)[:60]!r}; give ids, Neighbors or (caption, image) tuples")
+    if not (isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str)):
+        raise InvalidRequest(
+            f"neighbors holds {short(entry)}; give ids, Neighbors or tuples of a caption and an image, in this order",
+            option="neighbors",
+        )
+    if problem := check_caption(entry[0]):
+        raise InvalidRequest(f"neighbors: {problem}", option="neighbors")
+    return entry
+
+
+def _pixels(image: Any, size: int) -> Tensor:
+    try:
+        return pixels(image, size)
+    except InvalidRequest as error:
+        what = image if isinstance(image, (str, os.PathLike)) else type(image).__name__
+        raise InvalidRequest(f"neighbors: {what}: {error}", option="neighbors") from error

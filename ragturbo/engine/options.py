@@ -10,11 +10,12 @@ import secrets
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ragturbo.checks import FLOAT32_MAX, check_seed, listed, number, texts, whole
-from ragturbo.config import MAX_NEIGHBORS, MAX_PHRASES, Compose, short
+from ragturbo.config import MAX_NEIGHBORS, MAX_PHRASES, MAX_SIDE, Compose, short
 from ragturbo.errors import InvalidRequest
 from ragturbo.retrieval.phrases import phrases
 
@@ -135,6 +136,8 @@ def check_query(query: Any, prompts: int, key_width: int) -> tuple[list[str] | N
     """Return what to search by instead of the prompts: texts, or normalised keys (prompts, key_width)."""
     if query is None:
         return None, None
+    if isinstance(query, np.ndarray) and query.dtype.kind == "f":
+        query = torch.from_numpy(query)
     if not isinstance(query, Tensor):
         return _one_per_prompt("query", query, prompts), None
     key = query.detach().to("cpu", torch.float32)
@@ -160,7 +163,7 @@ def choose_size(height: Any, width: Any, latents: Any, *, factor: int, default: 
     for dim, (name, value) in enumerate((("height", height), ("width", width)), start=2):
         if value is None:
             value = latents.shape[dim] * factor if isinstance(latents, Tensor) and latents.ndim == 4 else default
-        if (side := whole(name, value)) % factor:
+        if (side := whole(name, value, 1, MAX_SIDE)) % factor:
             raise InvalidRequest(f"{name}={side} must be a multiple of {factor}", option=name)
         sizes.append(side)
     return sizes[0], sizes[1]
@@ -186,8 +189,10 @@ def make_noise(
             got = tuple(latents.shape) if isinstance(latents, Tensor) else short(latents)
             images = "one image" if count == 1 else f"{count} images"
             raise InvalidRequest(
-                f"latents must be {(count, *shape)} for {images} of this size, not {got}", option="latents"
+                f"latents must be a tensor {(count, *shape)} for {images} of this size, not {got}", option="latents"
             )
+        if not latents.is_floating_point():
+            raise InvalidRequest(f"latents are {latents.dtype}, not of a floating-point type", option="latents")
         if not bool(torch.isfinite(latents).all()):
             raise InvalidRequest("latents hold NaN or infinity", option="latents")
         return [None] * count, latents.detach().to("cpu", torch.float32, copy=True)

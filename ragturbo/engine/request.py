@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ragturbo.checks import check_output, check_retrieval_options, check_steps, choose_mode, whole
-from ragturbo.config import Compose
+from ragturbo.config import MAX_IMAGES, Compose
 from ragturbo.engine import options
 from ragturbo.engine.neighbors import EncodePairs, resolve_neighbors
 from ragturbo.engine.notes import TextNote
@@ -143,7 +143,7 @@ class Request:
         unet, factor = bundle.unet, bundle.vae.factor
         check_output(output_type, postprocess, timeout)
         prompts, n = options.check_prompts(prompt, prompt_embeds, bundle.text.width)
-        repeats = whole("num_images_per_prompt", num_images_per_prompt)
+        repeats = whole("num_images_per_prompt", num_images_per_prompt, 1, max(1, MAX_IMAGES // n))
         has_key = prompts is not None or query is not None
         resolved = choose_mode(
             mode,

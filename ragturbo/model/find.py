@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import re
@@ -85,9 +86,10 @@ def _folder(name: str | os.PathLike[str], hub: Hub) -> Path:
     if path.suffix == ".safetensors":
         raise ModelError(f"there is no file {path}")
     if not _HUB_ID.fullmatch(str(name)):
+        near = "; did you mean 'shapes'?" if difflib.get_close_matches(str(name), [EMBEDDED]) else ""
         raise ModelError(
             f"there is no folder {path}, and {short(str(name))} is not a hub id (owner/name) or 'shapes', the embedded "
-            "model"
+            f"model{near}"
         )
     return _download(str(name), hub)
 

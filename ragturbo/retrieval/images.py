@@ -39,6 +39,8 @@ def load(image: Any, size: int | None = None) -> Image.Image:
             return _rgb(picture)
     except InvalidRequest:
         raise
+    except FileNotFoundError as error:
+        raise InvalidRequest("the image cannot be read: there is no such file") from error
     except UnidentifiedImageError as error:
         raise InvalidRequest("the image cannot be read: it is damaged or of no known format") from error
     # Pillow raises many types on damaged files: OSError, ValueError, SyntaxError, struct.error, …
