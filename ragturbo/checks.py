@@ -187,6 +187,14 @@ def check_steps(num_inference_steps: Any, guidance_scale: Any, sampling: Samplin
     return steps, guidance
 
 
+def check_has_guidance(name: str, value: Any, guidance: float) -> None:
+    """Refuse a negative prompt where it has no effect."""
+    if value is not None and not guidance:
+        raise InvalidRequest(
+            f"{name} has no effect with guidance_scale=0, the default of distilled models", option=name
+        )
+
+
 def check_call(
     prompt: str | Sequence[str] | None = None,
     *,
@@ -237,10 +245,14 @@ def check_call(
         if side is not None:
             whole(name, side, 1, MAX_SIDE)
     check_output(output_type, postprocess, timeout)
+    neighbors, query = others.get("neighbors"), others.get("query")
+    if isinstance(query, (str, list, tuple)):
+        texts("query", query)
     if parts is None:
         return
-    check_steps(num_inference_steps, guidance_scale, parts.sampling)
-    neighbors, query = others.get("neighbors"), others.get("query")
+    guidance = check_steps(num_inference_steps, guidance_scale, parts.sampling)[1]
+    for name in ("negative_prompt", "negative_prompt_embeds"):
+        check_has_guidance(name, others.get(name), guidance)
     has_key = prompt is not None or query is not None
     resolved = choose_mode(
         mode,

@@ -70,14 +70,29 @@ def check_device(device: Any) -> None:
         return
     if not re.fullmatch(r"cpu|cuda(:\d+)?", str(device)):
         raise InvalidRequest(f"device={short(str(device))} is not one of 'cpu', 'cuda', 'cuda:1', …", option="device")
-    if str(device).startswith("cuda"):
-        try:
-            # Without a driver torch has no GPU: this is known without importing it.
-            ctypes.CDLL("libcuda.so.1")
-        except OSError:
-            raise InvalidRequest(
-                f"device={short(str(device))}: this machine has no NVIDIA driver; see `ragturbo info`", option="device"
-            ) from None
+    if str(device).startswith("cuda") and not has_driver():
+        raise InvalidRequest(
+            f"device={short(str(device))}: this machine has no NVIDIA driver; see `ragturbo info`", option="device"
+        )
+
+
+def has_driver() -> bool:
+    """Whether torch may find a GPU, which is known without importing it: it needs the driver's library."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def refuse_graphs(engine: str, capture: bool, *, on_gpu: bool) -> None:
+    """Raise InvalidRequest if CUDA graphs are asked for without a GPU."""
+    if engine == "graph" and capture and not on_gpu:
+        raise InvalidRequest(
+            "engine='graph' captures CUDA graphs and needs a CUDA device; use capture=False, or engine='reference' or "
+            "'auto' here",
+            option="engine",
+        )
 
 
 def short(value: Any, most: int = 80) -> str:

@@ -12,7 +12,16 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 from ragturbo.checks import check_call, texts, whole
-from ragturbo.config import MAX_PHRASES, Compose, GeneratorConfig, check_device, check_dtype, short
+from ragturbo.config import (
+    MAX_PHRASES,
+    Compose,
+    GeneratorConfig,
+    check_device,
+    check_dtype,
+    has_driver,
+    refuse_graphs,
+    short,
+)
 from ragturbo.errors import InvalidRequest, ModelError
 from ragturbo.keywords import INSTEAD_ATTRIBUTES, named
 from ragturbo.model.find import Hub, check_single_file, look
@@ -166,6 +175,7 @@ class Generator:
                 )
         check_dtype(dtype)
         check_device(device)
+        refuse_graphs(engine, capture, on_gpu=str(device) != "cpu" and has_driver())
         hub = Hub(local_files_only, revision, cache_dir, token, subfolder, variant)
         if not (isinstance(model, (str, os.PathLike)) and str(model)) and not hasattr(model, "unet"):
             raise InvalidRequest(
@@ -173,7 +183,7 @@ class Generator:
             )
         # Mistakes are reported before torch is imported and weights are read, which takes seconds.
         if isinstance(model, (str, os.PathLike)):
-            look(model, hub, adapter=adapter, distilled=distilled)
+            look(model, hub, adapter=adapter, distilled=distilled, vae=vae)
         elif vae != "full" or hub != Hub():
             raise InvalidRequest("vae, revision, subfolder and the like have no effect on a pipeline that is loaded")
         if isinstance(database, (str, os.PathLike)):

@@ -122,7 +122,7 @@ REFUSED = [
     ({"num_inference_steps": 5}, "1 to 4"),
     ({"guidance_scale": 7.5}, "a distilled model"),
     ({"guidance_scale": 0.5}, "has no effect: use 0"),
-    ({"negative_prompt": "ugly"}, "negative_prompt has no effect without guidance"),
+    ({"negative_prompt": "ugly"}, "negative_prompt has no effect with guidance_scale=0"),
     ({"query": torch.zeros(16)}, "only zeros"),
     ({"query": torch.ones(15)}, r"query key must be \(16,\) or \(1, 16\)"),
     ({"query": ["a", "b"]}, "query lists 2 texts for 1 prompt"),

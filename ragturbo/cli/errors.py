@@ -15,7 +15,7 @@ _OPTIONS = {
     "output_type": "out", "model_path": "model",
 }  # fmt: skip
 # `name=value`, and a name that a sentence is about: "w has no effect", "w is the blend".
-_ASSIGNED = re.compile(r"(?<![\w'`/.])([a-z][a-z_]*)=(True\b|False\b|None\b|'[^']*'|[-\w.+…]+)?")
+_ASSIGNED = re.compile(r"(?<![\w'`/.])([a-z][a-z_]*)=(True\b|False\b|None\b|'[^']*'|\([^)]*\)|[-\w.+…]+)?")
 _SUBJECT = re.compile(
     r"^(num_inference_steps|guidance_scale|negative_prompt|num_images_per_prompt|num_neighbors|min_score|w|lam|query|per|"
     r"compose|output_type|seed|height|width)(?= (has|is|must|lists)\b)"

@@ -78,6 +78,8 @@ def evaluate(
     from ragturbo.evaluate.systems import LoadOptions, parse_system
 
     parsed = [parse_system(text) for text in names.split(",")]
+    if len({system.slug for system in parsed}) != len(parsed):
+        raise typer.BadParameter("two systems have the same name", param_hint="--systems")
     quiet_libraries()
     if suite == "shapes":
         chosen = suites.shapes(count).head(SHAPES_LIMIT if limit is None else limit)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -106,9 +107,11 @@ def output_files(out: str, count: int) -> list[Path]:
         path = path / "out.png"
     if path.suffix.lower() not in SUFFIXES:
         raise InvalidRequest(f"out={str(path)!r}: the file's name must end in {', '.join(SUFFIXES)}", option="out")
-    for parent in path.parents:
-        if parent.exists() and not parent.is_dir():
-            raise InvalidRequest(f"out={str(path)!r}: {parent} is a file", option="out")
+    there = next(parent for parent in path.absolute().parents if parent.exists())
+    if not there.is_dir():
+        raise InvalidRequest(f"out={str(path)!r}: {there} is a file", option="out")
+    if not os.access(there, os.W_OK):
+        raise InvalidRequest(f"out={str(path)!r}: {there} cannot be written", option="out")
     return [path] if count == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(count)]
 
 

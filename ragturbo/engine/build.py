@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ragturbo.config import check_device, check_dtype
+from ragturbo.config import check_device, check_dtype, refuse_graphs
 from ragturbo.errors import InvalidRequest, ModelError
 
 if TYPE_CHECKING:
@@ -46,11 +46,7 @@ def make_engine(bundle: Bundle, config: GeneratorConfig) -> Engine:
             "`ragturbo eval` has it as lcm:<folder>."
         )
     on_gpu = bundle.device.type == "cuda"
-    if config.engine == "graph" and config.capture and not on_gpu:
-        raise InvalidRequest(
-            "engine='graph' captures CUDA graphs and needs a CUDA device; use capture=False, or engine 'reference' or "
-            "'auto' here"
-        )
+    refuse_graphs(config.engine, config.capture, on_gpu=on_gpu)
     if config.engine == "reference" and config.compile:
         raise InvalidRequest("compile=True is for the graph engine; use engine='auto', or 'graph' with capture=False")
     reason = "it was requested" if config.engine == "reference" else "the fused modules are for GPUs"

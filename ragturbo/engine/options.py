@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ragturbo.checks import FLOAT32_MAX, check_seed, listed, number, texts, whole
+from ragturbo.checks import FLOAT32_MAX, check_has_guidance, check_seed, listed, number, texts, whole
 from ragturbo.config import MAX_NEIGHBORS, MAX_PHRASES, MAX_SIDE, Compose, short
 from ragturbo.errors import InvalidRequest
 from ragturbo.retrieval.phrases import phrases
@@ -111,15 +111,11 @@ def choose_num_neighbors(
 
 
 def check_negative(
-    negative_prompt: Any, negative_prompt_embeds: Any, prompts: int, *, guided: bool, width: int
+    negative_prompt: Any, negative_prompt_embeds: Any, prompts: int, *, guidance: float, width: int
 ) -> list[str] | None:
     """Return one negative prompt per prompt, or None if there is no guidance or embeddings were given."""
-    for name, value in (("negative_prompt", negative_prompt), ("negative_prompt_embeds", negative_prompt_embeds)):
-        if value is not None and not guided:
-            raise InvalidRequest(
-                f"{name} has no effect without guidance, and here guidance_scale is 0: distilled models take none",
-                option=name,
-            )
+    check_has_guidance("negative_prompt", negative_prompt, guidance)
+    check_has_guidance("negative_prompt_embeds", negative_prompt_embeds, guidance)
     if negative_prompt_embeds is not None:
         if negative_prompt is not None:
             raise InvalidRequest(
@@ -127,7 +123,7 @@ def check_negative(
             )
         _check_embeds("negative_prompt_embeds", negative_prompt_embeds, prompts, width)
         return None
-    if not guided:
+    if not guidance:
         return None
     return _one_per_prompt("negative_prompt", "" if negative_prompt is None else negative_prompt, prompts, empty=True)
 

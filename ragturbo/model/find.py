@@ -6,12 +6,12 @@ import difflib
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ragturbo.config import short
+from ragturbo.config import VAES, short
 from ragturbo.errors import InvalidRequest, ModelError
 from ragturbo.model.info import BundleInfo, Sampling
 from ragturbo.model.pickles import refuse_pickle, refuse_pickled_model
@@ -177,7 +177,13 @@ class Parts:
 
 
 def look(
-    model: str | os.PathLike[str], hub: Hub, *, adapter: Any = None, database: Any = None, distilled: bool | None = None
+    model: str | os.PathLike[str],
+    hub: Hub,
+    *,
+    adapter: Any = None,
+    database: Any = None,
+    distilled: bool | None = None,
+    vae: str = "full",
 ) -> Parts:
     """Find and check the parts of a Generator before anything is loaded; the arguments are those of from_pretrained."""
     folder = resolve(model, hub)
@@ -186,6 +192,8 @@ def look(
         has_adapter = find_adapter(Path(adapter).expanduser())[0] is not None
     else:
         has_adapter = adapter is None and (folder / ADAPTER).is_file()
+    if vae not in VAES:
+        resolve(vae, replace(hub, revision=None, subfolder=None, variant=None))
     own = folder / DATABASE
     if database is None and own.is_dir():
         database = own

@@ -127,7 +127,7 @@ def read_keys(path: Path) -> tuple[str, ...]:
     try:
         lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"cannot read keys from {path}: {error}") from error
+        raise InvalidRequest(f"cannot read keys from {path}: {getattr(error, 'strerror', None) or error}") from error
     keys = tuple(line for line in lines if line and not line.startswith("#"))
     if not keys:
         # Without this check an empty file would turn authentication off.
