@@ -11,8 +11,9 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ragturbo.config import MAX_IMAGES, MAX_NEIGHBORS, MAX_SEED, MAX_SIDE, MODES, OUTPUT_TYPES, one_of, short
+from ragturbo.config import MAX_IMAGES, MAX_NEIGHBORS, MAX_SEED, MAX_SIDE, MODES, OUTPUT_TYPES, one_of
 from ragturbo.errors import InvalidRequest
+from ragturbo.messages import short
 
 if TYPE_CHECKING:
     from ragturbo.model.find import Parts

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ragturbo.errors import InvalidRequest
+from ragturbo.messages import short
 
 ENGINES = ("auto", "reference", "graph")
 RETRIEVERS = ("auto", "scann", "exact", "bm25", "hybrid")
@@ -93,14 +94,6 @@ def refuse_graphs(engine: str, capture: bool, *, on_gpu: bool) -> None:
             "'auto' here",
             option="engine",
         )
-
-
-def short(value: Any, most: int = 80) -> str:
-    """repr(value) for a message, cut in the middle if it is long."""
-    if hasattr(value, "shape") and not isinstance(value, type):
-        return f"<{type(value).__name__} of shape {tuple(value.shape)}>" if tuple(value.shape) else repr(value)[:most]
-    text = repr(value)
-    return text if len(text) <= most else f"{text[: most - 20]} … {text[-17:]}"
 
 
 @dataclass(frozen=True)

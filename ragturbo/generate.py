@@ -20,10 +20,10 @@ from ragturbo.config import (
     check_dtype,
     has_driver,
     refuse_graphs,
-    short,
 )
 from ragturbo.errors import InvalidRequest, ModelError
 from ragturbo.keywords import INSTEAD_ATTRIBUTES, named
+from ragturbo.messages import many, short
 from ragturbo.model.find import Hub, check_single_file, look
 from ragturbo.output import Output
 
@@ -498,9 +498,9 @@ class Generator:
 
     def __repr__(self) -> str:
         bundle, database = self._bundle, self.database
-        retrieval = "no database" if database is None else f"{len(database)} pairs in {database.path}"
+        retrieval = "no database" if database is None else f"{many(len(database), 'pair')} in {database.path}"
         dtype = str(bundle.dtype).removeprefix("torch.")
-        steps = "1 step" if bundle.sampling.steps == 1 else f"{bundle.sampling.steps} steps"
+        steps = many(bundle.sampling.steps, "step")
         closed = "" if self._finalizer.alive else ", closed"
         return (
             f"Generator({bundle.name!r}, {bundle.device} {dtype}, engine {self._engine.name!r}, {retrieval}, mode "

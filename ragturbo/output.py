@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from ragturbo.errors import InvalidRequest
+from ragturbo.messages import many
 from ragturbo.neighbor import Neighbor
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class Output:
 
     def __repr__(self) -> str:
         count = len(self.lam)
-        images = "1 image" if count == 1 else f"{count} images"
+        images = many(count, "image")
         seeds = "" if None in self.seeds else f", seed {_few(self.seeds)}"
         lam = "" if self.mode == "none" else f", λ {_few([round(value, 3) for value in self.lam])}"
         notes = f", notes {self.notes}" if self.notes else ""

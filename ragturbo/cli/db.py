@@ -123,8 +123,8 @@ def copy(
     as_json: Json = False,
 ) -> None:
     """Copy a database, for example a model's own to append to it. Ids stay the same."""
+    from ragturbo.messages import many
     from ragturbo.retrieval import Database
-    from ragturbo.retrieval.messages import many
 
     made = Database.copy(source, database)
     facts = {"database": str(database), "pairs": len(made), "generation": made.snapshot.manifest.generation}
@@ -139,8 +139,8 @@ def remove(
     as_json: Json = False,
 ) -> None:
     """Remove pairs from every later search. `compact` then deletes their bytes."""
+    from ragturbo.messages import many
     from ragturbo.retrieval import Database
-    from ragturbo.retrieval.messages import many
 
     conditions = dict(condition(text) for text in where or [])
     if bool(ids) == bool(conditions):
@@ -179,8 +179,8 @@ def reindex(
     """Build the ScaNN index over all live pairs."""
     from dataclasses import replace
 
+    from ragturbo.messages import many
     from ragturbo.retrieval import Database, ScannConfig
-    from ragturbo.retrieval.messages import many
 
     opened = Database.open(database, retriever="exact")
     given = {"leaves": leaves, "leaves_to_search": leaves_to_search, "reorder": reorder}
@@ -204,8 +204,8 @@ for command in (db_read.info, db_read.search, db_read.listed, db_read.show, db_r
 
 def _with_captions(pairs: list[str], captions: list[str]) -> tuple[Any, str, bool]:
     """Return the pairs, the column of their captions, and whether they are image files with captions."""
+    from ragturbo.messages import many
     from ragturbo.retrieval.items import IMAGE_TYPES
-    from ragturbo.retrieval.messages import many
 
     images = [path for path in pairs if Path(path).suffix.lower() in IMAGE_TYPES and not Path(path).is_dir()]
     if not images:
@@ -247,7 +247,7 @@ def _say_report(report: Any, as_json: bool, text: str) -> None:
 
 
 def _built(report: Any) -> str:
-    from ragturbo.retrieval.messages import many
+    from ragturbo.messages import many
 
     text = f"{many(report.pairs, 'pair')} in {report.path}"
     if report.already:
@@ -257,7 +257,7 @@ def _built(report: Any) -> str:
 
 def _appended(report: Any) -> str:
     """Say which ids the new pairs have, for a few how to remove them, and how many pairs there are."""
-    from ragturbo.retrieval.messages import many
+    from ragturbo.messages import many
 
     ids, total = report.ids, f"{many(report.total, 'pair')} in all"
     if not ids:

@@ -30,7 +30,7 @@ def search(
     as_json: Json = False,
 ) -> None:
     """Find the pairs that are nearest to each text. Prints id, score, caption and source."""
-    from ragturbo.retrieval.messages import cut
+    from ragturbo.messages import cut
 
     opened = _open(database, retriever)
     if not all(map(str.strip, texts)):
@@ -69,7 +69,7 @@ def listed(
     as_json: Json = False,
 ) -> None:
     """List pairs in the order of their ids: id, caption and source."""
-    from ragturbo.retrieval.messages import many
+    from ragturbo.messages import many
     from ragturbo.retrieval.where import matching
 
     opened = _open(database)
@@ -109,8 +109,8 @@ def export(
 
     If the images are still there, `db build OUT --image source --image-root FOLDER` builds from it for another model.
     """
+    from ragturbo.messages import many
     from ragturbo.retrieval.export import export_table
-    from ragturbo.retrieval.messages import many
 
     written = export_table(_open(database), out, thumbnails)
     say({"pairs": written, "file": str(out)}, f"{many(written, 'pair')} written to {out}", as_json)
@@ -127,7 +127,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Read every byte and compare it with the manifest. If there is damage, list it and exit with code 3."""
-    from ragturbo.retrieval.messages import many
+    from ragturbo.messages import many
     from ragturbo.retrieval.snapshot import open_snapshot
     from ragturbo.retrieval.verify import problems
 
@@ -168,7 +168,7 @@ def _facts(record: Record) -> dict[str, Any]:
 
 
 def _line(facts: dict[str, Any]) -> str:
-    from ragturbo.retrieval.messages import cut
+    from ragturbo.messages import cut
 
     source = "" if facts["source"] is None else f"  ({cut(facts['source'])})"
     return cut(facts["caption"], 100) + source

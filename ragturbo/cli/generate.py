@@ -152,17 +152,17 @@ def _report(
         facts = {"images": rows, "mode": output.mode, "timings": output.timings, "notes": output.notes}
         typer.echo(json.dumps({**facts, "model": generator.info}, indent=2, default=str))
         return
-    from ragturbo.cli.terminal import short
+    from ragturbo.messages import cut, many
 
     for row in rows:
-        typer.echo(f"{row['file']}  seed {row['seed']}  {short(row['prompt'])}")
+        typer.echo(f"{row['file']}  seed {row['seed']}  {cut(row['prompt'])}")
         for n in row["neighbors"]:
             unused = "" if n["used"] else "  (below --min-score)"
-            typer.echo(f"  λ {n['lam']:.3f}  #{n['id']}  {short(n['caption'] or '')}{unused}")
+            typer.echo(f"  λ {n['lam']:.3f}  #{n['id']}  {cut(n['caption'] or '')}{unused}")
     total = output.timings["total"]
     stages = "  ".join(f"{name} {1e3 * s:.1f}" for name, s in output.timings.items() if name != "total")
     steps = steps or generator.info["num_inference_steps"]
     typer.echo(
-        f"mode {output.mode}, {steps} {'step' if steps == 1 else 'steps'}, {1e3 * total:.1f} ms: {stages}",
+        f"mode {output.mode}, {many(steps, 'step')}, {1e3 * total:.1f} ms: {stages}",
         file=sys.stderr,
     )

@@ -46,9 +46,3 @@ def loading(model: object) -> Iterator[None]:
 def _importing(name: str) -> bool:
     """Whether another frame is in the middle of importing a module."""
     return bool(getattr(getattr(sys.modules.get(name), "__spec__", None), "_initializing", False))
-
-
-def short(text: str, most: int = 80) -> str:
-    """A text on one line, cut if it is long."""
-    text = " ".join(text.split())
-    return text if len(text) <= most else f"{text[: most - 1]}…"

@@ -61,7 +61,7 @@ def train(
     check_device(device)
     check_run(settings, out, resume=resume)
     quiet_libraries()
-    from ragturbo.retrieval.messages import many
+    from ragturbo.messages import many
     from ragturbo.train.ladd import LADDTrainer
 
     trainer = LADDTrainer(settings, out, device=device, resume=resume)

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ragturbo.config import short
 from ragturbo.engine.database import DatabaseGeneration
 from ragturbo.engine.result import Retrieved
 from ragturbo.errors import InvalidRequest
+from ragturbo.messages import short
 from ragturbo.neighbor import Neighbor
 from ragturbo.retrieval.sources import check_caption
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ragturbo.errors import DatabaseError
+from ragturbo.messages import cut
 from ragturbo.retrieval.words import words
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class TextNote:
             else:
                 found = "; ".join(f"{word}: {place}" for word, place in zip(unknown, where, strict=True))
                 parts.append(f"the model does not know {found}")
-        return f"{self.what} {_short(self.text)!r}: {'; '.join(parts)}"
+        return f"{self.what} {cut(self.text, _SHOWN)!r}: {'; '.join(parts)}"
 
 
 def lines(
@@ -106,8 +107,4 @@ def _first_with(forms: set[str], database: DatabaseGeneration) -> int | None:
 
 
 def _pair(neighbor: Neighbor) -> str:
-    return f"{'the given pair' if neighbor.id < 0 else f'pair {neighbor.id}'} {_short(neighbor.caption or '')!r}"
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+    return f"{'the given pair' if neighbor.id < 0 else f'pair {neighbor.id}'} {cut(neighbor.caption or '', _SHOWN)!r}"

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from ragturbo.checks import FLOAT32_MAX, check_has_guidance, check_seed, listed, number, texts, whole
-from ragturbo.config import MAX_NEIGHBORS, MAX_PHRASES, MAX_SIDE, Compose, short
+from ragturbo.config import MAX_NEIGHBORS, MAX_PHRASES, MAX_SIDE, Compose
 from ragturbo.errors import InvalidRequest
+from ragturbo.messages import many, short
 from ragturbo.retrieval.phrases import phrases
 
 
@@ -203,12 +204,12 @@ def per_image(name: str, value: Any, default: float, count: int, prompts: int, m
     """Return (count,) fp32 from None, one number, one per prompt or one per image; 0 is the least."""
     if value is None:
         return torch.full((count,), default)
-    many = listed(value)
-    given = [number(name, entry, 0.0, most) for entry in ([value] * count if many is None else many)]
+    several = listed(value)
+    given = [number(name, entry, 0.0, most) for entry in ([value] * count if several is None else several)]
     if len(given) == prompts != count:
         given = [entry for entry in given for _ in range(count // prompts)]
     if len(given) != count:
-        raise InvalidRequest(f"{len(given)} values of {name} for {_count(count, 'image')}", option=name)
+        raise InvalidRequest(f"{len(given)} values of {name} for {many(count, 'image')}", option=name)
     return torch.tensor(given, dtype=torch.float32)
 
 
@@ -233,15 +234,11 @@ def _one_per_prompt(name: str, value: Any, prompts: int, *, empty: bool = False)
         return found * prompts
     if len(found) != prompts:
         raise InvalidRequest(
-            f"{name} lists {_count(len(found), 'text')} for {_count(prompts, 'prompt')}; give one for each, or "
+            f"{name} lists {many(len(found), 'text')} for {many(prompts, 'prompt')}; give one for each, or "
             "a single text for all",
             option=name,
         )
     return found
-
-
-def _count(n: int, what: str) -> str:
-    return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
 def _draw(generator: Any, count: int, shape: tuple[int, int, int]) -> Tensor:
@@ -255,7 +252,7 @@ def _draw(generator: Any, count: int, shape: tuple[int, int, int]) -> Tensor:
     if isinstance(generator, torch.Generator):
         return torch.randn((count, *shape), generator=generator)
     if len(generators) != count:
-        raise InvalidRequest(f"{_count(len(generators), 'generator')} for {_count(count, 'image')}", option="generator")
+        raise InvalidRequest(f"{many(len(generators), 'generator')} for {many(count, 'image')}", option="generator")
     return torch.cat([torch.randn((1, *shape), generator=g) for g in generators])
 
 
@@ -271,6 +268,6 @@ def _seeds(seed: Any, prompts: int, repeats: int) -> list[int]:
     if len(bases) == prompts * repeats:
         return bases
     raise InvalidRequest(
-        f"{_count(len(bases), 'seed')} for {_count(prompts, 'prompt')} of {_count(repeats, 'image')} each",
+        f"{many(len(bases), 'seed')} for {many(prompts, 'prompt')} of {many(repeats, 'image')} each",
         option="seed",
     )

@@ -11,8 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ragturbo.config import short
 from ragturbo.errors import InvalidRequest, ModelError
+from ragturbo.messages import short
 from ragturbo.model import clip_key as clip_key_file
 from ragturbo.model import lora, source
 from ragturbo.model.adapter import HSpaceAdapter

@@ -11,8 +11,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ragturbo.config import VAES, short
+from ragturbo.config import VAES
 from ragturbo.errors import InvalidRequest, ModelError
+from ragturbo.messages import short
 from ragturbo.model.info import BundleInfo, Sampling
 from ragturbo.model.pickles import refuse_pickle, refuse_pickled_model
 

@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ragturbo.config import RETRIEVERS, short
+from ragturbo.config import RETRIEVERS
 from ragturbo.errors import InvalidRequest, ModelError
+from ragturbo.messages import short
 from ragturbo.version import __version__
 
 FILE = "ragturbo.json"

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ragturbo.checks import whole
-from ragturbo.config import one_of, short
+from ragturbo.config import one_of
 from ragturbo.errors import DatabaseError, DatabaseMismatch, InvalidRequest
+from ragturbo.messages import short
 from ragturbo.model.find import Hub
 from ragturbo.retrieval import ranks, writer
 from ragturbo.retrieval.duplicates import FirstPairs

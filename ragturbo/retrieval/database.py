@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ragturbo.checks import whole
-from ragturbo.config import one_of, short
+from ragturbo.config import one_of
 from ragturbo.errors import DatabaseCorrupt, DatabaseError, DatabaseMismatch, InvalidRequest
 from ragturbo.keywords import named
+from ragturbo.messages import many, short
 from ragturbo.model.find import Hub
 from ragturbo.retrieval import ranks, scann, writer
 from ragturbo.retrieval.compact import compact
@@ -23,7 +24,6 @@ from ragturbo.retrieval.durable import writer_lock
 from ragturbo.retrieval.format import Geometry, decode_rows
 from ragturbo.retrieval.info import DatabaseInfo, describe
 from ragturbo.retrieval.manifest import database_folder, load
-from ragturbo.retrieval.messages import many
 from ragturbo.retrieval.pairs import Record
 from ragturbo.retrieval.reindex import reindex
 from ragturbo.retrieval.retriever import EXACT_BELOW, Retriever, check_k, check_results, like, to_ids, to_numpy

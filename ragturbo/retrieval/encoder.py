@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from ragturbo.config import check_dtype, one_of, short
+from ragturbo.config import check_dtype, one_of
 from ragturbo.errors import InvalidRequest, ModelError
+from ragturbo.messages import short
 from ragturbo.model.find import Hub, check_model, resolve
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ragturbo.errors import InvalidRequest
+from ragturbo.messages import many
 from ragturbo.retrieval.items import IMAGE_TYPES, MAX_CAPTION, Item, utf16
-from ragturbo.retrieval.messages import many
 from ragturbo.retrieval.report import Notes
 
 

@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from ragturbo.config import short
 from ragturbo.errors import DatabaseCorrupt, DatabaseError, InvalidRequest
+from ragturbo.messages import short
 from ragturbo.retrieval import durable
 from ragturbo.retrieval.durable import FileSum
 from ragturbo.retrieval.format import FORMAT_VERSION, Geometry, generation_name, segment_name

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ragturbo.errors import DatabaseCorrupt, DatabaseError
+from ragturbo.messages import cut, many
 from ragturbo.retrieval import durable
-from ragturbo.retrieval.messages import cut, many
 
 FILE = "build-report.json"
 _EXAMPLES = 5

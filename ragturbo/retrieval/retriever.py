@@ -6,8 +6,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from ragturbo.config import short
 from ragturbo.errors import InvalidRequest
+from ragturbo.messages import short
 
 # Below this number of pairs, exact search is as fast as an index.
 EXACT_BELOW = 20_000

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ragturbo.errors import DatabaseCorrupt, DatabaseError, InvalidRequest
+from ragturbo.messages import cut, many
 from ragturbo.retrieval import images, ranks, writer
 from ragturbo.retrieval.duplicates import REASON, FirstPairs, note_duplicates
 from ragturbo.retrieval.encoder import PairEncoder
@@ -20,7 +21,6 @@ from ragturbo.retrieval.format import encode_keys, encode_rows
 from ragturbo.retrieval.items import Item, check_caption
 from ragturbo.retrieval.jobs import Finished, Job, SegmentWriter
 from ragturbo.retrieval.manifest import Manifest
-from ragturbo.retrieval.messages import cut, many
 from ragturbo.retrieval.pairs import Record
 from ragturbo.retrieval.report import BuildReport, Notes, none_stored
 from ragturbo.retrieval.sources import Source

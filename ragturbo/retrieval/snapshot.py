@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from ragturbo.errors import DatabaseCorrupt, InvalidRequest
+from ragturbo.messages import many
 from ragturbo.retrieval import writer
 from ragturbo.retrieval.manifest import Manifest, load, read_current
-from ragturbo.retrieval.messages import many
 from ragturbo.retrieval.pairs import Record
 from ragturbo.retrieval.segments import Segments
 

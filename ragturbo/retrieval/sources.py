@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from ragturbo.config import short
 from ragturbo.errors import InvalidRequest
+from ragturbo.messages import short
 from ragturbo.retrieval import tables, tar_shards
 from ragturbo.retrieval.image_folder import ImageFolder
 from ragturbo.retrieval.items import IMAGE_TYPES, Columns, Item, check_caption

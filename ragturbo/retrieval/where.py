@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ragturbo.config import short
 from ragturbo.errors import InvalidRequest
+from ragturbo.messages import short
 from ragturbo.retrieval.snapshot import Snapshot
 
 

@@ -14,8 +14,8 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from ragturbo.config import short
 from ragturbo.errors import DatabaseError, InvalidRequest
+from ragturbo.messages import short
 from ragturbo.output import Output
 from ragturbo.serve import docs_page, paths, schema
 from ragturbo.serve.api_errors import APIError, ErrorBody

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 
-from ragturbo.config import short
+from ragturbo.messages import short
 from ragturbo.serve.api_errors import APIError
 from ragturbo.serve.field_errors import describe, validation_error
 from ragturbo.serve.schema import LENIENT

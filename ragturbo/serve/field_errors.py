@@ -10,7 +10,8 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from ragturbo.config import MAX_SEED, short
+from ragturbo.config import MAX_SEED
+from ragturbo.messages import short
 from ragturbo.serve.api_errors import APIError
 
 _GENERATOR = "belongs to Generator.__call__ and is not available over HTTP"

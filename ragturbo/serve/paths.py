@@ -6,7 +6,7 @@ import difflib
 import re
 from typing import TYPE_CHECKING
 
-from ragturbo.config import short
+from ragturbo.messages import short
 from ragturbo.serve.api_errors import APIError
 
 if TYPE_CHECKING:

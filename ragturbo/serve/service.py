@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.requests import ClientDisconnect
 
-from ragturbo.config import short
 from ragturbo.errors import InvalidRequest
+from ragturbo.messages import short
 from ragturbo.serve.api_errors import APIError, retry_later
 from ragturbo.serve.config import ServeConfig
 from ragturbo.serve.metrics import Metrics

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from ragturbo.config import short
+from ragturbo.messages import short
 from ragturbo.serve.api_errors import APIError
 
 # What people write: 512, 512x512, 512X512, 512 x 512, 512×512, 512*512, -1x0.

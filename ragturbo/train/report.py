@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ragturbo.errors import InvalidRequest
-from ragturbo.retrieval.messages import cut, many
+from ragturbo.messages import cut, many
 from ragturbo.train.folder import INDEX, SKIPPED, make_folder, shard_path
 
 log = logging.getLogger("ragturbo")
