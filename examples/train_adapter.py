@@ -153,8 +153,6 @@ def all_right(scenes: Sequence[Scene], pictures: np.ndarray) -> list[float]:
 
 def measure(out: Path, test: Sequence[Scene], adapter: Path) -> dict[str, Any]:
     """Draw the test prompts with and without the adapter, write a grid of the first, and return the scores."""
-    # A Generator warns of each word that the model does not know; here all prompts have one.
-    logging.getLogger("ragturbo").setLevel(logging.ERROR)
     words, plain = [scene.caption for scene in test], [sample_scene(70_000_000 + i, "eval") for i in range(len(test))]
     without, trained = draw(out, words, None, mode="none"), draw(out, words, adapter)
     scores = {
@@ -192,7 +190,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     except RagTurboError as error:
         raise SystemExit(str(error)) from error
     print("\nTest")
-    scores = measure(out, test, adapter)
+    log = logging.getLogger("ragturbo")
+    level = log.level
+    # A Generator warns of each word that the model does not know; here all prompts have one.
+    log.setLevel(logging.ERROR)
+    try:
+        scores = measure(out, test, adapter)
+    finally:
+        log.setLevel(level)
     for name, score in scores.items():
         print(f"{name:<40} {score['mean']:.3f} [{score['low']:.3f}, {score['high']:.3f}]")
     seconds = round(time.monotonic() - began)
