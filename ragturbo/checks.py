@@ -50,7 +50,8 @@ def texts(name: str, value: Any, *, empty: bool = False) -> list[str]:
     if not found or any(not isinstance(text, str) for text in found):
         raise InvalidRequest(f"{name} must be a text or a list of texts, not {short(value)}", option=name)
     if not empty and any(not text.strip() for text in found):
-        raise InvalidRequest(f"{name} is empty; say what the image should show", option=name)
+        what = "say what the image should show" if name == "prompt" else "write at least a word"
+        raise InvalidRequest(f"{name} is empty; {what}", option=name)
     try:
         "".join(found).encode()
     except UnicodeEncodeError:
@@ -224,8 +225,10 @@ def check_call(
     if prompt_embeds is None:
         if prompt is None:
             raise InvalidRequest("give a prompt", option="prompt")
-        texts("prompt", prompt)
-    repeats = whole("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES)
+        count = len(texts("prompt", prompt))
+    else:
+        count = len(prompt_embeds) if getattr(prompt_embeds, "ndim", 0) == 3 else 1
+    repeats = whole("num_images_per_prompt", num_images_per_prompt, 1, max(1, MAX_IMAGES // max(1, count)))
     if seed is not None:
         check_seed(seed, repeats)
     if mode is not None:

@@ -138,7 +138,7 @@ class Generator:
             device, dtype: default to cuda and float16 if there is a GPU, else to cpu and float32; of a pipeline, to
                 its own.
             distilled: whether the model takes one to four steps without guidance. None: as its ragturbo.json says; if
-                it has none, whether its scheduler's timesteps are trailing.
+                it has none, whether its scheduler's timesteps are trailing, or the scheduler is LCM's or TCD's.
             scheduler: of diffusers, instead of the model's.
             local_files_only, revision, cache_dir, token, subfolder, variant: as in diffusers.
             engine: "reference", plain torch on any device; "graph", fused modules under CUDA graphs; "auto", the graph
@@ -181,9 +181,10 @@ class Generator:
             raise InvalidRequest(
                 f"model={short(model)} must be a folder, a hub id, 'shapes' or a loaded pipeline", option="model"
             )
+        parts: dict[str, Any] = {"adapter": adapter, "distilled": distilled, "scheduler": scheduler}
         # Mistakes are reported before torch is imported and weights are read, which takes seconds.
         if isinstance(model, (str, os.PathLike)):
-            look(model, hub, adapter=adapter, distilled=distilled, vae=vae)
+            parts["folder"] = look(model, hub, adapter=adapter, distilled=distilled, vae=vae).folder
         elif vae != "full" or hub != Hub():
             raise InvalidRequest("vae, revision, subfolder and the like have no effect on a pipeline that is loaded")
         if isinstance(database, (str, os.PathLike)):
@@ -195,7 +196,6 @@ class Generator:
         from ragturbo.model.bundle import Bundle, check_pipeline
 
         refuse_after_fork()
-        parts: dict[str, Any] = {"adapter": adapter, "distilled": distilled, "scheduler": scheduler}
         if isinstance(model, (str, os.PathLike)):
             where, precision = choose_device(device, dtype)
             bundle = Bundle.load(model, device=where, dtype=precision, vae=vae, **vars(hub), **parts)
@@ -214,7 +214,12 @@ class Generator:
         path: str | os.PathLike[str],
         *,
         config: str | os.PathLike[str] | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
         local_files_only: bool = False,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        token: str | bool | None = None,
         **options: Any,
     ) -> Generator:
         """Load a model from one .safetensors file, as diffusers' from_single_file does.
@@ -222,23 +227,30 @@ class Generator:
         Args:
             config: a diffusers folder or hub id of the base model, whose configurations and tokenizer are used; None:
                 diffusers guesses it from the weights and loads it from the hub.
-            options: as in `from_pretrained`.
+            local_files_only, revision, cache_dir, token: for `config`, as in diffusers.
+            device, dtype, options: as in `from_pretrained`.
         """
-        check_single_file(path, config)
+        file = check_single_file(path, config)
+        check_dtype(dtype)
+        check_device(device)
         from diffusers import StableDiffusionPipeline
 
+        from ragturbo.engine.build import choose_device
         from ragturbo.model.source import quiet
 
-        where = {} if config is None else {"config": os.fspath(config)}
+        where, precision = choose_device(device, dtype)
+        hub: dict[str, Any] = {
+            "local_files_only": local_files_only, "revision": revision, "cache_dir": cache_dir, "token": token
+        }  # fmt: skip
+        if config is not None:
+            hub["config"] = os.fspath(config)
         try:
             with quiet():
-                pipe = StableDiffusionPipeline.from_single_file(
-                    os.fspath(path), local_files_only=local_files_only, **where
-                )
+                pipe = StableDiffusionPipeline.from_single_file(str(file), **hub)
         except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-            raise ModelError(f"{path} cannot be loaded by diffusers: {str(error).splitlines()[0][:300]}") from error
-        pipe.register_to_config(_name_or_path=os.fspath(path))
-        return cls.from_pretrained(pipe, **options)
+            raise ModelError(f"{file} cannot be loaded by diffusers: {str(error).splitlines()[0][:300]}") from error
+        pipe.register_to_config(_name_or_path=str(file))
+        return cls.from_pretrained(pipe, device=where, dtype=precision, **options)
 
     @named(lambda: Generator.from_pretrained)
     def __call__(
@@ -356,6 +368,9 @@ class Generator:
         # With a prompt cache, a repeated prompt takes another path than a new one.
         times = 2 if self.config.prompt_cache else 1
         options: list[dict[str, Any]] = [{"seed": 0, "output_type": "uint8"}]
+        if not self._bundle.sampling.distilled:
+            # A step of fifty: every step runs the same modules.
+            options[0]["num_inference_steps"] = 1
         if self._compose and self._database is not None and self._bundle.adapter is not None:
             options = [{**options[0], "compose": partial(_repeated, times=phrases)} for phrases in (MAX_PHRASES, 2, 1)]
         # Largest first: the graphs of smaller sizes reuse its memory.

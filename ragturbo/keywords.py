@@ -6,7 +6,7 @@ import difflib
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 from ragturbo.errors import UnknownOption
 
@@ -99,11 +99,23 @@ def named(other: Callable[[], Callable[..., Any]] | None = None) -> Callable[[Ca
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
         accepted = frozenset(names(function))
 
+        def check(given: dict[str, Any]) -> None:
+            if not accepted.issuperset(given):
+                name = next(name for name in given if name not in accepted)
+                raise unknown(name, function, None if other is None else other())
+
+        if inspect.iscoroutinefunction(function):
+
+            @functools.wraps(function)
+            async def checked_async(*args: P.args, **kwargs: P.kwargs) -> Any:
+                check(kwargs)
+                return await function(*args, **kwargs)
+
+            return cast(Callable[P, T], checked_async)
+
         @functools.wraps(function)
         def checked(*args: P.args, **kwargs: P.kwargs) -> T:
-            if not accepted.issuperset(kwargs):
-                name = next(name for name in kwargs if name not in accepted)
-                raise unknown(name, function, None if other is None else other())
+            check(kwargs)
             return function(*args, **kwargs)
 
         return checked

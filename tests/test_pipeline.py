@@ -194,3 +194,104 @@ def test_what_is_printed_is_short_and_says_what_matters(tiny_sd21: Path):
         r"Output\(2 images as ndarray \(2, 128, 128, 3\), mode 'none', seed 3, 3, \d+\.\d ms\)", repr(two)
     )
     assert repr(gen).endswith(", closed)")
+
+
+def decoder_lora(folder: Path, out: Path) -> Path:
+    """A decoder LoRA, as train exports one."""
+    from peft import LoraConfig
+
+    from ragturbo.model import lora
+    from ragturbo.model.bundle import Bundle
+
+    unet = Bundle.load(folder, device="cpu").unet.unet
+    unet.add_adapter(
+        LoraConfig(r=2, target_modules=r"up_blocks\..*\.to_q", init_lora_weights=False), adapter_name=lora.NAME
+    )
+    lora.save_lora(unet, out / lora.FOLDER)
+    return out
+
+
+def test_a_decoder_lora_of_one_generator_is_not_left_in_the_pipeline(tiny_sd21: Path, tmp_path: Path):
+    adapter, pipe = decoder_lora(tiny_sd21, tmp_path / "adapter"), pipeline(tiny_sd21)
+    with Generator.from_pretrained(pipe) as gen:
+        plain = pixels(gen(PROMPT, seed=3).images)
+    with Generator.from_pretrained(pipe, adapter=adapter) as gen:
+        assert gen.info["decoder_lora"] and abs(pixels(gen(PROMPT, seed=3).images) - plain).max() > 0
+    with Generator.from_pretrained(pipe, adapter=False) as gen:
+        assert not gen.info["decoder_lora"] and np.array_equal(pixels(gen(PROMPT, seed=3).images), plain)
+
+
+def test_an_error_leaves_the_callers_pipeline_as_it_was(tiny_sd21: Path):
+    pipe = pipeline(tiny_sd21)
+    for options in ({"adapter": "nowhere"}, {"scheduler": 3}, {"distilled": 3}):
+        with pytest.raises((ModelError, InvalidRequest)):
+            Generator.from_pretrained(pipe, dtype="float16", **options)
+        assert pipe.unet.dtype == torch.float32 and all(p.requires_grad for p in pipe.unet.parameters())
+
+
+def test_a_pipeline_in_bfloat16_fits_the_database_of_its_folder(tiny_sd21: Path):
+    with Generator.from_pretrained(pipeline(tiny_sd21), dtype="bfloat16") as gen:
+        with Generator.from_pretrained(tiny_sd21, device="cpu") as folder:
+            assert gen.info["dtype"] == "bfloat16" and gen.bundle.fingerprint() == folder.bundle.fingerprint()
+
+
+def test_a_pipeline_with_a_controlnet_or_a_hook_is_refused(tiny_sd21: Path):
+    pipe = pipeline(tiny_sd21)
+    pipe.controlnet = object()
+    with pytest.raises(ModelError, match="cannot be used as a model"):
+        Generator.from_pretrained(pipe)
+    pipe = pipeline(tiny_sd21)
+    pipe.unet._hf_hook = object()
+    with pytest.raises(ModelError, match="unet .* is offloaded"):
+        Generator.from_pretrained(pipe)
+
+
+def test_another_scheduler_does_not_change_what_the_model_is(tiny: ModuleType, tiny_sd21: Path, tmp_path: Path):
+    from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
+
+    leading = EulerDiscreteScheduler(timestep_spacing="leading")
+    trailing = DPMSolverMultistepScheduler(timestep_spacing="trailing")
+    folder = tiny.make_bundle(tmp_path / "sd15", "sd15")
+    for model, scheduler, distilled in ((tiny_sd21, leading, True), (folder, trailing, False)):
+        for loaded in (model, pipeline(model)):
+            with Generator.from_pretrained(loaded, scheduler=scheduler, device="cpu") as gen:
+                assert gen.info["distilled"] == distilled and gen.bundle.scheduler is scheduler
+
+
+def test_a_database_of_another_size_is_left_out_with_a_note_unless_slerp_was_asked_for(tiny_sd21: Path, tmp_path: Path):
+    from PIL import Image
+
+    from ragturbo import Database
+
+    pairs = [("a red circle", Image.new("RGB", (128, 128), "red")), ("a blue square", Image.new("RGB", (128, 128)))]
+    database = Database.build(pairs, tmp_path / "db", model=tiny_sd21, device="cpu")
+    with Generator.from_pretrained(tiny_sd21, database=database, device="cpu") as gen:
+        assert gen(PROMPT).mode == "slerp"
+        wide = gen(PROMPT, width=256, seed=3)
+        assert wide.mode == "none" and "generated without retrieval" in wide.notes[0] and "128x256" in wide.notes[0]
+        for options in ({"mode": "slerp"}, {"w": 0.5}, {"num_neighbors": 2}):
+            with pytest.raises(InvalidRequest, match="equal feature grids") as raised:
+                gen(PROMPT, width=256, **options)
+            assert raised.value.option == "height"
+
+
+def test_warming_up_an_undistilled_model_takes_one_step_of_fifty(tiny: ModuleType, tmp_path: Path, monkeypatch):
+    from ragturbo.engine.reference import ReferenceEngine
+
+    seen: set[tuple[int, float]] = set()
+    run = ReferenceEngine.run
+
+    def watched(self: Any, request: Any) -> Any:
+        seen.add((request.num_inference_steps, request.guidance_scale))
+        return run(self, request)
+
+    monkeypatch.setattr(ReferenceEngine, "run", watched)
+    with Generator.from_pretrained(tiny.make_bundle(tmp_path / "sd15", "sd15"), device="cpu", batch_sizes=(1,)) as gen:
+        gen.warmup()
+    assert seen == {(1, 7.5)}
+
+
+def test_agenerate_is_a_coroutine_function_for_frameworks_that_ask():
+    import inspect
+
+    assert inspect.iscoroutinefunction(Generator.agenerate) and not inspect.iscoroutinefunction(Generator.submit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import re
 import time
@@ -333,7 +334,8 @@ UNKNOWN = [
 def test_an_unknown_option_names_the_nearest_one_or_what_diffusers_calls_it(function, name, message):
     """It is a TypeError, as of any Python function, and raised before anything is loaded."""
     with pytest.raises(TypeError, match=re.escape(message)) as raised:
-        function(*[None] * (function is not ragturbo.generate), **{name: 1})
+        called = function(*[None] * (function is not ragturbo.generate), **{name: 1})
+        asyncio.run(called)
     assert raised.value.option == name
 
 

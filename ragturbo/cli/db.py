@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ragturbo.cli import db_read
-from ragturbo.cli.db_output import Folder, Json, condition, one_or_many, progress, say, typed
+from ragturbo.cli.db_output import Folder, Json, conditions, one_or_many, progress, say, typed
 from ragturbo.errors import InvalidRequest
 
 app = typer.Typer(name="db", help="Build, search, change and check a retrieval database.", no_args_is_help=True)
@@ -142,11 +142,11 @@ def remove(
     from ragturbo.messages import many
     from ragturbo.retrieval import Database
 
-    conditions = dict(condition(text) for text in where or [])
-    if bool(ids) == bool(conditions):
+    wanted = conditions(where)
+    if bool(ids) == bool(wanted):
         raise InvalidRequest("give ids, or --where COLUMN=VALUE")
     opened = Database.open(database, retriever="exact")
-    removed = opened.remove(ids) if ids else opened.remove(where=typed(conditions))
+    removed = opened.remove(ids) if ids else opened.remove(where=typed(wanted))
     left = len(opened)
     text = f"removed {many(removed, 'pair')}; {left} {'is' if left == 1 else 'are'} left"
     say({"removed": removed, "pairs": left}, text, as_json)

@@ -27,12 +27,17 @@ def one_or_many(pairs: list[str]) -> Any:
     return pairs[0] if len(pairs) == 1 else pairs
 
 
-def condition(text: str) -> tuple[str, str]:
-    """Parse "column=value"."""
-    column, equals, value = text.partition("=")
-    if not equals or not column:
-        raise InvalidRequest(f"--where {text!r} must be COLUMN=VALUE", option="where")
-    return column, value
+def conditions(texts: list[str] | None) -> dict[str, str]:
+    """Parse "column=value" of different columns."""
+    found: dict[str, str] = {}
+    for text in texts or []:
+        column, equals, value = text.partition("=")
+        if not equals or not column:
+            raise InvalidRequest(f"--where {text!r} must be COLUMN=VALUE", option="where")
+        if column in found:
+            raise InvalidRequest(f"--where names {column!r} twice, and a pair has one value of it", option="where")
+        found[column] = value
+    return found
 
 
 def typed(conditions: dict[str, str]) -> dict[str, Any]:

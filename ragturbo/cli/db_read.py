@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ragturbo.cli.db_output import Folder, Json, condition, say, typed
+from ragturbo.cli.db_output import Folder, Json, conditions, say, typed
 from ragturbo.cli.terminal import interactive, loading
 from ragturbo.errors import DatabaseCorrupt, InvalidRequest
 
@@ -73,8 +73,8 @@ def listed(
     from ragturbo.retrieval.where import matching
 
     opened = _open(database)
-    conditions = dict(condition(text) for text in where or [])
-    ids = matching(opened.snapshot, typed(conditions)) if conditions else opened.ids
+    wanted = conditions(where)
+    ids = matching(opened.snapshot, typed(wanted)) if wanted else opened.ids
     records = opened.records(ids[offset : offset + limit], thumbnails=False)
     lines = [f"{record.id}  {_line(_facts(record))}" for record in records]
     say({"pairs": [_facts(record) for record in records], "total": len(ids)}, "\n".join(lines), as_json)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Container
 from typing import Any
 
 import typer
@@ -24,14 +25,22 @@ _SUBJECT = re.compile(
 _PYTHON_ONLY = re.compile(r" or (?:load_adapter|use_database)\(\)(?:\) or neighbors=(?P<end>))?")
 
 
-def in_cli_words(message: str) -> str:
-    """Replace Python's names of options: "num_inference_steps=9" -> "--steps 9"."""
+def in_cli_words(message: str, known: Container[str]) -> str:
+    """Replace Python's names of options: "num_inference_steps=9" -> "--steps 9".
+
+    known: the names of the command's own options; others stay as they are.
+    """
+
+    def is_known(name: str) -> bool:
+        return _OPTIONS.get(name, name).replace("-", "_") in known
 
     def option(name: str) -> str:
         return "-w" if name == "w" else f"--{_OPTIONS.get(name, name).replace('_', '-')}"
 
     def assigned(match: re.Match[str]) -> str:
         name, value = match[1], match[2]
+        if not is_known(name):
+            return match[0]
         if value in ("True", "False"):
             switch = {("distilled", "False"): "--undistilled", ("local_files_only", "True"): "--local-files-only"}
             off = f"--no-{name.replace('_', '-')}"
@@ -39,8 +48,21 @@ def in_cli_words(message: str) -> str:
         return option(name) + ("" if value is None else f" {value.strip(chr(39))}")
 
     text = _PYTHON_ONLY.sub(lambda match: "" if match["end"] is None else ")", message)
-    text = _SUBJECT.sub(lambda match: option(match[1]), text)
+    text = _SUBJECT.sub(lambda match: option(match[1]) if is_known(match[1]) else match[0], text)
     return _ASSIGNED.sub(assigned, text)
+
+
+def options_of(arguments: list[str]) -> set[str]:
+    """The names of the options of the command that a command line calls."""
+    from ragturbo.cli import app
+
+    command = typer.main.get_command(app)
+    for word in arguments:
+        inner = getattr(command, "commands", {}).get(word)
+        if inner is None:
+            break
+        command = inner
+    return {str(parameter.name).removeprefix("as_") for parameter in command.params}
 
 
 def exit_code(error: BaseException) -> int:
@@ -70,7 +92,7 @@ def report(error: BaseException, arguments: list[str]) -> int:
     else:
         message = str(error)
     if isinstance(error, InvalidRequest):
-        message = in_cli_words(message)
+        message = in_cli_words(message, options_of(arguments))
     print(f"ragturbo: {message}{hint}", file=sys.stderr)
     if "--json" in arguments:
         facts: dict[str, Any] = {"type": kind, "message": message, "exit_code": code}

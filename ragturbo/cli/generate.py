@@ -80,10 +80,11 @@ def generate(
         "seed": seed, "num_images_per_prompt": num_images, "mode": mode, "w": w, "num_neighbors": num_neighbors,
         "lam": lam, "min_score": min_score, "query": query, "compose": compose, **sampling,
     }  # fmt: skip
-    files = output_files(out, len(prompts) * max(1, num_images))
+    output_files(out, 1)
     hub = Hub(local_files_only=local_files_only)
     parts = look(model, hub, adapter=off(adapter), database=off(database), distilled=distilled)
     check_call(prompts, **call, parts=parts)
+    files = output_files(out, len(prompts) * num_images)
     with loading(model):
         generator = Generator.from_pretrained(
             model, database=off(database), adapter=off(adapter),

@@ -48,7 +48,7 @@ def resolve_neighbors(
     if stored:
         if database is None:
             raise InvalidRequest("neighbors names ids, but there is no database to read them from", option="neighbors")
-        if missing := [number for number in stored.values() if not database.holds(number)]:
+        if missing := [number for number in stored.values() if not (abs(number) < 2**63 and database.holds(number))]:
             raise InvalidRequest(
                 f"neighbors names id {missing[0]}, which the database does not have", option="neighbors"
             )

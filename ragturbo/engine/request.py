@@ -176,12 +176,19 @@ class Request:
         lam_rows = options.per_image("lam", lam, float("nan"), count, n)
         w_rows = options.per_image("w", w, DEFAULT_W, count, n, most=1.0)
         min_scores = torch.full((count,), options.check_min_score(min_score))
-        if resolved in ("slerp", "lerp"):
-            theirs = database.grid if database is not None else unet.grid(*[bundle.default_size // factor] * 2)
-            check_equal_grids(unet.grid(*cells), theirs, size=(height, width))
-
         timings: dict[str, float] = {}
         notes: list[str | TextNote] = []
+        if resolved in ("slerp", "lerp"):
+            theirs = database.grid if database is not None else unet.grid(*[bundle.default_size // factor] * 2)
+            if mode is None and unet.grid(*cells) != theirs and all(value is None for value in given.values()):
+                # Nobody asked for slerp: an image of another size is generated without it.
+                notes.append(
+                    f"generated without retrieval: slerp, the default without an adapter, cannot blend the database's "
+                    f"features into an image of {height}x{width} pixels"
+                )
+                resolved, k, cut = "none", 0, None
+            else:
+                check_equal_grids(unet.grid(*cells), theirs, size=(height, width))
 
         def tokens(texts: list[str] | None, what: str, *, retrieves: bool = True) -> Tensor | None:
             if texts is None:

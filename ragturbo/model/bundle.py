@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +25,8 @@ from ragturbo.model.text import TextEncoder
 from ragturbo.model.unet import HSpaceUNet
 from ragturbo.model.vae import VAE
 from ragturbo.model.weights import write_safetensors
+
+log = logging.getLogger("ragturbo")
 
 
 @dataclass
@@ -92,6 +95,7 @@ class Bundle:
         token: str | bool | None = None,
         subfolder: str | None = None,
         variant: str | None = None,
+        folder: Path | None = None,
     ) -> Bundle:
         """Load a bundle, or a plain diffusers folder of Stable Diffusion's layout.
 
@@ -105,6 +109,7 @@ class Bundle:
             scheduler: one of diffusers, instead of the model's.
             local_files_only, revision, cache_dir, token: as in huggingface_hub.snapshot_download.
             subfolder, variant: as in diffusers.
+            folder: of the model, where `look` has found it already.
 
         Raises:
             ModelError: there is no such model, or its parts cannot be used together.
@@ -112,15 +117,16 @@ class Bundle:
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.float16 if where.type == "cuda" else torch.float32)
         hub = Hub(local_files_only, revision, cache_dir, token, subfolder, variant)
-        folder = resolve(name, hub)
+        folder = resolve(name, hub) if folder is None else folder
         check_model(folder)
 
         text_encoder, tokenizer = source.load_text_encoder(folder, variant), source.load_tokenizer(folder)
         unet, vae_module = source.load_unet(folder, "unet", variant), source.load_vae(folder, vae, hub)
         clip_key = ClipKey.load(folder) if (folder / clip_key_file.FILE).is_file() else None
-        scheduler = source.load_scheduler(folder) if scheduler is None else _checked_scheduler(scheduler)
-        info = BundleInfo.read(folder)
-        sampling = Sampling.of(info, _facts(scheduler), distilled)
+        own, info = source.load_scheduler(folder), BundleInfo.read(folder)
+        # What the model is follows from its own scheduler, also where another one samples.
+        sampling = Sampling.of(info, _facts(own), distilled)
+        scheduler = own if scheduler is None else _checked_scheduler(scheduler)
         if info is None:
             info = BundleInfo(
                 sampling.distilled, key_kind="pooled" if clip_key is None else "clip", base_model=str(name)
@@ -136,7 +142,8 @@ class Bundle:
             return nn.Module.to(module, where, dtype).requires_grad_(False).eval()
 
         bundle = cls(
-            name=str(name),
+            # Of a subfolder, the name alone would not be found again.
+            name=str(name if subfolder is None else folder),
             info=info,
             text=TextEncoder(tokenizer, place(text_encoder), None if clip_key is None else place(clip_key)),
             unet=HSpaceUNet(place(unet)),
@@ -164,21 +171,31 @@ class Bundle:
         distilled: bool | None = None,
         scheduler: Any = None,
     ) -> Bundle:
-        """Use the modules of a loaded StableDiffusionPipeline. They are not copied.
+        """Use the modules of a loaded StableDiffusionPipeline.
+
+        They are not copied: they are moved, set to eval mode and take no gradients from then on.
 
         Args:
             device, dtype: what the modules are moved to; None: where and as they are.
 
         Raises:
-            ModelError: it is another kind of pipeline, is offloaded, or has a LoRA that is not fused.
+            ModelError: it is another kind of pipeline, is offloaded, or has a LoRA that is not fused. It is unchanged.
         """
         check_pipeline(pipeline)
         unet = pipeline.unet
+        if adapter:
+            find_adapter(Path(adapter).expanduser())
         where = torch.device(device or unet.device)
         precision = dtype or unet.dtype
-        scheduler = _checked_scheduler(pipeline.scheduler if scheduler is None else scheduler)
-        sampling = Sampling.of(None, _facts(scheduler), distilled)
+        sampling = Sampling.of(None, _facts(pipeline.scheduler), distilled)
+        scheduler = pipeline.scheduler if scheduler is None else _checked_scheduler(scheduler)
         name = str(getattr(pipeline.config, "_name_or_path", "") or type(pipeline).__name__)
+        if getattr(pipeline, "safety_checker", None) is not None:
+            log.warning("the safety checker of %s is not used; postprocess= of a call is the place for one", name)
+        # That of another Generator over the same pipeline.
+        lora.remove_lora(unet)
+        # Before the weights are cast: a database may have been built from the folder's own.
+        names = fingerprints(pipeline.text_encoder, unet, pipeline.vae)
         for module in (pipeline.text_encoder, unet, pipeline.vae):
             nn.Module.to(module, where, precision).requires_grad_(False).eval()
         bundle = cls(
@@ -188,6 +205,7 @@ class Bundle:
             unet=HSpaceUNet(unet),
             vae=VAE(pipeline.vae),
             scheduler=scheduler,
+            fingerprints=names,
             sampling=sampling,
         )
         if adapter:
@@ -263,14 +281,14 @@ def check_pipeline(pipeline: Any) -> None:
     """Raise ModelError unless `pipeline` is a StableDiffusionPipeline whose modules can be used."""
     kind = type(pipeline).__name__
     missing = [name for name in PARTS if getattr(pipeline, name, None) is None]
-    if missing or hasattr(pipeline, "text_encoder_2"):
+    if missing or hasattr(pipeline, "text_encoder_2") or hasattr(pipeline, "controlnet"):
         raise ModelError(
             f"a {kind} cannot be used as a model: it takes one of diffusers with one text encoder and a UNet, such as "
             "StableDiffusionPipeline"
         )
     for name in ("text_encoder", "unet", "vae"):
         module = getattr(pipeline, name)
-        if any(parameter.is_meta for parameter in module.parameters()):
+        if hasattr(module, "_hf_hook") or any(parameter.is_meta for parameter in module.parameters()):
             raise ModelError(
                 f"the {name} of this {kind} is offloaded to the CPU. Load it without enable_model_cpu_offload() or "
                 "enable_sequential_cpu_offload(): Stable Diffusion 1 and 2 need about 2.6 GB in float16"

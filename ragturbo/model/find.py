@@ -133,8 +133,8 @@ def _download(name: str, hub: Hub) -> Path:
         raise ModelError(f"{name}{version} cannot be downloaded: {why}") from error
 
 
-def check_single_file(path: str | os.PathLike[str], config: str | os.PathLike[str] | None) -> None:
-    """Raise ModelError unless `path` is a safetensors file, and `config`, if it is a path, a folder."""
+def check_single_file(path: str | os.PathLike[str], config: str | os.PathLike[str] | None) -> Path:
+    """Return the safetensors file. Raises ModelError if it is none, or if `config` is no folder or hub id."""
     file = Path(path).expanduser()
     refuse_pickle(file)
     if not file.is_file():
@@ -143,6 +143,7 @@ def check_single_file(path: str | os.PathLike[str], config: str | os.PathLike[st
         raise ModelError(f"{file} is not a .safetensors file")
     if config is not None and not Path(config).is_dir() and not _HUB_ID.fullmatch(str(config)):
         raise ModelError(f"config={str(config)!r} is neither a folder nor a hub id (owner/name)")
+    return file
 
 
 def check_model(folder: Path) -> dict[str, Any]:

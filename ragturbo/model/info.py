@@ -117,6 +117,8 @@ class Sampling:
             why += f", and it has no {FILE}"
         if distilled:
             return cls(True, why, DISTILLED_MAX_STEPS, DISTILLED_MAX_STEPS if kind in _CONSISTENCY else 1, 0.0)
-        most = int(scheduler.get("num_train_timesteps", 1000))
+        most = scheduler.get("num_train_timesteps", 1000)
+        if not isinstance(most, int) or most < 1:
+            raise ModelError(f"the scheduler's num_train_timesteps is {most!r}, not a whole number above 0")
         # The defaults of diffusers' pipelines; 50 steps are those of the paper's teacher.
         return cls(False, why, most, min(50, most), 7.5)

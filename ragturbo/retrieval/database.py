@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ragturbo.checks import texts as check_texts
 from ragturbo.checks import whole
 from ragturbo.config import one_of
 from ragturbo.errors import DatabaseCorrupt, DatabaseError, DatabaseMismatch, InvalidRequest
@@ -63,6 +64,8 @@ class Database:
         self._hub: Hub | None = None
         # The model that `search` was last given, and its text encoder.
         self._text_keys: tuple[Any, TextKeys] | None = None
+        # Its own lock: loading takes seconds, in which other threads may search and refresh.
+        self._text_lock = threading.Lock()
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, verify: str = "quick", retriever: Any = "auto",
@@ -268,6 +271,8 @@ class Database:
             before, ready = self._state
             if manifest.generation == before.manifest.generation:
                 return False
+            # That of an older generation; the newest one is on disk.
+            self._report = None
             snapshot, kept = open_snapshot(self.path, before), dict[Any, Retriever]()
             index = ready.get(("scann", None))
             if isinstance(index, scann.ScannRetriever) and snapshot.manifest.index == before.manifest.index:
@@ -399,8 +404,6 @@ class Database:
             if kind == "text":
                 keys = prompts
             else:
-                if not all(map(str.strip, prompts)):
-                    raise InvalidRequest("a text to search by is empty", option="keys")
                 keys = self.text_keys(model).encode(prompts)
                 texts = prompts if both and texts is None else texts
         if model is not None and (prompts is None or kind == "text"):
@@ -430,7 +433,7 @@ class Database:
         from ragturbo.retrieval.text_keys import load_text_keys
 
         asked = self.model if model is None else model
-        with self._lock:
+        with self._text_lock:
             held = self._text_keys
             if held is None or not _same(held[0], asked):
                 held = asked, load_text_keys(asked, self.path, self.key_kind, self.check_encoder, self._hub)
@@ -589,7 +592,7 @@ def _prompts(queries: Any) -> list[str] | None:
     for i, text in enumerate(found):
         if not isinstance(text, str):
             raise InvalidRequest(f"query {i} is {short(text)}, and others are texts", option="keys")
-    return found
+    return check_texts("keys", found)
 
 
 def _same(held: Any, asked: Any) -> bool:

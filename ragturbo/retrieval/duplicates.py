@@ -28,8 +28,13 @@ class FirstPairs:
         """Return the earlier id of this caption and image; None if `id` is the first."""
         if sha256 is None:
             return None
-        found = self._ids.setdefault(hashlib.blake2b(f"{sha256} {caption}".encode(), digest_size=16).digest(), id)
+        found = self._ids.setdefault(_digest(caption, sha256), id)
         return None if found == id else found
+
+    def forget(self, caption: str, sha256: str | None) -> None:
+        """Forget a pair that is not stored after all."""
+        if sha256 is not None:
+            self._ids.pop(_digest(caption, sha256), None)
 
     def add(self, folder: Path, entries: Iterable[SegmentEntry], removed: np.ndarray) -> None:
         """Add the pairs of segments without the removed ids."""
@@ -38,6 +43,10 @@ class FirstPairs:
             for row in _read(folder, entry, ["id", "caption", "sha256"]).to_pylist():
                 if row["id"] not in gone:
                     self.first(row["caption"], row["sha256"], row["id"])
+
+
+def _digest(caption: str, sha256: str) -> bytes:
+    return hashlib.blake2b(f"{sha256} {caption}".encode(), digest_size=16).digest()
 
 
 def note_duplicates(

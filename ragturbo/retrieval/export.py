@@ -46,7 +46,13 @@ def export_table(
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             records = _written(records, folder)
-        _WRITERS[path.suffix.lower()](path, records, _columns(database))
+        # Under another name until it is complete.
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            _WRITERS[path.suffix.lower()](part, records, _columns(database))
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
     except OSError as error:
         raise DatabaseError(f"{error.filename or path}: writing failed: {error.strerror or error}") from error
     return len(database)

@@ -131,6 +131,10 @@ class BuildReport:
             raw = (folder / FILE).read_bytes()
         try:
             body = json.loads(raw)
+            if not isinstance(body.get("model"), (str, type(None))):
+                raise TypeError("model is not a text")
+            for entry in body.get("notes", {}).values():
+                entry["count"] + 0, [cut(example) for example in entry["examples"]]
             return cls(
                 str(folder), body["generation"], body["pairs"], list(body["skipped"]),
                 first_id=body.get("first_id", 0), total=body.get("total", body["pairs"]),

@@ -150,6 +150,8 @@ class _Fill:
     items: Iterator[tuple[int, Item]]
     skipped: list[dict[str, Any]] = field(default_factory=list)
     notes: Notes = field(default_factory=Notes)
+    failed: dict[int, str] = field(default_factory=dict)
+    """Why pairs could not be stored once they were encoded, by id."""
 
     def __call__(self, out: SegmentWriter) -> dict[str, Any]:
         work, sha, count = self.work, hashlib.sha256(), 0
@@ -175,6 +177,10 @@ class _Fill:
                 self._flush(out, batch)
         if batch:
             self._flush(out, batch)
+        for entry in self.skipped:
+            # A copy of a pair that is not stored is not stored for the same reason.
+            if entry["reason"].startswith(REASON) and (why := self.failed.get(int(entry["reason"].split()[-1]))):
+                entry["reason"] = why
         self.skipped.sort(key=lambda entry: entry["item"])
         return {"items": count, "captions": sha.hexdigest(), "skipped": self.skipped, "notes": self.notes.to_dict()}
 
@@ -212,7 +218,10 @@ class _Fill:
                 key = encode_keys(keys[i : i + 1], out.geometry.key_dim)
                 good.append((record, key, encode_rows(features[i : i + 1], out.geometry)))
             except InvalidRequest as error:
+                self.failed[record.id] = str(error)
                 self._skip(record.id - work.job.base.next_id, record.source, str(error))
+                if work.firsts is not None:
+                    work.firsts.forget(record.caption, record.sha256)
         if good:
             records, stored_keys, rows = zip(*good, strict=True)
             out.add_encoded(records, np.concatenate(stored_keys), np.concatenate(rows))

@@ -86,7 +86,7 @@ class LatentLPIPS(nn.Module):
     @classmethod
     def load(cls, path: str | Path, in_channels: int = 4, augmentation: Augmentation | None = None) -> LatentLPIPS:
         """From a safetensors file of `save_vgg`, or of E-LatentLPIPS (tuned or backbone, converted)."""
-        path = Path(path)
+        path = Path(path).expanduser()
         state, metadata = read_safetensors(path, with_metadata=True)
         features, lin = _read_format(state, path)
         first = features.get("0.weight")

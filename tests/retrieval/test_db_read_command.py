@@ -193,3 +193,9 @@ def test_a_mistake_is_answered_without_torch(db, tmp_path):
     (tmp_path / "mistakes.json").write_text(json.dumps([[str(part) for part in mistake] for mistake in mistakes]))
     subprocess.run([sys.executable, "-c", MISTAKES, str(tmp_path / "mistakes.json")], check=True)
     assert not (tmp_path / "new").exists()
+
+
+def test_two_values_of_one_column_are_refused(db):
+    for command in ("list", "remove"):
+        with pytest.raises(InvalidRequest, match="names 'rank' twice"):
+            text(command, db, "--where", "rank=1", "--where", "rank=2")

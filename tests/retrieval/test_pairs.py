@@ -132,3 +132,23 @@ def test_another_encoder_is_described_in_words(database, plain):
     message = str(caught.value)
     assert "was built with unet blocks, 4 × 4 × 48 features in float16 with keys of 32 values" in message
     assert "this encoder has unet 000000000000, " in message and "{" not in message and "Geometry" not in message
+
+
+def test_an_export_that_fails_leaves_no_file(database, tmp_path, monkeypatch):
+    from ragturbo.retrieval import export
+
+    def full(path, records, columns):
+        path.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setitem(export._WRITERS, ".csv", full)
+    with pytest.raises(DatabaseError, match="No space left"):
+        export_table(database, tmp_path / "out.csv")
+    assert not list(tmp_path.glob("*out.csv*"))
+
+
+def test_the_report_is_that_of_the_generation_in_use(plain, tmp_path):
+    encoder = plain.PixelEncoder()
+    first = Database.build(plain.pairs(3), tmp_path / "db", encoder=encoder)
+    Database.open(tmp_path / "db").append(plain.pairs(2, 1), encoder=encoder)
+    assert first.report.pairs == 3 and first.refresh() and first.report.pairs == 2

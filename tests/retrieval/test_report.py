@@ -370,3 +370,33 @@ def test_a_corrected_input_is_built_where_one_could_not_be_stored(plain, tmp_pat
             build(wrong, tmp_path / "db", encoder=plain.PixelEncoder())
         assert str(caught.value).startswith("none of 1 item can be stored; the first: item 0")
     assert build(plain.pairs(2), tmp_path / "db", encoder=plain.PixelEncoder()).pairs == 2
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_a_copy_of_a_pair_that_cannot_be_stored_is_no_duplicate_of_it(batch_size, plain, tmp_path):
+    class Infinite(plain.PixelEncoder):
+        def encode(self, images, captions):
+            keys, features = super().encode(images, captions)
+            features[[caption == "bad" for caption in captions]] = np.inf
+            return keys, features
+
+    picture, good = plain.pairs(1)[0][1], plain.pairs(3)
+    report = build(
+        [("bad", picture), ("bad", picture), *good],
+        tmp_path / "db",
+        encoder=Infinite(),
+        batch_size=batch_size,
+        dedupe=True,
+    )
+    assert report.pairs == 3 and len(report.skipped) == 2
+    assert all("finite" in entry["reason"] and "duplicate" not in entry["reason"] for entry in report.skipped)
+    with pytest.raises(InvalidRequest, match="finite"):
+        build([("bad", picture)] * 2, tmp_path / "none", encoder=Infinite(), batch_size=batch_size, dedupe=True)
+
+
+def test_a_damaged_report_is_left_out_of_account(plain, tmp_path):
+    Database.build(plain.pairs(2), tmp_path / "db", encoder=plain.PixelEncoder())
+    path = tmp_path / "db" / "build-report.json"
+    for change in ({"model": 5}, {"notes": {"duplicate": 3}}, {"notes": {"duplicate": {"count": "x", "examples": []}}}):
+        path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+        assert Database.open(tmp_path / "db").report is None
