@@ -221,6 +221,22 @@ def test_a_decoder_lora_of_one_generator_is_not_left_in_the_pipeline(tiny_sd21: 
         assert not gen.info["decoder_lora"] and np.array_equal(pixels(gen(PROMPT, seed=3).images), plain)
 
 
+def test_a_peft_folder_with_a_lora_of_the_decoder_is_an_adapter(tiny_sd21: Path, tmp_path: Path):
+    adapter = decoder_lora(tiny_sd21, tmp_path / "adapter")
+    with Generator.from_pretrained(tiny_sd21, adapter=adapter, device="cpu") as gen:
+        ours = pixels(gen(PROMPT, seed=3).images)
+    with Generator.from_pretrained(tiny_sd21, adapter=adapter / "decoder_lora", device="cpu") as gen:
+        assert gen.info["decoder_lora"] and np.array_equal(pixels(gen(PROMPT, seed=3).images), ours)
+    with_lora(pipe := pipeline(tiny_sd21)).unet.save_lora_adapter(
+        tmp_path / "whole", weight_name="adapter_model.safetensors"
+    )
+    del pipe
+    config = (adapter / "decoder_lora" / "adapter_config.json").read_text()
+    (tmp_path / "whole" / "adapter_config.json").write_text(config)
+    with pytest.raises(ModelError, match="changes more than the decoder .*pipe.fuse_lora"):
+        Generator.from_pretrained(tiny_sd21, adapter=tmp_path / "whole", device="cpu")
+
+
 def test_an_error_leaves_the_callers_pipeline_as_it_was(tiny_sd21: Path):
     pipe = pipeline(tiny_sd21)
     for options in ({"adapter": "nowhere"}, {"scheduler": 3}, {"distilled": 3}):

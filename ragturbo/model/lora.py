@@ -85,7 +85,10 @@ def load_lora(unet: Any, folder: str | Path) -> None:
     folder = Path(folder)
     state = {name.removeprefix(_PREFIX): value for name, value in read_safetensors(folder / WEIGHTS).items()}
     if outside := sorted(name for name in state if not name.startswith("up_blocks.")):
-        raise ModelError(f"{folder} changes more than the decoder ({outside[0]}): cached features would become invalid")
+        raise ModelError(
+            f"{folder} changes more than the decoder ({outside[0]}): cached features would become invalid. Fuse it into a "
+            "diffusers pipeline (pipe.fuse_lora(), pipe.unload_lora_weights()), and give pipe as the model"
+        )
     config = _config(folder)
     pairs = _pairs(state, folder)
     for path, (a, b) in pairs.items():
