@@ -18,6 +18,11 @@ def cut(text: str, most: int = _SHOWN) -> str:
     return line if len(line) <= most else line[: most - 1] + "…"
 
 
+def cut_path(path: str, most: int = _SHOWN) -> str:
+    """Return a path whose start is cut off if it is long: its end says which file it is."""
+    return path if len(path) <= most else f"…{path[1 - most:]}"
+
+
 def short(value: Any, most: int = 80) -> str:
     """repr(value) for a message, cut in the middle if it is long."""
     if hasattr(value, "shape") and not isinstance(value, type):

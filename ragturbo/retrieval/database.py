@@ -404,6 +404,8 @@ class Database:
             if kind == "text":
                 keys = prompts
             else:
+                if not all(map(str.strip, prompts)):
+                    raise InvalidRequest("the text to search by is empty", option="keys")
                 keys = self.text_keys(model).encode(prompts)
                 texts = prompts if both and texts is None else texts
         if model is not None and (prompts is None or kind == "text"):
@@ -592,7 +594,7 @@ def _prompts(queries: Any) -> list[str] | None:
     for i, text in enumerate(found):
         if not isinstance(text, str):
             raise InvalidRequest(f"query {i} is {short(text)}, and others are texts", option="keys")
-    return check_texts("keys", found)
+    return check_texts("keys", found, empty=True)
 
 
 def _same(held: Any, asked: Any) -> bool:

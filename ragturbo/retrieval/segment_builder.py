@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ragturbo.errors import DatabaseCorrupt, DatabaseError, InvalidRequest
-from ragturbo.messages import cut, many
+from ragturbo.messages import cut, cut_path, many
 from ragturbo.retrieval import images, ranks, writer
 from ragturbo.retrieval.duplicates import REASON, FirstPairs, note_duplicates
 from ragturbo.retrieval.encoder import PairEncoder
@@ -201,7 +201,7 @@ class _Fill:
     def _skip(self, index: int, source: str | None, problem: str) -> None:
         # A duplicate is no bad item.
         if self.work.strict and not problem.startswith(REASON):
-            raise InvalidRequest(f"item {index} ({cut(source or 'no source')}): {problem}")
+            raise InvalidRequest(f"item {index} ({cut_path(source or 'no source')}): {problem}")
         entry = {"item": index, "source": source, "reason": problem[:500]}
         self.skipped.append(entry)
         self.work.skipped.append(entry)

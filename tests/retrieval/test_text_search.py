@@ -151,7 +151,7 @@ def test_a_wrong_query_is_refused_in_words(built):
     database = Database.open(built)
     keys = database.keys([0, 1]).numpy()
     for query, options, message in (
-        ("", {}, "keys is empty; write at least a word"),
+        ("", {}, "the text to search by is empty"),
         ("a\ud800", {}, "keys is not valid Unicode"),
         (["a dog", " "], {}, "is empty"),
         (["a dog", 3], {}, "query 1 is 3, and others are texts"),
