@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 import operator
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
 
 UINT8_TYPES = ("pil", "uint8", "png", "jpeg", "webp")
 FLOAT32_MAX = 3.4028234663852886e38
+MAX_SECONDS = 1_000_000
 
 
 def whole(name: str, value: Any, least: int = 1, most: int | None = None) -> int:
@@ -37,6 +37,8 @@ def whole(name: str, value: Any, least: int = 1, most: int | None = None) -> int
 
 def number(name: str, value: Any, least: float = 0.0, most: float = FLOAT32_MAX) -> float:
     """Return a finite number, of Python or NumPy, as a float."""
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        value = value.item()
     real = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not real or not least <= value <= most:
         bound = f"in [{least:g}, {most:g}]" if most < FLOAT32_MAX else f"from {least:.4g} to {most:.4g}"
@@ -50,8 +52,8 @@ def texts(name: str, value: Any, *, empty: bool = False) -> list[str]:
     if not found or any(not isinstance(text, str) for text in found):
         raise InvalidRequest(f"{name} must be a text or a list of texts, not {short(value)}", option=name)
     if not empty and any(not text.strip() for text in found):
-        what = "say what the image should show" if name == "prompt" else "write at least a word"
-        raise InvalidRequest(f"{name} is empty; {what}", option=name)
+        hint = "; say what the image should show" if name == "prompt" else ""
+        raise InvalidRequest(f"{name} is empty{hint}", option=name)
     try:
         "".join(found).encode()
     except UnicodeEncodeError:
@@ -70,7 +72,8 @@ def check_seed(seed: Any, repeats: int = 1) -> list[int]:
     try:
         return [whole("seed", value, 0, MAX_SEED + 1 - repeats) for value in listed(seed) or [seed]]
     except InvalidRequest:
-        raise InvalidRequest(f"seed={short(seed)} must be whole numbers from 0 to 2**64 - 1", option="seed") from None
+        what = "a whole number" if listed(seed) is None else "whole numbers"
+        raise InvalidRequest(f"seed={short(seed)} must be {what} from 0 to 2**64 - {repeats}", option="seed") from None
 
 
 def check_output(output_type: Any, postprocess: Callable[[Any], Any] | None, timeout: Any) -> None:
@@ -83,10 +86,15 @@ def check_output(output_type: Any, postprocess: Callable[[Any], Any] | None, tim
             "use 'pil', 'uint8', 'png', 'jpeg' or 'webp'",
             option="postprocess",
         )
-    if timeout is not None:
-        real = isinstance(timeout, numbers.Real) and not isinstance(timeout, bool)
-        if not real or not 0 < timeout < math.inf:
-            raise InvalidRequest(f"timeout={short(timeout)} must be a number of seconds above 0", option="timeout")
+    check_timeout(timeout)
+
+
+def check_timeout(timeout: Any) -> None:
+    real = isinstance(timeout, numbers.Real) and not isinstance(timeout, bool)
+    if timeout is not None and (not real or not 0 < timeout <= MAX_SECONDS):
+        raise InvalidRequest(
+            f"timeout={short(timeout)} must be a number of seconds above 0, and at most {MAX_SECONDS}", option="timeout"
+        )
 
 
 def check_guidance(guidance_scale: Any) -> float:
@@ -189,12 +197,11 @@ def check_steps(num_inference_steps: Any, guidance_scale: Any, sampling: Samplin
     return steps, guidance
 
 
-def check_has_guidance(name: str, value: Any, guidance: float) -> None:
+def check_has_guidance(name: str, value: Any, guidance: float, *, distilled: bool) -> None:
     """Refuse a negative prompt where it has no effect."""
     if value is not None and not guidance:
-        raise InvalidRequest(
-            f"{name} has no effect with guidance_scale=0, the default of distilled models", option=name
-        )
+        why = ": a distilled model takes no guidance" if distilled else ""
+        raise InvalidRequest(f"{name} has no effect with guidance_scale=0{why}", option=name)
 
 
 def check_call(
@@ -256,7 +263,10 @@ def check_call(
         return
     guidance = check_steps(num_inference_steps, guidance_scale, parts.sampling)[1]
     for name in ("negative_prompt", "negative_prompt_embeds"):
-        check_has_guidance(name, others.get(name), guidance)
+        check_has_guidance(name, others.get(name), guidance, distilled=parts.sampling.distilled)
+    for name, side in (("height", height), ("width", width)):
+        if side is not None and side % parts.factor:
+            raise InvalidRequest(f"{name}={side} must be a multiple of {parts.factor}", option=name)
     has_key = prompt is not None or query is not None
     resolved = choose_mode(
         mode,

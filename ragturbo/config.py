@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import difflib
+import importlib.util
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -127,6 +128,15 @@ class GeneratorConfig:
         if self.engine == "reference" and not self.capture:
             raise InvalidRequest("capture=False has no effect with engine='reference', which captures nothing")
         one_of("attention", self.attention, ATTENTIONS)
+        if self.attention == "xformers" and importlib.util.find_spec("xformers") is None:
+            raise InvalidRequest(
+                "attention='xformers' needs the package xformers: pip install xformers", option="attention"
+            )
+        if self.attention == "triton" and self.engine != "graph" and not has_driver():
+            raise InvalidRequest(
+                "attention='triton' is for the graph engine, and without a GPU the reference engine runs",
+                option="attention",
+            )
         if isinstance(self.retriever, str):
             one_of("retriever", self.retriever, RETRIEVERS)
         elif not callable(getattr(self.retriever, "search", None)):

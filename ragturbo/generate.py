@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
-from ragturbo.checks import check_call, texts, whole
+from ragturbo.checks import check_call, check_timeout, texts, whole
 from ragturbo.config import (
     MAX_PHRASES,
     Compose,
@@ -71,6 +71,11 @@ class Generator:
         config: GeneratorConfig | None = None,
     ) -> None:  # fmt: skip
         """Use a Bundle already in memory; `from_pretrained` loads one."""
+        if not hasattr(bundle, "unet") or not hasattr(bundle, "sampling"):
+            raise InvalidRequest(
+                f"Generator takes a loaded Bundle, not {short(bundle)}: use Generator.from_pretrained({short(bundle)})",
+                option="bundle",
+            )
         from ragturbo.engine.build import make_engine
         from ragturbo.engine.executor import Executor
         from ragturbo.engine.threads import settle_threads
@@ -168,19 +173,11 @@ class Generator:
             compile=compile, host_cache=host_cache, device_cache=device_cache, batch_sizes=batch_sizes,
             batch_window=batch_window, max_queue=max_queue, prompt_cache=prompt_cache, log_prompts=log_prompts,
         )  # fmt: skip
-        for name, value in (("adapter", adapter), ("database", database)):
-            if value is True:
-                raise InvalidRequest(
-                    f"{name} is a folder, None (the model's own) or False (none), not True", option=name
-                )
+        _check_given(model, adapter, database)
         check_dtype(dtype)
         check_device(device)
         refuse_graphs(engine, capture, on_gpu=str(device) != "cpu" and has_driver())
         hub = Hub(local_files_only, revision, cache_dir, token, subfolder, variant)
-        if not (isinstance(model, (str, os.PathLike)) and str(model)) and not hasattr(model, "unet"):
-            raise InvalidRequest(
-                f"model={short(model)} must be a folder, a hub id, 'shapes' or a loaded pipeline", option="model"
-            )
         parts: dict[str, Any] = {"adapter": adapter, "distilled": distilled, "scheduler": scheduler}
         # Mistakes are reported before torch is imported and weights are read, which takes seconds.
         if isinstance(model, (str, os.PathLike)):
@@ -247,8 +244,12 @@ class Generator:
         try:
             with quiet():
                 pipe = StableDiffusionPipeline.from_single_file(str(file), **hub)
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-            raise ModelError(f"{file} cannot be loaded by diffusers: {str(error).splitlines()[0][:300]}") from error
+        # diffusers, the hub's client and safetensors each raise their own errors.
+        except Exception as error:
+            why = "the configuration of its base model is on the hub, which cannot be reached: give config=, a folder"
+            if config is not None or "onnect" not in type(error).__name__:
+                why = next(iter(str(error).splitlines()), type(error).__name__)[:300]
+            raise ModelError(f"{file} cannot be loaded by diffusers: {why}") from error
         pipe.register_to_config(_name_or_path=str(file))
         return cls.from_pretrained(pipe, device=where, dtype=precision, **options)
 
@@ -448,16 +449,18 @@ class Generator:
 
     def check_room(self, images: int = 1, timeout: float | None = None) -> None:
         """Raise Overloaded if a call for this many images would, before any work is done for it."""
-        self._executor.check_room(images, timeout)
+        check_timeout(timeout)
+        self._executor.check_room(whole("images", images), timeout)
 
     def reserve(self, images: int = 1, timeout: float | None = None) -> Reservation:
         """`check_room`, and hold the room: `with gen.reserve(2, 5.0) as room: gen(…, reservation=room)` is not refused
         if it makes no more images."""
+        check_timeout(timeout)
         return self._executor.reserve(whole("images", images), timeout)
 
     def expected_wait(self, images: int = 1) -> float:
         """Seconds until `images` more would be done, by the pace of the last batches; 0 if that is not known yet."""
-        return self._executor.queue.expected_wait(images)
+        return self._executor.queue.expected_wait(whole("images", images))
 
     @property
     def database(self) -> Database | None:
@@ -560,12 +563,27 @@ class Generator:
         if request.mode == "slerp" and options.get("mode") is None and not self._said_slerp:
             self._said_slerp = True
             log.warning(
-                "%s has no adapter: retrieved features are blended in by slerp with w = 0.8, which needs no training; "
-                "adapter= loads one, mode= and w= choose",
+                "%s has no adapter: retrieved features are blended in by slerp with w = 0.8, which needs no training. "
+                "An adapter, another mode or another w change it",
                 self._bundle.name,
             )
         self._executor.submit(request, reservation)
         return request
+
+
+def _check_given(model: Any, adapter: Any, database: Any) -> None:
+    """Raise InvalidRequest unless these are of the kinds that `from_pretrained` takes."""
+    for name, value in (("adapter", adapter), ("database", database)):
+        if value is True or value == "" or isinstance(value, (list, dict, set, int, float)) and value is not False:
+            raise InvalidRequest(
+                f"{name}={short(value)}: give a folder, None (the model's own) or False (none)", option=name
+            )
+    if adapter not in (None, False) and not isinstance(adapter, (str, os.PathLike)):
+        raise InvalidRequest(f"adapter={short(adapter)}: give a folder, None or False", option="adapter")
+    if isinstance(model, (str, os.PathLike)) and str(model) or hasattr(model, "unet"):
+        return
+    what = f"={model!r}" if model is None or isinstance(model, (str, int, float)) else f" is a {type(model).__name__}"
+    raise InvalidRequest(f"model{what}: give a folder, a hub id, 'shapes' or a loaded pipeline", option="model")
 
 
 def _repeated(prompt: str, times: int) -> list[str]:
@@ -592,7 +610,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_generators)
 
 
-@named()
+@named(lambda: Generator.from_pretrained)
 def generate(
     prompt: str | Sequence[str] | None = None,
     *,
@@ -643,6 +661,7 @@ def generate(
         guidance_scale=guidance_scale, height=height, width=width, output_type=output_type,
         postprocess=postprocess, timeout=timeout,
     )  # fmt: skip
+    _check_given(model, adapter, database)
     # Paths compare as text, an open Database or pipeline by identity.
     key = tuple(
         str(part) if isinstance(part, (str, os.PathLike)) else part

@@ -27,7 +27,7 @@ INSTEAD = {
     "steps": "num_inference_steps", "num_steps": "num_inference_steps", "inference_steps": "num_inference_steps",
     "guidance": "guidance_scale", "cfg": "guidance_scale", "cfg_scale": "guidance_scale",
     "n": "num_images_per_prompt", "num_images": "num_images_per_prompt", "batch_size": "num_images_per_prompt",
-    "k": "num_neighbors", "lambda_": "lam", "strength_of_adapter": "lam", "use_auth_token": "token",
+    "k": "num_neighbors", "top_k": "k", "lambda_": "lam", "strength_of_adapter": "lam", "use_auth_token": "token",
     "text": "prompt", "prompts": "prompt", "db": "database", "seeds": "seed", "blend": "w", "weight": "w",
     "pretrained_model_name_or_path": "model", "model_id": "model", "checkpoint": "model", "output": "output_type",
     "callback": _ONE_GRAPH, "callback_steps": _ONE_GRAPH, "callback_on_step_end": _ONE_GRAPH,
@@ -77,7 +77,7 @@ def unknown(name: str, function: Callable[..., Any], other: Callable[..., Any] |
         text += f": it is {instead} of {elsewhere}"
     elif instead:
         text += f": {instead}"
-    elif near := difflib.get_close_matches(name, [*known, *others], 1, 0.6):
+    elif near := difflib.get_close_matches(name, [*known, *others], 1, 0.7):
         text += f"; did you mean {near[0]}" + ("?" if near[0] in known else f" of {elsewhere}?")
     else:
         text += f"; it takes {', '.join(known)}"

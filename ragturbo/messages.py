@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 _SHOWN = 80
@@ -20,12 +21,13 @@ def cut(text: str, most: int = _SHOWN) -> str:
 
 def cut_path(path: str, most: int = _SHOWN) -> str:
     """Return a path whose start is cut off if it is long: its end says which file it is."""
-    return path if len(path) <= most else f"…{path[1 - most:]}"
+    return path if len(path) <= most else f"…{path[1 - most :]}"
 
 
 def short(value: Any, most: int = 80) -> str:
     """repr(value) for a message, cut in the middle if it is long."""
     if hasattr(value, "shape") and not isinstance(value, type):
         return f"<{type(value).__name__} of shape {tuple(value.shape)}>" if tuple(value.shape) else repr(value)[:most]
-    text = repr(value)
+    # Without addresses in memory.
+    text = re.sub(r" at 0x[0-9a-f]+", "", repr(value))
     return text if len(text) <= most else f"{text[: most - 20]} … {text[-17:]}"

@@ -12,7 +12,7 @@ app = typer.Typer(
     name="ragturbo",
     help="Retrieval-augmented one-step text-to-image generation.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 app.command("generate")(generate.generate)

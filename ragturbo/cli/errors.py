@@ -21,6 +21,18 @@ _SUBJECT = re.compile(
     r"^(num_inference_steps|guidance_scale|negative_prompt|num_images_per_prompt|num_neighbors|min_score|w|lam|query|per|"
     r"compose|output_type|seed|height|width)(?= (has|is|must|lists)\b)"
 )
+# How typer says what is no number.
+_NUMBERS = {
+    "Input should be a valid integer, unable to parse string as an integer": "a whole number",
+    "Input should be a valid number, unable to parse string as a number": "a number",
+}
+_PROMPT = 'prompts are arguments: ragturbo generate "a red circle"'
+# Options that users of other tools try.
+_HABITS = {
+    "--prompt": _PROMPT, "-p": _PROMPT, "--num-inference-steps": "use --steps", "--guidance-scale": "use --guidance",
+    "--num-images-per-prompt": "use -n", "--size": "use --width and --height", "--w": "use -w",
+    "--torch-dtype": "use --dtype", "--output": "use --out", "--neighbors": "use -k",
+}  # fmt: skip
 # What only Python has.
 _PYTHON_ONLY = re.compile(r" or (?:load_adapter|use_database)\(\)(?:\) or neighbors=(?P<end>))?")
 
@@ -52,17 +64,37 @@ def in_cli_words(message: str, known: Container[str]) -> str:
     return _ASSIGNED.sub(assigned, text)
 
 
+def _path(arguments: list[str]) -> list[str]:
+    """The words of a command line that name the command."""
+    from ragturbo.cli import app
+
+    path: list[str] = []
+    command: Any = typer.main.get_command(app)
+    for word in arguments:
+        command = getattr(command, "commands", {}).get(word)
+        if command is None:
+            break
+        path.append(word)
+    return path
+
+
 def options_of(arguments: list[str]) -> set[str]:
     """The names of the options of the command that a command line calls."""
     from ragturbo.cli import app
 
-    command = typer.main.get_command(app)
-    for word in arguments:
-        inner = getattr(command, "commands", {}).get(word)
-        if inner is None:
-            break
-        command = inner
+    command: Any = typer.main.get_command(app)
+    for word in _path(arguments):
+        command = command.commands[word]
     return {str(parameter.name).removeprefix("as_") for parameter in command.params}
+
+
+def _usage(error: Any) -> str:
+    """The message of an error of the command line's syntax, with what takes the place of an option by habit."""
+    message = str(error.format_message())
+    for numbers, words in _NUMBERS.items():
+        message = message.replace(f": {numbers}", f": it must be {words}")
+    instead = _HABITS.get(getattr(error, "option_name", ""))
+    return message if instead is None else f"No such option: {error.option_name}; {instead}"
 
 
 def exit_code(error: BaseException) -> int:
@@ -76,22 +108,21 @@ def exit_code(error: BaseException) -> int:
 
 def report(error: BaseException, arguments: list[str]) -> int:
     """Print an error and return the exit code. With --json, stdout has it as {"error": {...}}."""
-    from ragturbo.errors import InvalidRequest
+    from ragturbo.errors import RagTurboError
 
     code, kind, hint = exit_code(error), type(error).__name__, ""
     if isinstance(error, CLICK_ERROR):
         if kind == "NoArgsIsHelpError":
             error.show()  # type: ignore[attr-defined]
             return 2
-        code, kind, message = error.exit_code, "UsageError", error.format_message()  # type: ignore[attr-defined]
-        path = getattr(getattr(error, "ctx", None), "command_path", "ragturbo")
-        hint = f"\nTry `{path} --help`."
+        code, kind, message = int(getattr(error, "exit_code", 2)), "UsageError", _usage(error)
+        hint = f"\nTry `{' '.join(['ragturbo', *_path(arguments)])} --help`."
     elif isinstance(error, OSError):
         where = f": {error.filename}" if error.filename else ""
         message = f"{error.strerror or error}{where}"
     else:
         message = str(error)
-    if isinstance(error, InvalidRequest):
+    if isinstance(error, RagTurboError):
         message = in_cli_words(message, options_of(arguments))
     print(f"ragturbo: {message}{hint}", file=sys.stderr)
     if "--json" in arguments:

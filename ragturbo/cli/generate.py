@@ -11,17 +11,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ragturbo.cli import options
+from ragturbo.config import has_driver
 from ragturbo.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from ragturbo.generate import Generator
+    from ragturbo.model.find import Parts
     from ragturbo.output import Output
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def generate(
-    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT…", help="What the image should show.")],
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT…", help="What the image should show; quote it.")],
     out: Annotated[
         str,
         typer.Option(
@@ -81,9 +83,12 @@ def generate(
         "lam": lam, "min_score": min_score, "query": query, "compose": compose, **sampling,
     }  # fmt: skip
     output_files(out, 1)
+    if len(prompts) > 1 and not any(" " in prompt.strip() for prompt in prompts):
+        typer.echo(f"{len(prompts)} prompts of one word each; quote a prompt of several words", err=True)
     hub = Hub(local_files_only=local_files_only)
     parts = look(model, hub, adapter=off(adapter), database=off(database), distilled=distilled)
     check_call(prompts, **call, parts=parts)
+    _refuse_without_effect(parts, mode, retriever, engine, grid=grid, capture=capture)
     files = output_files(out, len(prompts) * num_images)
     with loading(model):
         generator = Generator.from_pretrained(
@@ -101,8 +106,23 @@ def generate(
         _report(generator, each_prompt, output, files, steps, as_json)
 
 
+def _refuse_without_effect(
+    parts: Parts, mode: str | None, retriever: str, engine: str, *, grid: bool, capture: bool
+) -> None:
+    if parts.database is None and retriever != "auto":
+        raise InvalidRequest(f"retriever={retriever!r} has no effect without a database", option="retriever")
+    if grid and (mode == "none" or parts.database is None):
+        raise InvalidRequest(
+            "--grid compares an image with its neighbours, and nothing is retrieved here", option="grid"
+        )
+    if not capture and engine != "graph" and not has_driver():
+        raise InvalidRequest("--no-capture has no effect without a GPU, unless with --engine graph", option="capture")
+
+
 def output_files(out: str, count: int) -> list[Path]:
     """Return the files to write. Missing folders are made; a folder, or a name that ends in "/", gets out.png in it."""
+    if not out:
+        raise InvalidRequest("--out is empty", option="out")
     path = Path(out).expanduser()
     if path.is_dir() or out.endswith("/"):
         path = path / "out.png"

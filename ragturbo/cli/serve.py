@@ -99,7 +99,14 @@ def serve(
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     for logger in ("ragturbo", "uvicorn.access"):
         logging.getLogger(logger).setLevel(logging.INFO)
+    from ragturbo.model.find import Hub, is_local, look
     from ragturbo.serve.server import serve as run
+
+    if is_local(model):
+        look(
+            model, Hub(local_files_only, revision), adapter=config.adapter, database=config.database,
+            distilled=distilled, vae=vae,
+        )  # fmt: skip
 
     run(config)
 

@@ -37,6 +37,8 @@ def check_neighbors(neighbors: Any, prompts: int) -> list[list[Any]] | None:
     """Return one list of ids, Neighbors or pairs per prompt. A flat list is used for every prompt."""
     if neighbors is None:
         return None
+    if getattr(neighbors, "ndim", 0) in (1, 2):
+        neighbors = neighbors.tolist()
     if not isinstance(neighbors, (list, tuple)) or not neighbors:
         raise InvalidRequest(
             "neighbors must be a non-empty list of ids, Neighbors or (caption, image) pairs", option="neighbors"
@@ -112,11 +114,11 @@ def choose_num_neighbors(
 
 
 def check_negative(
-    negative_prompt: Any, negative_prompt_embeds: Any, prompts: int, *, guidance: float, width: int
+    negative_prompt: Any, negative_prompt_embeds: Any, prompts: int, *, guidance: float, width: int, distilled: bool
 ) -> list[str] | None:
     """Return one negative prompt per prompt, or None if there is no guidance or embeddings were given."""
-    check_has_guidance("negative_prompt", negative_prompt, guidance)
-    check_has_guidance("negative_prompt_embeds", negative_prompt_embeds, guidance)
+    check_has_guidance("negative_prompt", negative_prompt, guidance, distilled=distilled)
+    check_has_guidance("negative_prompt_embeds", negative_prompt_embeds, guidance, distilled=distilled)
     if negative_prompt_embeds is not None:
         if negative_prompt is not None:
             raise InvalidRequest(

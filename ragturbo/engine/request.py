@@ -164,7 +164,12 @@ class Request:
         )
         steps, guidance = check_steps(num_inference_steps, guidance_scale, bundle.sampling)
         negative = options.check_negative(
-            negative_prompt, negative_prompt_embeds, n, guidance=guidance, width=bundle.text.width
+            negative_prompt,
+            negative_prompt_embeds,
+            n,
+            guidance=guidance,
+            width=bundle.text.width,
+            distilled=bundle.sampling.distilled,
         )
         height, width = options.choose_size(height, width, latents, factor=factor, default=bundle.default_size)
         cells = (height // factor, width // factor)

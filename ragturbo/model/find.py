@@ -48,6 +48,11 @@ class Hub:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
                 raise InvalidRequest(f"{name}={short(value)} must be a text or None", option=name)
+        for name, kinds in (("token", (str, bool)), ("cache_dir", (str, os.PathLike)), ("local_files_only", bool)):
+            value = getattr(self, name)
+            if not isinstance(value, kinds) and not (value is None and name != "local_files_only"):
+                what = {"token": "a token, True or None", "cache_dir": "a folder or None"}.get(name, "True or False")
+                raise InvalidRequest(f"{name}={short(value)} must be {what}", option=name)
 
 
 def resolve(name: str | os.PathLike[str], hub: Hub = Hub(), /, **options: Any) -> Path:  # noqa: B008 (frozen)
@@ -56,6 +61,8 @@ def resolve(name: str | os.PathLike[str], hub: Hub = Hub(), /, **options: Any) -
     options: fields of Hub, instead of `hub`.
     """
     hub = Hub(**options) if options else hub
+    if not str(name):
+        raise InvalidRequest("model='' is empty", option="model")
     folder = _folder(name, hub)
     if hub.subfolder is None:
         return folder
@@ -65,8 +72,15 @@ def resolve(name: str | os.PathLike[str], hub: Hub = Hub(), /, **options: Any) -
     return inner
 
 
+def is_local(name: str) -> bool:
+    """Whether a model is found, or missed, without the hub."""
+    return Path(name).expanduser().exists() or name == EMBEDDED or not _HUB_ID.fullmatch(name)
+
+
 def _folder(name: str | os.PathLike[str], hub: Hub) -> Path:
     path = Path(name).expanduser()
+    if hub.revision is not None and (path.is_dir() or str(name) == EMBEDDED):
+        raise InvalidRequest(f"revision={hub.revision!r} has no effect: {name} is a local model", option="revision")
     if path.is_dir():
         return path
     if str(name) == EMBEDDED:
@@ -119,11 +133,11 @@ def _download(name: str, hub: Hub) -> Path:
         missing = f"there is no folder {name!r}, and no model of that name in the hub's cache on this machine{version}"
         if offline:
             raise ModelError(
-                f"offline: {missing}. Download it once without local_files_only and HF_HUB_OFFLINE, or give a folder"
+                f"offline: {missing}. Download it once, with local_files_only=False, or give a folder"
             ) from error
         kind = type(error).__name__
         if kind in ("LocalEntryNotFoundError", "ConnectError", "ConnectionError", "OfflineModeIsEnabled"):
-            raise ModelError(f"offline: the hub cannot be reached, {missing} ({kind})") from error
+            raise ModelError(f"offline: the hub cannot be reached, {missing}") from error
         reasons = {
             "RepositoryNotFoundError": "the hub has no such model, or it is private: pass token=",
             "GatedRepoError": "the model's licence must be accepted on the hub first; then pass token=",
@@ -135,6 +149,8 @@ def _download(name: str, hub: Hub) -> Path:
 
 def check_single_file(path: str | os.PathLike[str], config: str | os.PathLike[str] | None) -> Path:
     """Return the safetensors file. Raises ModelError if it is none, or if `config` is no folder or hub id."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise InvalidRequest(f"path={short(path)} must be a file", option="path")
     file = Path(path).expanduser()
     refuse_pickle(file)
     if not file.is_file():
@@ -176,6 +192,8 @@ class Parts:
     sampling: Sampling
     has_adapter: bool
     database: Path | None
+    factor: int
+    """Pixels per latent cell, of which an image's sides are multiples."""
 
 
 def look(
@@ -194,15 +212,35 @@ def look(
         has_adapter = find_adapter(Path(adapter).expanduser())[0] is not None
     else:
         has_adapter = adapter is None and (folder / ADAPTER).is_file()
+    vae_folder = folder / "vae"
     if vae not in VAES:
-        resolve(vae, replace(hub, revision=None, subfolder=None, variant=None))
+        vae_folder = _find_vae(vae, replace(hub, revision=None, subfolder=None, variant=None))
     own = folder / DATABASE
     if database is None and own.is_dir():
         database = own
     sampling = Sampling.of(
         BundleInfo.read(folder), read_json(folder / "scheduler" / "scheduler_config.json"), distilled
     )
-    return Parts(folder, sampling, has_adapter, None if database is False or database is None else Path(database))
+    opened = None if database is False or database is None else Path(database)
+    return Parts(folder, sampling, has_adapter, opened, _factor(read_json(vae_folder / "config.json")))
+
+
+def _find_vae(vae: str, hub: Hub) -> Path:
+    near = difflib.get_close_matches(vae, VAES, 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    try:
+        folder = resolve(vae, hub)
+    except ModelError as error:
+        raise ModelError(f"vae={vae!r} is neither 'full' nor 'tiny', and no AutoencoderTiny: {error}{hint}") from error
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"vae={vae!r}: {folder} is not an AutoencoderTiny: it has no config.json")
+    return folder
+
+
+def _factor(config: dict[str, Any]) -> int:
+    """Each block of a VAE but the last halves the sides."""
+    blocks = config.get("block_out_channels") or config.get("encoder_block_out_channels") or [0]
+    return 2 ** (len(blocks) - 1)
 
 
 def find_adapter(path: Path) -> tuple[Path | None, Path | None]:

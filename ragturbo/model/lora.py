@@ -86,8 +86,8 @@ def load_lora(unet: Any, folder: str | Path) -> None:
     state = {name.removeprefix(_PREFIX): value for name, value in read_safetensors(folder / WEIGHTS).items()}
     if outside := sorted(name for name in state if not name.startswith("up_blocks.")):
         raise ModelError(
-            f"{folder} changes more than the decoder ({outside[0]}): cached features would become invalid. Fuse it into a "
-            "diffusers pipeline (pipe.fuse_lora(), pipe.unload_lora_weights()), and give pipe as the model"
+            f"{folder} changes more than the decoder ({outside[0]}): cached features would become invalid. Fuse it "
+            "into a diffusers pipeline (pipe.fuse_lora(), pipe.unload_lora_weights()), and give pipe as the model"
         )
     config = _config(folder)
     pairs = _pairs(state, folder)

@@ -201,4 +201,8 @@ def test_version_and_help(ragturbo):
 def test_an_option_of_retrieval_is_refused_without_a_database(ragturbo, tiny_sd21):
     done = ragturbo("generate", PROMPT, "--model", tiny_sd21, "--compose")
     assert done.returncode != 0 and "compose has no effect" in done.stderr
-    assert ragturbo("generate", PROMPT, "--model", tiny_sd21, "--no-compose", "--retriever", "hybrid").returncode == 0
+    done = ragturbo("generate", PROMPT, "--model", tiny_sd21, "--retriever", "hybrid")
+    assert done.returncode == 2 and "--retriever hybrid has no effect without a database" in done.stderr
+    done = ragturbo("generate", PROMPT, "--model", tiny_sd21, "--grid")
+    assert done.returncode == 2 and "nothing is retrieved here" in done.stderr
+    assert ragturbo("generate", PROMPT, "--model", tiny_sd21, "--no-compose").returncode == 0

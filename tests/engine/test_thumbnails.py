@@ -21,8 +21,8 @@ def database(tmp_path):
 
 def test_a_thumbnail_is_read_when_it_is_looked_at(database, monkeypatch):
     asked = []
-    read = PairsFile.thumbnail
-    monkeypatch.setattr(PairsFile, "thumbnail", lambda self, row: asked.append(row) or read(self, row))
+    read = PairsFile._thumbnails
+    monkeypatch.setattr(PairsFile, "_thumbnails", lambda self, group: asked.append(group) or read(self, group))
     with ragturbo.Generator.from_pretrained("shapes", device="cpu", database=database) as gen:
         found = gen("a red circle", seed=1, num_neighbors=2).neighbors[0]
         assert found[0].caption and not asked
