@@ -57,7 +57,8 @@ def in_cli_words(message: str, known: Container[str]) -> str:
             switch = {("distilled", "False"): "--undistilled", ("local_files_only", "True"): "--local-files-only"}
             off = f"--no-{name.replace('_', '-')}"
             return switch.get((name, value), option(name) if value == "True" else off)
-        return option(name) + ("" if value is None else f" {value.strip(chr(39))}")
+        plain = "" if value is None else value.strip("'")
+        return f"{option(name)} {plain}".rstrip()
 
     text = _PYTHON_ONLY.sub(lambda match: "" if match["end"] is None else ")", message)
     text = _SUBJECT.sub(lambda match: option(match[1]) if is_known(match[1]) else match[0], text)

@@ -206,3 +206,34 @@ def test_an_option_of_retrieval_is_refused_without_a_database(ragturbo, tiny_sd2
     done = ragturbo("generate", PROMPT, "--model", tiny_sd21, "--grid")
     assert done.returncode == 2 and "nothing is retrieved here" in done.stderr
     assert ragturbo("generate", PROMPT, "--model", tiny_sd21, "--no-compose").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--prompt", "x"], 'prompts are arguments: ragturbo generate "a red circle"'),
+        (["--num-inference-steps", "3"], "use --steps"),
+        (["--size", "512x512"], "use --width and --height"),
+        (["--seed", "x"], "it must be a whole number"),
+        (["--mode"], "requires an argument"),
+        (["--model", ""], "--model is empty"),
+        (["--database", ""], "--database: give a folder"),
+        (["--vae", "tinny"], "did you mean 'tiny'?"),
+        (["--no-capture"], "has no effect without a GPU"),
+    ],
+)
+def test_a_habit_from_elsewhere_is_told_the_way(ragturbo, monkeypatch, arguments, says):
+    monkeypatch.setattr("ragturbo.cli.generate.has_driver", lambda: False)
+    done = ragturbo("generate", PROMPT, *arguments)
+    assert done.returncode in (2, 3) and says in done.stderr, done.stderr
+    assert "Try `ragturbo generate --help`" in done.stderr or "No such option" not in done.stderr
+
+
+def test_a_prompt_without_quotes_is_noticed(ragturbo, tiny_sd21):
+    done = ragturbo("generate", "a", "dog", "--model", tiny_sd21)
+    assert done.returncode == 0 and "2 prompts of one word each; quote" in done.stderr
+    assert "quote" not in ragturbo("generate", PROMPT, "a dog", "--model", tiny_sd21).stderr
+
+
+def test_help_has_a_short_name(ragturbo):
+    assert ragturbo("generate", "-h").stdout == ragturbo("generate", "--help").stdout
