@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ragturbo.cli import options
+from ragturbo.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from ragturbo.evaluate.scores import Metric
@@ -19,10 +20,27 @@ if TYPE_CHECKING:
 
 # A few minutes on two cores; the whole suite has 1,000 prompts.
 SHAPES_LIMIT = 300
-SUITES = ("shapes", "coco", "tifa", "classes", "text")
+# The options that only some suites read: those a suite needs, and those it can do without.
+_CLIP = ("clip_model", "clip_weights")
+NEEDED: dict[str, tuple[str, ...]] = {
+    "shapes": (),
+    "coco": ("captions",),
+    "tifa": ("prompts", "questions", "vqa", "aesthetic_weights"),
+    "classes": ("classes",),
+    "text": ("prompts",),
+}
+OPTIONAL: dict[str, tuple[str, ...]] = {
+    "shapes": ("count",),
+    "coco": ("references", "fid_weights", *_CLIP),
+    "tifa": ("aesthetic_clip",),
+    "classes": ("encoders", *_CLIP),
+    "text": _CLIP,
+}
+SUITES = tuple(NEEDED)
 
 
 def evaluate(
+    ctx: typer.Context,
     suite: Annotated[str, typer.Option(help="shapes, coco, tifa, classes or text.")] = "shapes",
     systems: Annotated[
         str | None,
@@ -34,14 +52,16 @@ def evaluate(
     out: Annotated[
         Path, typer.Option(help="Folder for images, scores and report; an interrupted run continues there.")
     ] = Path("evaluation"),
-    limit: Annotated[int | None, typer.Option(help="Use only the first prompts. Default on shapes: 300.")] = None,
-    count: Annotated[int, typer.Option(help="shapes: number of captions.")] = 1000,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Use only the first prompts. Default on shapes: 300.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="shapes: number of captions.")] = 1000,
     model: options.Model = "shapes",
     database: options.Database = None,
     adapter: options.Adapter = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
-    batch: Annotated[int, typer.Option(help="Prompts per batch.")] = 8,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 8,
     captions: Annotated[Path | None, typer.Option(help="coco: captions_val2017.json.")] = None,
     references: Annotated[
         Path | None, typer.Option(help="coco: a folder of real images or saved statistics (.npz), for FID.")
@@ -51,11 +71,15 @@ def evaluate(
         Path | None, typer.Option(help="text: a file, one prompt a line; tifa: tifa_v1.0_text_inputs.json.")
     ] = None,
     classes: Annotated[Path | None, typer.Option(help="classes: a folder of folders of real images.")] = None,
-    clip_model: Annotated[str, typer.Option(help="open_clip model of the CLIP score.")] = "ViT-bigG-14",
+    clip_model: Annotated[
+        str, typer.Option(help="coco, classes, text: open_clip model of the CLIP score.")
+    ] = "ViT-bigG-14",
     clip_weights: Annotated[str | None, typer.Option(help="Its .safetensors file or open_clip tag.")] = None,
-    fid_weights: Annotated[str | None, typer.Option(help="Inception weights of torch-fidelity.")] = None,
-    aesthetic_weights: Annotated[Path | None, typer.Option(help="LAION's aesthetic head as .safetensors.")] = None,
-    aesthetic_clip: Annotated[str | None, typer.Option(help="Weights of the head's CLIP ViT-L/14.")] = None,
+    fid_weights: Annotated[str | None, typer.Option(help="coco: Inception weights of torch-fidelity.")] = None,
+    aesthetic_weights: Annotated[
+        Path | None, typer.Option(help="tifa: LAION's aesthetic head as .safetensors.")
+    ] = None,
+    aesthetic_clip: Annotated[str | None, typer.Option(help="tifa: weights of the head's CLIP ViT-L/14.")] = None,
     vqa: Annotated[str | None, typer.Option(help="tifa: folder or id of a visual question answering model.")] = None,
     encoders: Annotated[
         str | None, typer.Option(help="classes: name=folder[,name=folder] of CLIP, SigLIP or DINOv2 models.")
@@ -64,45 +88,55 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print report.json instead of report.md.")] = False,
 ) -> None:
     """Compare systems: draw every prompt, score the images, and write report.md, report.json and sheet.html."""
-    from ragturbo.cli.terminal import quiet_libraries
-    from ragturbo.config import check_device, check_dtype
+    from ragturbo.cli.terminal import loading
+    from ragturbo.config import check_device, check_dtype, one_of
+    from ragturbo.train.start import check_database
 
-    # Mistakes are reported before anything slow is imported.
-    if suite not in SUITES:
-        raise typer.BadParameter(f"{suite!r} is not one of {', '.join(SUITES)}", param_hint="--suite")
+    # Mistakes are reported before torch is imported, which takes seconds.
+    one_of("suite", suite, SUITES)
+    _check_options(ctx, suite)
     check_device(device)
     check_dtype(dtype)
-    names = systems or default_systems(model, database, adapter, suite, download)
+    if database not in (None, "off"):
+        check_database(database)
+    # Also checks the model and adapter.
+    usual = default_systems(model, database, adapter, suite, download)
     from ragturbo.evaluate import suites
-    from ragturbo.evaluate.evaluation import Evaluation, load_fid
+    from ragturbo.evaluate.images import check_folder
     from ragturbo.evaluate.systems import LoadOptions, parse_system
 
-    parsed = [parse_system(text) for text in names.split(",")]
+    parsed = [parse_system(text) for text in (systems or usual).split(",")]
     if len({system.slug for system in parsed}) != len(parsed):
         raise typer.BadParameter("two systems have the same name", param_hint="--systems")
-    quiet_libraries()
     if suite == "shapes":
         chosen = suites.shapes(count).head(SHAPES_LIMIT if limit is None else limit)
     elif suite == "coco":
-        chosen = suites.coco(_required(captions, "--captions", suite), references).head(limit)
+        assert captions is not None
+        chosen = suites.coco(captions, references).head(limit)
     elif suite == "tifa":
-        texts = _required(prompts, "--prompts", suite)
-        chosen = suites.tifa(texts, _required(questions, "--questions", suite)).head(limit)
+        assert prompts is not None and questions is not None
+        chosen = suites.tifa(prompts, questions).head(limit)
     elif suite == "classes":
-        chosen = suites.classes(_required(classes, "--classes", suite)).head(limit)
+        assert classes is not None
+        chosen = suites.classes(classes).head(limit)
     else:
-        chosen = suites.text(_required(prompts, "--prompts", suite)).head(limit)
-    from ragturbo.engine.build import choose_device
+        assert prompts is not None
+        chosen = suites.text(prompts).head(limit)
+    load = LoadOptions(model, options.path_or_off(database), options.path_or_off(adapter), device, dtype, not download)
+    check_folder(out, chosen, load)
+    with loading(model):
+        from ragturbo.engine.build import choose_device
+        from ragturbo.evaluate.evaluation import Evaluation, load_fid
 
-    where = choose_device(device, dtype)[0]
-    # Metrics load before the first image is drawn, so that a missing file is reported immediately.
-    metrics = _load_metrics(
-        chosen, where, clip_model, clip_weights, aesthetic_weights, aesthetic_clip, vqa, encoders, not download
-    )
+        where = choose_device(device, dtype)[0]
+        # Metrics load before the first image is drawn, so that a missing file is reported immediately.
+        metrics = _load_metrics(
+            chosen, where, clip_model, clip_weights, aesthetic_weights, aesthetic_clip, vqa, encoders, not download
+        )
     evaluation = Evaluation(
         chosen,
         parsed,
-        LoadOptions(model, options.path_or_off(database), options.path_or_off(adapter), device, dtype, not download),
+        load,
         out,
         metrics,
         fid=partial(load_fid, references, fid_weights, where) if references and "fid" in chosen.metrics else None,
@@ -136,10 +170,27 @@ def default_systems(model: str, database: str | None, adapter: str | None, suite
     return ",".join(chosen)
 
 
-def _required(value: Path | None, option: str, suite: str) -> Path:
-    if value is None:
-        raise typer.BadParameter(f"required by --suite {suite}", param_hint=option)
-    return value
+def _check_options(ctx: typer.Context, suite: str) -> None:
+    """Refuse options that have no effect with the suite, and the lack of those it needs; look for the files given."""
+    given = [name for name in ctx.params if str(getattr(ctx.get_parameter_source(name), "name", "")) == "COMMANDLINE"]
+    readers = {name: [other for other in SUITES if name in (*NEEDED[other], *OPTIONAL[other])] for name in given}
+    if idle := {name: others for name, others in readers.items() if others and suite not in others}:
+        named = ", ".join(f"{_option(name)} (for {', '.join(others)})" for name, others in idle.items())
+        raise InvalidRequest(f"without effect with --suite {suite}: {named}")
+    if missing := [name for name in NEEDED[suite] if name not in given]:
+        raise InvalidRequest(f"--suite {suite} needs {', '.join(map(_option, missing))}; see `ragturbo eval --help`")
+    if "fid_weights" in given and "references" not in given:
+        raise InvalidRequest("--fid-weights has no effect without --references, the real images of the FID")
+    for name in ("references", "fid_weights", "aesthetic_weights"):
+        if name in given and not Path(ctx.params[name]).expanduser().exists():
+            raise InvalidRequest(f"{_option(name)}: there is no file or folder {ctx.params[name]}")
+    for item in str(ctx.params["encoders"]).split(",") if "encoders" in given else []:
+        if not all(item.partition("=")):
+            raise InvalidRequest(f"--encoders {item}: write name=folder, such as dino=facebook/dinov2-base")
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _load_metrics(
@@ -166,8 +217,7 @@ def _load_metrics(
         elif name == "aesthetic":
             metrics.append(Aesthetic.load(aesthetic_weights, aesthetic_clip, device))
         elif name == "tifa":
-            folder = _required(Path(vqa) if vqa else None, "--vqa", suite.name)
-            metrics.append(Tifa(HuggingFaceVQA(str(folder), device, local_files_only=local_files_only)))
+            metrics.append(Tifa(HuggingFaceVQA(str(vqa), device, local_files_only=local_files_only)))
         elif name == "class-similarity":
             for item in encoders.split(",") if encoders else []:
                 label, _, folder_or_id = item.partition("=")

@@ -21,6 +21,7 @@ from PIL import Image
 from ragturbo.errors import InvalidRequest
 from ragturbo.evaluate.suites import Prompt, Suite
 from ragturbo.evaluate.systems import LoadOptions, SystemSpec, open_system
+from ragturbo.train.folder import check_output, make_folder, read_json
 
 Progress = Callable[[str, int, int], None]
 """(current work, items done, items in total)"""
@@ -36,16 +37,28 @@ def check_folder(out: Path, suite: Suite, options: LoadOptions) -> None:
     facts = {"suite": suite.name}
     facts |= {name: str(getattr(options, name)) for name in ("model", "database", "adapter", "dtype")}
     path = out / "run.json"
-    if not path.exists():
-        out.mkdir(parents=True, exist_ok=True)
+    check_output(out)
+    # A run that failed before its first image does not keep others from the folder.
+    if not path.exists() or not any((out / "images").glob("*/*.png")):
+        make_folder(out)
         write_file(path, json.dumps(facts, indent=2) + "\n")
         return
-    found = json.loads(path.read_text("utf-8"))
+    found = read_json(path)
     if differ := sorted(name for name in facts if found.get(name) != facts[name]):
+        name = differ[0]
         raise InvalidRequest(
-            f"{out} holds a run with {differ[0]}={found.get(differ[0])!r}, this one has {facts[differ[0]]!r}; "
-            "choose another --out"
+            f"{out} holds a run with {_in_words(name, str(found.get(name)))}, this one has "
+            f"{_in_words(name, facts[name])}; choose another --out"
         )
+
+
+def _in_words(name: str, value: str) -> str:
+    """A setting of run.json, in which None is the default and False is "off"."""
+    if value == "False":
+        return f"no {name}"
+    if value == "None":
+        return "the device's own dtype" if name == "dtype" else f"the model's own {name}"
+    return f"{name}={value!r}"
 
 
 def draw_images(
@@ -70,6 +83,9 @@ def draw_images(
     if not missing:
         return
 
+    if progress is not None:
+        # While the model is loaded.
+        progress(spec.text, len(mine) - len(missing), len(mine))
     system = open_system(spec, options)
     try:
         write_file(folder / "system.json", json.dumps({"title": system.title, "steps": system.steps}) + "\n")

@@ -70,7 +70,9 @@ def coco(captions: Path, images: Path | None = None) -> Suite:
         for note in sorted(data["annotations"], key=lambda n: n["id"]):
             first.setdefault(note["image_id"], note["caption"])
     except (KeyError, TypeError) as error:
-        raise InvalidRequest(f"{captions} is not a COCO captions file: {error!r}") from error
+        raise InvalidRequest(
+            f"{captions} is not a COCO captions file: its annotations must have id, image_id and caption"
+        ) from error
     prompts = [Prompt(f"{image:012d}", " ".join(caption.split())) for image, caption in sorted(first.items())]
     return Suite("coco", prompts, ("fid", "clip") if images else ("clip",), len(prompts))
 
@@ -90,7 +92,10 @@ def tifa(texts: Path, questions: Path) -> Suite:
             for row in rows
         ]
     except (KeyError, TypeError) as error:
-        raise InvalidRequest(f"{questions} and {texts} are not TIFA's files: {error!r}") from error
+        raise InvalidRequest(
+            f"{questions} and {texts} are not TIFA's files: a prompt must have id and caption, and a question id, "
+            "question, choices, answer and element_type"
+        ) from error
     if unasked := [p.id for p in prompts if not p.meta["questions"]]:
         raise InvalidRequest(f"{questions} has no question for prompt {unasked[0]} ({len(unasked)} such prompts)")
     return Suite("tifa", prompts, ("tifa", "aesthetic"), max(len(prompts), TIFA_PROMPTS))
@@ -99,7 +104,7 @@ def tifa(texts: Path, questions: Path) -> Suite:
 def classes(folder: Path, per_class: int = 4) -> Suite:
     """A folder with one folder of real images per class (ImageNet, iNaturalist, CUB, Aircraft)."""
     if not folder.is_dir():
-        raise InvalidRequest(f"{folder} is not a folder")
+        raise InvalidRequest(f"{folder} is not a folder; expected a folder of folders of real images")
     folders = sorted(child for child in folder.iterdir() if child.is_dir())
     kinds = [kind for kind in folders if any(path.suffix.lower() in IMAGE_SUFFIXES for path in kind.iterdir())]
     if not kinds:
@@ -115,10 +120,7 @@ def classes(folder: Path, per_class: int = 4) -> Suite:
 
 def text(path: Path) -> Suite:
     """One prompt per line; empty lines and lines that start with # are skipped."""
-    try:
-        lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"{path} cannot be read as text: {error}") from error
+    lines = [line.strip() for line in _read_text(path, "prompts, one a line").splitlines()]
     kept = [line for line in lines if line and not line.startswith("#")]
     if not kept:
         raise InvalidRequest(f"{path} has no prompts")
@@ -127,9 +129,19 @@ def text(path: Path) -> Suite:
 
 
 def _read_json(path: Path, expected: str) -> Any:
-    if not path.is_file():
-        raise InvalidRequest(f"{path} does not exist; expected {expected}")
     try:
-        return json.loads(path.read_text("utf-8"))
-    except ValueError as error:
+        return json.loads(_read_text(path, expected))
+    except json.JSONDecodeError as error:
         raise InvalidRequest(f"{path} is not JSON: {error}") from error
+
+
+def _read_text(path: Path, expected: str) -> str:
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise InvalidRequest(f"{path} {what}; expected {expected}")
+    try:
+        return path.read_text("utf-8")
+    except OSError as error:
+        raise InvalidRequest(f"{path} cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"{path} is not text in UTF-8; expected {expected}") from error

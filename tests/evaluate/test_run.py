@@ -161,7 +161,7 @@ def test_an_image_that_is_there_is_not_drawn_again_and_a_missing_one_is(model, s
 
 def test_a_folder_belongs_to_one_run(model, suite, tmp_path):
     evaluation(suite, ["student"], model, tmp_path / "out").run()
-    with pytest.raises(InvalidRequest, match="holds a run with suite='text', this one has 'shapes'"):
+    with pytest.raises(InvalidRequest, match="holds a run with suite='text', this one has suite='shapes'"):
         evaluation(shapes(4), ["student"], model, tmp_path / "out").run()
     with pytest.raises(InvalidRequest, match="same name"):
         evaluation(suite, ["student", "student"], model, tmp_path / "other").run()
