@@ -67,7 +67,8 @@ def to_api_error(error: BaseException, *, log_messages: bool = False) -> APIErro
         return retry_later(str(error), "deadline_exceeded", 1)
     if isinstance(error, DeviceLost):
         return retry_later("the device is lost; this server has to be restarted", "device_lost", 5)
-    if isinstance(error, InvalidRequest):
+    # What the server's own hook returns is not the client's mistake.
+    if isinstance(error, InvalidRequest) and error.option != "postprocess":
         return APIError(400, str(error), code="invalid_value", param=FIELD_OF_OPTION.get(error.option or ""))
     # Clients get a fixed text: the exception's message may contain internals.
     if isinstance(error, NonFiniteOutput):

@@ -269,6 +269,14 @@ def test_a_safety_filter_has_the_last_word(gen, kit, monkeypatch, tmp_path):
     assert Image.open(io.BytesIO(data)).getextrema() == ((0, 0),) * 3
 
 
+def test_a_filter_that_returns_no_images_is_the_servers_mistake(gen, kit, monkeypatch, tmp_path):
+    (tmp_path / "forgetful_rules.py").write_text("def nothing(batch):\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with kit.served(gen, postprocess="forgetful_rules:nothing") as server:
+        answer = server.post(prompt=PROMPT)
+    assert answer.status_code == 500 and answer.json()["error"]["code"] == "server_error"
+
+
 @pytest.mark.parametrize(
     ("distilled", "passed"), [(None, {}), (True, {"distilled": True}), (False, {"distilled": False})]
 )
