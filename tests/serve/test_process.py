@@ -109,10 +109,19 @@ def test_a_life_from_loading_to_sigterm(database, kit):
     assert "unicorn" not in said and "draining" in said and "Traceback" not in said
 
 
-def test_a_model_that_cannot_be_loaded_ends_the_process_with_its_code(tmp_path):
-    with started("--model", tmp_path / "nowhere") as (process, _):
+def test_a_model_that_is_not_there_is_said_once_and_before_listening(tmp_path):
+    command = [sys.executable, "-c", MAIN, "serve", "--port", "0", "--model", str(tmp_path / "nowhere")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 3 and done.stderr.count("there is no folder") == 1 and "listening" not in done.stderr
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_process_with_its_code(tiny_sd21, tmp_path):
+    folder = shutil.copytree(tiny_sd21, tmp_path / "broken")
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with started("--model", folder) as (process, _):
         assert process.wait(120) == 3
-        assert "nowhere" in process.stderr.read()
+        assert "not a complete safetensors file" in process.stderr.read()
 
 
 def test_sigterm_does_not_wait_for_a_model_that_loads_and_sighup_kills_nobody():
