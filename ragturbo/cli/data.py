@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ragturbo.cli.terminal import quiet_libraries
-
 if TYPE_CHECKING:
     from ragturbo.train.report import DataReport
 
@@ -24,6 +22,7 @@ ScoreColumn = Annotated[str | None, typer.Option(help="Name of a column of score
 MinScore = Annotated[float | None, typer.Option(help="Skip rows with a lower score.")]
 Batch = Annotated[int, typer.Option(min=1, help="Samples per forward pass. Must not change on resume.")]
 ShardSize = Annotated[int, typer.Option(min=1, help="Inputs per shard, the unit of work and of resuming.")]
+Data = Annotated[Path, typer.Argument(metavar="DATA", help="A folder made by `data teacher` or `data encode`.")]
 Dtype = Annotated[str, typer.Option(help="Storage type: float16, bfloat16 or float32.")]
 Precision = Annotated[str | None, typer.Option(help="Compute type; by default float16 on a GPU.")]
 StoreText = Annotated[
@@ -35,12 +34,14 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 @app.command()
 def teacher(
-    prompts: Annotated[Path, typer.Argument(help=".txt with one prompt per line, .jsonl, .csv or .parquet.")],
+    prompts: Annotated[
+        Path, typer.Argument(metavar="PROMPTS", help=".txt with one prompt per line, .jsonl, .csv or .parquet.")
+    ],
     out: Out,
     model: Model,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance.")] = 7.5,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the teacher.")] = 50,
-    seed: Annotated[int, typer.Option(help="The noise of prompt i is drawn from (seed, i).")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="The noise of prompt i is drawn from (seed, i).")] = 0,
     caption_column: Caption = "caption",
     score_column: ScoreColumn = None,
     min_score: MinScore = None,
@@ -56,14 +57,17 @@ def teacher(
     """Generate latents with the teacher, stored with the noise they were generated from."""
     _check_options(device, dtype, precision)
     # Mistakes are reported before torch is imported, which takes seconds.
-    from ragturbo.train.folder import check_output
+    from ragturbo.checks import number
+    from ragturbo.train.folder import check_data_output
+    from ragturbo.train.progress import loading
     from ragturbo.train.prompts import read_prompts
 
+    number("guidance", guidance, 0.0, 1000.0)
     chosen = read_prompts(prompts, caption=caption_column, score_column=score_column, min_score=min_score, limit=limit)
-    check_output(out)
+    check_data_output(out)
     _check_model(model)
-    quiet_libraries()
-    from ragturbo.train.teacher import make_teacher_data
+    with loading(model):
+        from ragturbo.train.teacher import make_teacher_data
 
     report = make_teacher_data(
         chosen.texts,
@@ -85,7 +89,9 @@ def teacher(
 
 @app.command()
 def encode(
-    pairs: Annotated[str, typer.Argument(help="A folder, .jsonl, .csv, .parquet or .tar files, as for `db build`.")],
+    pairs: Annotated[
+        str, typer.Argument(metavar="PAIRS", help="A folder, .jsonl, .csv, .parquet or .tar files, as for `db build`.")
+    ],
     out: Out,
     model: Model,
     min_size: Annotated[int, typer.Option(min=1, help="Skip images with a shorter side, in pixels.")] = 1024,
@@ -106,14 +112,17 @@ def encode(
     """Encode real captioned images as latents. What is left out is counted, and listed in OUT/skipped.jsonl."""
     _check_options(device, dtype, precision)
     from ragturbo.retrieval.sources import Columns, open_source
-    from ragturbo.train.folder import check_output
+    from ragturbo.train.folder import check_data_output
+    from ragturbo.train.progress import loading
+    from ragturbo.train.prompts import check_scores
 
+    check_scores(score_column, min_score)
     columns = Columns(caption_column, image_column, image_root)
     open_source(pairs, columns)
-    check_output(out)
+    check_data_output(out)
     _check_model(model)
-    quiet_libraries()
-    from ragturbo.train.encode import make_encoded_data
+    with loading(model):
+        from ragturbo.train.encode import make_encoded_data
 
     report = make_encoded_data(
         pairs,
@@ -136,9 +145,12 @@ def encode(
 
 @app.command()
 def relabel(
-    data: Annotated[Path, typer.Argument(help="A folder made by `data teacher`.")],
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="A folder made by `data teacher`.")],
     prompts: Annotated[
-        Path, typer.Argument(help="One prompt per sample, in order; an empty one leaves it out. See `data teacher`.")
+        Path,
+        typer.Argument(
+            metavar="PROMPTS", help="One prompt per sample, in order; an empty one leaves it out. See `data teacher`."
+        ),
     ],
     out: Out,
     model: Model,
@@ -148,22 +160,24 @@ def relabel(
 ) -> None:
     """Give teacher latents other prompts for the student, such as short ones. D keeps the teacher's."""
     _check_options(device)
-    from ragturbo.train.folder import check_output, read_plan
+    from ragturbo.train.folder import check_data_output, check_relabel, read_plan
+    from ragturbo.train.progress import loading
     from ragturbo.train.prompts import read_prompts
 
     read_plan(data.expanduser())
     chosen = read_prompts(prompts, caption=caption_column, keep_empty=True)
-    check_output(out)
+    check_relabel(data.expanduser(), chosen.texts)
+    check_data_output(out)
     _check_model(model)
-    quiet_libraries()
-    from ragturbo.train.relabel import relabel
+    with loading(model):
+        from ragturbo.train.relabel import relabel
 
     _say(relabel(data, chosen.texts, out, model=model, device=device), as_json)
 
 
 @app.command()
 def neighbors(
-    data: Annotated[Path, typer.Argument(help="A folder made by `data teacher` or `data encode`.")],
+    data: Data,
     database: Annotated[Path, typer.Option(help="The database to retrieve from.")],
     model: Model,
     num_neighbors: Annotated[int, typer.Option("--num-neighbors", "-k", min=1, help="Neighbours per sample.")] = 4,
@@ -177,14 +191,19 @@ def neighbors(
 ) -> None:
     """Find the database rows each sample is trained with, excluding its own record and duplicates."""
     _check_options(device)
+    from ragturbo.checks import number
     from ragturbo.train.folder import read_plan
-    from ragturbo.train.start import check_database
+    from ragturbo.train.progress import loading
+    from ragturbo.train.start import check_database, check_neighbor_retriever
 
+    check_neighbor_retriever(retriever)
+    if max_cosine is not None:
+        number("max_cosine", max_cosine, -1.0, 1.0)
     read_plan(data.expanduser())
     check_database(database)
     _check_model(model)
-    quiet_libraries()
-    from ragturbo.train.neighbors import make_neighbors
+    with loading(model):
+        from ragturbo.train.neighbors import make_neighbors
 
     report = make_neighbors(
         data,
@@ -201,29 +220,32 @@ def neighbors(
 
 @app.command()
 def lpips(
-    data: Annotated[Path, typer.Argument(help="A folder made by `data teacher` or `data encode`.")],
+    data: Data,
     out: Annotated[Path, typer.Option("--out", "-o", help="The .safetensors file to write.")],
     width: Annotated[int, typer.Option(min=1, help="Channels of the first block; 64 in VGG16.")] = 64,
     words: Annotated[int, typer.Option(min=2, help="Size of the vocabulary to predict.")] = 512,
-    steps: Annotated[int, typer.Option(min=1)] = 20_000,
-    batch: Annotated[int, typer.Option(min=1)] = 64,
-    lr: Annotated[float, typer.Option(min=0)] = 1e-3,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the optimiser.")] = 20_000,
+    batch: Annotated[int, typer.Option(min=1, help="Samples per step.")] = 64,
+    lr: Annotated[float, typer.Option(help="Learning rate at the start; it falls to 0.")] = 1e-3,
+    seed: Annotated[int, typer.Option(min=0, help="Of the weights, the batches and the augmentation.")] = 0,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
     """Train the network of the latent LPIPS loss on captioned latents."""
     _check_options(device)
+    from ragturbo.checks import number
     from ragturbo.train.folder import check_output, read_plan
+    from ragturbo.train.progress import loading
 
+    number("lr", lr)
     read_plan(data.expanduser())
     if out.is_dir():
         raise typer.BadParameter(
             f"{out} is a folder; give a file, such as {out / 'vgg.safetensors'}", param_hint="--out"
         )
     check_output(out.parent)
-    quiet_libraries()
-    from ragturbo.train.train_vgg import train_vgg
+    with loading(data):
+        from ragturbo.train.train_vgg import train_vgg
 
     result = train_vgg(data, out, width=width, words=words, steps=steps, batch=batch, lr=lr, seed=seed, device=device)
     text = (

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from ragturbo.errors import InvalidRequest
+from ragturbo.messages import short
 from ragturbo.model.bundle import Bundle
 from ragturbo.retrieval import images
 from ragturbo.retrieval.sources import Columns, Item, check_caption, open_source
 from ragturbo.train.folder import Plan, remaining
-from ragturbo.train.progress import local_device, rank_and_world, track
-from ragturbo.train.prompts import score_problem
+from ragturbo.train.progress import loading, local_device, rank_and_world, track
+from ragturbo.train.prompts import check_scores, score_problem
 from ragturbo.train.report import DataReport, Left, gather
 from ragturbo.train.shards import DTYPES, digest, write_shard
 
@@ -53,14 +54,14 @@ def make_encoded_data(
         InvalidRequest: no pair can be used.
     """
     began = time.monotonic()
-    if (score_column is None) != (min_score is None):
-        raise InvalidRequest("--score-column and --min-score belong together")
+    check_scores(score_column, min_score)
     source = open_source(pairs, columns or Columns())
     total = source.total if source.total is not None else sum(1 for _ in source.items())
     if not total:
         raise InvalidRequest(f"{pairs}: no images")
     compute = None if precision is None else DTYPES[precision]
-    bundle = Bundle.load(model, device=device or local_device(), dtype=compute, adapter=False)
+    with loading(model):
+        bundle = Bundle.load(model, device=device or local_device(), dtype=compute, adapter=False)
     size = size or bundle.default_size
     made_by = {
         "model": model, "vae_encoder": bundle.fingerprint()["vae_encoder"], "source": digest([source.description]),
@@ -71,7 +72,7 @@ def make_encoded_data(
         made_by["text_encoder"] = bundle.fingerprint()["text_encoder"]
     plan = Plan("encoded", total, shard_size, made_by)
     folder = Path(out).expanduser()
-    plan.write_or_check(folder)
+    plan.check(folder)
     todo = set(remaining(folder, plan.shards, *rank_and_world()))
     by_shard = groupby(enumerate(source.items()), lambda numbered: numbered[0] // shard_size)
     # The images of other shards are not read.
@@ -89,6 +90,7 @@ def make_encoded_data(
                 records.append({**record, "number": number})
         captions = [record["caption"] for record in records]
         fields = _encode(bundle, pixels, captions, batch, DTYPES[dtype], store_text, left)
+        plan.write_or_check(folder)
         write_shard(folder, shard, fields, records, left.to_dict())
     return gather(folder, "pair", plan.shards, len(todo), began)
 
@@ -97,6 +99,9 @@ def _prepare(
     item: Item, size: int, min_size: int, score_column: str | None, min_score: float | None
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """The square image (size, size, 3) uint8 and the record of a pair. Raises _Unusable."""
+    if item.problem is None and not isinstance(item.caption, str):
+        given = "empty" if item.caption is None else f"not a text: {short(item.caption)}"
+        raise _Unusable(f"the caption is {given}")
     if problem := item.problem or check_caption(item.caption):
         raise _Unusable(problem)
     record: dict[str, Any] = {"caption": item.caption, "source": item.source}
@@ -109,7 +114,7 @@ def _prepare(
             raise _Unusable(f"a side under --min-size {min_size} pixels: {side}")
         square, record["sha256"], _ = images.prepare(item.image, size, thumbnail=False)
     except InvalidRequest as error:
-        raise _Unusable(f"the image cannot be read: {error}") from None
+        raise _Unusable(str(error)) from None
     return square, record
 
 
@@ -123,9 +128,10 @@ def _short_side(image: Any) -> int:
         file = io.BytesIO(image) if isinstance(image, (bytes, bytearray, memoryview)) else os.fspath(image)
         with Image.open(file) as picture:
             return min(picture.size)
-    # Pillow raises many types of exceptions on invalid files.
+    # Pillow raises many types of exceptions on invalid files; an OSError of the system has a number.
     except Exception as error:
-        raise InvalidRequest(f"the image cannot be read: {error}") from error
+        why = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise InvalidRequest(f"the image cannot be read: {why}") from error
 
 
 @torch.no_grad()

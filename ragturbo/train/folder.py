@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ragturbo.errors import DatabaseCorrupt, DatabaseError, InvalidRequest
+from ragturbo.messages import many
 from ragturbo.train.settings import changed_settings
 
 FORMAT = 1
@@ -46,23 +47,43 @@ class Plan:
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.inputs))
 
     def write_or_check(self, folder: Path) -> None:
-        """Write index.json, or check that an unfinished folder was started with the same settings."""
-        write_or_check_index(folder, {"format": FORMAT, **dataclasses.asdict(self)})
+        """Write index.json, or check that an unfinished folder was started with the same settings. Called before each
+        shard is written, so that a command that fails earlier leaves nothing."""
+        write_or_check_index(folder, self._index())
+
+    def check(self, folder: Path) -> None:
+        """Check that an unfinished folder was started with the same settings. Writes nothing."""
+        check_index(folder, self._index())
+
+    def _index(self) -> dict[str, Any]:
+        return {"format": FORMAT, **dataclasses.asdict(self)}
 
 
-def write_or_check_index(folder: Path, values: dict[str, Any]) -> None:
-    """Write `values` to index.json, or raise InvalidRequest if it is there with other values."""
-    make_folder(folder)
+def check_index(
+    folder: Path, values: dict[str, Any], instead: str = "choose another --out, or delete the folder"
+) -> bool:
+    """Whether index.json is there with `values`.
+
+    Raises:
+        InvalidRequest: it is there with other values, and so is a shard.
+    """
     path = folder / INDEX
+    if not path.is_file():
+        return False
     # Compared as JSON, in which a tuple is a list.
-    values = json.loads(json.dumps(values))
-    if path.is_file():
-        if changed := changed_settings(read_json(path), values):
-            what = ", ".join(f"{name} ({text})" for name, text in changed.items())
-            raise InvalidRequest(
-                f"{folder} was started with other settings: {what}. Use those, delete it, or choose another folder"
-            )
+    changed = changed_settings(read_json(path), json.loads(json.dumps(values)))
+    if changed and any(folder.glob("[0-9]*.safetensors")):
+        what = ", ".join(f"{name} ({text})" for name, text in changed.items())
+        raise InvalidRequest(f"{folder} was started with other settings: {what}. Use those, {instead}")
+    return not changed
+
+
+def write_or_check_index(folder: Path, values: dict[str, Any], **words: str) -> None:
+    """Write `values` to index.json, unless `check_index` finds it there."""
+    make_folder(folder)
+    if check_index(folder, values, **words):
         return
+    path = folder / INDEX
     # Several processes may do this at once; all write the same bytes.
     part = path.with_name(f".{INDEX}.{os.getpid()}.part")
     try:
@@ -91,6 +112,19 @@ def check_output(folder: Path) -> None:
         return
 
 
+def check_data_output(folder: Path) -> None:
+    """`check_output` for training samples: also refuse a folder that holds other files."""
+    check_output(folder)
+    if not folder.is_dir():
+        return
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    ours = (folder / INDEX).is_file() and {"format", "kind", "made_by"} <= read_json(folder / INDEX).keys()
+    if names - {SKIPPED} and not ours:
+        raise InvalidRequest(
+            f"{folder} holds other files, such as {min(names - {SKIPPED})}: choose an empty or a new folder as --out"
+        )
+
+
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Raise errors of writing tensors, such as a full disk, as a database error that names `path`."""
@@ -99,7 +133,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise DatabaseError(f"{path} cannot be written: {error}") from error
+        raise DatabaseError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from error
 
 
 def shard_path(folder: Path, shard: int) -> Path:
@@ -130,9 +164,37 @@ def read_plan(folder: Path) -> Plan:
         plan = Plan(**values)
         files = [shard_path(folder, i) for i in range(plan.shards)]
     except (TypeError, ZeroDivisionError) as error:
-        raise DatabaseCorrupt(f"{folder / INDEX} is damaged: {error}") from error
+        raise DatabaseCorrupt(f"{folder / INDEX} is damaged or not of a folder of training samples") from error
     check_complete(folder, files)
     return plan
+
+
+def count_samples(folder: Path, plan: Plan) -> int:
+    """The number of samples in a complete folder, from the headers of its files."""
+    from safetensors import SafetensorError, safe_open
+
+    total = 0
+    for path in (shard_path(folder, i) for i in range(plan.shards)):
+        try:
+            with safe_open(path, framework="numpy") as file:
+                total += int((file.metadata() or {})["samples"])
+        except (OSError, SafetensorError, KeyError) as error:
+            raise DatabaseCorrupt(f"{path} is not a shard of training samples") from error
+    return total
+
+
+def check_relabel(folder: Path, prompts: Sequence[str | None]) -> None:
+    """Raise InvalidRequest unless `folder` holds teacher latents, and as many as there are prompts."""
+    plan = read_plan(folder)
+    if plan.kind != "teacher":
+        raise InvalidRequest(f"{folder} holds no teacher latents: only those can get another prompt")
+    if len(prompts) != (count := count_samples(folder, plan)):
+        raise InvalidRequest(
+            f"{many(len(prompts), 'prompt')} for the {many(count, 'sample')} of {folder}: give one for each, in order; "
+            "an empty one leaves its sample out"
+        )
+    if not any(prompts):
+        raise InvalidRequest("no prompts given")
 
 
 def check_complete(folder: Path, files: Sequence[Path]) -> None:
@@ -147,8 +209,10 @@ def check_complete(folder: Path, files: Sequence[Path]) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise DatabaseCorrupt(f"{path}: {error}") from error
+    except OSError as error:
+        raise DatabaseCorrupt(f"{path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise DatabaseCorrupt(f"{path} is damaged: {error}") from error
     if not isinstance(values, dict):
         raise DatabaseCorrupt(f"{path} is damaged: it holds no settings")
     return values

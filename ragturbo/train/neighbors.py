@@ -20,16 +20,18 @@ from ragturbo.model.inject import cosine
 from ragturbo.retrieval import durable
 from ragturbo.retrieval.hybrid import HybridRetriever
 from ragturbo.train.data import database_name
-from ragturbo.train.folder import NEIGHBORS, remaining, shard_path, write_or_check_index
-from ragturbo.train.progress import local_device, rank_and_world, track
+from ragturbo.train.folder import NEIGHBORS, check_index, remaining, shard_path, write_or_check_index
+from ragturbo.train.progress import loading, local_device, rank_and_world, track
 from ragturbo.train.report import DataReport, Left
 from ragturbo.train.shards import Shards
+from ragturbo.train.start import check_neighbor_retriever
 
 if TYPE_CHECKING:
     from ragturbo.retrieval.database import Database
 
 log = logging.getLogger("ragturbo")
 
+_INSTEAD = "or delete that folder"
 # Rows searched at most for a sample whose nearest rows are all excluded.
 _DEEPEST = 4096
 
@@ -55,13 +57,15 @@ def make_neighbors(
     began = time.monotonic()
     if k < 1:
         raise InvalidRequest(f"k={k} must be at least 1")
+    check_neighbor_retriever(retriever)
     shards = Shards(data)
     db = Database.open(database, retriever=retriever)
-    bundle = Bundle.load(model, device=device or local_device(), adapter=False)
+    with loading(model):
+        bundle = Bundle.load(model, device=device or local_device(), adapter=False)
     db.check_encoder(bundle.fingerprint(), bundle.text.key_kind)
     folder = shards.folder / NEIGHBORS
     made_by = {"k": k, "database": database_name(db), "max_cosine": max_cosine, "retriever": retriever}
-    write_or_check_index(folder, made_by)
+    check_index(folder, made_by, _INSTEAD)
     todo = remaining(folder, len(shards.files), *rank_and_world())
     search = NeighborSearch(db, k, max_cosine)
     for shard in track(todo, len(todo), "neighbors"):
@@ -72,6 +76,7 @@ def make_neighbors(
             found = search(keys, records[start : start + batch])
             ids.append(found[0])
             lam.append(found[1])
+        write_or_check_index(folder, made_by, instead=_INSTEAD)
         durable.write_file(shard_path(folder, shard), save({"ids": torch.cat(ids), "lam": torch.cat(lam)}))
     return _report(folder, len(shards.files), len(todo), k, began)
 
@@ -109,7 +114,8 @@ def write_neighbors(shards: Shards, ids: Tensor, lam: Tensor, database: str) -> 
             f"{shards.folder} has {len(shards)} samples; got ids {tuple(ids.shape)} and lam {tuple(lam.shape)}"
         )
     folder = shards.folder / NEIGHBORS
-    write_or_check_index(folder, {"k": ids.shape[1], "database": database, "max_cosine": None, "retriever": "given"})
+    made_by = {"k": ids.shape[1], "database": database, "max_cosine": None, "retriever": "given"}
+    write_or_check_index(folder, made_by, instead=_INSTEAD)
     for shard, (start, stop) in enumerate(itertools.pairwise(shards.starts)):
         part = {"ids": ids[start:stop].contiguous(), "lam": lam[start:stop].float().contiguous()}
         durable.write_file(shard_path(folder, shard), save(part))

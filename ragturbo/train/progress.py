@@ -5,9 +5,10 @@ Imports torch only to look for a GPU.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 
@@ -21,6 +22,19 @@ def local_device() -> str:
     import torch
 
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+
+
+@contextlib.contextmanager
+def loading(model: object) -> Iterator[None]:
+    """Show on a terminal, in the first process, that torch is imported or that the model is loaded."""
+    from ragturbo.cli import terminal
+
+    if rank_and_world()[0] > 0:
+        terminal.quiet_libraries()
+        yield
+        return
+    with terminal.loading(model):
+        yield
 
 
 def track(items: Iterable[Any], total: int, what: str) -> Iterable[Any]:

@@ -9,8 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ragturbo.checks import FLOAT32_MAX, number
 from ragturbo.errors import InvalidRequest
+from ragturbo.messages import short
 from ragturbo.train.report import Left, none_left
+
+_CAPTION = "caption"
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,7 @@ class Prompts:
 def read_prompts(
     path: str | Path,
     *,
-    caption: str = "caption",
+    caption: str = _CAPTION,
     score_column: str | None = None,
     min_score: float | None = None,
     limit: int | None = None,
@@ -36,28 +40,32 @@ def read_prompts(
         score_column, min_score: leave out rows with a lower score, or none.
         keep_empty: return empty prompts as "", instead of leaving them out.
     """
-    if (score_column is None) != (min_score is None):
-        raise InvalidRequest("--score-column and --min-score belong together")
+    check_scores(score_column, min_score)
     path = Path(path).expanduser()
     if not path.is_file():
         raise InvalidRequest(f"{path} is a folder, not a file of prompts" if path.is_dir() else f"no such file: {path}")
-    if path.suffix == ".txt" and score_column:
-        raise InvalidRequest(f"{path} is plain text and has no column {score_column!r}")
+    if path.suffix == ".txt" and (score_column or caption != _CAPTION):
+        option = "--score-column" if score_column else "--caption-column"
+        raise InvalidRequest(f"{path} is plain text and has no columns: {option} has no effect")
     texts: list[str] = []
     left = Left()
-    for number, row in enumerate(_rows(path, caption, score_column)):
+    for position, row in enumerate(_rows(path, caption, score_column)):
         if limit is not None and len(texts) == limit:
             break
         if caption not in row:
             raise InvalidRequest(
-                f"{path} has no column {caption!r}; its columns are {', '.join(map(str, row))} (--caption-column)"
+                f"{path} has no column {caption!r}; its columns are {', '.join(filter(None, row))} (--caption-column)"
             )
-        text = str(row[caption] or "").strip()
-        problem = _problem(text, row, score_column, min_score, keep_empty)
+        value = row[caption]
+        text = "" if value is None else str(value).strip()
+        if isinstance(value, (list, dict)):
+            problem: str | None = f"the prompt is not a text: {short(value)}"
+        else:
+            problem = _problem(text, row, score_column, min_score, keep_empty)
         if problem is None:
             texts.append(text)
         else:
-            left.skip(number, path.name, problem)
+            left.skip(position, path.name, problem)
     if not any(texts):
         why = f": {none_left('prompt', left.skipped)}" if left.skipped else ""
         raise InvalidRequest(f"{path} holds no prompts{why}")
@@ -74,12 +82,21 @@ def _problem(
     return score_problem(row.get(score_column), score_column, min_score)
 
 
+def check_scores(column: str | None, least: float | None) -> None:
+    if column is None and least is not None:
+        raise InvalidRequest("--min-score needs --score-column, the column of the scores")
+    if column is not None and least is None:
+        raise InvalidRequest("--score-column needs --min-score, the least score to keep")
+    if least is not None:
+        number("min_score", least, -FLOAT32_MAX)
+
+
 def score_problem(value: Any, column: str, least: float) -> str | None:
     """Why a row with this score is left out; None: it is not."""
     try:
         score = float(value)
     except (TypeError, ValueError):
-        return f"no number in column {column!r}: {value!r}"
+        return f"no number in column {column!r}" + ("" if value is None else f": {short(value)}")
     return None if score >= least else f"{column} under {least:g}: {score:g}"
 
 
@@ -105,5 +122,6 @@ def _rows(path: Path, caption: str, score_column: str | None) -> Iterable[Mappin
                 return [dict.fromkeys(known)]
             return pq.read_table(path, columns=columns).to_pylist()
     except (OSError, ValueError, csv.Error) as error:
-        raise InvalidRequest(f"{path} cannot be read: {error}") from error
+        why = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise InvalidRequest(f"{path} cannot be read: {why}") from error
     raise InvalidRequest(f"{path}: prompts are read from .txt, .jsonl, .csv or .parquet files")

@@ -13,10 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ragturbo.errors import InvalidRequest
 from ragturbo.model.bundle import Bundle
-from ragturbo.train.folder import Plan, remaining
-from ragturbo.train.progress import local_device, rank_and_world, track
+from ragturbo.train.folder import Plan, check_relabel, remaining
+from ragturbo.train.progress import loading, local_device, rank_and_world, track
 from ragturbo.train.report import DataReport, Left, gather
 from ragturbo.train.shards import Shards, digest, write_shard
 
@@ -34,21 +33,14 @@ def relabel(
         model: its text encoder is used.
     """
     began, source = time.monotonic(), Shards(data)
-    if "noise" not in source.fields:
-        raise InvalidRequest(f"{source.folder} holds no teacher latents: only those can get another prompt")
-    if len(prompts) != len(source):
-        raise InvalidRequest(
-            f"{len(prompts)} prompts for the {len(source)} samples of {source.folder}: give one for each, in order; an "
-            "empty one leaves its sample out"
-        )
-    if not any(prompts):
-        raise InvalidRequest("no prompts given")
-    bundle = Bundle.load(model, device=device or local_device(), adapter=False)
+    check_relabel(source.folder, prompts)
+    with loading(model):
+        bundle = Bundle.load(model, device=device or local_device(), adapter=False)
     store_text = "text" in source.fields
     made_by = source.plan.made_by | {"relabelled": digest([text or "" for text in prompts])}
     plan = Plan("teacher", source.plan.inputs, source.plan.shard_size, made_by)
     folder = Path(out).expanduser()
-    plan.write_or_check(folder)
+    plan.check(folder)
     todo = remaining(folder, plan.shards, *rank_and_world())
     for shard in track(todo, len(todo), "relabel"):
         start, records = int(source.starts[shard]), source.records(shard)
@@ -63,6 +55,7 @@ def relabel(
         fields |= _encode(bundle, texts, batch, left, fields["teacher_text"].dtype if store_text else None)
         own = [{**records[row], "caption": text, "teacher_caption": records[row]["caption"]} for row, text in
                zip(rows, texts, strict=True)]  # fmt: skip
+        plan.write_or_check(folder)
         write_shard(folder, shard, fields, own, left.to_dict())
     return gather(folder, "sample", plan.shards, len(todo), began)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable
@@ -25,7 +26,12 @@ def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> dict[str, s
     """The settings that differ between two nested dicts: {"optim.lr": "was 0.001, now 0.01", …}."""
     a, b = _flat(before), _flat(now)
     names = sorted(a.keys() | b.keys())
-    return {n: f"was {a.get(n)!r}, now {b.get(n)!r}" for n in names if a.get(n) != b.get(n)}
+    return {n: f"was {_brief(a.get(n))}, now {_brief(b.get(n))}" for n in names if a.get(n) != b.get(n)}
+
+
+def _brief(value: Any) -> str:
+    """A setting's value for a message, with the beginning of hashes."""
+    return "not set" if value is None else re.sub(r"\b([0-9a-f]{8})[0-9a-f]{24,}\b", r"\1…", repr(value))
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:

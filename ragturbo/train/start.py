@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ragturbo.config import RETRIEVERS, one_of
 from ragturbo.errors import DatabaseError, InvalidRequest, ModelError
 from ragturbo.model.find import check_model, resolve
 from ragturbo.train import checkpoint
@@ -99,6 +100,16 @@ def check_database(path: str | Path) -> None:
     folder = Path(path).expanduser()
     if not (folder / "CURRENT").is_file():
         raise DatabaseError(f"there is no database {folder}: `ragturbo db build` makes one")
+
+
+def check_neighbor_retriever(name: str) -> None:
+    if name == "bm25":
+        raise InvalidRequest(
+            "retriever='bm25': the neighbours of samples are found by their keys, which bm25 does not read; use auto, "
+            "scann, exact or hybrid",
+            option="retriever",
+        )
+    one_of("retriever", name, tuple(other for other in RETRIEVERS if other != "bm25"))
 
 
 def _check_models(settings: LADDConfig) -> None:

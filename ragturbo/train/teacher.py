@@ -16,7 +16,7 @@ from ragturbo.model.fingerprint import fingerprint
 from ragturbo.model.onestep import EulerSchedule
 from ragturbo.model.source import resolve
 from ragturbo.train.folder import Plan, remaining
-from ragturbo.train.progress import local_device, rank_and_world, track
+from ragturbo.train.progress import loading, local_device, rank_and_world, track
 from ragturbo.train.report import DataReport, Left, gather
 from ragturbo.train.shards import DTYPES, digest, write_shard
 from ragturbo.train.student import trailing_euler
@@ -78,7 +78,8 @@ def make_teacher_data(
     if not prompts:
         raise InvalidRequest("no prompts given")
     folder, storage = Path(out).expanduser(), DTYPES[dtype]
-    bundle, unet = load_teacher(model, device or local_device(), None if precision is None else DTYPES[precision])
+    with loading(model):
+        bundle, unet = load_teacher(model, device or local_device(), None if precision is None else DTYPES[precision])
     # The batch size is included because the bits of the latents depend on it.
     made_by = {
         "model": model, "teacher": fingerprint(unet), "text_encoder": bundle.fingerprint()["text_encoder"],
@@ -86,7 +87,7 @@ def make_teacher_data(
         "prompts": digest(prompts),
     }  # fmt: skip
     plan = Plan("teacher", len(prompts), shard_size, made_by)
-    plan.write_or_check(folder)
+    plan.check(folder)
     todo = remaining(folder, plan.shards, *rank_and_world())
     sampler = TeacherSampler(unet, bundle.scheduler, steps, guidance)
     size = bundle.unet.unet.config.sample_size
@@ -120,6 +121,7 @@ def make_teacher_data(
         parts = [generate(numbers[i : i + batch], left) for i in range(0, len(numbers), batch)]
         tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         records = [{"caption": prompts[n], "number": n} for n in numbers]
+        plan.write_or_check(folder)
         write_shard(folder, shard, tensors, records, left.to_dict())
     return gather(folder, "prompt", plan.shards, len(todo), began, left_out)
 

@@ -260,7 +260,9 @@ def test_too_few_neighbours_are_said_with_minus_one(world, caplog):
 
 
 def test_neighbours_of_another_database_are_refused(world, tmp_path):
-    with pytest.raises(InvalidRequest, match="started with other settings: k .was 2, now 3.. Use those, delete it"):
+    with pytest.raises(
+        InvalidRequest, match="started with other settings: k .was 2, now 3.. Use those, or delete that folder"
+    ):
         make_neighbors(world.data, world.database, model=str(world.model), k=3, device="cpu")
     from ragturbo.retrieval.database import Database
 
@@ -289,5 +291,5 @@ def test_prompts_come_from_text_and_from_tables(tmp_path):
         assert read_prompts(path, caption="TEXT", limit=1).texts == ["one"]
         with pytest.raises(InvalidRequest, match="no column 'caption'"):
             read_prompts(path)
-    with pytest.raises(InvalidRequest, match="belong together"):
+    with pytest.raises(InvalidRequest, match="--min-score needs --score-column"):
         read_prompts(tmp_path / "p.csv", min_score=1.0)
