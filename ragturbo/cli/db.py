@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from ragturbo.cli import db_read
-from ragturbo.cli.db_output import Folder, Json, conditions, one_or_many, progress, say, typed
+from ragturbo.cli.db_output import Folder, Json, conditions, one_or_many, progress, refuse_embedded, say, typed
 from ragturbo.errors import InvalidRequest
 
-app = typer.Typer(name="db", help="Build, search, change and check a retrieval database.", no_args_is_help=True)
 
+class _TakesIds(TyperCommand):
+    """A command whose arguments are ids: a negative one is no option."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if negative := next((text for text in args if re.fullmatch(r"-\d+", text)), None):
+            raise InvalidRequest(f"{negative} is no id: ids are whole numbers from 0 on")
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(name="db", help="Build, search, change and check a retrieval database.", no_args_is_help=True)
+# Pixels at which a JPEG is decoded to see whether it is readable.
+_LOOK = 64
 _Pairs = Annotated[
     list[str], typer.Argument(metavar="PAIRS…", help="A folder, or .jsonl, .csv, .parquet or .tar files, or a pattern.")
 ]
@@ -101,6 +114,7 @@ def append(
     """Encode more pairs with the model that built the database. Of image files, all are added or none."""
     from ragturbo.retrieval import build as builder
 
+    refuse_embedded(database)
     source, column, named = _with_captions(pairs, caption or [])
     change: Any = builder.append
     if not (database.expanduser() / "CURRENT").exists():
@@ -131,7 +145,7 @@ def copy(
     say(facts, f"{many(len(made), 'pair')} in {database}", as_json)
 
 
-@app.command()
+@app.command(cls=_TakesIds)
 def remove(
     database: Folder,
     ids: Annotated[list[int] | None, typer.Argument(metavar="ID…", help="Ids to remove.")] = None,
@@ -142,9 +156,11 @@ def remove(
     from ragturbo.messages import many
     from ragturbo.retrieval import Database
 
+    refuse_embedded(database)
     wanted = conditions(where)
     if bool(ids) == bool(wanted):
-        raise InvalidRequest("give ids, or --where COLUMN=VALUE")
+        both = "both were given" if ids else "neither was given"
+        raise InvalidRequest(f"give ids, or --where COLUMN=VALUE: {both}")
     opened = Database.open(database, retriever="exact")
     removed = opened.remove(ids) if ids else opened.remove(where=typed(wanted))
     left = len(opened)
@@ -157,6 +173,7 @@ def compact(database: Folder, as_json: Json = False) -> None:
     """Delete removed pairs from the disk and merge small segments."""
     from ragturbo.retrieval import Database
 
+    refuse_embedded(database)
     opened = Database.open(database, retriever="exact")
     before = opened.info.bytes
     opened.compact()
@@ -171,9 +188,9 @@ def reindex(
         bool | None, typer.Option("--centred/--uncentred", help="Search about the mean of the keys.")
     ] = None,
     leaves: Annotated[int | None, typer.Option(help="Leaves of the tree; 0: no tree.")] = None,
-    leaves_to_search: Annotated[int | None, typer.Option()] = None,
+    leaves_to_search: Annotated[int | None, typer.Option(help="Leaves that a search reads.")] = None,
     reorder: Annotated[int | None, typer.Option(help="Candidates rescored in bfloat16.")] = None,
-    threads: Annotated[int, typer.Option(help="0: all.")] = 0,
+    threads: Annotated[int, typer.Option(help="Threads for training; 0: all.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Build the ScaNN index over all live pairs."""
@@ -181,7 +198,9 @@ def reindex(
 
     from ragturbo.messages import many
     from ragturbo.retrieval import Database, ScannConfig
+    from ragturbo.retrieval.retriever import EXACT_BELOW
 
+    refuse_embedded(database)
     opened = Database.open(database, retriever="exact")
     given = {"leaves": leaves, "leaves_to_search": leaves_to_search, "reorder": reorder}
     chosen = {name: value for name, value in given.items() if value is not None}
@@ -189,23 +208,32 @@ def reindex(
     if chosen:
         wanted = opened.snapshot.manifest.centred if centred is None else centred
         base = ScannConfig.by_size(max(len(opened), 1), wanted)
+        if leaves and leaves_to_search is None:
+            chosen["leaves_to_search"] = min(leaves, max(20, round(leaves / 40)))
         config = replace(base, **chosen, soar=bool(chosen.get("leaves", base.leaves)))  # type: ignore[arg-type]
     began = time.monotonic()
     opened.reindex(config, centred=centred, threads=threads)
     index = opened.info.index
     seconds = time.monotonic() - began
-    made = f"an index of {many(index['rows'], 'pair')} in {seconds:.0f} s" if index else ""
-    say({"index": index, "seconds": seconds}, made or f"no index: {opened.choice()[1]}", as_json)
+    if index:
+        text = f"an index of {many(index['rows'], 'pair')} in {seconds:.0f} s"
+    elif len(opened) < EXACT_BELOW:
+        text = f"no index: exact search is as fast for {many(len(opened), 'pair')}, fewer than {EXACT_BELOW}"
+    else:
+        text = "no index: the package scann is not installed"
+    say({"index": index, "seconds": seconds}, text, as_json)
 
 
 for command in (db_read.info, db_read.search, db_read.listed, db_read.show, db_read.export, db_read.verify):
-    app.command("list" if command is db_read.listed else None)(command)
+    name = "list" if command is db_read.listed else None
+    app.command(name, cls=_TakesIds if command is db_read.show else None)(command)
 
 
 def _with_captions(pairs: list[str], captions: list[str]) -> tuple[Any, str, bool]:
     """Return the pairs, the column of their captions, and whether they are image files with captions."""
     from ragturbo.messages import many
-    from ragturbo.retrieval.items import IMAGE_TYPES
+    from ragturbo.retrieval.images import load
+    from ragturbo.retrieval.items import IMAGE_TYPES, check_caption
 
     images = [path for path in pairs if Path(path).suffix.lower() in IMAGE_TYPES and not Path(path).is_dir()]
     if not images:
@@ -220,9 +248,16 @@ def _with_captions(pairs: list[str], captions: list[str]) -> tuple[Any, str, boo
             f"{many(len(images), 'image file')} and {many(len(captions), 'caption')}; give one --caption for each, in "
             "their order"
         )
-    for path in images:
+    # Before the model is loaded.
+    for path, caption in zip(images, captions, strict=True):
         if not Path(path).exists():
-            raise InvalidRequest(f"{path}: No such file")
+            raise InvalidRequest(f"{path}: no such file")
+        if problem := check_caption(caption):
+            raise InvalidRequest(f"{path}: {problem}")
+        try:
+            load(path, _LOOK)
+        except InvalidRequest as error:
+            raise InvalidRequest(f"{path}: {error}") from error
     return list(zip(captions, images, strict=True)), "caption", True
 
 

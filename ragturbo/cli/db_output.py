@@ -23,6 +23,21 @@ def say(facts: dict[str, Any], text: str, as_json: bool) -> None:
     typer.echo(json.dumps(facts, indent=2, ensure_ascii=False, default=str) if as_json else text)
 
 
+def is_embedded(database: Path) -> bool:
+    """Whether this is the embedded model's name, and no folder."""
+    from ragturbo.model.find import EMBEDDED
+
+    return str(database) == EMBEDDED and not database.exists()
+
+
+def refuse_embedded(database: Path) -> None:
+    if is_embedded(database):
+        raise InvalidRequest(
+            f"{database} is the embedded model's database, which cannot be changed; change a copy: "
+            f"`ragturbo db copy {database} my-db`"
+        )
+
+
 def one_or_many(pairs: list[str]) -> Any:
     return pairs[0] if len(pairs) == 1 else pairs
 

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ragturbo.cli.db_output import Folder, Json, conditions, say, typed
+from ragturbo.cli.db_output import Folder, Json, conditions, is_embedded, say, typed
 from ragturbo.cli.terminal import interactive, loading
 from ragturbo.errors import DatabaseCorrupt, InvalidRequest
 
 if TYPE_CHECKING:
     from ragturbo.retrieval import Database, Record
 
+_THUMBNAIL_TYPES = (".webp", ".png", ".jpg", ".jpeg")
 _Where = Annotated[list[str] | None, typer.Option(help="column=value; a pair must match all of them.")]
 
 
@@ -90,8 +91,8 @@ def show(
 ) -> None:
     """Show everything that is stored of pairs."""
     opened = _open(database)
-    if image is not None and len(ids) != 1:
-        raise InvalidRequest(f"--image writes the thumbnail of one pair, and there are {len(ids)} ids")
+    if image is not None:
+        _check_image(image, len(ids))
     records = [opened[id] for id in ids]
     if image is not None:
         _write_thumbnail(records[0], image)
@@ -158,8 +159,7 @@ def _folder(database: Path) -> Path:
     from ragturbo.model.find import EMBEDDED
     from ragturbo.retrieval.copy import find
 
-    embedded = str(database) == EMBEDDED and not database.exists()
-    return find(EMBEDDED) if embedded else database.expanduser()
+    return find(EMBEDDED) if is_embedded(database) else database.expanduser()
 
 
 def _facts(record: Record) -> dict[str, Any]:
@@ -188,6 +188,16 @@ def _plain(value: Any) -> str:
     return json.dumps(value) if isinstance(value, (dict, list)) else str(value)
 
 
+def _check_image(path: Path, ids: int) -> None:
+    from ragturbo.retrieval.export import check_parent
+
+    if ids != 1:
+        raise InvalidRequest(f"--image writes the thumbnail of one pair, and there are {ids} ids")
+    check_parent(path)
+    if path.suffix.lower() not in _THUMBNAIL_TYPES:
+        raise InvalidRequest(f"--image {path} must end in {', '.join(_THUMBNAIL_TYPES)}", option="image")
+
+
 def _write_thumbnail(record: Record, path: Path) -> None:
     picture = record.image()
     if picture is None or record.thumbnail is None:
@@ -197,5 +207,5 @@ def _write_thumbnail(record: Record, path: Path) -> None:
             path.write_bytes(record.thumbnail)
         else:
             picture.save(path)
-    except (ValueError, OSError) as error:
-        raise InvalidRequest(f"{path} cannot be written: {error}") from error
+    except OSError as error:
+        raise InvalidRequest(f"{path} cannot be written: {error.strerror or error}") from error

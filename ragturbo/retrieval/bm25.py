@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ragturbo.errors import InvalidRequest
+from ragturbo.retrieval.items import kind_of
 from ragturbo.retrieval.retriever import check_k, excluded_ids
 from ragturbo.retrieval.snapshot import Snapshot
 from ragturbo.retrieval.words import may_be_name, words
@@ -70,7 +71,7 @@ class Bm25Retriever:
         check_k(k)
         prompts = [keys] if isinstance(keys, str) else keys
         if not isinstance(prompts, (list, tuple)) or not all(isinstance(prompt, str) for prompt in prompts):
-            raise InvalidRequest(f"retriever 'bm25' searches by text: give prompts (str), not {type(keys).__name__}")
+            raise InvalidRequest(f"retriever 'bm25' searches by text: give prompts, not {kind_of(keys)}")
         banned = excluded_ids(exclude, len(prompts))
         ids = np.full((len(prompts), k), -1, np.int64)
         scores = np.full((len(prompts), k), np.nan, np.float32)

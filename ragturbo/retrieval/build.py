@@ -15,25 +15,29 @@ from pathlib import Path
 from typing import Any
 
 from ragturbo.checks import whole
-from ragturbo.config import one_of
+from ragturbo.config import MAX_SIDE, one_of
 from ragturbo.errors import DatabaseError, DatabaseMismatch, InvalidRequest
 from ragturbo.messages import short
 from ragturbo.model.find import Hub
 from ragturbo.retrieval import ranks, writer
 from ragturbo.retrieval.duplicates import FirstPairs
-from ragturbo.retrieval.encoder import PairEncoder, check_key, check_loading, load_encoder
+from ragturbo.retrieval.encoder import PairEncoder, check_key, check_loading, check_pair_encoder, load_encoder
 from ragturbo.retrieval.format import DTYPES, Geometry, generation_name
 from ragturbo.retrieval.items import Columns
 from ragturbo.retrieval.jobs import Job
 from ragturbo.retrieval.manifest import Manifest, database_folder, differences, load, parse
 from ragturbo.retrieval.origin import known_origin, name_to_report, origin
 from ragturbo.retrieval.report import BuildReport
+from ragturbo.retrieval.retriever import flag
 from ragturbo.retrieval.segment_builder import Progress, SegmentBuilder
 from ragturbo.retrieval.sources import Source, check_source, open_source
 
 log = logging.getLogger("ragturbo")
 # Images encoded at once, of builds and of single pairs: in another shape an image's feature has other bits.
 BATCH_SIZE = 16
+# Images of a batch are in memory at once.
+_MAX_BATCH = 1024
+_MAX_WORKERS = 1024
 
 
 @dataclass(frozen=True)
@@ -50,9 +54,11 @@ class _Settings:
     on_progress: Progress | None
 
     def __post_init__(self) -> None:
-        whole("batch_size", self.batch_size)
+        whole("batch_size", self.batch_size, 1, _MAX_BATCH)
         if self.workers is not None:
-            whole("workers", self.workers)
+            whole("workers", self.workers, 1, _MAX_WORKERS)
+        for name in ("thumbnails", "dedupe", "strict", "resume"):
+            object.__setattr__(self, name, flag(name, getattr(self, name)))
         if self.on_progress is not None and not callable(self.on_progress):
             raise InvalidRequest(f"on_progress={short(self.on_progress)} must be a function", option="on_progress")
         if self.dedupe and ranks.current().world > 1:
@@ -90,7 +96,9 @@ def build(
     one_of("feature_dtype", feature_dtype, tuple(DTYPES))
     check_key(key)
     check_loading(device, dtype)
-    size = None if size is None else whole("size", size)
+    check_pair_encoder(encoder)
+    size = None if size is None else whole("size", size, 1, MAX_SIDE)
+    index, centred = flag("index", index), flag("centred", centred)
     if segment_records is not None:
         segment_records = whole("segment_records", segment_records, 1, 2**31 - 1)
     settings = _Settings(
@@ -130,6 +138,7 @@ def append(
     folder = database_folder(path)
     base = load(folder)
     check_loading(device, dtype)
+    check_pair_encoder(encoder)
     settings = _Settings(
         Columns(caption, image, _root(image_root), columns), thumbnails, batch_size, workers, dedupe, strict, resume,
         on_progress,
@@ -160,9 +169,11 @@ def check_encoder(folder: Path, base: Manifest, encoder: PairEncoder) -> None:
 def _root(image_root: str | os.PathLike[str] | None) -> Path | None:
     if image_root is None:
         return None
-    root = Path(image_root).expanduser()
-    if not root.is_dir():
-        raise InvalidRequest(f"image_root={str(image_root)!r} is no folder", option="image_root")
+    named = isinstance(image_root, (str, os.PathLike)) and bool(os.fspath(image_root))
+    root = Path(image_root).expanduser() if named else None
+    if root is None or not root.is_dir():
+        shown = repr(str(image_root)) if named else short(image_root)
+        raise InvalidRequest(f"image_root={shown} is no folder", option="image_root")
     return root
 
 

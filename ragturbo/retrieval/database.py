@@ -25,9 +25,10 @@ from ragturbo.retrieval.durable import writer_lock
 from ragturbo.retrieval.format import Geometry, decode_rows
 from ragturbo.retrieval.info import DatabaseInfo, describe
 from ragturbo.retrieval.manifest import database_folder, load
+from ragturbo.retrieval.origin import known_origin
 from ragturbo.retrieval.pairs import Record
 from ragturbo.retrieval.reindex import reindex
-from ragturbo.retrieval.retriever import EXACT_BELOW, Retriever, check_k, check_results, like, to_ids, to_numpy
+from ragturbo.retrieval.retriever import EXACT_BELOW, Retriever, check_k, check_results, flag, like, to_ids, to_numpy
 from ragturbo.retrieval.selection import Selection
 from ragturbo.retrieval.snapshot import Snapshot, open_snapshot
 from ragturbo.retrieval.verify import problems
@@ -283,15 +284,17 @@ class Database:
 
     def check_encoder(self, fingerprints: Mapping[str, str], key_kind: str) -> None:
         """Raise DatabaseMismatch if the database was built by a model with other fingerprints or another key."""
+        different = None
         if key_kind != self.key_kind:
-            raise DatabaseMismatch(f"{self.path} has {self.key_kind!r} keys, the model makes {key_kind!r} ones")
+            different = f"has {self.key_kind!r} keys, the model makes {key_kind!r} ones"
         for part, found in fingerprints.items():
             built = self.encoder.get(part)
-            if built is not None and built != found:
-                raise DatabaseMismatch(
-                    f"{self.path} was built with another {part}: its fingerprint is {built}, the model's is {found}. "
-                    "Build the database again with this model, or load the model it was built with."
-                )
+            if different is None and built is not None and built != found:
+                different = f"was built with another {part} ({str(built)[:8]}, the model's is {found[:8]})"
+        if different is not None:
+            name = known_origin(self.path)
+            hint = "load the model that built it" if name is None else f"load {name}, the model that built it"
+            raise DatabaseMismatch(f"{self.path} {different}; {hint}, or build the database again with this model")
 
     def choice(self) -> tuple[str, str]:
         """Return the name of the retriever that searches by default, and why it was chosen."""
@@ -320,6 +323,8 @@ class Database:
             centred: subtract the mean of the keys before the cosine; None: the setting of this database.
         """
         snapshot, ready = self._state
+        if centred is not None:
+            centred = flag("centred", centred)
         # Called by every search: a retriever that was made before is returned without checks.
         if (name is None or type(name) is str) and (found := ready.get((name, centred))) is not None:
             return found
@@ -371,7 +376,7 @@ class Database:
 
         Args:
             keys: a text or a list of B texts, or keys as (B, K) floats.
-            k: neighbours of each query.
+            k: neighbours of each query, at most 65,536.
             texts: B prompts for hybrid, if the queries are keys.
             exclude: ids that are not returned, (m,) for all queries or (B, m) per query, padded with -1.
             min_score, max_similarity, diversity: see `Selection`.
@@ -535,7 +540,8 @@ class Database:
             The number of pairs removed.
         """
         if (ids is None) == (where is None):
-            raise InvalidRequest("remove takes either ids or where={column: value}", option="ids")
+            both = "not both" if ids is not None else "and was given neither"
+            raise InvalidRequest(f"remove takes ids, or where={{column: value}}, {both}", option="ids")
         with writer_lock(self.path):
             snapshot = open_snapshot(self.path)
             chosen = to_ids(ids).reshape(-1) if where is None else matching(snapshot, where)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from ragturbo.config import check_dtype, one_of
-from ragturbo.errors import InvalidRequest, ModelError
+from ragturbo.errors import InvalidRequest
 from ragturbo.messages import short
-from ragturbo.model.find import Hub, check_model, resolve
+from ragturbo.model.find import Hub, check_model, read_json, resolve
 
 if TYPE_CHECKING:
     from ragturbo.model.bundle import Bundle
@@ -52,8 +52,7 @@ class BundleEncoder:
         self.text = text_for(bundle, key)
         self.size = size or bundle.default_size
         factor = bundle.vae.factor
-        if self.size % factor:
-            raise InvalidRequest(f"size={self.size} is not a multiple of the VAE's {factor} pixels")
+        _check_size(self.size, factor)
         self.height, self.width = bundle.unet.grid(self.size // factor, self.size // factor)
         self.channels, self.key_dim = bundle.unet.channels, self.text.key_dim
         self.key_kind = self.text.key_kind
@@ -83,15 +82,32 @@ def text_for(bundle: Bundle, key: str | None) -> TextEncoder:
 
     check_key(key)
     if key == "clip" and bundle.text.key_kind != "clip":
-        raise ModelError(f"{bundle.name} has no {CLIP_KEY}: use key='pooled'")
+        raise InvalidRequest(f"{bundle.name} has no {CLIP_KEY}: use key='pooled'", option="key")
     if key == "pooled" and bundle.text.key_kind != "pooled":
         return TextEncoder(bundle.text.tokenizer, bundle.text.text_encoder)
     return bundle.text
 
 
+def _check_size(size: int, factor: int) -> None:
+    if size % factor:
+        raise InvalidRequest(f"size={size} is not a multiple of the VAE's {factor} pixels", option="size")
+
+
 def check_key(key: Any) -> None:
     if key is not None:
         one_of("key", key, KEYS)
+
+
+def check_pair_encoder(encoder: Any) -> None:
+    """Raise InvalidRequest unless this is None or has what a `PairEncoder` has."""
+    if encoder is None:
+        return
+    names = ("encode", *PairEncoder.__annotations__)
+    if missing := [name for name in names if not hasattr(encoder, name)]:
+        raise InvalidRequest(
+            f"encoder={short(encoder)} has no {missing[0]}: an encoder has {', '.join(names)} (see PairEncoder)",
+            option="encoder",
+        )
 
 
 def check_loading(device: Any, dtype: Any) -> None:
@@ -123,7 +139,10 @@ def load_encoder(
         folder = resolve(model, hub)
         check_model(folder)
         if key == "clip" and not (folder / CLIP_KEY).is_file():
-            raise ModelError(f"{model} has no {CLIP_KEY}: use key='pooled'")
+            raise InvalidRequest(f"{model} has no {CLIP_KEY}: use key='pooled'", option="key")
+        channels = read_json(folder / "vae" / "config.json").get("block_out_channels")
+        if size is not None and isinstance(channels, list):
+            _check_size(size, 2 ** (len(channels) - 1))
     import torch
 
     from ragturbo.model.bundle import Bundle

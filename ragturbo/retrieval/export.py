@@ -40,7 +40,13 @@ def export_table(
         raise InvalidRequest(f"{path} must end in {', '.join(_KINDS)}", option="out")
     if path.exists():
         raise InvalidRequest(f"{path} exists already; choose another file", option="out")
+    check_parent(path)
     folder = None if thumbnails is None else Path(thumbnails).expanduser()
+    if folder is not None and folder.exists() and not folder.is_dir():
+        raise InvalidRequest(f"{folder} is a file, and thumbnails need a folder", option="thumbnails")
+    for target in (path, folder):
+        if target is not None and target.resolve().is_relative_to(database.path.resolve()):
+            raise InvalidRequest(f"{target} is in the folder of the database; choose another place", option="out")
     records = database.snapshot.records(folder is not None)
     try:
         if folder is not None:
@@ -56,6 +62,16 @@ def export_table(
     except OSError as error:
         raise DatabaseError(f"{error.filename or path}: writing failed: {error.strerror or error}") from error
     return len(database)
+
+
+def check_parent(path: Path) -> None:
+    """Raise InvalidRequest unless a file can be made at `path`."""
+    if path.is_dir():
+        raise InvalidRequest(f"{path} is a folder; name a file in it")
+    if not path.parent.exists():
+        raise InvalidRequest(f"{path.parent} does not exist; make it first")
+    if not path.parent.is_dir():
+        raise InvalidRequest(f"{path.parent} is a file, not a folder")
 
 
 def _columns(database: Database) -> list[str]:

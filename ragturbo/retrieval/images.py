@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ragturbo.errors import InvalidRequest
+from ragturbo.retrieval.items import kind_of
 
 # A file of a few kilobytes can claim billions of pixels. The size is checked before pixels are decoded.
 MAX_PIXELS = 100_000_000
@@ -67,7 +68,7 @@ def _open(image: Any) -> Image.Image:
     if isinstance(image, (bytes, bytearray, memoryview)):
         return Image.open(io.BytesIO(image))
     hint = "; PIL.Image.fromarray makes one of an array" if hasattr(image, "shape") else ""
-    raise InvalidRequest(f"an image must be a PIL image, a path or bytes, not {type(image).__name__}{hint}")
+    raise InvalidRequest(f"an image must be a PIL image, a path or bytes, not {kind_of(image)}{hint}")
 
 
 def _rgb(picture: Image.Image) -> Image.Image:
@@ -101,6 +102,8 @@ def prepare(image: Any, size: int, thumbnail: bool) -> tuple[np.ndarray, str, by
         try:
             _check_size(image)
             image = Path(image).read_bytes()
+        except IsADirectoryError as error:
+            raise InvalidRequest(f"the image cannot be read: {image}: it is a folder") from error
         except OSError as error:
             raise InvalidRequest(f"the image cannot be read: {image}: {error.strerror}") from error
     picture = load(image, size)

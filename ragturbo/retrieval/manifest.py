@@ -231,7 +231,7 @@ def differences(base: Manifest, geometry: Geometry, key_kind: str, encoder: dict
 
 
 def _part(name: str, encoder: dict[str, Any]) -> str:
-    return f"{name} {str(encoder[name])[:12]}" if name in encoder else f"no {name}"
+    return f"{name} {str(encoder[name])[:8]}" if name in encoder else f"no {name}"
 
 
 def database_folder(path: Any) -> Path:

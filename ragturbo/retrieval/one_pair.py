@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ragturbo.errors import DatabaseError, InvalidRequest
+from ragturbo.messages import short
 from ragturbo.retrieval import images, writer
 from ragturbo.retrieval.build import BATCH_SIZE, check_encoder
+from ragturbo.retrieval.encoder import check_pair_encoder
 from ragturbo.retrieval.items import check_caption
 from ragturbo.retrieval.manifest import load
 from ragturbo.retrieval.pairs import Record
@@ -41,10 +43,11 @@ def add_pair(database: Database, caption: str, image: Any, *, encoder: PairEncod
         DatabaseError: it cannot be written, or another process is writing to it.
     """
     if source is not None and not isinstance(source, str):
-        raise InvalidRequest(f"source={source!r} must be text")
+        raise InvalidRequest(f"source={short(source)} must be text", option="source")
     item = from_tuple((caption, image, {} if source is None else {"source": source}))
-    if problem := check_caption(caption):
+    if problem := item.problem or check_caption(caption):
         raise InvalidRequest(problem)
+    check_pair_encoder(encoder)
     start = load(database.path)
     check_encoder(database.path, start, encoder)
     pixels, digest, thumbnail = images.prepare(image, encoder.size, thumbnail=True)

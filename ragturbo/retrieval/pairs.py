@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 _SCHEMA = {"id": pa.int64(), "caption": pa.string(), "source": pa.string(), "sha256": pa.string(),
            "thumbnail": pa.binary()}  # fmt: skip
+# Names that a user's own column cannot have. `source` is taken from the user's.
+OWN_COLUMNS = frozenset(_SCHEMA) - {"source"}
 # Small row groups: reading one thumbnail reads only its group.
 _ROW_GROUP = 256
 _SMALL = 1 << 20

@@ -6,14 +6,17 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
+from ragturbo.checks import whole
 from ragturbo.errors import InvalidRequest
+from ragturbo.messages import short
 from ragturbo.retrieval import durable, scann, writer
 from ragturbo.retrieval.manifest import Manifest
-from ragturbo.retrieval.retriever import EXACT_BELOW
+from ragturbo.retrieval.retriever import EXACT_BELOW, flag
 from ragturbo.retrieval.scann import ScannConfig
 from ragturbo.retrieval.snapshot import open_snapshot
 
 log = logging.getLogger("ragturbo")
+_MAX_THREADS = 1024
 
 
 def reindex(
@@ -26,6 +29,10 @@ def reindex(
         centred: None keeps the setting of the database.
         threads: for training; 0 for all.
     """
+    if config is not None and not isinstance(config, ScannConfig):
+        raise InvalidRequest(f"config={short(config)} must be a ScannConfig", option="config")
+    centred = None if centred is None else flag("centred", centred)
+    threads = whole("threads", threads, 0, _MAX_THREADS)
     with durable.writer_lock(folder):
         snapshot = open_snapshot(folder)
         base, pairs = snapshot.manifest, len(snapshot)

@@ -24,6 +24,10 @@ _KINDS = {
     "shared_text": ("caption file belongs to several images", "caption files belong to several images each"),
     "text_without_image": (".txt file has no image", ".txt files have no image"),
     "long_row": ("row has more fields than the header", "rows have more fields than the header"),
+    "own_name": (
+        "column is left out, because the database has its own of that name",
+        "columns are left out, because the database has its own of those names",
+    ),
     "empty_row": ("empty row is left out", "empty rows are left out"),
     "linked_folder": ("linked folder is not entered", "linked folders are not entered"),
     "ignored_file": ("other file is ignored", "other files are ignored"),
@@ -98,9 +102,9 @@ class BuildReport:
         if self.skipped:
             lines.append(f"{len(self.skipped)} of {many(self.items, 'item')} skipped:")
             groups = _grouped(self.skipped)
-            lines += [f"  {_skip_line(group)}" for group in groups[:_GROUPS]]
-            if len(groups) > _GROUPS:
-                rest = sum(map(len, groups[_GROUPS:]))
+            shown = len(groups) if len(groups) <= _GROUPS + 1 else _GROUPS
+            lines += [f"  {_skip_line(group)}" for group in groups[:shown]]
+            if rest := sum(map(len, groups[shown:])):
                 lines.append(f"  {rest} for other reasons")
         for kind, (one, several) in _KINDS.items():
             if (entry := self.notes.get(kind)) is None:
@@ -169,23 +173,33 @@ def none_stored(items: int, skipped: Mapping[str, Any] | None) -> str:
 
 
 def item_line(entry: Mapping[str, Any]) -> str:
-    source = "" if entry["source"] is None else f" ({cut(str(entry['source']))})"
-    return f"item {entry['item']}{source}: {cut(entry['reason'], 300)}"
+    return f"{_item(entry)}: {cut(entry['reason'], 300)}"
+
+
+def _item(entry: Mapping[str, Any]) -> str:
+    return f"item {entry['item']}" + ("" if entry["source"] is None else f" ({cut(str(entry['source']))})")
 
 
 def _grouped(skipped: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Entries by kind, the largest group first. A kind is the reason up to a colon, without its numbers."""
+    """Entries by kind, the largest group first."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for entry in skipped:
-        groups.setdefault(_kind(entry["reason"]), []).append(entry)
+        groups.setdefault(_kind(entry), []).append(entry)
     return sorted(groups.values(), key=len, reverse=True)
 
 
-def _kind(reason: str) -> str:
-    return re.sub(r"\d+", "…", reason.partition(":")[0])
+def _kind(entry: Mapping[str, Any]) -> str:
+    """The reason without what differs from item to item: names of files, quoted texts and numbers."""
+    reason, source = str(entry["reason"]), Path(str(entry["source"] or ""))
+    if source.suffix:
+        for own in (str(source), source.name, f"{source.stem}.txt"):
+            reason = reason.replace(own, "…")
+    return re.sub(r"'[^']*'|(?<!\S)/[^:;]*|(?<![-\w])(?:0x[0-9a-f]+|\d+(?:x\d+)?)", "…", reason)
 
 
 def _skip_line(group: list[dict[str, Any]]) -> str:
     if len(group) == 1:
         return item_line(group[0])
-    return f"{len(group)} × {cut(_kind(group[0]['reason']))}; the first is {item_line(group[0])}"
+    kind, first = _kind(group[0]), group[0]
+    named = _item(first) if kind == first["reason"] else item_line(first)
+    return f"{len(group)} × {cut(kind, 120)}; the first is {named}"

@@ -11,6 +11,8 @@ from ragturbo.messages import short
 
 # Below this number of pairs, exact search is as fast as an index.
 EXACT_BELOW = 20_000
+# Results are (B, k) also where there are fewer pairs.
+MAX_K = 65_536
 
 
 @runtime_checkable
@@ -81,8 +83,15 @@ def check_keys(keys: np.ndarray, dim: int) -> None:
 
 
 def check_k(k: int) -> None:
-    if not isinstance(k, (int, np.integer)) or isinstance(k, bool) or k < 1:
-        raise InvalidRequest(f"k must be a whole number of at least 1, not {short(k)}", option="k")
+    if not isinstance(k, (int, np.integer)) or isinstance(k, bool) or not 1 <= k <= MAX_K:
+        raise InvalidRequest(f"k must be a whole number from 1 to {MAX_K}, not {short(k)}", option="k")
+
+
+def flag(name: str, value: Any) -> bool:
+    """Return True or False, of Python or NumPy, as a bool."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise InvalidRequest(f"{name}={short(value)} must be True or False", option=name)
+    return bool(value)
 
 
 def excluded_ids(exclude: Any, batch: int) -> list[np.ndarray] | None:
@@ -103,7 +112,8 @@ def to_ids(ids: Any) -> np.ndarray:
     if array.size == 0:
         return array.astype(np.int64)
     if array.dtype.kind not in "iu":
-        raise InvalidRequest(f"ids must be whole numbers, not {array.dtype}")
+        found = {"f": "fractions", "U": "texts", "b": "true or false"}.get(array.dtype.kind, short(ids))
+        raise InvalidRequest(f"ids must be whole numbers, not {found}", option="ids")
     return array.astype(np.int64, copy=False)
 
 

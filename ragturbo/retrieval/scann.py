@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from ragturbo.checks import whole
 from ragturbo.errors import DatabaseCorrupt, DatabaseError, InvalidRequest
 from ragturbo.retrieval import durable, store
 from ragturbo.retrieval.manifest import IndexEntry
 from ragturbo.retrieval.npy import read_ids, write_ids
-from ragturbo.retrieval.retriever import check_k, check_keys, excluded_ids, like, to_host
+from ragturbo.retrieval.retriever import check_k, check_keys, excluded_ids, flag, like, to_host
 from ragturbo.retrieval.snapshot import Snapshot
 
 IDS = "ids.npy"
@@ -45,10 +46,16 @@ class ScannConfig:
     centred: bool = False
 
     def __post_init__(self) -> None:
-        if self.leaves < 0 or self.reorder < 1 or self.dims_per_block < 1 or self.training_sample < 1:
-            raise InvalidRequest(f"{self} has a count below its minimum")
+        least = {"leaves": 0, "leaves_to_search": 0, "reorder": 1, "dims_per_block": 1, "training_sample": 1}
+        for name, bound in least.items():
+            object.__setattr__(self, name, whole(name, getattr(self, name), bound, 2**31 - 1))
+        for name in ("soar", "centred"):
+            object.__setattr__(self, name, flag(name, getattr(self, name)))
         if self.leaves and not 1 <= self.leaves_to_search <= self.leaves:
-            raise InvalidRequest(f"leaves_to_search={self.leaves_to_search} must be from 1 to leaves={self.leaves}")
+            raise InvalidRequest(
+                f"leaves_to_search={self.leaves_to_search} must be from 1 to {self.leaves}, the number of leaves",
+                option="leaves_to_search",
+            )
 
     @classmethod
     def by_size(cls, rows: int, centred: bool = False) -> ScannConfig:

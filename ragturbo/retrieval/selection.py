@@ -8,6 +8,7 @@ import numpy as np
 
 from ragturbo.checks import FLOAT32_MAX, number
 from ragturbo.errors import InvalidRequest
+from ragturbo.retrieval.retriever import MAX_K
 from ragturbo.retrieval.snapshot import Snapshot
 
 
@@ -40,7 +41,7 @@ class Selection:
         return self.max_similarity is not None or self.diversity > 0
 
     def candidates(self, k: int) -> int:
-        return max(4 * k, k + 32) if self.compares else k
+        return min(max(4 * k, k + 32), MAX_K) if self.compares else k
 
     def apply(self, ids: np.ndarray, scores: np.ndarray, k: int, snapshot: Snapshot) -> tuple[np.ndarray, np.ndarray]:
         """ids, scores (B, n), n ≥ k, best first -> (B, k)."""

@@ -6,7 +6,8 @@ import csv
 import itertools
 import json
 import string
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -15,7 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ragturbo.errors import InvalidRequest
-from ragturbo.retrieval.items import Columns, Item, utf16
+from ragturbo.retrieval.items import Columns, Item, check_place, kind_of, utf16
+from ragturbo.retrieval.pairs import OWN_COLUMNS
 from ragturbo.retrieval.report import Notes
 
 _MAX_LINE = 64 << 20
@@ -35,17 +37,73 @@ def items(path: Path, columns: Columns, notes: Notes | None) -> Iterator[Item]:
         yield row if isinstance(row, Item) else _from_row(row, columns, path.parent)
 
 
-def check_encoding(path: Path) -> None:
-    """Raise InvalidRequest for a text table in UTF-16."""
-    with open(path, "rb") as file:
-        if utf16(file.read(4)):
-            raise InvalidRequest(f"{path} is UTF-16; save it as UTF-8")
+def check(files: Sequence[Path], columns: Columns) -> None:
+    """Raise InvalidRequest for a table in UTF-16, a wrong header, and columns to keep that no table has."""
+    if wrong := OWN_COLUMNS.intersection(columns.keep or ()):
+        raise InvalidRequest(
+            f"column {min(wrong)!r} cannot be kept: the database has its own of that name; rename yours",
+            option="columns",
+        )
+    missing, known = set(columns.keep or ()), dict[str, None]()
+    for path in files:
+        kind = path.suffix.lower()
+        if kind != ".parquet":
+            with open(path, "rb") as file:
+                if utf16(file.read(4)):
+                    raise InvalidRequest(f"{path} is UTF-16; save it as UTF-8")
+        if kind == ".jsonl":
+            # Any row may be the first with a column.
+            headers: Iterable[list[str]] = (list(row) for row in _jsonl(path, Notes()) if isinstance(row, dict))
+        else:
+            names = _header(path)
+            _check_header(path, names, columns)
+            headers = [names]
+        for header in headers:
+            if not missing:
+                break
+            missing.difference_update(header)
+            known.update(dict.fromkeys(header))
+    if missing:
+        raise InvalidRequest(
+            f"no column {min(missing)!r} to keep; there are {', '.join(known)[:200]}", option="columns"
+        )
+
+
+def _header(path: Path) -> list[str]:
+    if path.suffix.lower() == ".parquet":
+        return list(_opened(path).schema_arrow.names)
+    csv.field_size_limit(_MAX_LINE)
+    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+        try:
+            return next(filter(None, csv.reader(file)), [])
+        except csv.Error:
+            # Reported with its line when the rows are read.
+            return []
+
+
+def _check_header(path: Path, names: list[str], columns: Columns) -> None:
+    twice = {name for name, count in Counter(names).items() if name and count > 1}
+    if columns.keep is not None:
+        pattern = "{" in columns.image
+        used = {columns.caption, "source", *columns.keep}
+        used |= {name for name in twice if f"{{{name}" in columns.image} if pattern else {columns.image}
+        twice &= used
+    if twice:
+        raise InvalidRequest(f"{path}: the header names {min(twice)!r} twice; rename one")
+    if len(names) == 1 and path.suffix.lower() == ".csv" and columns.caption not in names:
+        for mark, word in ((";", "semicolons"), ("\t", "tabs")):
+            if mark in names[0]:
+                raise InvalidRequest(f"{path}: its columns are separated by {word}; save it with commas")
 
 
 def rows(path: Path) -> int:
     """Return the number of rows of a parquet file."""
+    return int(_opened(path).metadata.num_rows)
+
+
+def _opened(path: Path) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(path).metadata.num_rows
+        return pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
         raise InvalidRequest(f"{path}: not a parquet file: {error}") from error
 
@@ -109,7 +167,7 @@ READERS: dict[str, Callable[[Path, Notes], Iterator[Any]]] = {".jsonl": _jsonl, 
 
 def _from_row(row: Any, columns: Columns, folder: Path) -> Item:
     if not isinstance(row, dict):
-        return Item(problem=f"not an object but {type(row).__name__}")
+        return Item(problem=f"not an object but {kind_of(row)}")
     source = row.get("source")
     pattern = "{" in columns.image
     try:
@@ -121,12 +179,16 @@ def _from_row(row: Any, columns: Columns, folder: Path) -> Item:
         # The layout of Hugging Face datasets: {"bytes": …, "path": …}.
         source = source or image.get("path")
         image = image.get("bytes") or image.get("path")
+    if image is None:
+        return Item(source=source, problem="the image is empty")
     if isinstance(image, str):
+        if problem := check_place(image):
+            return Item(source=source, problem=problem)
         source = source or image
         root = (columns.root or folder).resolve()
         path = (root / image).resolve()
         if not path.is_relative_to(root):
-            return Item(source=str(source), problem=f"the image path {image!r} leaves {root}; set image_root")
+            return Item(source=str(source), problem=f"the image path {image!r} leaves {root}; set image_root=")
         image = path
     extra = columns.extra(row, {columns.caption, "source"} | (set() if pattern else {columns.image}))
     return Item(caption, image, None if source is None else str(source), extra)

@@ -44,8 +44,12 @@ def empty_manifest(
 
 def prepare(folder: Path) -> None:
     """Create the folders of a database."""
-    with durable.naming(folder, "creating"):
+    try:
         (folder / "segments").mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as error:
+        raise DatabaseError(f"{folder} cannot be made: no folder can be made there") from error
+    except OSError as error:
+        raise DatabaseError(f"{folder} cannot be made: {error.strerror or error}") from error
 
 
 def check_writable(folder: Path) -> None:

@@ -91,9 +91,20 @@ def test_human_output_and_wrong_use(plain, tmp_path):
     result = CliRunner().invoke(app, ["info", str(tmp_path / "db")])
     assert "pairs" in result.stdout and "60" in result.stdout and result.exit_code == 0
     assert CliRunner().invoke(app, ["remove"]).exit_code == 2
-    for wrong in (["remove", tmp_path / "db"], ["remove", tmp_path / "db", "--where", "source"]):
-        with pytest.raises(InvalidRequest):
-            run(*wrong)
+    for wrong, message in (
+        (["remove"], "neither was given"),
+        (["remove", "--where", "source"], "must be COLUMN=VALUE"),
+        (["remove", 3, "--where", "rank=3"], "both were given"),
+        (["remove", "-1"], "-1 is no id: ids are whole numbers from 0 on"),
+        (["show", "-1"], "-1 is no id"),
+        (["reindex", "--leaves", "-3"], "^leaves=-3 must be a whole number from 0"),
+        (["reindex", "--threads", "-1"], "threads=-1 must be a whole number from 0"),
+        (["reindex", "--leaves", 4, "--leaves-to-search", 9], "must be from 1 to 4, the number of leaves"),
+    ):
+        with pytest.raises(InvalidRequest, match=message):
+            run(wrong[0], tmp_path / "db", *wrong[1:])
+    said = CliRunner().invoke(app, ["reindex", str(tmp_path / "db")]).stdout
+    assert said == "no index: exact search is as fast for 60 pairs, fewer than 20000\n"
 
 
 def text(*arguments: object) -> Result:
@@ -123,13 +134,15 @@ def test_several_image_files_take_one_caption_each_and_are_added_together_or_not
     assert [r.caption for r in Database.open(db).records([6, 7])] == ["a zib", "a frob"]
     (images / "broken.png").write_bytes(b"not an image")
     wrong = [
-        ([two[0], "--caption", " "], "0.png.: the caption is empty"),
+        ([two[0], "--caption", " "], "0.png: the caption is empty"),
         ([two[0]], "1 image file and 0 captions; give one --caption for each"),
         ([*two, "--caption", "a zib"], "2 image files and 1 caption"),
         ([two[0], images / "broken.png", "--caption", "a zib", "--caption", "a frob"], "broken.png.*cannot be read"),
-        ([images / "missing.png", "--caption", "a zib"], "missing.png.*No such file"),
+        ([images / "missing.png", "--caption", "a zib"], "missing.png: no such file"),
         ([two[0], images, "--caption", "a zib"], "0.png is an image file and .*images is not"),
         ([images, "--caption", "a zib", "--caption", "a frob"], "2 captions but no image file"),
+        ([images, "--caption", "text"], "caption='text' has no effect on a folder of images"),
+        ([two[0], "--caption", "a zib", "--image", "url"], "image='url' has no effect"),
     ]
     for arguments, message in wrong:
         with pytest.raises(InvalidRequest, match=message):
@@ -186,6 +199,8 @@ def test_a_copy_has_the_same_bytes_and_its_changes_leave_the_original_unchanged(
     assert plain.tree(source) == before
     with pytest.raises(DatabaseError, match="holds a database already"):
         run("copy", source, tmp_path / "copy")
+    with pytest.raises(DatabaseError, match="/proc/x cannot be made"):
+        run("copy", source, "/proc/x")
     with pytest.raises(DatabaseError, match="neither a database nor a model"):
         run("copy", tmp_path / "nothing", tmp_path / "other")
     (tmp_path / "photos").mkdir()

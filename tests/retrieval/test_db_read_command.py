@@ -88,8 +88,10 @@ def test_show_prints_a_pair_and_writes_its_thumbnail(db, plain, tmp_path):
         ([2], "pair 2 was removed from"),
         ([9], "pair 9 is not in .* 5 pairs from id 0 to 5"),
         ([0, 1, "--image", "x.webp"], "--image writes the thumbnail of one pair, and there are 2 ids"),
-        ([0, "--image", tmp_path / "x.what"], "x.what cannot be written"),
-        ([0, "--image", tmp_path / "no/x.webp"], "x.webp cannot be written: .*No such file"),
+        ([0, "--image", tmp_path / "x.what"], "x.what must end in .webp, .png, .jpg"),
+        ([0, "--image", tmp_path / "x.gif"], "x.gif must end in"),
+        ([0, "--image", tmp_path], "is a folder; name a file in it"),
+        ([0, "--image", tmp_path / "no/x.webp"], "no does not exist; make it first"),
     ):
         with pytest.raises(InvalidRequest, match=message):
             text("show", db, *arguments)
@@ -110,8 +112,14 @@ def test_the_embedded_models_database_is_read_by_its_name(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     assert run("info", "shapes")["pairs"] == 4000
     assert text("list", "shapes", "--limit", 1).stderr == "1 of 4000 pairs; see --limit and --offset\n"
-    with pytest.raises(DatabaseError, match="there is no such folder"):
-        text("remove", "shapes", 1)
+
+
+@pytest.mark.parametrize("arguments", [["remove", 1], ["compact"], ["reindex"], ["append", "a.png", "--caption", "x"]])
+def test_the_embedded_models_database_is_not_changed_and_a_copy_is_named(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command, *rest = arguments
+    with pytest.raises(InvalidRequest, match="cannot be changed; change a copy: `ragturbo db copy shapes my-db`"):
+        text(command, "shapes", *rest)
 
 
 def test_one_pair_is_called_one_pair(db, plain, tmp_path):
@@ -156,6 +164,7 @@ def test_a_mistake_is_answered_without_torch(db, tmp_path):
     (photos / "0.txt").write_text("a boat")
     (tmp_path / "list.csv").write_text("text,url\na boat,0.png\n")
     (tmp_path / "file").write_text("x")
+    (photos / "broken.png").write_bytes(b"not an image")
     build = ["build", photos, "--out", tmp_path / "new"]
     mistakes = [
         ["build", "nothing", "--out", tmp_path / "new"],
@@ -170,6 +179,11 @@ def test_a_mistake_is_answered_without_torch(db, tmp_path):
         [*build, "--key", "clipp"],
         [*build, "--key", "clip"],
         [*build, "--batch-size", "0"],
+        [*build, "--batch-size", "100000"],
+        [*build, "--size", "100000"],
+        [*build, "--size", "63"],
+        [*build, "--caption", "text"],
+        ["build", "", "--out", tmp_path / "new"],
         [*build, "--model", "nothing"],
         [*build, "--model", photos],
         ["append", tmp_path / "new", photos],
@@ -177,10 +191,13 @@ def test_a_mistake_is_answered_without_torch(db, tmp_path):
         ["append", db, photos],
         ["append", db, photos / "0.png"],
         ["append", db, photos / "gone.png", "--caption", "x"],
+        ["append", db, photos / "0.png", "--caption", ""],
+        ["append", db, photos / "broken.png", "--caption", "x", "--model", "shapes"],
         ["search", "nothing", "a boat"],
         ["search", db, "a boat", "--retriever", "bm26"],
         ["search", db, ""],
         ["search", db, "a boat", "-k", "0"],
+        ["search", db, "a boat", "-k", "1000000000"],
         ["list", photos],
         ["list", db, "--where", "a"],
         ["show", db, "99"],

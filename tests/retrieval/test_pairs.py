@@ -89,8 +89,14 @@ def test_an_exported_table_has_every_pair_and_its_columns(kind, database, tmp_pa
         export_table(database, out)
     with pytest.raises(InvalidRequest, match="must end in .jsonl, .csv, .parquet"):
         export_table(database, tmp_path / "out.txt")
-    with pytest.raises(DatabaseError, match="No such file or directory"):
-        export_table(database, tmp_path / "nowhere" / out.name)
+    for wrong, message in (
+        ((tmp_path / "nowhere" / out.name,), "nowhere does not exist; make it first"),
+        ((database.path / out.name,), "is in the folder of the database"),
+        ((tmp_path / f"b.{kind}", database.path / "thumbs"), "is in the folder of the database"),
+        ((tmp_path / f"b.{kind}", out), "is a file, and thumbnails need a folder"),
+    ):
+        with pytest.raises(InvalidRequest, match=message):
+            export_table(database, *wrong)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
@@ -131,7 +137,7 @@ def test_another_encoder_is_described_in_words(database, plain):
         database.append(plain.pairs(1), encoder=other)
     message = str(caught.value)
     assert "was built with unet blocks, 4 × 4 × 48 features in float16 with keys of 32 values" in message
-    assert "this encoder has unet 000000000000, " in message and "{" not in message and "Geometry" not in message
+    assert "this encoder has unet 00000000, " in message and "{" not in message and "Geometry" not in message
 
 
 def test_an_export_that_fails_leaves_no_file(database, tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ from PIL import Image
 from ragturbo import Database
 from ragturbo.errors import InvalidRequest, UnknownOption
 from ragturbo.retrieval.build import append, build
+from ragturbo.retrieval.export import export_table
 from ragturbo.retrieval.report import BuildReport, Notes
 
 
@@ -92,7 +93,7 @@ def test_a_build_says_what_it_skipped_and_why(messy, reader, tmp_path, caplog):
     assert reasons["03-broken.png"].startswith("the image cannot be read: ")
     assert (report.pairs, report.items, report.total, len(database)) == (9, 16, 9, 9)
     said = str(report)
-    assert "9 pairs stored" in said and "7 of 16 items skipped" in said and "3 × no caption" in said
+    assert "9 pairs stored" in said and "7 of 16 items skipped" in said
     assert "7 skipped" in repr(database) and "9 pairs" in repr(database) and "16 px float16" in repr(database)
     assert "7 of 16 items skipped" in caplog.text and len(caplog.records) == 1
     # Another process reads the same report.
@@ -265,6 +266,7 @@ def test_an_input_of_which_nothing_can_be_stored_is_an_error_before_the_model_is
     (tmp_path / "list.csv").write_text("text,url\na boat,0.png\n")
     (tmp_path / "gone.jsonl").write_text('{"caption": "a boat", "image": "gone.png"}\n')
     (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "x.tar").write_bytes(b"")
     pq.write_table(pa.table({"text": ["a boat"], "image": ["0.png"]}), tmp_path / "list.parquet")
     for source, message in (
         (
@@ -275,6 +277,10 @@ def test_an_input_of_which_nothing_can_be_stored_is_an_error_before_the_model_is
         (tmp_path / "list.parquet", "no column 'caption'; there are text, image"),
         (tmp_path / "gone.jsonl", "the image cannot be read: .*gone.png: No such file"),
         (tmp_path / "empty.jsonl", "the input has no pairs"),
+        ("", "the name of the input is empty"),
+        ([tmp_path / "photos", tmp_path / "list.csv"], "give one folder, or files of one kind: .*photos is a folder"),
+        ([tmp_path / "list.csv", tmp_path / "x.tar"], "one kind, not .csv and .tar"),
+        (tmp_path / "photos/0.png", "an image file needs a caption: .* only `ragturbo db append` takes image files"),
         ([], "the input has no pairs"),
         ({"a boat": "0.png"}, "neither a path nor an iterable"),
         (None, "pairs=None is neither a path"),
@@ -290,7 +296,17 @@ def test_an_invalid_option_is_an_error_before_the_model_is_loaded(messy, tmp_pat
         ({"key": "clipp"}, "key='clipp' is not one of"),
         ({"dtype": "half"}, "dtype='half' is not one of"),
         ({"device": "gpu"}, "device='gpu' is not cpu"),
-        ({"batch_size": 0}, "batch_size=0 must be a whole number of at least 1"),
+        ({"batch_size": 0}, "batch_size=0 must be a whole number from 1 to 1024"),
+        ({"batch_size": 100_000}, "batch_size=100000 must be a whole number from 1 to 1024"),
+        ({"size": 100_000}, "size=100000 must be a whole number from 1 to 8192"),
+        ({"encoder": 3}, "encoder=3 has no encode"),
+        ({"strict": "yes"}, "strict='yes' must be True or False"),
+        ({"index": 1}, "index=1 must be True or False"),
+        ({"caption": 3}, "caption=3 must be the name of a column"),
+        ({"columns": "foo"}, "columns='foo' must be a list of names"),
+        ({"columns": ["foo"]}, r"the choice of columns \(foo\) has no effect on a folder of images"),
+        ({"image": "url"}, "image='url' has no effect on a folder of images"),
+        ({"image_root": 3}, "image_root=3 is no folder"),
         ({"batch_size": 2.5}, "batch_size=2.5 must be"),
         ({"workers": -1}, "workers=-1 must be"),
         ({"size": "big"}, "size='big' must be"),
@@ -328,6 +344,72 @@ def test_numbers_of_numpy_are_numbers(messy, plain, tmp_path):
         database.search(keys, min_score="high")
 
 
+def test_a_table_that_would_be_read_wrongly_is_refused(plain, tmp_path):
+    put(tmp_path, "0.png", png(0))
+    for name, table, options, message in (
+        ("twice.csv", "caption,image,caption\na,0.png,b\n", {}, "the header names 'caption' twice"),
+        ("semi.csv", "caption;image\na;0.png\n", {}, "separated by semicolons; save it with commas"),
+        ("tab.csv", "caption\timage\na\t0.png\n", {}, "separated by tabs"),
+        ("a.csv", "caption,image\na,0.png\n", {"columns": ["nope"]}, "no column 'nope' to keep; there are caption, im"),
+        ("a.jsonl", '{"caption": "a", "image": "0.png"}\n', {"columns": ["nope"]}, "there are caption, image"),
+        ("b.csv", "caption,image,id\na,0.png,x\n", {"columns": ["id"]}, "'id' cannot be kept"),
+    ):
+        (tmp_path / name).write_text(table)
+        with pytest.raises(InvalidRequest, match=message):
+            build(tmp_path / name, tmp_path / "db", encoder=plain.PixelEncoder(), **options)
+    # A column may first occur in any row.
+    rows = [{"caption": f"pair {i}", "image": "0.png"} for i in range(150)] + [
+        {"caption": "a", "image": "0.png", "x": 1}
+    ]
+    (tmp_path / "late.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    build(tmp_path / "late.jsonl", tmp_path / "db", encoder=plain.PixelEncoder(), columns=np.array(["x"]))
+    assert Database.open(tmp_path / "db")[150].extra == {"x": 1}
+
+
+def test_a_cell_that_names_no_image_is_skipped_in_words(plain, tmp_path):
+    put(tmp_path, "0.png", png(0))
+    rows = [("a", "0.png"), ("b", ""), ("c", "https://x.y/a.png"), ("d", "."), ("e\0", "0.png")]
+    (tmp_path / "list.csv").write_text("caption,image\n" + "".join(f"{a},{b}\n" for a, b in rows[:4]))
+    report = build(tmp_path / "list.csv", tmp_path / "table", encoder=plain.PixelEncoder())
+    assert [entry["reason"] for entry in report.skipped] == [
+        "the image is empty", "the image 'https://x.y/a.png' is a URL: download the images first",
+        f"the image cannot be read: {tmp_path}: it is a folder",
+    ]  # fmt: skip
+    entries = [(caption, str(tmp_path / image) if image == "0.png" else image) for caption, image in rows]
+    reasons = [entry["reason"] for entry in build(entries, tmp_path / "db", encoder=plain.PixelEncoder()).skipped]
+    assert reasons[:2] == [entry["reason"] for entry in report.skipped[:2]]
+    assert reasons[3] == "the caption has a NUL character"
+
+
+def test_a_column_that_cannot_be_stored_is_noted_but_not_those_of_an_exported_table(plain, tmp_path):
+    put(tmp_path, "0.png", png(0))
+    (tmp_path / "own.csv").write_text("caption,image,id\na,0.png,x\nb,0.png,y\n")
+    own = Database.build(tmp_path / "own.csv", tmp_path / "own", encoder=plain.PixelEncoder())
+    assert own.report.notes["own_name"] == {"count": 1, "examples": ["id"]}
+    export_table(own, tmp_path / "out.csv")
+    build(tmp_path / "out.csv", tmp_path / "again", encoder=plain.PixelEncoder(), image="source")
+    assert "own_name" not in BuildReport.read(tmp_path / "again").notes
+
+
+def test_skipped_items_are_grouped_by_reason_without_names_and_numbers():
+    reasons = [
+        ("a.png", "no caption: there is no a.txt"), ("b c.png", "no caption: b c.txt is UTF-16; save it as UTF-8"),
+        ("d.png", "no caption: there is no d.txt"), ("x/e.png", "no caption: e.txt is UTF-16; save it as UTF-8"),
+        (None, "the image cannot be read: /a b/f.png: No such file"),
+        (None, "the image cannot be read: /g.png: No such file"),
+        (None, "the caption is empty"), (None, "the caption is empty"),
+    ]  # fmt: skip
+    skipped = [{"item": i, "source": source, "reason": reason} for i, (source, reason) in enumerate(reasons)]
+    assert BuildReport("db", 1, 1, skipped).lines()[1:-1] == [
+        "  2 × no caption: there is no …; the first is item 0 (a.png): no caption: there is no a.txt",
+        "  2 × no caption: … is UTF-16; save it as UTF-8; the first is item 1 (b c.png): no caption: b c.txt is "
+        "UTF-16; save it as UTF-8",
+        "  2 × the image cannot be read: …: No such file; the first is item 4: the image cannot be read: /a b/f.png: "
+        "No such file",
+        "  2 × the caption is empty; the first is item 6",
+    ]
+
+
 def test_no_address_in_memory_reaches_a_report(plain, tmp_path):
     class Odd(io.BytesIO):
         pass
@@ -361,10 +443,10 @@ def test_an_old_report_is_still_read(plain, tmp_path):
 
 def test_a_corrected_input_is_built_where_one_could_not_be_stored(plain, tmp_path):
     for wrong, message in (
-        ([("a boat", None)], "item 0: an image must be a PIL image, a path or bytes, not NoneType"),
-        ([("a boat", np.zeros((9, 9, 3), np.uint8))], "not ndarray; PIL.Image.fromarray makes one"),
-        ([(plain.pairs(1)[0][1], "a boat")], r"the order is \(caption, image\), not \(Image, text\)"),
-        ([{"caption": "a boat"}], "not .caption, image. or .caption, image, metadata. but dict"),
+        ([("a boat", None)], "item 0: an image must be a PIL image, a path or bytes, not nothing"),
+        ([("a boat", np.zeros((9, 9, 3), np.uint8))], "not an array; PIL.Image.fromarray makes one"),
+        ([(plain.pairs(1)[0][1], "a boat")], r"the order is \(caption, image\), not \(an image, a text\)"),
+        ([{"caption": "a boat"}], "not .caption, image. or .caption, image, metadata. but a dictionary"),
     ):
         with pytest.raises(InvalidRequest, match=message) as caught:
             build(wrong, tmp_path / "db", encoder=plain.PixelEncoder())

@@ -161,6 +161,9 @@ def test_a_wrong_query_is_refused_in_words(built):
         ("a dog", {"model": "shapes", "retriever": "bm25"}, "model has no effect"),
         ("a dog", {"texts": ["a"]}, "texts has no effect with retriever 'exact'"),
         ("a dog", {"k": 0}, "k must be a whole number"),
+        ("a dog", {"k": 10**9}, "k must be a whole number from 1 to 65536"),
+        ("a dog", {"centred": "x"}, "centred='x' must be True or False"),
+        (keys, {"exclude": "x"}, "ids must be whole numbers, not texts"),
         ("a dog", {"retriever": "bm26"}, "did you mean 'bm25'"),
     ):
         with pytest.raises(InvalidRequest, match=message):
