@@ -51,7 +51,10 @@ class Hits(NamedTuple):
 def to_host(keys: Any) -> np.ndarray:
     """Return keys as float32 on the host, without a copy if they are that already."""
     try:
-        return to_numpy(keys.float() if hasattr(keys, "detach") else keys).astype(np.float32, copy=False)
+        found = to_numpy(keys.float() if hasattr(keys, "detach") else keys).astype(np.float32, copy=False)
+        if not found.ndim:
+            raise ValueError("a single value")
+        return found
     except (TypeError, ValueError):
         raise InvalidRequest(f"keys must be (B, K) numbers, not {short(keys)}", option="keys") from None
 

@@ -157,6 +157,7 @@ def test_a_wrong_query_is_refused_in_words(built):
         (["a dog", 3], {}, "query 1 is 3, and others are texts"),
         (keys[0], {}, r"not \(32,\), which is one key: give keys\[None\]"),
         ([["a dog"]], {}, r"keys must be \(B, K\) numbers"),
+        (None, {}, r"keys must be \(B, K\) numbers, not None"),
         (keys, {"model": "shapes"}, "model has no effect"),
         ("a dog", {"model": "shapes", "retriever": "bm25"}, "model has no effect"),
         ("a dog", {"texts": ["a"]}, "texts has no effect with retriever 'exact'"),
