@@ -18,14 +18,15 @@ import tempfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors.torch import save_file
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from ragturbo.errors import InvalidRequest, ModelError
 from ragturbo.model.pickles import PICKLES, safetensors_name
+from ragturbo.train.folder import make_folder
+
+# Imported where it is used: the parent process only checks names and starts the child.
+if TYPE_CHECKING:
+    from torch import Tensor
 
 log = logging.getLogger("ragturbo")
 
@@ -65,7 +66,7 @@ def convert(src: str | os.PathLike[str], dst: str | os.PathLike[str]) -> list[Pa
         raise InvalidRequest(f"{target} already exists: remove it or give another name")
     if source.resolve() in target.resolve().parents:
         raise InvalidRequest(f"{target} is inside {source}: give a folder outside it")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".part", dir=target.parent) as temporary:
         part = Path(temporary) / target.name
         try:
@@ -76,7 +77,7 @@ def convert(src: str | os.PathLike[str], dst: str | os.PathLike[str]) -> list[Pa
                 written = [target]
             part.rename(target)
         except OSError as error:
-            raise ModelError(f"{target} cannot be written: {error}") from error
+            raise ModelError(f"{target} cannot be written: {error.strerror or error}") from error
     return written
 
 
@@ -116,6 +117,8 @@ def _convert_index(source: Path, folder: Path) -> None:
 
 def _convert_files(pairs: list[tuple[Path, Path]]) -> None:
     """Convert (pickle, safetensors file) pairs in one child process."""
+    for source, _ in pairs:
+        _check_pickle(source)
     names = [str(path.resolve()) for pair in pairs for path in pair]
     command = [sys.executable, "-m", "ragturbo.convert", *names]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
@@ -130,8 +133,23 @@ def _convert_files(pairs: list[tuple[Path, Path]]) -> None:
         raise ModelError(last[0])
 
 
+def _check_pickle(path: Path) -> None:
+    """Raise ModelError if a file begins neither as a pickle nor as the zip file that torch.save makes."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(2)
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror or error}") from error
+    # An empty file is told by torch to be truncated.
+    if start and start != b"PK" and start[:1] != b"\x80":
+        raise ModelError(f"{path} is not a pickled checkpoint")
+
+
 def state_dict_of(loaded: Any) -> tuple[dict[str, Tensor], list[str]]:
     """The named tensors of a loaded checkpoint, without wrappers and prefixes, and the names of what was left out."""
+    import torch
+    from torch import Tensor
+
     state, inside = loaded, "the file"
     while isinstance(state, Mapping) and not any(isinstance(value, Tensor) for value in state.values()):
         wrapper = next((key for key in _WRAPPERS if isinstance(state.get(key), Mapping)), None)
@@ -157,6 +175,9 @@ def state_dict_of(loaded: Any) -> tuple[dict[str, Tensor], list[str]]:
 
 def _child(names: list[str]) -> None:
     """Convert files given as IN OUT IN OUT …; stdout gets what was left out, the last line of stderr an error."""
+    import torch
+    from safetensors.torch import save_file
+
     for source, target in zip(names[::2], names[1::2], strict=True):
         try:
             # Memory-mapped, a file larger than memory is read tensor by tensor. Files of the old format cannot be.
@@ -175,7 +196,7 @@ def _reason(error: Exception) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, ModelError):
         return text
-    if isinstance(error, EOFError) or "PytorchStreamReader" in text:
+    if isinstance(error, (EOFError, IndexError)) or "PytorchStreamReader" in text:
         return "it is truncated or damaged"
     if "TorchScript" in text:
         return "it is a TorchScript program, not a state dict"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -94,8 +96,10 @@ def test_a_damaged_file_is_refused_with_the_reason_and_leaves_nothing(damage: st
         os.truncate(path, path.stat().st_size - 200)
     else:
         path.write_bytes(b"" if damage == "empty" else b"P6 64 64 255 " + bytes(500))
-    match = "not a pickle of tensors, or damaged" if damage == "another format" else "truncated or damaged"
-    with pytest.raises(ModelError, match=rf"x\.bin cannot be converted: it is .*{match}"):
+    match = (
+        r"is not a pickled checkpoint" if damage == "another format" else "cannot be converted: .*truncated or damaged"
+    )
+    with pytest.raises(ModelError, match=rf"x\.bin {match}"):
         convert(path, tmp_path / "x.safetensors")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.bin"]
 
@@ -133,6 +137,17 @@ def test_nothing_is_overwritten_and_names_are_checked(state, tmp_path: Path) -> 
         convert(tmp_path / "folder", tmp_path / "new")
     assert (tmp_path / "there.safetensors").read_bytes() == b"precious"
     assert convert(source, tmp_path / "folder") == [tmp_path / "folder" / "a.safetensors"]
+
+
+def test_a_wrong_name_is_answered_without_torch(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a boat\n")
+    code = (
+        "import sys\nfrom ragturbo.cli import main\nsys.argv = ['ragturbo', 'convert', 'p.txt', sys.argv[1]]\n"
+        "try:\n    main()\nfinally:\n    assert 'torch' not in sys.modules"
+    )
+    for target, words in (("x.weights", "must end in .safetensors"), ("x.safetensors", "is not a pickled checkpoint")):
+        done = subprocess.run([sys.executable, "-c", code, target], cwd=tmp_path, capture_output=True, text=True)
+        assert words in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
 def test_a_folder_of_pickles_becomes_a_model_that_loads(tiny_sd21: Path, tmp_path: Path) -> None:

@@ -30,6 +30,9 @@ def traced(gen: Generator, trace: Path) -> Iterator[None]:
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)
+    # torch's profiler prints an error if it is first started on another thread than the one that imported torch.
+    with torch.profiler.profile(activities=activities[:1]):
+        pass
     profiler = torch.profiler.profile(activities=activities)
     # A profiler records the operations of the thread that started it.
     with on_device_thread(gen, profiler.start, profiler.stop):
@@ -116,10 +119,18 @@ def commands(arguments: list[str]) -> dict[str, str]:
     import shlex
 
     again = shlex.join(["ragturbo", "profile", *arguments, "--range"])
+    # ncu repeats every kernel many times.
+    once = shlex.join(["ragturbo", "profile", *_without_requests(arguments), "--range", "--requests", "1"])
     return {
         # "node" shows every kernel of a graph.
         "nsys": "nsys profile --trace=cuda,nvtx,osrt --cuda-graph-trace=node --capture-range=cudaProfilerApi "
         f"--capture-range-end=stop --force-overwrite=true --output=ragturbo {again}",
         "ncu": "ncu --profile-from-start=off --graph-profiling=node --set=full --force-overwrite --export=ragturbo "
-        f"{again} --requests 1",
+        f"{once}",
     }
+
+
+def _without_requests(arguments: list[str]) -> list[str]:
+    words = iter(arguments)
+    # The value of "--requests N" is skipped with it.
+    return [w for w in words if not w.startswith("--requests=") and not (w == "--requests" and next(words, ""))]

@@ -27,23 +27,25 @@ def breakdown(
     as_json: JsonFlag = False,
 ) -> None:
     """Measure the paper's Fig. 6: teacher, LCM, SD Turbo and ours, as eager modules and by ragturbo."""
-    from ragturbo.bench.paper import PROFILES, RANDOM_WEIGHTS
-    from ragturbo.cli.terminal import interactive, quiet_libraries
+    from ragturbo.bench.paper import LABELS, PROFILES, RANDOM_WEIGHTS
+    from ragturbo.cli.terminal import interactive, loading
     from ragturbo.config import check_device, one_of
     from ragturbo.model.find import Hub, look
+    from ragturbo.train.folder import check_output, make_folder
 
     for name in profile or []:
         one_of("profile", name, PROFILES)
     check_device(device)
     if model not in RANDOM_WEIGHTS:
         look(model, Hub())
-    quiet_libraries()
-    import torch
+    if out is not None:
+        check_output(out)
+    with loading(model):
+        import torch
 
-    from ragturbo.bench.breakdown import Settings
-    from ragturbo.bench.breakdown import breakdown as measure
-    from ragturbo.bench.fig6 import bars, markdown
-    from ragturbo.bench.paper import LABELS
+        from ragturbo.bench.breakdown import Settings
+        from ragturbo.bench.breakdown import breakdown as measure
+        from ragturbo.bench.fig6 import bars, markdown
 
     chosen = tuple(profile or PROFILES)
     settings = Settings(
@@ -57,7 +59,7 @@ def breakdown(
 
     record = measure(settings, tell)
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         (out / "breakdown.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
         bars(record, out / "breakdown.png")
     typer.echo(json.dumps(record, indent=1) if as_json else markdown(record))

@@ -9,17 +9,17 @@ from typing import Annotated
 import typer
 
 from ragturbo.cli import options
-from ragturbo.errors import ModelError
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="A pickled checkpoint (.bin, .pt, .pth, .ckpt) or a folder of them.")],
-    target: Annotated[Path, typer.Argument(help="The .safetensors file or folder to write.")],
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="SOURCE", help="A pickled checkpoint (.bin, .pt, .pth, .ckpt) or a folder of them."),
+    ],
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="The .safetensors file or folder to write.")],
     as_json: options.Json = False,
 ) -> None:
     """Convert a pickled checkpoint to safetensors without running code that the pickle may contain."""
-    if not source.expanduser().exists():
-        raise ModelError(f"there is no file or folder {source}")
     from ragturbo.convert import convert as run
 
     written = run(source, target)

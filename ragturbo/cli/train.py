@@ -23,7 +23,7 @@ def train(
         ),
     ] = None,
     more: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE…", help="Settings, as with --set.", show_default=False)
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings, as with --set.", show_default=False)
     ] = None,
     max_steps: Annotated[
         int | None, typer.Option(min=1, help="Stop at this optimiser step, counted from the start of the run.")

@@ -6,11 +6,14 @@ import copy
 import json
 
 import pytest
+from typer.testing import CliRunner
 
 from ragturbo.bench import agreement
 from ragturbo.bench.breakdown import Settings, breakdown
 from ragturbo.bench.fig6 import bars, markdown, rows, verdict
 from ragturbo.bench.paper import LABELS
+from ragturbo.cli import app
+from ragturbo.errors import InvalidRequest
 
 
 def test_every_bar_of_the_figure_is_there_and_ours_without_the_cache(record):
@@ -67,6 +70,13 @@ def test_a_breakdown_that_is_stopped_leaves_the_rows_that_were_done(tmp_path):
     part = json.loads(out.read_text())
     # A partial record has another kind, so that it is not drawn as a complete one.
     assert part["kind"] == "breakdown-part" and part["profiles"]["paper"]["teacher"]["seconds"]["p50"] > 0
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_benchmark_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr("ragturbo.bench.breakdown.breakdown", lambda *_: pytest.fail("the benchmark ran"))
+    (tmp_path / "a.png").touch()
+    result = CliRunner().invoke(app, ["bench", "breakdown", "--model", "rehearsal", "--out", str(tmp_path / "a.png")])
+    assert isinstance(result.exception, InvalidRequest) and "is a file, not a folder" in str(result.exception)
 
 
 @pytest.mark.slow

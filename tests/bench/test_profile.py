@@ -8,6 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from ragturbo import Generator
 from ragturbo.bench import profile as profiling
 from ragturbo.bench.models import make_bundle, make_database
 from ragturbo.cli import app
@@ -71,6 +72,8 @@ def test_the_commands_repeat_the_run_and_record_single_kernels():
     for line in commands.values():
         assert "ragturbo profile --model 'my model' --steps 2 --range" in line
     assert "--cuda-graph-trace=node" in commands["nsys"] and "--capture-range=cudaProfilerApi" in commands["nsys"]
+    for given in (["--requests", "9", "--steps", "2"], ["--requests=9", "--steps", "2"]):
+        assert profiling.commands(given)["ncu"].endswith("ragturbo profile --steps 2 --range --requests 1")
     assert "--profile-from-start=off" in commands["ncu"] and "--graph-profiling=node" in commands["ncu"]
 
 
@@ -78,3 +81,19 @@ def test_the_commands_repeat_the_run_and_record_single_kernels():
 def test_ranges_need_a_gpu(model_folder):
     result = CliRunner().invoke(app, ["profile", "--model", str(model_folder), "--range"])
     assert isinstance(result.exception, InvalidRequest)
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_anything_runs(tmp_path, monkeypatch):
+    def refuse(*arguments, **options):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(Generator, "from_pretrained", refuse)
+    (tmp_path / "a.png").touch()
+    for out, words in ((tmp_path, "is a folder; give a file"), (tmp_path / "a.png" / "t.json", "is a file, not a fol")):
+        result = CliRunner().invoke(app, ["profile", "--out", str(out)])
+        assert isinstance(result.exception, InvalidRequest) and words in str(result.exception)
+    for more in ("--steps 9", "--steps 9 --distilled"):
+        result = CliRunner().invoke(app, ["profile", *more.split()])
+        assert "takes 1 to 4" in str(result.exception)
+    result = CliRunner().invoke(app, ["profile", "--steps", "9", "--undistilled"])
+    assert "a model was loaded" in str(result.exception)
