@@ -28,9 +28,9 @@ def breakdown(
 ) -> None:
     """Measure the paper's Fig. 6: teacher, LCM, SD Turbo and ours, as eager modules and by ragturbo."""
     from ragturbo.bench.paper import LABELS, PROFILES, RANDOM_WEIGHTS
-    from ragturbo.cli.terminal import interactive, loading
     from ragturbo.config import check_device, one_of
     from ragturbo.model.find import Hub, look
+    from ragturbo.terminal import interactive, loading
     from ragturbo.train.folder import check_output, make_folder
 
     for name in profile or []:

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ragturbo.cli.terminal import interactive, quiet_libraries
 from ragturbo.errors import InvalidRequest
+from ragturbo.terminal import interactive, quiet_libraries
 
 Folder = Annotated[Path, typer.Argument(metavar="DATABASE", help="Folder of the database.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]

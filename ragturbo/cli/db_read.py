@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ragturbo.cli.db_output import Folder, Json, conditions, is_embedded, say, typed
-from ragturbo.cli.terminal import interactive, loading
 from ragturbo.errors import DatabaseCorrupt, InvalidRequest
+from ragturbo.terminal import interactive, loading
 
 if TYPE_CHECKING:
     from ragturbo.retrieval import Database, Record

@@ -88,8 +88,8 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print report.json instead of report.md.")] = False,
 ) -> None:
     """Compare systems: draw every prompt, score the images, and write report.md, report.json and sheet.html."""
-    from ragturbo.cli.terminal import loading
     from ragturbo.config import check_device, check_dtype, one_of
+    from ragturbo.terminal import loading
     from ragturbo.train.start import check_database
 
     # Mistakes are reported before torch is imported, which takes seconds.

@@ -69,9 +69,9 @@ def generate(
 ) -> None:
     """Generate images from text."""
     from ragturbo.checks import check_call
-    from ragturbo.cli.terminal import loading
     from ragturbo.generate import Generator
     from ragturbo.model.find import Hub, look
+    from ragturbo.terminal import loading
 
     off = options.path_or_off
     sampling: dict[str, Any] = {

@@ -37,11 +37,11 @@ def profile(
 ) -> None:
     """Profile requests after a warm-up."""
     from ragturbo.checks import check_call
-    from ragturbo.cli.terminal import loading
     from ragturbo.config import check_device, has_driver
     from ragturbo.generate import Generator
     from ragturbo.messages import many
     from ragturbo.model.find import Hub, look
+    from ragturbo.terminal import loading
     from ragturbo.train.folder import check_output
 
     texts, call = prompts or PROMPTS, {"num_inference_steps": steps, "mode": mode}

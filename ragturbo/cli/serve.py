@@ -73,8 +73,8 @@ def serve(
     """
     _ignore_hangups()
     _require_packages()
-    from ragturbo.cli.terminal import quiet_libraries
     from ragturbo.serve.config import ServeConfig, keys_from_environment, read_keys
+    from ragturbo.terminal import quiet_libraries
 
     quiet_libraries()
     # Keys are not command line arguments: every user of the machine can read those.

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ragturbo.cli.terminal import quiet_libraries
+from ragturbo.terminal import quiet_libraries
 
 
 def train(

@@ -27,7 +27,7 @@ def local_device() -> str:
 @contextlib.contextmanager
 def loading(model: object) -> Iterator[None]:
     """Show on a terminal, in the first process, that torch is imported or that the model is loaded."""
-    from ragturbo.cli import terminal
+    from ragturbo import terminal
 
     if rank_and_world()[0] > 0:
         terminal.quiet_libraries()
