@@ -87,6 +87,8 @@ def _neighbors(request: Request, result: Result) -> list[list[Neighbor]]:
     # The cosine of a key with itself may be above 1 by a rounding error. Neighbours of the caller have no other score.
     cosine = result.cosine.clamp(-1.0, 1.0)
     score = result.scores if request.neighbors is None else cosine
+    if request.database is not None and request.database.scores_are_cosines:
+        score = score.clamp(max=1.0)
     tables = {"score": score, "lam": result.lams, "used": result.valid, "cosine": cosine}
     columns = zip(*(table.tolist() for table in tables.values()), strict=True)
     rows = [[dict(zip(tables, values, strict=True)) for values in zip(*row, strict=True)] for row in columns]

@@ -169,8 +169,19 @@ def test_a_removal_takes_effect_with_the_next_call(folder, tmp_path):
 
 def test_a_database_of_another_model_is_refused_with_both_fingerprints(tiny, folder, tmp_path):
     other = tiny.make_bundle(tmp_path / "other", seed=1)
-    with pytest.raises(DatabaseMismatch, match="fingerprint is [0-9a-f]+, the model's is [0-9a-f]+"):
+    with pytest.raises(DatabaseMismatch, match=r"\([0-9a-f]{8}, the model's is [0-9a-f]{8}\)"):
         Generator.from_pretrained(other, database=folder / "database", device="cpu")
+
+
+def test_no_cosine_is_above_one(folder):
+    database = Database.open(folder / "database")
+    keys = database.keys(database.ids)
+    for found in (keys, keys.numpy()):
+        assert float(max(database.search(found, 1)[1].reshape(-1))) <= 1.0
+    with Generator.from_pretrained(folder, device="cpu") as gen:
+        for neighbors in (None, [0], [(CAPTIONS[0], picture(0))]):
+            (neighbor,) = gen(CAPTIONS[0], seed=1, neighbors=neighbors).neighbors[0]
+            assert 0.99 < neighbor.cosine <= 1.0 and 0.99 < neighbor.score <= 1.0
 
 
 def test_without_a_database_and_with_one_put_in_later(folder):

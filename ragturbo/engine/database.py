@@ -63,6 +63,10 @@ class DatabaseGeneration:
         asked = self.asked_retriever
         return asked if isinstance(asked, str) else getattr(asked, "name", type(asked).__name__)
 
+    @property
+    def scores_are_cosines(self) -> bool:
+        return self.retriever_name in ("auto", "exact", "scann")
+
     @classmethod
     def open(cls, database: Database, bundle: Bundle, config: GeneratorConfig) -> DatabaseGeneration:
         """Take the current generation, with a Generator's options.

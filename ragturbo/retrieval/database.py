@@ -28,7 +28,17 @@ from ragturbo.retrieval.manifest import database_folder, load
 from ragturbo.retrieval.origin import known_origin
 from ragturbo.retrieval.pairs import Record
 from ragturbo.retrieval.reindex import reindex
-from ragturbo.retrieval.retriever import EXACT_BELOW, Retriever, check_k, check_results, flag, like, to_ids, to_numpy
+from ragturbo.retrieval.retriever import (
+    EXACT_BELOW,
+    Retriever,
+    at_most_one,
+    check_k,
+    check_results,
+    flag,
+    like,
+    to_ids,
+    to_numpy,
+)
 from ragturbo.retrieval.selection import Selection
 from ragturbo.retrieval.snapshot import Snapshot, open_snapshot
 from ragturbo.retrieval.verify import problems
@@ -397,7 +407,7 @@ class Database:
             # A short path for the common call: a search in ScaNN's tables evicts Python's own data from the CPU cache.
             ready = self._state[1].get((retriever, None))
             if type(ready) is scann.ScannRetriever and (found := ready.search_one(keys, k)) is not None:
-                return found
+                return found[0], at_most_one(found[1])
         check_k(k)
         k, prompts = int(k), _prompts(keys)
         selection = Selection(min_score, max_similarity, diversity)
@@ -419,13 +429,16 @@ class Database:
             raise InvalidRequest(f"texts has no effect with retriever {name!r}; use 'hybrid'")
         if isinstance(searcher, scann.ScannRetriever):
             if plain:
-                return searcher.search(keys, k, exclude=exclude)
+                ids, scores = searcher.search(keys, k, exclude=exclude)
+                return ids, at_most_one(scores)
             if centred is not None and searcher.config.centred != centred:
                 state = "not " if centred else ""
                 raise InvalidRequest(f"the ScaNN index is {state}centred; reindex it, or use retriever='exact'")
         wanted = selection.candidates(k)
         ids, scores = searcher.search(keys, wanted, exclude=exclude, **({"texts": texts} if both else {}))
         check_results(ids, scores, len(keys), wanted, name)
+        if name in ("exact", "scann"):
+            scores = at_most_one(scores)
         if selection == Selection():
             return ids, scores
         snapshot = getattr(searcher, "snapshot", self.snapshot)

@@ -68,6 +68,11 @@ def like(keys: Any, ids: Any, scores: Any) -> tuple[Any, Any]:
     return torch.as_tensor(ids).to(keys.device), torch.as_tensor(scores).to(keys.device)
 
 
+def at_most_one(cosines: Any) -> Any:
+    """Return cosines without what rounding adds to 1: stored keys are float16."""
+    return cosines.clamp(max=1.0) if hasattr(cosines, "clamp") else np.minimum(cosines, np.float32(1))
+
+
 def to_numpy(values: Any) -> np.ndarray:
     return values.detach().cpu().numpy() if hasattr(values, "detach") else np.asarray(values)
 
