@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ragturbo.errors import DatabaseError, ModelError
-from ragturbo.model.find import resolve
+from ragturbo.errors import DatabaseError, InvalidRequest, ModelError
+from ragturbo.model.find import EMBEDDED, resolve
 from ragturbo.retrieval import durable, writer
 from ragturbo.retrieval.manifest import OWN_DATABASE, Manifest, database_folder, load, segment_path
 from ragturbo.retrieval.origin import known_origin
@@ -18,6 +18,8 @@ def copy(source: Path, target: Path) -> Manifest:
 
     A copy that was killed is not a database yet, and may be made again.
     """
+    if str(target) == EMBEDDED:
+        raise InvalidRequest(f"a folder {EMBEDDED} would hide the embedded model: choose another name", option="path")
     base = load(source)
     writer.check_new(target)
     writer.check_writable(target)

@@ -216,3 +216,10 @@ def test_two_values_of_one_column_are_refused(db):
     for command in ("list", "remove"):
         with pytest.raises(InvalidRequest, match="names 'rank' twice"):
             text(command, db, "--where", "rank=1", "--where", "rank=2")
+
+
+def test_a_copy_that_would_hide_the_embedded_model_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InvalidRequest, match="would hide the embedded model"):
+        text("copy", "shapes", "shapes")
+    assert not list(tmp_path.iterdir())
