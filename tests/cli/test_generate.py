@@ -121,7 +121,9 @@ def test_a_mistake_that_needs_no_model_is_answered_without_importing_torch(tmp_p
         ["db", "info", "nowhere"],
         ["train", "nowhere", "--out", "run"],
         ["data", "encode", "nowhere", "--out", "data", "--model", "shapes"],
+        ["data", "encode", "pairs.jsonl", "--out", "data", "--model", "shapes", "--size", "63"],
     ]
+    (tmp_path / "pairs.jsonl").write_text("{}\n")
     program = (
         "import json, sys\nfrom ragturbo.cli import main\n"
         "for line in json.loads(sys.argv.pop()):\n    sys.argv[1:] = line\n    try:\n        main()\n"
@@ -137,7 +139,7 @@ def test_a_mistake_that_needs_no_model_is_answered_without_importing_torch(tmp_p
         mistake for mistake, (code, torch) in zip(mistakes, answers, strict=True) if code == "0" or torch == "True"
     ]
     assert not wrong, done.stderr
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["pairs.jsonl"]
 
 
 @pytest.mark.parametrize(
