@@ -94,6 +94,7 @@ def _usage(error: Any) -> str:
     message = str(error.format_message())
     for numbers, words in _NUMBERS.items():
         message = message.replace(f": {numbers}", f": it must be {words}")
+    message = re.sub(r": Input should be greater than or equal to (\S+)", r": it must be at least \1", message)
     instead = _HABITS.get(getattr(error, "option_name", ""))
     return message if instead is None else f"No such option: {error.option_name}; {instead}"
 

@@ -217,6 +217,7 @@ def test_an_option_of_retrieval_is_refused_without_a_database(ragturbo, tiny_sd2
         (["--num-inference-steps", "3"], "use --steps"),
         (["--size", "512x512"], "use --width and --height"),
         (["--seed", "x"], "it must be a whole number"),
+        (["-n", "0"], "--num-images 0 must be a whole number"),
         (["--mode"], "requires an argument"),
         (["--model", ""], "--model is empty"),
         (["--database", ""], "--database: give a folder"),
