@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import difflib
-import importlib.util
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,6 +48,9 @@ def parse_bytes(value: int | str | None, name: str) -> int | None:
 
 def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in allowed:
+        # Imported here, as below: `import ragturbo` stays short.
+        import difflib
+
         near = difflib.get_close_matches(str(value).lower(), allowed, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         names = ", ".join(map(repr, allowed))
@@ -78,8 +78,16 @@ def check_device(device: Any) -> None:
         )
 
 
+def _installed(package: str) -> bool:
+    from importlib.util import find_spec
+
+    return find_spec(package) is not None
+
+
 def has_driver() -> bool:
     """Whether torch may find a GPU, which is known without importing it: it needs the driver's library."""
+    import ctypes
+
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -128,7 +136,7 @@ class GeneratorConfig:
         if self.engine == "reference" and not self.capture:
             raise InvalidRequest("capture=False has no effect with engine='reference', which captures nothing")
         one_of("attention", self.attention, ATTENTIONS)
-        if self.attention == "xformers" and importlib.util.find_spec("xformers") is None:
+        if self.attention == "xformers" and not _installed("xformers"):
             raise InvalidRequest(
                 "attention='xformers' needs the package xformers: pip install xformers", option="attention"
             )

@@ -23,7 +23,7 @@ class InvalidRequest(RagTurboError, ValueError):
 
 
 class UnknownOption(InvalidRequest, TypeError):
-    """There is no argument of this name. The message names the nearest one, or what takes its place."""
+    """An argument that does not exist. The message suggests the nearest name, or what to use instead."""
 
 
 class ModelError(RagTurboError):

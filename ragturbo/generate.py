@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
-from ragturbo.checks import check_call, check_timeout, texts, whole
+from ragturbo.checks import check_call, check_timeout, default_mode, texts, whole
 from ragturbo.config import (
     MAX_PHRASES,
     Compose,
@@ -22,9 +22,8 @@ from ragturbo.config import (
     refuse_graphs,
 )
 from ragturbo.errors import InvalidRequest, ModelError
-from ragturbo.keywords import INSTEAD_ATTRIBUTES, named
+from ragturbo.keywords import INSTEAD_ATTRIBUTES, named, names, unknown
 from ragturbo.messages import many, short
-from ragturbo.model.find import Hub, check_single_file, look
 from ragturbo.output import Output
 
 if TYPE_CHECKING:
@@ -173,6 +172,9 @@ class Generator:
             compile=compile, host_cache=host_cache, device_cache=device_cache, batch_sizes=batch_sizes,
             batch_window=batch_window, max_queue=max_queue, prompt_cache=prompt_cache, log_prompts=log_prompts,
         )  # fmt: skip
+        # Imported here: `import ragturbo` stays short.
+        from ragturbo.model.find import Hub, look
+
         _check_given(model, adapter, database)
         check_dtype(dtype)
         check_device(device)
@@ -227,6 +229,11 @@ class Generator:
             local_files_only, revision, cache_dir, token: for `config`, as in diffusers.
             device, dtype, options: as in `from_pretrained`.
         """
+        from ragturbo.model.find import check_single_file
+
+        for name in options:
+            if name not in names(cls.from_pretrained):
+                raise unknown(name, cls.from_single_file, cls.from_pretrained)
         file = check_single_file(path, config)
         check_dtype(dtype)
         check_device(device)
@@ -510,9 +517,7 @@ class Generator:
     @property
     def default_mode(self) -> str:
         """Mode of a call that does not say, and brings no neighbours of its own."""
-        if self._database is None:
-            return "none"
-        return "slerp" if self._bundle.adapter is None else "adapter"
+        return default_mode(has_adapter=self._bundle.adapter is not None, can_retrieve=self._database is not None)
 
     def __repr__(self) -> str:
         bundle, database = self._bundle, self.database

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 from collections.abc import Callable
@@ -65,6 +64,8 @@ INSTEAD_ATTRIBUTES = {
 
 def unknown(name: str, function: Callable[..., Any], other: Callable[..., Any] | None = None) -> UnknownOption:
     """Return the error for an argument that `function` does not have. other: one that may have it."""
+    import difflib
+
     known, others = names(function), [] if other is None else names(other)
     elsewhere = "" if other is None else other.__qualname__
     text = f"{function.__qualname__} has no argument {name!r}"
@@ -87,7 +88,8 @@ def unknown(name: str, function: Callable[..., Any], other: Callable[..., Any] |
 def names(function: Callable[..., Any]) -> list[str]:
     """Return the names of a function's arguments."""
     parameters = inspect.signature(function, eval_str=False).parameters
-    return [name for name in parameters if name not in ("self", "cls")]
+    # `**options` of a function takes the names of another.
+    return [name for name, p in parameters.items() if name not in ("self", "cls") and p.kind is not p.VAR_KEYWORD]
 
 
 def named(other: Callable[[], Callable[..., Any]] | None = None) -> Callable[[Callable[P, T]], Callable[P, T]]:

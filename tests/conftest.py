@@ -128,6 +128,42 @@ def _load(name: str) -> ModuleType:
     return module
 
 
+_WITHOUT_TORCH = """
+import json, sys
+from ragturbo.cli import main
+answers = []
+for line in json.loads(sys.argv.pop()):
+    sys.argv[1:] = line
+    try:
+        main()
+    except SystemExit as stop:
+        answers.append([stop.code, "torch" in sys.modules])
+    print("--", file=sys.stderr)
+print(json.dumps(answers))
+"""
+
+
+@pytest.fixture(scope="session")
+def answers_without_torch() -> Callable[[list[list[str]], Path], list[str]]:
+    """Run wrong command lines in one process, check that each fails without importing torch, and return what stderr
+    said of each."""
+
+    def run(lines: list[list[str]], folder: Path) -> list[str]:
+        done = subprocess.run(
+            [sys.executable, "-c", _WITHOUT_TORCH, json.dumps(lines)],
+            capture_output=True, text=True, cwd=folder, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        answers = json.loads(done.stdout.splitlines()[-1])
+        said = done.stderr.split("--\n")[:-1]
+        assert len(answers) == len(said) == len(lines)
+        for line, (code, torch), words in zip(lines, answers, said, strict=True):
+            assert code in (2, 3) and not torch, (line, code, torch, words)
+        return said
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def tiny() -> ModuleType:
     """tests/tiny.py: small real models with random weights."""

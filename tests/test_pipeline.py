@@ -140,6 +140,14 @@ def test_a_single_file_of_the_original_layout_draws_what_its_folder_draws(tiny, 
         assert gen.info["model"] == str(file)
     with pytest.raises(ModelError, match="there is no file"):
         Generator.from_single_file(tmp_path / "none.safetensors")
+    # Before the file is read.
+    for name, says in (
+        ("torch_dtype", "here it is dtype"),
+        ("databse", "did you mean database"),
+        ("seed", "no argument"),
+    ):
+        with pytest.raises(TypeError, match=says):
+            Generator.from_single_file(tmp_path / "none.safetensors", **{name: 1})
     with pytest.raises(ModelError, match="neither a folder nor a hub id"):
         Generator.from_single_file(file, config="./nowhere")
     (tmp_path / "bad.safetensors").write_bytes(b"nothing")

@@ -120,11 +120,11 @@ def encode(
     columns = Columns(caption_column, image_column, image_root)
     open_source(pairs, columns)
     check_data_output(out)
-    _check_model(model)
     from ragturbo.errors import InvalidRequest
     from ragturbo.model.find import Hub, look
 
-    if size is not None and size % (factor := look(model, Hub()).factor):
+    factor = look(model, Hub()).factor
+    if size is not None and size % factor:
         raise InvalidRequest(f"size={size} must be a multiple of {factor}", option="size")
     with loading(model):
         from ragturbo.train.encode import make_encoded_data

@@ -17,7 +17,7 @@ from ragturbo.errors import InvalidRequest
 
 
 class _TakesIds(TyperCommand):
-    """A command whose arguments are ids: a negative one is no option."""
+    """A command whose arguments are ids, so that a negative number is not taken for an option."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if negative := next((text for text in args if re.fullmatch(r"-\d+", text)), None):

@@ -155,7 +155,7 @@ def _open(database: Path, retriever: str = "auto") -> Database:
 
 
 def _folder(database: Path) -> Path:
-    """Return the folder of a database; for "shapes", if there is no such folder, that of the embedded model."""
+    """Return the folder of a database. "shapes" is the embedded model's, unless there is a folder of that name."""
     from ragturbo.model.find import EMBEDDED
     from ragturbo.retrieval.copy import find
 

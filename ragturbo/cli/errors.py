@@ -13,7 +13,6 @@ import typer
 # Names in Python whose option is called differently.
 _OPTIONS = {
     "num_inference_steps": "steps", "guidance_scale": "guidance", "num_images_per_prompt": "num-images",
-    "output_type": "out", "model_path": "model",
 }  # fmt: skip
 # `name=value`, and a name that a sentence is about: "w has no effect", "w is the blend".
 _ASSIGNED = re.compile(r"(?<![\w'`/.])([a-z][a-z_]*)=(True\b|False\b|None\b|'[^']*'|\([^)]*\)|[-\w.+…]+)?")
@@ -21,7 +20,7 @@ _SUBJECT = re.compile(
     r"^(num_inference_steps|guidance_scale|negative_prompt|num_images_per_prompt|num_neighbors|min_score|w|lam|query|per|"
     r"compose|output_type|seed|height|width)(?= (has|is|must|lists)\b)"
 )
-# How typer says what is no number.
+# Typer's words for a value that is not a number.
 _NUMBERS = {
     "Input should be a valid integer, unable to parse string as an integer": "a whole number",
     "Input should be a valid number, unable to parse string as a number": "a number",
@@ -90,7 +89,7 @@ def options_of(arguments: list[str]) -> set[str]:
 
 
 def _usage(error: Any) -> str:
-    """The message of an error of the command line's syntax, with what takes the place of an option by habit."""
+    """The message of an error in the command line's syntax; for an option of other tools, it names ours."""
     message = str(error.format_message())
     for numbers, words in _NUMBERS.items():
         message = message.replace(f": {numbers}", f": it must be {words}")
@@ -133,5 +132,5 @@ def report(error: BaseException, arguments: list[str]) -> int:
     return code
 
 
-# typer has its own copy of click since 0.16, or so.
+# The class is click's, or that of typer's own copy of click, depending on typer's version.
 CLICK_ERROR: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")

@@ -7,7 +7,6 @@ import json
 import os
 import re
 from dataclasses import dataclass, replace
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +83,8 @@ def _folder(name: str | os.PathLike[str], hub: Hub) -> Path:
     if path.is_dir():
         return path
     if str(name) == EMBEDDED:
+        from importlib import resources
+
         folder = Path(str(resources.files("ragturbo") / "assets" / EMBEDDED))
         if not folder.is_dir():
             raise ModelError(f"the embedded model {EMBEDDED!r} is not in this installation ({folder})")
@@ -148,7 +149,11 @@ def _download(name: str, hub: Hub) -> Path:
 
 
 def check_single_file(path: str | os.PathLike[str], config: str | os.PathLike[str] | None) -> Path:
-    """Return the safetensors file. Raises ModelError if it is none, or if `config` is no folder or hub id."""
+    """Return the path of a safetensors file.
+
+    Raises:
+        ModelError: it is another file, or `config` is neither a folder nor a hub id.
+    """
     if not isinstance(path, (str, os.PathLike)):
         raise InvalidRequest(f"path={short(path)} must be a file", option="path")
     file = Path(path).expanduser()

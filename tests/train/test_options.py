@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -31,34 +29,16 @@ WRONG = {
     "neighbors DATA --database DATABASE --model MODEL --max-cosine nan": "--max-cosine nan must be a number",
     "lpips DATA --out v.safetensors --lr nan": "--lr nan must be a number",
 }
-RUN = """
-import sys
-from ragturbo.cli import main
-for line in sys.argv[1:]:
-    sys.argv = ["ragturbo", "data", *line.split()]
-    try:
-        main()
-    except SystemExit as done:
-        assert done.code in (2, 3), done.code
-    print("--", file=sys.stderr)
-assert "torch" not in sys.modules
-"""
 
 
-def test_wrong_options_are_answered_in_words_without_torch(world, tmp_path):
+def test_wrong_options_are_answered_in_words_without_torch(answers_without_torch, world, tmp_path):
     (tmp_path / "p.txt").write_text("a boat\n")
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "a.png").touch()
     named = {"MODEL": world.model, "DATABASE": world.database, "DATA": tmp_path / "data"}
     shutil.copytree(world.data, tmp_path / "data")
-    lines = []
-    for line in WRONG:
-        words = [str(named.get(word, word)) for word in line.split()]
-        lines.append(" ".join(words))
-    command = [sys.executable, "-c", RUN, *lines]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    for line, said, words in zip(WRONG, done.stderr.split("--\n"), WRONG.values(), strict=False):
+    lines = [["data", *(str(named.get(word, word)) for word in line.split())] for line in WRONG]
+    for (line, words), said in zip(WRONG.items(), answers_without_torch(lines, tmp_path), strict=True):
         assert words.replace("20 samples", f"{len(Shards(world.data))} samples") in said, (line, said)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "p.txt", "pictures"]
 
