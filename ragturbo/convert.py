@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ragturbo.errors import InvalidRequest, ModelError
+from ragturbo.folders import make_folder
 from ragturbo.model.pickles import PICKLES, safetensors_name
-from ragturbo.train.folder import make_folder
 
 # Imported where it is used: the parent process only checks names and starts the child.
 if TYPE_CHECKING:

@@ -29,9 +29,9 @@ def breakdown(
     """Measure the paper's Fig. 6: teacher, LCM, SD Turbo and ours, as eager modules and by ragturbo."""
     from ragturbo.bench.paper import LABELS, PROFILES, RANDOM_WEIGHTS
     from ragturbo.config import check_device, one_of
+    from ragturbo.folders import check_writable, make_folder
     from ragturbo.model.find import Hub, look
     from ragturbo.terminal import interactive, loading
-    from ragturbo.train.folder import check_output, make_folder
 
     for name in profile or []:
         one_of("profile", name, PROFILES)
@@ -39,7 +39,7 @@ def breakdown(
     if model not in RANDOM_WEIGHTS:
         look(model, Hub())
     if out is not None:
-        check_output(out)
+        check_writable(out)
     with loading(model):
         import torch
 

@@ -239,7 +239,8 @@ def lpips(
     """Train the network of the latent LPIPS loss on captioned latents."""
     _check_options(device)
     from ragturbo.checks import number
-    from ragturbo.train.folder import check_output, read_plan
+    from ragturbo.folders import check_writable
+    from ragturbo.train.folder import read_plan
     from ragturbo.train.progress import loading
 
     number("lr", lr)
@@ -248,7 +249,7 @@ def lpips(
         raise typer.BadParameter(
             f"{out} is a folder; give a file, such as {out / 'vgg.safetensors'}", param_hint="--out"
         )
-    check_output(out.parent)
+    check_writable(out.parent)
     with loading(data):
         from ragturbo.train.train_vgg import train_vgg
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +12,7 @@ import typer
 from ragturbo.cli import options
 from ragturbo.config import has_driver
 from ragturbo.errors import InvalidRequest
+from ragturbo.folders import check_writable
 
 if TYPE_CHECKING:
     from ragturbo.generate import Generator
@@ -128,11 +128,7 @@ def output_files(out: str, count: int) -> list[Path]:
         path = path / "out.png"
     if path.suffix.lower() not in SUFFIXES:
         raise InvalidRequest(f"out={str(path)!r}: the file's name must end in {', '.join(SUFFIXES)}", option="out")
-    there = next(parent for parent in path.absolute().parents if parent.exists())
-    if not there.is_dir():
-        raise InvalidRequest(f"out={str(path)!r}: {there} is a file", option="out")
-    if not os.access(there, os.W_OK):
-        raise InvalidRequest(f"out={str(path)!r}: {there} cannot be written", option="out")
+    check_writable(path.parent)
     return [path] if count == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(count)]
 
 

@@ -38,11 +38,11 @@ def profile(
     """Profile requests after a warm-up."""
     from ragturbo.checks import check_call
     from ragturbo.config import check_device, has_driver
+    from ragturbo.folders import check_writable
     from ragturbo.generate import Generator
     from ragturbo.messages import many
     from ragturbo.model.find import Hub, look
     from ragturbo.terminal import loading
-    from ragturbo.train.folder import check_output
 
     texts, call = prompts or PROMPTS, {"num_inference_steps": steps, "mode": mode}
     own = options.path_or_off(database)
@@ -52,7 +52,7 @@ def profile(
     elif out.is_dir():
         raise InvalidRequest(f"{out} is a folder; give a file as --out, such as {out / 'trace.json'}")
     else:
-        check_output(out.parent)
+        check_writable(out.parent)
     check_device(device)
     if not has_driver():
         # torch's profiler reports the missing GPU as an error.

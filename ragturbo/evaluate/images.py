@@ -21,7 +21,7 @@ from PIL import Image
 from ragturbo.errors import InvalidRequest
 from ragturbo.evaluate.suites import Prompt, Suite
 from ragturbo.evaluate.systems import LoadOptions, SystemSpec, open_system
-from ragturbo.train.folder import check_output, make_folder, read_json
+from ragturbo.folders import check_writable, make_folder, read_json
 
 Progress = Callable[[str, int, int], None]
 """(current work, items done, items in total)"""
@@ -37,7 +37,7 @@ def check_folder(out: Path, suite: Suite, options: LoadOptions) -> None:
     facts = {"suite": suite.name}
     facts |= {name: str(getattr(options, name)) for name in ("model", "database", "adapter", "dtype")}
     path = out / "run.json"
-    check_output(out)
+    check_writable(out)
     # A run that failed before its first image does not keep others from the folder.
     if not path.exists() or not any((out / "images").glob("*/*.png")):
         make_folder(out)

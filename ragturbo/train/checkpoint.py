@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ragturbo.errors import InvalidRequest, ModelError
+from ragturbo.folders import make_folder
 from ragturbo.retrieval import durable
 from ragturbo.train.config import LADDConfig, from_dict, to_dict
-from ragturbo.train.folder import make_folder, writing
+from ragturbo.train.folder import writing
 from ragturbo.train.settings import changed_settings
 
 if TYPE_CHECKING:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ragturbo.errors import DatabaseCorrupt, DatabaseError, InvalidRequest
+from ragturbo.folders import check_writable, make_folder, read_json
 from ragturbo.messages import many
 from ragturbo.train.settings import changed_settings
 
@@ -93,28 +94,9 @@ def write_or_check_index(folder: Path, values: dict[str, Any], **words: str) -> 
         raise InvalidRequest(f"{path} cannot be written: {error.strerror or error}") from error
 
 
-def make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InvalidRequest(f"the folder {folder} cannot be made: {error.strerror or error}") from error
-
-
-def check_output(folder: Path) -> None:
-    """Raise InvalidRequest if `folder` cannot be written to. Makes nothing."""
-    for path in (folder, *folder.absolute().parents):
-        if not path.exists():
-            continue
-        if not path.is_dir():
-            raise InvalidRequest(f"{folder} cannot be written: {path} is a file, not a folder")
-        if not os.access(path, os.W_OK | os.X_OK):
-            raise InvalidRequest(f"{folder} cannot be written: {path} is read-only for this user")
-        return
-
-
 def check_data_output(folder: Path) -> None:
-    """`check_output` for training samples: also refuse a folder that holds other files."""
-    check_output(folder)
+    """`check_writable` for training samples: also refuse a folder that holds other files."""
+    check_writable(folder)
     if not folder.is_dir():
         return
     names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
@@ -204,15 +186,3 @@ def check_complete(folder: Path, files: Sequence[Path]) -> None:
             f"{folder} is unfinished: {len(missing)} of its {shards} missing ({missing[0]}). Run the command that made "
             "it again; it continues where it stopped."
         )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise DatabaseCorrupt(f"{path} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        raise DatabaseCorrupt(f"{path} is damaged: {error}") from error
-    if not isinstance(values, dict):
-        raise DatabaseCorrupt(f"{path} is damaged: it holds no settings")
-    return values

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ragturbo.errors import InvalidRequest
+from ragturbo.folders import make_folder
 from ragturbo.messages import cut, many
-from ragturbo.train.folder import INDEX, SKIPPED, make_folder, shard_path
+from ragturbo.train.folder import INDEX, SKIPPED, shard_path
 
 log = logging.getLogger("ragturbo")
 

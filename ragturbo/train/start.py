@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ragturbo.config import RETRIEVERS, one_of
 from ragturbo.errors import DatabaseError, InvalidRequest, ModelError
+from ragturbo.folders import check_writable, make_folder
 from ragturbo.model.find import check_model, resolve
 from ragturbo.train import checkpoint
 from ragturbo.train.config import LADDConfig, built_in_configs, load_config, settle
@@ -17,8 +18,6 @@ from ragturbo.train.folder import (
     INDEX,
     NEIGHBORS,
     check_complete,
-    check_output,
-    make_folder,
     read_json,
     read_plan,
     shard_path,
@@ -65,7 +64,7 @@ def count_processes() -> int:
 
 def check_run(settings: LADDConfig, out: Path, *, resume: bool = False) -> None:
     """Make the folder `out`, or raise an error if the run cannot start, as far as packages and files tell it."""
-    check_output(out)
+    check_writable(out)
     newest = checkpoint.latest(out / CHECKPOINTS)
     if newest and not resume:
         raise InvalidRequest(f"{out} already holds {newest.name}: continue it with --resume, or choose another --out")
