@@ -101,9 +101,11 @@ def _group_norm(shape: tuple[int, ...], add: bool, silu: bool, device: str, dtyp
     return partial(group_norm.forward, x, 32, w, b, 1e-5, silu, torch.ones_like(x) if add else None, None, add)
 
 
-def _layer_norm(rows: int, c: int, device: str, dtype: torch.dtype) -> Call:
+def _layer_norm(rows: int, c: int, add: bool, device: str, dtype: torch.dtype) -> Call:
     w, b = (random((c,), device, dtype) for _ in range(2))
-    return partial(layer_norm.forward, random((rows, c), device, dtype), w, b, 1e-5)
+    x = random((rows, c), device, dtype)
+    residual = (random((rows, c), device, dtype), random((c,), device, dtype)) if add else (None, None)
+    return partial(layer_norm.forward, x, w, b, 1e-5, *residual)
 
 
 def _geglu(rows: int, f: int, device: str, dtype: torch.dtype) -> Call:
@@ -182,7 +184,7 @@ def _cases() -> list[Case]:
         add("project_attention", f"b{b}", _project, b, NEIGHBOURS, tiled="project_cross_attention")
     # Self-attention of the adapter.
     add("cross_attention", "b1 d64 k1", _attention, 1, 1, HEADS, 64, False)
-    add("layer_norm", "b1 adapter", _layer_norm, TOKENS, c)
+    add("layer_norm", "b1 adapter", _layer_norm, TOKENS, c, False)
     add("cross_attention", "b1 d32", _attention, 1, 1, 40, 32, False)
     add("cross_attention", "b1 d128", _attention, 1, 16, 10, 128, False)
     add("slerp backward", "b8 per sample", _slerp, 8, False, True, tiled="slerp")
@@ -201,7 +203,8 @@ def _cases() -> list[Case]:
     for channels, size in ((320, 64), (1280, 8)):
         add("group_norm", f"UNet {channels}×{size}², no SiLU", _group_norm, (1, channels, size, size), False, False)
     for channels, size in ((320, 64), (640, 32), (1280, 16)):
-        add("layer_norm", f"{size}² tokens, {channels}", _layer_norm, size * size, channels)
+        add("layer_norm", f"{size}² tokens, {channels}", _layer_norm, size * size, channels, False)
+        add("layer_norm", f"{size}² tokens, {channels} + add", _layer_norm, size * size, channels, True)
         add("geglu", f"{size}² tokens, {4 * channels}", _geglu, size * size, 4 * channels)
     for channels, size in ((320, 64), (1280, 8), (128, 512)):
         add("bias_residual", f"{channels}×{size}²", _bias_residual, channels, size)

@@ -15,6 +15,7 @@ from ragturbo.ops.geglu import reference as geglu
 from ragturbo.ops.group_norm import reference as group_norm
 from ragturbo.ops.interleave import reference as interleave
 from ragturbo.ops.layer_norm import reference as layer_norm
+from ragturbo.ops.layer_norm import reference_and_sum as layer_norm_and_sum
 from ragturbo.ops.linear import reference as linear
 from ragturbo.ops.project_attention import reference as project_attention
 from ragturbo.ops.scaled_residual import reference as scaled_residual
@@ -34,6 +35,12 @@ def _group_norm(*arguments: Any) -> Tensors:
     return out if keep_sum else out[:1]
 
 
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, add: Any, add_bias: Any) -> Tensors:
+    if add is None:
+        return (layer_norm(x, weight, bias, eps),)
+    return layer_norm_and_sum(x, weight, bias, eps, add, add_bias)
+
+
 # op -> function from the launcher's arguments in fp64 to the results.
 FORWARD: dict[str, Callable[..., Tensors]] = {
     "slerp": lambda t, r, w, token, *guards: (slerp(t, r, w, "token" if token else "sample"),),
@@ -42,7 +49,7 @@ FORWARD: dict[str, Callable[..., Tensors]] = {
     "cross_attention": lambda *a: (cross_attention(*a),),
     "project_attention": lambda *a: (project_attention(*a),),
     "group_norm": _group_norm,
-    "layer_norm": lambda *a: (layer_norm(*a),),
+    "layer_norm": _layer_norm,
     "geglu": lambda *a: (geglu(*a),),
     "bias_residual": lambda *a: (bias_residual(*a),),
     "upsample": lambda *a: (upsample(*a),),

@@ -123,8 +123,10 @@ def group_norm(batch: int, channels: int, pixels: int, itemsize: int = 2, *, add
     return Work(10 * n, (4 if add else 2) * n * itemsize, launches=1 if pixels <= 512 else 3)
 
 
-def layer_norm(rows: int, channels: int, itemsize: int = 2) -> Work:
-    return Work(8 * rows * channels, 2 * rows * channels * itemsize)
+def layer_norm(rows: int, channels: int, itemsize: int = 2, *, add: bool = False) -> Work:
+    """One in, one out; with the residual's sum two in, two out."""
+    n = rows * channels
+    return Work((9 if add else 8) * n, (4 if add else 2) * n * itemsize)
 
 
 def geglu(rows: int, width: int, itemsize: int = 2) -> Work:

@@ -23,10 +23,10 @@ def dot(a, b, acc):
 @triton.jit
 def cast(x, dtype: tl.constexpr):
     """fp32 to the storage type, rounded to nearest, ties to even."""
-    # The interpreter's own cast to bf16 truncates.
+    # The interpreter's own cast to bf16 truncates, and turns what is left of a subnormal into a normal number.
     if _INTERPRET and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
-        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
         x = tl.where(x == x, nearest, x)
     return x.to(dtype)
 

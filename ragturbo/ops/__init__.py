@@ -10,7 +10,7 @@ from ragturbo.ops.gather_rows import Rows, describe, gather_rows
 from ragturbo.ops.geglu import geglu
 from ragturbo.ops.group_norm import group_norm, group_norm_and_sum
 from ragturbo.ops.interleave import interleave
-from ragturbo.ops.layer_norm import layer_norm
+from ragturbo.ops.layer_norm import layer_norm, layer_norm_and_sum
 from ragturbo.ops.linear import linear
 from ragturbo.ops.project_attention import project_attention
 from ragturbo.ops.scaled_residual import scaled_residual
@@ -33,6 +33,7 @@ __all__ = [
     "group_norm_and_sum",
     "interleave",
     "layer_norm",
+    "layer_norm_and_sum",
     "linear",
     "project_attention",
     "retrieved_kv",

@@ -139,6 +139,9 @@ def calls(make):
             lambda x, s: ops.group_norm_and_sum(x, 4, s, s, add=x, impl="triton")[1], (image, c)
         ),
         "layer_norm": (lambda x, s, b: ops.layer_norm(x, s, b, impl="triton"), (x, c, c)),
+        "layer_norm_and_sum": (
+            lambda x, s, b: ops.layer_norm_and_sum(x, s, b, add=x.flip(1), add_bias=b, impl="triton")[0], (x, c, c)
+        ),
         "geglu": (lambda x, b: ops.geglu(x, b, impl="triton"), (x, c)),
         "bias_residual": (lambda x, b: ops.bias_residual(x, b, x.flip(0), impl="triton"), (image, c)),
         "upsample": (lambda x: ops.upsample(x, impl="triton"), (image,)),
@@ -150,7 +153,7 @@ def calls(make):
 
 NAMES = (
     "slerp", "scaled_residual", "cross_attention", "linear", "project_attention", "group_norm", "group_norm_and_sum",
-    "layer_norm", "geglu", "bias_residual", "upsample", "interleave", "softmax", "to_uint8",
+    "layer_norm", "layer_norm_and_sum", "geglu", "bias_residual", "upsample", "interleave", "softmax", "to_uint8",
 )  # fmt: skip
 
 
@@ -201,6 +204,7 @@ def test_opcheck_of_every_custom_op(randn, device):
         "project_attention": (x, randn(32, 32), k, k, None, 2),
         "group_norm": (image, 4, c, c, 1e-5, True, image, None, True),
         "layer_norm": (x, c, c, 1e-5),
+        "layer_norm_and_sum": (x, c, c, 1e-5, x.flip(1), c),
         "geglu": (x, c),
         "bias_residual": (image, c, image.flip(0)),
         "upsample": (image,),
