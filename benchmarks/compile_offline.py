@@ -1,14 +1,15 @@
 """Compile the kernels without a GPU and read their resource usage from the machine code.
 
 `python -m benchmarks.compile_offline` compiles every kernel at its main shapes for sm_80, sm_89 and sm_90 and prints
-registers, shared memory and spills. The launchers run on meta tensors, so tiles, constants and alignment are the same
-as on a GPU.
+registers, shared memory, spills, resident programs and the widths of loads. The launchers run on meta tensors, so
+tiles, constants and alignment are the same as on a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -26,11 +27,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
+from benchmarks import machine_code
 from benchmarks.kernel_cases import CASES, FIXED_DTYPE
 from ragturbo.kernels.launch import INTERPRET, replaced
 
-# Maximum shared memory of a block in bytes, by compute capability.
+# Maximum shared memory of a block in bytes, by compute capability. A multiprocessor has 1 KB more, and reserves 1 KB
+# for each block.
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# Warps and blocks of a multiprocessor. All have 65,536 registers.
+WARPS = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64}
+BLOCKS = {80: 32, 86: 16, 89: 24, 90: 32, 100: 32}
 
 
 class AbsentGPU(DriverBase):
@@ -68,7 +74,10 @@ class Compiled:
     """Resource usage of one kernel for one target. Spilled registers count as stack or local.
 
     Args:
+        programs: of each case.
+        resident: programs that fit on a multiprocessor at once.
         load_bytes: the widest load from global memory.
+        code: the widths of all loads, those inside loops, and PDL instructions, from the machine code.
         matrix: the matrix instruction, if any.
         inexact: division and square root instructions that PTX does not round correctly.
     """
@@ -77,6 +86,7 @@ class Compiled:
     capability: int
     dtype: str
     cases: tuple[str, ...]
+    programs: tuple[int, ...]
     warps: int
     registers: int
     shared: int
@@ -85,6 +95,8 @@ class Compiled:
     load_bytes: int
     matrix: str
     inexact: tuple[str, ...]
+    resident: int
+    code: machine_code.MachineCode
 
     @property
     def spills(self) -> bool:
@@ -100,17 +112,26 @@ def cuobjdump() -> Path:
     return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
-def resources(cubin: bytes) -> dict[str, int]:
-    """Return cuobjdump's resource usage of a cubin: REG, STACK, LOCAL, SHARED and more."""
+def resources(cubin: bytes) -> tuple[dict[str, int], str]:
+    """Return cuobjdump's resource usage of a cubin (REG, STACK, LOCAL, SHARED and more) and its machine code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(cuobjdump()), "--dump-resource-usage", file.name]
+        command = [str(cuobjdump()), "--dump-resource-usage", "--dump-sass", file.name]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     found = {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", text)}
     if "REG" not in found:
         raise RuntimeError(f"cuobjdump printed no register count:\n{text}")
-    return found
+    return found, text
+
+
+def resident(capability: int, registers: int, warps: int, shared: int) -> int:
+    """Return how many programs fit on a multiprocessor at once."""
+    # A warp's registers are allocated in units of 256, to each of four partitions.
+    per_warp = -(-registers * 32 // 256) * 256
+    by_registers = 4 * (65536 // 4 // per_warp) // warps
+    by_shared = (SHARED_LIMIT[capability] + 1024) // (shared + 1024)
+    return min(BLOCKS[capability], WARPS[capability] // warps, by_registers, by_shared)
 
 
 def _widest_load(ptx: str) -> int:
@@ -127,31 +148,30 @@ def compile_op(op: str, dtype: torch.dtype, capability: int) -> list[Compiled]:
         raise RuntimeError("TRITON_INTERPRET=1 disables compilation: unset it before Python starts")
     # This replaces the driver of the whole process.
     triton.runtime.driver.set_active(AbsentGPU(capability))
-    found: dict[str, tuple[Any, list[str]]] = {}
+    found: dict[str, tuple[Any, dict[str, int]]] = {}
     label = ""
 
     def compile_only(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
         compiled = kernel.warmup(*args, grid=grid, **options)
-        labels = found.setdefault(compiled.hash, (compiled, []))[1]
-        if label not in labels:
-            labels.append(label)
+        found.setdefault(compiled.hash, (compiled, {}))[1][label] = math.prod(grid)
 
     with replaced(compile_only):
         for case in CASES:
             if case.op == op:
                 label = case.label
                 case.make("meta", dtype)()
-    return [_read(compiled, labels, dtype, capability) for compiled, labels in found.values()]
+    return [_read(compiled, programs, dtype, capability) for compiled, programs in found.values()]
 
 
-def _read(compiled: Any, labels: list[str], dtype: torch.dtype, capability: int) -> Compiled:
-    used = resources(compiled.asm["cubin"])
+def _read(compiled: Any, programs: dict[str, int], dtype: torch.dtype, capability: int) -> Compiled:
+    used, sass = resources(compiled.asm["cubin"])
     meta = compiled.metadata
     return Compiled(
         kernel=meta.name,
         capability=capability,
         dtype=str(dtype).removeprefix("torch."),
-        cases=tuple(labels),
+        cases=tuple(programs),
+        programs=tuple(programs.values()),
         warps=meta.num_warps,
         registers=used["REG"],
         shared=meta.shared,
@@ -162,6 +182,8 @@ def _read(compiled: Any, labels: list[str], dtype: torch.dtype, capability: int)
         inexact=tuple(
             sorted(set(re.findall(r"\b(?:div\.(?:full|approx)|r?sqrt\.approx|rcp\.approx)", compiled.asm["ptx"])))
         ),
+        resident=resident(capability, used["REG"], meta.num_warps, meta.shared),
+        code=machine_code.read(sass),
     )
 
 
@@ -182,14 +204,23 @@ def compile_all(
         return [row for rows in results for row in rows]
 
 
+def _histogram(widths: dict[int, int]) -> str:
+    return " ".join(f"{count}×{width}" for width, count in widths.items()) or "-"
+
+
 def table(rows: Sequence[Compiled]) -> str:
-    heads = "kernel", "sm", "type", "warps", "regs", "shared", "stack", "local", "load", "matrix", "cases"
-    layout = "{:<26}{:>4} {:<9}{:>5}{:>5}{:>8}{:>6}{:>6}{:>5} {:<9}{}"
-    lines = [layout.format(*heads)]
+    """Return one line a variant. "a SM": resident programs; loads as count×bytes; PDL as waits/triggers/prefetches."""
+    heads = "kernel", "sm", "type", "warps", "regs", "shared", "spill", "a SM", "programs", "loads", "in loops"
+    layout = "{:<24}{:>3} {:<9}{:>5}{:>5}{:>8}{:>6}{:>5} {:<13}{:<18}{:<16}{:<7}{:<9}{}"
+    lines = [layout.format(*heads, "PDL", "matrix", "cases")]
     for r in rows:
         mark = "".join((" SPILLS" if r.spills else "", "" if r.fits else " TOO MUCH SHARED"))
-        numbers = r.warps, r.registers, r.shared, r.stack, r.local, r.load_bytes, r.matrix
-        lines.append(layout.format(r.kernel, r.capability, r.dtype, *numbers, ", ".join(r.cases) + mark))
+        programs = "–".join(map(str, sorted({min(r.programs), max(r.programs)})))
+        numbers = r.warps, r.registers, r.shared, r.stack + r.local, r.resident, programs
+        loops = "+".join(_histogram(widths) for widths in (r.code.loop_loads, r.code.outer_loads) if widths) or "-"
+        pdl = f"{r.code.waits}/{r.code.triggers}/{r.code.prefetches}"
+        texts = _histogram(r.code.loads), loops, pdl, r.matrix, ", ".join(r.cases) + mark
+        lines.append(layout.format(r.kernel, r.capability, r.dtype, *numbers, *texts))
     return "\n".join(lines)
 
 
