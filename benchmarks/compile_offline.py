@@ -29,7 +29,7 @@ from triton.backends.driver import DriverBase
 
 from benchmarks import machine_code
 from benchmarks.kernel_cases import CASES, FIXED_DTYPE
-from ragturbo.kernels.launch import INTERPRET, replaced
+from ragturbo.kernels.launch import INTERPRET, programmatic, replaced
 
 # Maximum shared memory of a block in bytes, by compute capability. A multiprocessor has 1 KB more, and reserves 1 KB
 # for each block.
@@ -152,7 +152,7 @@ def compile_op(op: str, dtype: torch.dtype, capability: int) -> list[Compiled]:
     label = ""
 
     def compile_only(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        compiled = kernel.warmup(*args, grid=grid, **options)
+        compiled = kernel.warmup(*args, grid=grid, **options, **programmatic(kernel, capability))
         found.setdefault(compiled.hash, (compiled, {}))[1][label] = math.prod(grid)
 
     with replaced(compile_only):

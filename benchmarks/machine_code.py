@@ -47,7 +47,7 @@ class MachineCode:
         loop_loads: those inside a loop that has no other loop inside.
         outer_loads: those inside a loop, but outside its inner loops.
         waits, triggers: PDL instructions.
-        early: accesses to global memory ahead of the first wait; 0 without a wait.
+        early: accesses to global memory that can be reached without a wait; 0 if there is no wait at all.
         prefetches: prefetches into L2.
     """
 
@@ -71,16 +71,19 @@ def parse(sass: str) -> list[Instruction]:
 def read(sass: str) -> MachineCode:
     """Return the summary of a listing of one kernel."""
     code = parse(sass)
-    inner, outer = _loops(code)
+    places = {instruction.address: i for i, instruction in enumerate(code)}
+    successors = {i: _successors(code, i, places) for i in range(len(code))}
+    inner, outer = _loops(code, successors)
     loads = [i for i in code if i.name in LOADS]
-    first_wait = min((i.address for i in code if i.name == WAIT), default=-1)
+    waits = sum(i.name == WAIT for i in code)
+    ahead = _before_wait(code, successors) if waits else set()
     return MachineCode(
         loads=_widths(loads),
         loop_loads=_widths([i for i in loads if i.address in inner]),
         outer_loads=_widths([i for i in loads if i.address in outer]),
-        waits=sum(i.name == WAIT for i in code),
+        waits=waits,
         triggers=sum(i.name == TRIGGER for i in code),
-        early=sum(i.address < first_wait for i in code if i.name in LOADS | STORES),
+        early=sum(code[i].name in LOADS | STORES for i in ahead),
         prefetches=sum(i.name == "CCTL" and ".PF" in i.opcode for i in code),
     )
 
@@ -89,13 +92,23 @@ def _widths(loads: list[Instruction]) -> dict[int, int]:
     return dict(sorted(Counter(i.bytes for i in loads).items()))
 
 
-def _loops(code: list[Instruction]) -> tuple[set[int], set[int]]:
+def _before_wait(code: list[Instruction], successors: dict[int, list[int]]) -> set[int]:
+    """Return the instructions that can be reached from the first one without passing a wait."""
+    found: set[int] = set()
+    waiting = [0]
+    while waiting:
+        i = waiting.pop()
+        if i not in found and code[i].name != WAIT:
+            found.add(i)
+            waiting.extend(successors[i])
+    return found
+
+
+def _loops(code: list[Instruction], successors: dict[int, list[int]]) -> tuple[set[int], set[int]]:
     """Return the addresses inside innermost loops, and those inside a loop around others but not in them.
 
     A backward branch alone is no loop: the compiler moves rare paths behind the end of the kernel, and they jump back.
     """
-    places = {instruction.address: i for i, instruction in enumerate(code)}
-    successors = {i: _successors(code, i, places) for i in range(len(code))}
     predecessors: dict[int, set[int]] = {i: set() for i in successors}
     for i, after in successors.items():
         for j in after:

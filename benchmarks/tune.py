@@ -31,7 +31,7 @@ import triton
 from benchmarks import compile_offline
 from benchmarks.kernel_cases import CASES, FIXED_DTYPE, Call, Case
 from ragturbo.kernels import tiles
-from ragturbo.kernels.launch import replaced
+from ragturbo.kernels.launch import programmatic, replaced
 
 log = logging.getLogger("ragturbo")
 
@@ -225,9 +225,12 @@ def write(path: Path, rows: Sequence[Tuned], machine: dict[str, Any]) -> None:
 def compile_candidate(case: Case, dtype: torch.dtype, capability: int, tile: tiles.Tile) -> bool:
     """Compile a candidate into Triton's cache, in a process of its own; return whether it compiled."""
     triton.runtime.driver.set_active(compile_offline.AbsentGPU(capability))
-    compile_only = replaced(lambda kernel, grid, args, options: kernel.warmup(*args, grid=grid, **options))
+
+    def compile_only(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        kernel.warmup(*args, grid=grid, **options, **programmatic(kernel, capability))
+
     try:
-        with compile_only, tiles.forced(case.tiled, tile):
+        with replaced(compile_only), tiles.forced(case.tiled, tile):
             case.make("meta", dtype)()
     except Exception as error:
         log.debug("%s %s: %s", case.op, tile, error)

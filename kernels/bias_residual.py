@@ -7,16 +7,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ragturbo.kernels import tiles
+from ragturbo.kernels import pdl, tiles
 from ragturbo.kernels.launch import launch
 from ragturbo.kernels.portable import cast
 
 
 @triton.jit
-def bias_residual(x_ptr, bias_ptr, residual_ptr, out_ptr, N, C: tl.constexpr, BLOCK: tl.constexpr):
+def bias_residual(x_ptr, bias_ptr, residual_ptr, out_ptr, N, C: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """bias may be None. C is constexpr, so that the compiler uses wide loads of the bias if C is a multiple of 8."""
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m = o < N
+    pdl.wait(PDL)
     s = tl.load(x_ptr + o, mask=m, other=0.0).to(tl.float32)
     if bias_ptr is not None:
         s += tl.load(bias_ptr + o % C, mask=m, other=0.0).to(tl.float32)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ragturbo.kernels import tiles
+from ragturbo.kernels import pdl, tiles
 from ragturbo.kernels.launch import launch
 from ragturbo.kernels.portable import cast, divide, dot
 
@@ -63,9 +63,10 @@ def _inverse(total):
 def cross_attention(
     q_ptr, k_ptr, v_ptr, valid_ptr, out_ptr, softmax_ptr, T, C, n, S, D, scale_log2e,
     stride_qb, stride_qt, stride_kb, stride_kn, stride_ks,
-    BT: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
+    BT: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (query tile, head, sample)."""
+    pdl.wait(PDL)
     i_h, i_b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     i_t = tl.program_id(0) * BT + tl.arange(0, BT)
     i_d = tl.arange(0, BD)
@@ -91,7 +92,7 @@ def cross_attention(
 @triton.jit
 def project_cross_attention(
     x_ptr, w_ptr, k_ptr, v_ptr, valid_ptr, out_ptr, T, C, K, n, S, D, scale_log2e, stride_kb, stride_kn, stride_ks,
-    BT: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
+    BT: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (query tile, head, sample): Q = x W_Qᵀ of one head and its attention, with Q kept in registers."""
     i_h, i_b = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -99,6 +100,8 @@ def project_cross_attention(
     i_d = tl.arange(0, BD)
     m_t, m_d = i_t < T, i_d < D
     i_m = i_b * T + i_t
+    pdl.prefetch_rows(w_ptr, i_h * D + i_d, m_d, K, 0, K, PDL)
+    pdl.wait(PDL)
     acc_q = tl.zeros([BT, BD], dtype=tl.float32)
     for k0 in range(0, K, BK):
         i_k = k0 + tl.arange(0, BK)

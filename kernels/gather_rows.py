@@ -11,16 +11,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ragturbo.kernels import tiles
+from ragturbo.kernels import pdl, tiles
 from ragturbo.kernels.launch import launch
 from ragturbo.kernels.portable import cast
 
 
 @triton.jit
 def gather_rows(
-    descriptor_ptr, ids_ptr, out_ptr, N, row_bytes, C, INT8: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr
-):
+    descriptor_ptr, ids_ptr, out_ptr, N, row_bytes, C,
+    INT8: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Program (chunk of a row). Records are row_bytes apart: N = T·C values, and for int8 then T fp32 scales."""
+    pdl.wait(PDL)
     chunks = tl.cdiv(N, BLOCK)
     i_row = (tl.program_id(0) // chunks).to(tl.int64)
     i = tl.load(ids_ptr + i_row)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ragturbo.kernels import tiles
+from ragturbo.kernels import pdl, tiles
 from ragturbo.kernels.launch import launch
 from ragturbo.kernels.portable import cast
 
@@ -19,11 +19,13 @@ def gelu(x):
 
 
 @triton.jit
-def geglu(x_ptr, bias_ptr, out_ptr, F, stride, BLOCK: tl.constexpr):
+def geglu(x_ptr, bias_ptr, out_ptr, F, stride, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """Program (block of columns, row). bias may be None."""
     i_m = tl.program_id(1).to(tl.int64)
     i_f = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m = i_f < F
+    pdl.prefetch_vector(bias_ptr, tl.program_id(0) * BLOCK, F, BLOCK, PDL)
+    pdl.wait(PDL)
     value = tl.load(x_ptr + i_m * stride + i_f, mask=m, other=0.0).to(tl.float32)
     gate = tl.load(x_ptr + i_m * stride + F + i_f, mask=m, other=0.0).to(tl.float32)
     if bias_ptr is not None:

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ragturbo.kernels import tiles
+from ragturbo.kernels import pdl, tiles
 from ragturbo.kernels.launch import launch
 from ragturbo.kernels.portable import cast, divide, inverse_sqrt
 
@@ -149,10 +149,13 @@ def _activate(x, mean, scale, bias, SILU: tl.constexpr):
 def group_norm(
     x_ptr, add_ptr, add_bias_ptr, weight_ptr, bias_ptr, sum_ptr, out_ptr, R, C, eps,
     WIDTH: tl.constexpr, PER_BLOCK: tl.constexpr, GROUPS: tl.constexpr, EVEN: tl.constexpr, SILU: tl.constexpr,
-    BR: tl.constexpr, BC: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (block of whole groups, image): statistics of all R rows, then the application."""
     c, m_c = _channels(tl.program_id(0), C, PER_BLOCK, BC)
+    pdl.prefetch_vector(weight_ptr, tl.program_id(0) * PER_BLOCK, C, BC, PDL)
+    pdl.prefetch_vector(bias_ptr, tl.program_id(0) * PER_BLOCK, C, BC, PDL)
+    pdl.wait(PDL)
     base = tl.program_id(1).to(tl.int64) * R * C
     add_bias = add_bias_ptr
     if add_bias_ptr is not None:
@@ -174,9 +177,10 @@ def group_norm(
 def group_norm_partial(
     x_ptr, add_ptr, add_bias_ptr, sum_ptr, part_ptr, R, C, rows_per_split,
     WIDTH: tl.constexpr, PER_BLOCK: tl.constexpr, GROUPS: tl.constexpr, EVEN: tl.constexpr,
-    BR: tl.constexpr, BC: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (split of the rows, block of groups, image): groups' mean and M2 -> part[image, group, split, 2]."""
+    pdl.wait(PDL)
     c, m_c = _channels(tl.program_id(1), C, PER_BLOCK, BC)
     i_b = tl.program_id(2).to(tl.int64)
     first = tl.program_id(0) * rows_per_split
@@ -194,8 +198,9 @@ def group_norm_partial(
 
 
 @triton.jit
-def group_norm_merge(part_ptr, stats_ptr, splits, R, rows_per_split, width, eps, BS: tl.constexpr):
+def group_norm_merge(part_ptr, stats_ptr, splits, R, rows_per_split, width, eps, BS: tl.constexpr, PDL: tl.constexpr):
     """Program (image and group): its splits -> stats[image, group, 2], mean and 1/σ."""
+    pdl.wait(PDL)
     i = tl.program_id(0).to(tl.int64)
     i_s = tl.arange(0, BS)
     m = i_s < splits
@@ -215,6 +220,7 @@ def group_norm_merge(part_ptr, stats_ptr, splits, R, rows_per_split, width, eps,
 def group_norm_apply(
     x_ptr, add_ptr, add_bias_ptr, weight_ptr, bias_ptr, stats_ptr, sum_ptr, out_ptr, R, C,
     WIDTH: tl.constexpr, PER_BLOCK: tl.constexpr, SILU: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of rows, block of groups, image)."""
     # In the reverse order of the statistics launch, because L2 still holds the rows that it read last.
@@ -222,6 +228,9 @@ def group_norm_apply(
     i_c = tl.num_programs(1) - 1 - tl.program_id(1)
     i_b = (tl.num_programs(2) - 1 - tl.program_id(2)).to(tl.int64)
     c, m_c = _channels(i_c, C, PER_BLOCK, BC)
+    pdl.prefetch_vector(weight_ptr, i_c * PER_BLOCK, C, BC, PDL)
+    pdl.prefetch_vector(bias_ptr, i_c * PER_BLOCK, C, BC, PDL)
+    pdl.wait(PDL)
     w, b = _affine(weight_ptr, bias_ptr, c, m_c)
     p_stats = stats_ptr + (i_b * (C // WIDTH) + c // WIDTH) * 2
     mean = tl.load(p_stats, mask=m_c, other=0.0)

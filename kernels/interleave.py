@@ -7,18 +7,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ragturbo.kernels import tiles
+from ragturbo.kernels import pdl, tiles
 from ragturbo.kernels.launch import launch
 
 
 @triton.jit
-def interleave(x_ptr, out_ptr, H, W, C: tl.constexpr, BLOCK: tl.constexpr):
+def interleave(x_ptr, out_ptr, H, W, C: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """Program (row of the output, block of its 2W·C elements). C is constexpr: a multiple of 8 allows 16-byte loads."""
     i_row = tl.program_id(0)
     i_b, y = i_row // (2 * H), i_row % (2 * H)
     o = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m = o < 2 * W * C
     i_x = o // C
+    pdl.wait(PDL)
     p_row = x_ptr + (i_b * (H + 1) + (y + 1) // 2).to(tl.int64) * (W + 1) * (4 * C) + (y % 2) * (2 * C)
     v = tl.load(p_row + ((i_x + 1) // 2) * (4 * C) + (i_x % 2) * C + o % C, mask=m)
     tl.store(out_ptr + i_row.to(tl.int64) * (2 * W * C) + o, v, mask=m)

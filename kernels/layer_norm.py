@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ragturbo.kernels import tiles
+from ragturbo.kernels import pdl, tiles
 from ragturbo.kernels.launch import launch
 from ragturbo.kernels.portable import cast, divide, inverse_sqrt
 
@@ -15,13 +15,16 @@ from ragturbo.kernels.portable import cast, divide, inverse_sqrt
 @triton.jit
 def layer_norm(
     x_ptr, add_ptr, add_bias_ptr, weight_ptr, bias_ptr, sum_ptr, out_ptr, M, N, stride_x, stride_add, eps,
-    BM: tl.constexpr, BN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (BM rows), with all N columns in registers. add and sum, and add_bias too, may be None."""
     i_m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     i_n = tl.arange(0, BN)
     m_n = i_n < N
     m = (i_m < M)[:, None] & m_n[None, :]
+    pdl.prefetch_vector(weight_ptr, 0, N, BN, PDL)
+    pdl.prefetch_vector(bias_ptr, 0, N, BN, PDL)
+    pdl.wait(PDL)
     x = tl.load(x_ptr + i_m[:, None] * stride_x + i_n[None, :], mask=m, other=0.0)
     if add_ptr is not None:
         s = x.to(tl.float32)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ragturbo.kernels import tiles
+from ragturbo.kernels import pdl, tiles
 from ragturbo.kernels.geglu import gelu
 from ragturbo.kernels.launch import launch
 from ragturbo.kernels.portable import cast, dot
@@ -24,7 +24,7 @@ def linear(
     x_ptr, w0_ptr, w1_ptr, w2_ptr, bias_ptr, residual_ptr, lam_ptr, out_ptr, part_ptr, arrived_ptr,
     M, N, K, rows_per_lam,
     PARTS: tl.constexpr, GEGLU: tl.constexpr, EVEN_K: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (row tile, column tile of one weight, share of K). bias, residual and lam may be None."""
     i_m = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
@@ -41,14 +41,18 @@ def linear(
         if part == 2:
             w_ptr = w2_ptr
 
-    acc = tl.zeros([BM, BN], dtype=tl.float32)
-    gate = tl.zeros([BM, BN], dtype=tl.float32)
     first_k = 0
     last_k = K
     if SPLITS > 1:
         share = tl.cdiv(tl.cdiv(K, BK), SPLITS) * BK
         first_k = tl.program_id(2) * share
         last_k = tl.minimum(first_k + share, K)
+    pdl.prefetch_rows(w_ptr, i_n, m_n, K, first_k, last_k, PDL)
+    if GEGLU:
+        pdl.prefetch_rows(w_ptr + tl.cast(N, tl.int64) * K, i_n, m_n, K, first_k, last_k, PDL)
+    pdl.wait(PDL)
+    acc = tl.zeros([BM, BN], dtype=tl.float32)
+    gate = tl.zeros([BM, BN], dtype=tl.float32)
     for k0 in range(first_k, last_k, BK):
         i_k = k0 + tl.arange(0, BK)
         m_k = EVEN_K | (i_k < K)

@@ -7,17 +7,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ragturbo.kernels import tiles
+from ragturbo.kernels import pdl, tiles
 from ragturbo.kernels.launch import launch
 from ragturbo.kernels.portable import cast
 
 
 @triton.jit
-def scaled_residual(h_ptr, delta_ptr, lam_ptr, out_ptr, N, BLOCK: tl.constexpr):
+def scaled_residual(h_ptr, delta_ptr, lam_ptr, out_ptr, N, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """Program (sample, block of its N elements)."""
     i_b = tl.program_id(0).to(tl.int64)
     o = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m = o < N
+    pdl.wait(PDL)
     lam = tl.load(lam_ptr + i_b).to(tl.float32)
     h = tl.load(h_ptr + i_b * N + o, mask=m)
     delta = tl.load(delta_ptr + i_b * N + o, mask=m).to(tl.float32)

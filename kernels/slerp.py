@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ragturbo.kernels import tiles
+from ragturbo.kernels import pdl, tiles
 from ragturbo.kernels.launch import launch
 from ragturbo.kernels.portable import cast, divide
 
@@ -84,11 +84,12 @@ def _load(ptr, row, N, o, m):
 
 
 @triton.jit
-def slerp_sums(t_ptr, r_ptr, g_ptr, sums_ptr, N, BLOCK: tl.constexpr):
+def slerp_sums(t_ptr, r_ptr, g_ptr, sums_ptr, N, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """Program (row, chunk): ⟨t,t⟩ ⟨r,r⟩ ⟨t,r⟩, and ⟨g,t⟩ ⟨g,r⟩ unless g is None -> sums[row, :, chunk]."""
     row, chunk, chunks = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     o = chunk * BLOCK + tl.arange(0, BLOCK)
     m = o < N
+    pdl.wait(PDL)
     t, r = _load(t_ptr, row, N, o, m), _load(r_ptr, row, N, o, m)
     p_sums = sums_ptr + row * 5 * chunks + chunk
     tl.store(p_sums, tl.sum(t * t))
@@ -115,12 +116,13 @@ def _product(x, y, sums_ptr, row, which: tl.constexpr, CHUNKS: tl.constexpr):
 @triton.jit
 def slerp_blend(
     t_ptr, r_ptr, w_ptr, sums_ptr, out_ptr, N, rows_per_w,
-    PARALLEL: tl.constexpr, ANTIPODAL: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
+    PARALLEL: tl.constexpr, ANTIPODAL: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (row, chunk). sums is None if a row is one chunk."""
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     o = chunk * BLOCK + tl.arange(0, BLOCK)
     m = o < N
+    pdl.wait(PDL)
     t, r = _load(t_ptr, row, N, o, m), _load(r_ptr, row, N, o, m)
     w = tl.load(w_ptr + row // rows_per_w).to(tl.float32)
     tt, rr = _product(t, t, sums_ptr, row, 0, CHUNKS), _product(r, r, sums_ptr, row, 1, CHUNKS)

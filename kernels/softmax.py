@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ragturbo.kernels import tiles
+from ragturbo.kernels import pdl, tiles
 from ragturbo.kernels.launch import launch
 from ragturbo.kernels.portable import cast, divide
 
@@ -15,11 +15,12 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def softmax(x_ptr, out_ptr, L, scale, BLOCK: tl.constexpr):
+def softmax(x_ptr, out_ptr, L, scale, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """Program (row), held in registers."""
     i_row = tl.program_id(0).to(tl.int64)
     o = tl.arange(0, BLOCK)
     m = o < L
+    pdl.wait(PDL)
     x = tl.load(x_ptr + i_row * L + o, mask=m, other=float("-inf"))
     p = tl.exp2((x - tl.max(x, axis=0)) * (scale * _LOG2_E))
     p *= divide(1.0, tl.sum(p, axis=0))

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ragturbo.kernels import tiles
+from ragturbo.kernels import pdl, tiles
 from ragturbo.kernels.launch import launch
 from ragturbo.kernels.portable import cast
 
@@ -20,14 +20,16 @@ _ROUND = tl.constexpr(12582912.0)
 
 @triton.jit
 def to_uint8(
-    x_ptr, out_ptr, C, H, W, stride_b, stride_c, stride_h, stride_w, SIGNED: tl.constexpr, BLOCK: tl.constexpr
-):
+    x_ptr, out_ptr, C, H, W, stride_b, stride_c, stride_h, stride_w,
+    SIGNED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Program (block of H·W·C output elements, image)."""
     i_b = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m = i < H * W * C
     c, pixel = i % C, i // C
     o = i_b * stride_b + c * stride_c + (pixel // W).to(tl.int64) * stride_h + (pixel % W) * stride_w
+    pdl.wait(PDL)
     x = tl.load(x_ptr + o, mask=m, other=0.0)
     y = x.to(tl.float32)
     if SIGNED:

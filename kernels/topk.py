@@ -13,16 +13,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ragturbo.kernels import tiles
+from ragturbo.kernels import pdl, tiles
 from ragturbo.kernels.launch import INTERPRET, launch
 
 
 @triton.jit
 def scan_keys(
     descriptor_ptr, query_ptr, score_ptr, row_ptr, D,
-    K: tl.constexpr, KP: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    K: tl.constexpr, KP: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (query, share): the best K of every shares-th tile of BN keys -> scores and rows [query, share, K]."""
+    pdl.wait(PDL)
     i_q, share, shares = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     p_keys = tl.load(descriptor_ptr).to(tl.pointer_type(tl.float16), bitcast=True)
     p_keys = tl.multiple_of(p_keys, 16)
@@ -61,8 +62,9 @@ def scan_keys(
 
 
 @triton.jit
-def merge_lists(score_ptr, row_ptr, ids_ptr, out_ptr, found, K: tl.constexpr, BF: tl.constexpr):
+def merge_lists(score_ptr, row_ptr, ids_ptr, out_ptr, found, K: tl.constexpr, BF: tl.constexpr, PDL: tl.constexpr):
     """Program (query): the best K of all shares, best first, equal scores by row. Missing: id -1, score NaN."""
+    pdl.wait(PDL)
     i_q = tl.program_id(0)
     i = tl.arange(0, BF)
     m = i < found

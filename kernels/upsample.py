@@ -7,16 +7,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ragturbo.kernels import tiles
+from ragturbo.kernels import pdl, tiles
 from ragturbo.kernels.launch import launch
 
 
 @triton.jit
-def upsample(x_ptr, out_ptr, row_size, C: tl.constexpr, BLOCK: tl.constexpr):
+def upsample(x_ptr, out_ptr, row_size, C: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """Program (row, block of its row_size = W·C elements). C is constexpr: a multiple of 8 allows 16-byte stores."""
     i_row = tl.program_id(0).to(tl.int64)
     o = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m = o < row_size
+    pdl.wait(PDL)
     x = tl.load(x_ptr + i_row * row_size + o, mask=m)
     # Pixel j goes to pixels 2j and 2j + 1 of rows 2i and 2i + 1.
     p_out = out_ptr + i_row * 4 * row_size + (o // C) * (2 * C) + o % C

@@ -22,6 +22,7 @@ from ragturbo.errors import InvalidRequest
 ENVIRONMENT: dict[str, str] = {
     "RAGTURBO_IMPL": "what impl='auto' uses: one name for all ops, or 'slerp=reference,cross_attention=sdpa'",
     "RAGTURBO_KERNEL_CONFIGS": "a folder of <gpu>.json tile choices, searched before those installed with ragturbo",
+    "RAGTURBO_PDL": "0 turns off programmatic dependent launch, which overlaps kernels' launches on sm_90 and newer",
     "TRITON_INTERPRET": "1 runs the Triton kernels in Triton's CPU interpreter: for tests, thousands of times slower",
 }
 

@@ -24,6 +24,8 @@ WIDE = (
 )  # fmt: skip
 # Kernels that spend their time in loops. Outside the innermost loop they load one flag a neighbour.
 LOOPS = ("cross_attention", "group_norm", "group_norm_partial", "linear", "project_cross_attention", "scan_keys")
+# Kernels of gradients are in no graph.
+BACKWARD = ("cross_attention_dkv", "cross_attention_dq", "scaled_residual_backward", "slerp_blend_backward")
 REST = [
     (sm, dtype) for sm in (80, 89, 90) for dtype in ("bfloat16", "float16", "float32") if (sm, dtype) not in TARGETS
 ]
@@ -62,6 +64,11 @@ def test_no_kernel_spills_or_asks_for_more_shared_memory_than_there_is(sm, dtype
             # JSON has strings as keys.
             assert set(row["code"]["loop_loads"]) <= {"16"}, row
             assert set(row["code"]["outer_loads"]) <= {"16", "1"}, row
+        pdl = row["code"]["waits"], row["code"]["triggers"]
+        assert pdl == ((1, 1) if sm >= 90 and row["kernel"] not in BACKWARD else (0, 0)), row
+        assert row["code"]["early"] == 0, row
+        if row["kernel"] in ("linear", "project_cross_attention"):
+            assert (row["code"]["prefetches"] > 0) == (sm >= 90), row
         if row["kernel"] == "scan_keys":
             # With fewer programs a multiprocessor, nothing is loaded while a program searches.
             assert row["resident"] >= 3, row
