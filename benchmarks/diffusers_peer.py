@@ -18,9 +18,10 @@ Draw = Callable[[list[str], list[int], str], Any]
 
 
 def diffusers_pipeline(bundle: Bundle) -> Any:
-    """Return diffusers' StableDiffusionPipeline over the bundle's modules."""
+    """Return diffusers' StableDiffusionPipeline over the bundle's modules, which become diffusers' own classes."""
     from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
 
+    bundle.to_diffusers()
     pipe: Any = StableDiffusionPipeline(
         vae=bundle.vae.module,
         text_encoder=bundle.text.text_encoder,

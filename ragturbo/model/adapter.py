@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
 from ragturbo.errors import InvalidRequest, ModelError
 from ragturbo.model.find import ADAPTER as FILE
 from ragturbo.model.info import ADAPTER_KINDS
+from ragturbo.model.networks.skeleton import Skeleton
+from ragturbo.model.networks.transformer import BasicTransformerBlock
 from ragturbo.model.tokens import sdpa
 from ragturbo.model.weights import read_safetensors, write_safetensors
 from ragturbo.ops import adapter as ops
@@ -66,7 +67,7 @@ class HSpaceAdapter(nn.Module):
             self.norm = nn.GroupNorm(norm_groups(channels), channels, eps=1e-6)
             self.proj_in = nn.Linear(channels, channels)
             self.transformer_blocks = nn.ModuleList(
-                [BasicTransformerBlock(channels, heads, channels // heads, cross_attention_dim=channels)]
+                [BasicTransformerBlock(channels, heads, channels // heads, channels)]
             )
         else:
             self.to_q = nn.Linear(channels, channels, bias=False)
@@ -202,8 +203,7 @@ class HSpaceAdapter(nn.Module):
             raise ModelError(f"the metadata of {path} does not describe an adapter: {error}") from error
         if channels is not None and width != channels:
             raise ModelError(f"{path} is an adapter of width {width}; the model's H-space has {channels} channels")
-        # On the meta device no weights are initialized only to be replaced.
-        with torch.device("meta"):
+        with Skeleton():
             adapter = cls(width, heads, kind, phrases)
         try:
             adapter.load_state_dict(state, assign=True)

@@ -21,6 +21,8 @@ from ragturbo.model.clip_key import ClipKey
 from ragturbo.model.find import ADAPTER, DATABASE, LORA, PARTS, TEACHER, Hub, check_model, find_adapter, resolve
 from ragturbo.model.fingerprint import UNET_ENCODER, VAE_ENCODER, base_state, fingerprint
 from ragturbo.model.info import BundleInfo, Sampling
+from ragturbo.model.networks.euler import EulerDiscreteScheduler, become_diffusers_scheduler
+from ragturbo.model.networks.library_class import become_library_class
 from ragturbo.model.text import TextEncoder
 from ragturbo.model.unet import HSpaceUNet
 from ragturbo.model.vae import VAE
@@ -225,6 +227,17 @@ class Bundle:
             lora.remove_lora(self.unet.unet)
         self.adapter = None if new is None else new.to(self.device, self.dtype).requires_grad_(False).eval()
 
+    def to_diffusers(self) -> Bundle:
+        """Change networks and scheduler, in place, into diffusers' and transformers' classes, with the same tensors.
+
+        Those of `networks` do so by themselves if they are asked for a method that they lack, such as enable_freeu.
+        """
+        for network in (self.text.text_encoder, self.unet.unet, self.vae.module, self.teacher):
+            if network is not None:
+                become_library_class(network)
+        become_diffusers_scheduler(self.scheduler)
+        return self
+
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write the diffusers layout and, last, ragturbo.json. A database is not copied."""
         folder = Path(folder)
@@ -305,6 +318,8 @@ def _facts(scheduler: Any) -> dict[str, Any]:
 
 
 def _checked_scheduler(scheduler: Any) -> Any:
+    if isinstance(scheduler, EulerDiscreteScheduler):
+        return scheduler
     from diffusers import SchedulerMixin
 
     if not isinstance(scheduler, SchedulerMixin):

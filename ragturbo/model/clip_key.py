@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ragturbo.errors import ModelError
+from ragturbo.model.networks.skeleton import Skeleton
 from ragturbo.model.tokens import sdpa
 from ragturbo.model.weights import read_safetensors, write_safetensors
 
@@ -112,8 +113,7 @@ class ClipKey(nn.Module):
     @classmethod
     def _of(cls, state: dict[str, Tensor], heads: int, activation: str) -> ClipKey:
         width, dim = state["text_projection"].shape
-        # On the meta device no weights are initialized only to be replaced.
-        with torch.device("meta"):
+        with Skeleton():
             key = cls(width, heads, dim, state["resblock.mlp.c_fc.weight"].shape[0], activation)
         key.load_state_dict(state, assign=True)
         return key.requires_grad_(False).eval()

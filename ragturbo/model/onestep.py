@@ -12,7 +12,6 @@ import math
 from typing import Any, TypeAlias
 
 import torch
-from diffusers import EulerDiscreteScheduler
 from torch import Tensor
 
 from ragturbo.errors import InvalidRequest, ModelError
@@ -95,7 +94,7 @@ Schedule: TypeAlias = EulerSchedule | SchedulerLoop
 def make_schedule(
     scheduler: Any, num_inference_steps: int, *, distilled: bool, device: torch.device | str | None = None
 ) -> Schedule:
-    """Make the steps of a bundle's diffusers scheduler, which is not modified.
+    """Make the steps of a bundle's scheduler, which is not modified.
 
     Args:
         num_inference_steps: 1 to 4 for distilled models, otherwise 1 to the scheduler's number of training timesteps.
@@ -110,8 +109,7 @@ def make_schedule(
         why = "a distilled model" if distilled else "this model"
         raise InvalidRequest(f"num_inference_steps={num_inference_steps}: {why} takes 1 to {most}")
     # Ancestral Euler draws noise, and continuous timesteps are scaled differently: both use diffusers' own scheduler.
-    kind: type = type(scheduler)
-    if kind is not EulerDiscreteScheduler or scheduler.config.timestep_type != "discrete":
+    if type(scheduler).__name__ != "EulerDiscreteScheduler" or scheduler.config.timestep_type != "discrete":
         return SchedulerLoop(scheduler, num_inference_steps, device)
     own = copy.deepcopy(scheduler)
     own.set_timesteps(num_inference_steps, device=device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,6 +11,9 @@ from typing import Any
 
 from ragturbo.errors import InvalidRequest, ModelError
 from ragturbo.model.find import Hub, read_json, resolve
+from ragturbo.model.networks.clip_tokenizer import CLIPTokenizer
+from ragturbo.model.networks.euler import EulerDiscreteScheduler
+from ragturbo.model.networks.load import KINDS, load_network
 from ragturbo.model.pickles import refuse_pickled_model
 from ragturbo.model.weights import file_dtype
 
@@ -20,23 +24,22 @@ _SD_SCALE = 0.18215
 
 
 def load_text_encoder(folder: Path, variant: str | None = None) -> Any:
-    from transformers import CLIPTextModel
-
     path = _part(folder, "text_encoder")
     kind = read_json(path / "config.json").get("model_type")
     if kind not in ("clip_text_model", "clip"):
         raise ModelError(f"{path} is a {kind!r} model; only CLIP text encoders are supported")
     # Not CLIPTextModelWithProjection: SD 2's config has a projection_dim, but its weights have no projection.
-    with quiet():
-        return _load(CLIPTextModel, path, "dtype", variant=variant)
+    return _load("CLIPTextModel", path, variant)
 
 
 def load_tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
     path = folder / "tokenizer"
     if not path.is_dir():
         raise ModelError(f"{folder} is not a model in diffusers' layout: it has no folder tokenizer/")
+    if (tokenizer := CLIPTokenizer.load(path)) is not None:
+        return tokenizer
+    from transformers import AutoTokenizer
+
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
     # The libraries that read a tokenizer's files each raise their own errors.
@@ -45,19 +48,15 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def load_unet(folder: Path, name: str, variant: str | None = None) -> Any:
-    from diffusers import UNet2DConditionModel
-
-    return _load(UNet2DConditionModel, _part(folder, name), variant=variant)
+    return _load("UNet2DConditionModel", _part(folder, name), variant)
 
 
 def load_vae(folder: Path, choice: str, hub: Hub) -> Any:
     """choice: "full" (the model's own), "tiny", or a folder or hub id of an AutoencoderTiny."""
-    from diffusers import AutoencoderKL, AutoencoderTiny
-
     if choice == "full":
         path = _part(folder, "vae")
         tiny = read_json(path / "config.json").get("_class_name") == "AutoencoderTiny"
-        return _load(AutoencoderTiny if tiny else AutoencoderKL, path, variant=hub.variant)
+        return _load("AutoencoderTiny" if tiny else "AutoencoderKL", path, hub.variant)
     if choice == "tiny" and (folder / TINY_VAE).is_dir():
         path = folder / TINY_VAE
     else:
@@ -66,7 +65,7 @@ def load_vae(folder: Path, choice: str, hub: Hub) -> Any:
         path = resolve(_tiny_vae_id(folder) if choice == "tiny" else choice, own)
     if read_json(path / "config.json").get("_class_name") != "AutoencoderTiny":
         raise ModelError(f"{path} is not an AutoencoderTiny")
-    return _load(AutoencoderTiny, path)
+    return _load("AutoencoderTiny", path)
 
 
 def _tiny_vae_id(folder: Path) -> str:
@@ -80,10 +79,12 @@ def _tiny_vae_id(folder: Path) -> str:
 
 
 def load_scheduler(folder: Path) -> Any:
-    import diffusers
-
     path = folder / "scheduler" / "scheduler_config.json"
     config = read_json(path)
+    if (scheduler := EulerDiscreteScheduler.load(config)) is not None:
+        return scheduler
+    import diffusers
+
     try:
         kind = getattr(diffusers, config["_class_name"])
         if not issubclass(kind, diffusers.SchedulerMixin):
@@ -100,10 +101,8 @@ def _part(folder: Path, name: str) -> Path:
     return path
 
 
-def _load(kind: Any, path: Path, dtype_argument: str = "torch_dtype", *, variant: str | None = None) -> Any:
-    """from_pretrained, but missing or mismatched weights raise: the libraries warn and initialize them."""
-    from diffusers.utils import is_accelerate_available
-
+def _load(kind: str, path: Path, variant: str | None = None) -> Any:
+    """Load a network of `networks`, or one of the library if it has an option that those do not have."""
     files = sorted(path.glob("*.safetensors"))
     there = {_variant(file) for file in files}
     if variant is not None and variant not in there:
@@ -116,18 +115,30 @@ def _load(kind: Any, path: Path, dtype_argument: str = "torch_dtype", *, variant
     if not dtypes:
         refuse_pickled_model(path.parent, path)
         raise ModelError(f"{path} has no weights (*.safetensors)")
+    own = load_network(kind, path, variant, dtypes[0]) if len(dtypes) == 1 else None
+    return _of_library(kind, path, variant, dtypes[0]) if own is None else own
+
+
+def _of_library(kind: str, path: Path, variant: str | None, dtype: Any) -> Any:
+    """from_pretrained, but missing or mismatched weights raise: the libraries warn and initialize them."""
+    from diffusers.utils import is_accelerate_available
+
+    own_library = KINDS[kind].library
+    library = importlib.import_module(own_library)
+    options = {"dtype" if own_library == "transformers" else "torch_dtype": dtype}
     try:
-        model, report = kind.from_pretrained(
-            path,
-            local_files_only=True,
-            use_safetensors=True,
-            variant=variant,
-            low_cpu_mem_usage=is_accelerate_available(),
-            output_loading_info=True,
-            **{dtype_argument: dtypes[0]},
-        )
+        with quiet():
+            model, report = getattr(library, kind).from_pretrained(
+                path,
+                local_files_only=True,
+                use_safetensors=True,
+                variant=variant,
+                low_cpu_mem_usage=is_accelerate_available(),
+                output_loading_info=True,
+                **options,
+            )
     except (OSError, ValueError, RuntimeError, TypeError) as error:
-        raise ModelError(f"{path} cannot be loaded as {kind.__name__}: {error}") from error
+        raise ModelError(f"{path} cannot be loaded as {kind}: {error}") from error
     if missing := sorted(report.get("missing_keys") or ()):
         raise ModelError(f"{path} lacks {len(missing)} weights, the first of them {missing[0]}")
     if mismatched := list(report.get("mismatched_keys") or ()):

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from ragturbo.errors import InvalidRequest, ModelError
 from ragturbo.model.clip_key import ClipKey
+from ragturbo.model.networks.clip_tokenizer import CLIPTokenizer
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class TextEncoder:
             raise ModelError(
                 f"{type(tokenizer).__name__} is not a fast tokenizer (no tokenizer.json, and none can be made)"
             )
-        self.tokenizer = tokenizer
+        self._tokenizer = tokenizer
         self.text_encoder = text_encoder
         self.clip_key = clip_key
         self.width: int = config.hidden_size
@@ -59,6 +60,12 @@ class TextEncoder:
         self._unknown_id = None if unknown == tokenizer.eos_token_id else unknown
         if clip_key is not None and clip_key.width != self.width:
             raise ModelError(f"the CLIP key is for a text encoder of width {clip_key.width}, not {self.width}")
+
+    @property
+    def tokenizer(self) -> Any:
+        """transformers' tokenizer, which is imported for it if it was not."""
+        own = self._tokenizer
+        return own.of_transformers if isinstance(own, CLIPTokenizer) else own
 
     @property
     def key_kind(self) -> str:

@@ -1,4 +1,4 @@
-"""A diffusers UNet split at its middle block: encode returns the H-space feature h, decode takes it or another one.
+"""A UNet split at its middle block: encode returns the H-space feature h, decode takes it or another one.
 
 The forward of diffusers can add to the middle block's output only together with ControlNet residuals, and Δh of Eq. 5
 depends on h. So the forward is written out here, over the model's modules and in the same order.
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from ragturbo.errors import InvalidRequest, ModelError
+from ragturbo.model.networks.library_class import become_library_class, is_one_of
 from ragturbo.model.tokens import to_tokens
 
 # Arguments of UNet2DConditionModel.forward that are not supported, and what to do instead.
@@ -42,14 +42,13 @@ class UNetState:
 
 
 class HSpaceUNet:
-    """A view over a UNet2DConditionModel, without copies or hooks. LoRA, FreeU and checkpointing still work."""
+    """A view over a UNet2DConditionModel of diffusers, or of `networks`, without copies or hooks. LoRA, FreeU and
+    checkpointing still work."""
 
-    def __init__(self, unet: UNet2DConditionModel) -> None:
+    def __init__(self, unet: Any) -> None:
         # peft wraps the model, which it has changed in place.
         model: Any = unet.get_base_model() if hasattr(unet, "get_base_model") else unet
-        # In a variable: an isinstance check would narrow the type to a class whose config mypy does not know.
-        known = isinstance(model, UNet2DConditionModel)
-        if not known:
+        if not is_one_of(model, "UNet2DConditionModel"):
             raise ModelError(f"HSpaceUNet takes a UNet2DConditionModel of diffusers, not {type(model).__name__}")
         self.unet: Any = model
         if self.unet.mid_block is None:
@@ -116,6 +115,10 @@ class HSpaceUNet:
         """
         _check_refused(refused, cross_attention_kwargs or {})
         unet = self.unet
+        conditions = class_labels, timestep_cond, cross_attention_kwargs, added_cond_kwargs
+        if any(condition is not None for condition in conditions):
+            # `networks` have no other condition than the text.
+            become_library_class(unet)
         kind = unet.config.addition_embed_type
         if kind not in (None, "text") and added_cond_kwargs is None:
             raise InvalidRequest(f"this UNet (addition_embed_type={kind!r}) needs added_cond_kwargs")

@@ -6,20 +6,21 @@ import copy
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
 
 from ragturbo.errors import InvalidRequest, ModelError
+from ragturbo.model.networks.library_class import is_one_of
 from ragturbo.model.ties import sharing_copy
 
 
 class VAE:
-    """A diffusers autoencoder. Latents are the mean of the posterior, not a sample, so that builds are repeatable."""
+    """An AutoencoderKL or AutoencoderTiny, of diffusers or of `networks`.
+
+    Latents are the mean of the posterior, not a sample, so that builds are repeatable.
+    """
 
     def __init__(self, module: Any) -> None:
-        # In a variable: an isinstance check would narrow the type to a class whose config mypy does not know.
-        known = isinstance(module, (AutoencoderKL, AutoencoderTiny))
-        if not known:
+        if not is_one_of(module, "AutoencoderKL", "AutoencoderTiny"):
             raise ModelError(f"{type(module).__name__} is not a supported VAE: AutoencoderKL or AutoencoderTiny")
         self.module: Any = module
         config = self.module.config
@@ -41,7 +42,7 @@ class VAE:
             raise InvalidRequest(f"image sides must be multiples of {self.factor} pixels, got {width}x{height}")
         out = self.module.encode(images.to(self.dtype))
         # AutoencoderTiny has no posterior.
-        latents = out.latents if isinstance(self.module, AutoencoderTiny) else out.latent_dist.mean
+        latents = out.latents if is_one_of(self.module, "AutoencoderTiny") else out.latent_dist.mean
         return (latents - self.shift) * self.scale
 
     def decode(self, latents: Tensor) -> Tensor:

@@ -1,0 +1,105 @@
+"""Networks that become diffusers' or transformers' own class where something asks for more than a forward pass."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from ragturbo.model.networks.config import Config
+from ragturbo.model.networks.skeleton import Skeleton
+
+_PACKAGE = __name__.rpartition(".")[0]
+# Methods and attributes of the libraries' classes that are not implemented here. A pattern instead of a look at the
+# class: importing it takes seconds, and much of this package and of torch asks modules for attributes they lack.
+_OF_THE_LIBRARY = re.compile(
+    r"(enable|disable|save|load|set|add|delete|fuse|unfuse|from|register|extract|push|unload|to_json|tiled|blend|scale|unscale"
+    r"|gradient_checkpointing|activation_checkpointing|get_config|get_input|get_output|get_memory|resize|reset|tie"
+    r"|compile_repeated|init)_\w+|attn_processors|active_adapters|num_parameters|dequantize|is_gradient_checkpointing"
+    r"|use_slicing|use_tiling|base_model|dummy_inputs"
+)
+
+
+class Network(nn.Module):
+    """The base class of this package's networks: what ModelMixin has that this library uses."""
+
+    LIBRARY: ClassVar[str]
+    """Of the class of the same name."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    def __getattr__(self, name: str) -> Any:
+        if _OF_THE_LIBRARY.fullmatch(name):
+            return getattr(become_library_class(self), name)
+        return super().__getattr__(name)
+
+
+def is_one_of(module: Any, *names: str) -> bool:
+    """Whether a module is of a class of one of these names, here or in diffusers, which is not imported for it."""
+    return any(kind.__name__ in names for kind in type(module).__mro__)
+
+
+def become_library_class(network: nn.Module) -> Any:
+    """Change a network, in place, into the library's class of its name, with the same layers and tensors.
+
+    In place, because the engines hold references to it. A module that is one already is returned as it is.
+    """
+    if not isinstance(network, Network):
+        return network
+    kind, theirs = _library_model(network)
+    theirs.train(network.training)
+    _move(network, theirs)
+    # Buffers that are not saved, such as positions.
+    nn.Module.to(theirs, network.device)
+    own = {name: value for name, value in network.__dict__.items() if name not in theirs.__dict__ and name != "config"}
+    # One assignment each, so that another thread's forward pass finds all layers at any time.
+    object.__setattr__(network, "__dict__", {**theirs.__dict__, **own})
+    object.__setattr__(network, "__class__", kind)
+    return network
+
+
+def _library_model(network: Network) -> tuple[type[Any], Any]:
+    name = type(network).__name__
+    if network.LIBRARY == "transformers":
+        import transformers
+
+        kind = getattr(transformers, name)
+        with Skeleton():
+            options = {name: value for name, value in network.config.items() if not name.startswith("_")}
+            return kind, kind(kind.config_class(**options))
+    import diffusers
+
+    kind = getattr(diffusers, name)
+    with Skeleton():
+        return kind, kind.from_config(network.config)
+
+
+def _move(ours: nn.Module, theirs: nn.Module) -> None:
+    """Move the layers of one network, or part of one, into another of the same structure."""
+    theirs.training = ours.training
+    for name, value in ours.__dict__.items():
+        # The dictionary itself, which the handles of registered hooks refer to.
+        if name.endswith("_hooks"):
+            theirs.__dict__[name] = value
+    for name, child in ours._modules.items():
+        if child is not None and _is_structure(child):
+            _move(child, getattr(theirs, name))
+        else:
+            # Torch's layers, also with a LoRA around them.
+            theirs._modules[name] = child
+
+
+def _is_structure(module: nn.Module) -> bool:
+    return isinstance(module, (nn.ModuleList, nn.Sequential)) or type(module).__module__.startswith(_PACKAGE)
