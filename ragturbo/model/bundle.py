@@ -23,6 +23,7 @@ from ragturbo.model.fingerprint import UNET_ENCODER, VAE_ENCODER, base_state, fi
 from ragturbo.model.info import BundleInfo, Sampling
 from ragturbo.model.networks.euler import EulerDiscreteScheduler, become_diffusers_scheduler
 from ragturbo.model.networks.library_class import become_library_class
+from ragturbo.model.one_thread import on_one_thread
 from ragturbo.model.text import TextEncoder
 from ragturbo.model.unet import HSpaceUNet
 from ragturbo.model.vae import VAE
@@ -137,30 +138,35 @@ class Bundle:
         if info.key_kind == "clip" and clip_key is None:
             raise ModelError(f'the key of {folder} is "clip", but it has no {clip_key_file.FILE}')
         clip_key = clip_key if info.key_kind == "clip" else None
-        names = fingerprints(text_encoder, unet, vae_module, clip_key, own_vae=vae == "full")
+        teacher_unet = source.load_unet(folder, TEACHER) if teacher else None
+        own = folder if (folder / ADAPTER).is_file() or (folder / LORA).is_dir() else None
+        chosen = own if adapter is None else adapter
 
         def place(module: Any) -> Any:
             # Not module.to: that of diffusers warns about its empty list of fp32 modules.
             return nn.Module.to(module, where, dtype).requires_grad_(False).eval()
 
-        bundle = cls(
-            # Of a subfolder, the name alone would not be found again.
-            name=str(name if subfolder is None else folder),
-            info=info,
-            text=TextEncoder(tokenizer, place(text_encoder), None if clip_key is None else place(clip_key)),
-            unet=HSpaceUNet(place(unet)),
-            vae=VAE(place(vae_module)),
-            scheduler=scheduler,
-            teacher=place(source.load_unet(folder, TEACHER)) if teacher else None,
-            database_path=folder / DATABASE if (folder / DATABASE).is_dir() else None,
-            fingerprints=names,
-            sampling=sampling,
-        )
-        own = folder if (folder / ADAPTER).is_file() or (folder / LORA).is_dir() else None
-        chosen = own if adapter is None else adapter
-        if chosen:
-            bundle.load_adapter(chosen)
-        return bundle
+        def assemble() -> Bundle:
+            # Before the weights are cast.
+            names = fingerprints(text_encoder, unet, vae_module, clip_key, own_vae=vae == "full")
+            bundle = cls(
+                # Of a subfolder, the name alone would not be found again.
+                name=str(name if subfolder is None else folder),
+                info=info,
+                text=TextEncoder(tokenizer, place(text_encoder), None if clip_key is None else place(clip_key)),
+                unet=HSpaceUNet(place(unet)),
+                vae=VAE(place(vae_module)),
+                scheduler=scheduler,
+                teacher=None if teacher_unet is None else place(teacher_unet),
+                database_path=folder / DATABASE if (folder / DATABASE).is_dir() else None,
+                fingerprints=names,
+                sampling=sampling,
+            )
+            if chosen:
+                bundle.load_adapter(chosen)
+            return bundle
+
+        return on_one_thread(assemble, where, [text_encoder, unet, vae_module])
 
     @classmethod
     def from_pipeline(
