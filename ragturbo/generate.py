@@ -78,12 +78,14 @@ class Generator:
         from ragturbo.engine.build import make_engine
         from ragturbo.engine.executor import Executor
         from ragturbo.engine.threads import settle_threads
+        from ragturbo.model.one_thread import on_one_thread
 
         self.config = config or GeneratorConfig()
         self._bundle = bundle
         default = bundle.info.compose if self.config.compose is None else self.config.compose
         self._compose: Compose = False if default is None else default
-        self._engine = make_engine(bundle, self.config)
+        networks = bundle.text.text_encoder, bundle.unet.unet, bundle.vae.module
+        self._engine = on_one_thread(lambda: make_engine(bundle, self.config), bundle.device, networks)
         self._database: DatabaseGeneration | None = None
         self._swap = threading.Lock()
         self._said_slerp = False
