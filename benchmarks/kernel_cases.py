@@ -193,10 +193,12 @@ def _cases() -> list[Case]:
     for width in (32, 64, 128):
         args = 8, NEIGHBOURS, CHANNELS // width, width, True
         add("cross_attention backward", f"b8 d{width}", _attention, *args, tiled="cross_attention_backward")
-    for channels, size in ((320, 64), (640, 32), (1280, 16), (1280, 8), (2560, 8)):
+    for channels, size in ((320, 64), (640, 32), (1280, 16), (2560, 16), (1280, 8), (2560, 8)):
         add("group_norm", f"UNet {channels}×{size}²", _group_norm, (1, channels, size, size), False, True)
     for channels, size in ((128, 512), (256, 512), (256, 256), (512, 128), (512, 64)):
         add("group_norm", f"VAE {channels}×{size}²", _group_norm, (1, channels, size, size), False, True)
+    add("group_norm", "UNet 2560×16² + add", _group_norm, (1, 2560, 16, 16), True, True)
+    add("group_norm", "UNet 320×64² + add", _group_norm, (1, 320, 64, 64), True, True)
     add("group_norm", "UNet 1280×8² + add", _group_norm, (1, 1280, 8, 8), True, True)
     add("group_norm", "VAE 128×512² + add", _group_norm, (1, 128, 512, 512), True, True)
     # In front of a transformer's proj_in.

@@ -120,7 +120,10 @@ def transformer_parameters(channels: int) -> int:
 def group_norm(batch: int, channels: int, pixels: int, itemsize: int = 2, *, add: bool = False) -> Work:
     """GroupNorm and SiLU: one in, one out; with the residual's sum two in, two out. 10 FLOPs per element."""
     n = batch * channels * pixels
-    return Work(10 * n, (4 if add else 2) * n * itemsize, launches=1 if pixels <= 512 else 3)
+    # A program holds a group of 32 in one launch, padded to a power of two.
+    lanes = 1 << (max(32, channels // 32) - 1).bit_length()
+    launches = 1 if pixels * lanes <= 16384 else 2 if pixels <= 16384 else 3
+    return Work(10 * n, (4 if add else 2) * n * itemsize, launches=launches)
 
 
 def layer_norm(rows: int, channels: int, itemsize: int = 2, *, add: bool = False) -> Work:

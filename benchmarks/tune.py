@@ -84,9 +84,12 @@ CANDIDATES: dict[str, list[tiles.Tile]] = {
         *_product(BT=(32,), BS=(64,), BK=(64, 128), num_warps=(4, 8), num_stages=(5, 3)),
     ],
     "cross_attention_backward": _product(BT=(16, 32, 64), BS=(16, 32, 64), num_warps=(2, 4, 8), num_stages=(1, 2)),
-    # Three launches, then one.
-    "group_norm": _product(BR=(32, 64, 16), SPLITS=(1024, 512, 256), ONE_LAUNCH=(64,), num_warps=(4, 8))
-    + _product(BR=(64, 128), LANES=(32, 64), ONE_LAUNCH=(2048,), num_warps=(4, 8)),
+    # One launch with more or fewer threads, two, then three.
+    "group_norm": [
+        *_product(num_warps=(4, 8)),
+        *_product(ONE_LAUNCH=(64,), TWO_LAUNCHES=(1 << 20,), LANES=(32, 64), SPLITS=(8, 16, 32), num_warps=(4,)),
+        *_product(ONE_LAUNCH=(64,), TWO_LAUNCHES=(1,), BR=(32, 64, 16), SPLITS=(1024, 512, 256), num_warps=(4, 8)),
+    ],
     "layer_norm": _product(BM=(1, 2, 4, 8), num_warps=(1, 2, 4, 8)),
     "geglu": _product(BLOCK=(256, 512, 1024, 2048), num_warps=(2, 4, 8)),
     "bias_residual": _product(BLOCK=(512, 1024, 2048, 4096), num_warps=(4, 8)),

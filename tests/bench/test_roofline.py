@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import roofline
 from ragturbo import ops
 from ragturbo.kernels import group_norm, slerp
+from ragturbo.kernels.launch import replaced
 from ragturbo.model.adapter import HSpaceAdapter
 
 
@@ -57,8 +58,13 @@ def test_bytes_are_those_of_the_tensors():
 
 def test_launches_change_where_the_kernels_do():
     assert [roofline.slerp(1, 1, n, per="token").launches for n in (slerp.ONE_PASS, slerp.ONE_PASS + 1)] == [1, 2]
-    pixels = group_norm.ONE_LAUNCH
-    assert [roofline.group_norm(1, 32, n).launches for n in (pixels, pixels + 1)] == [1, 3]
+    names: list[str] = []
+    for channels, pixels in ((1280, 64), (1280, 256), (2560, 256), (320, 4096), (512, 16384), (256, 65536)):
+        names.clear()
+        x, weight = torch.empty(1, channels, pixels, 1, device="meta"), torch.empty(channels, device="meta")
+        with replaced(lambda kernel, *_: names.append(kernel.__name__)):
+            group_norm.forward(x, 32, weight, weight, 1e-5, True, None, None, False)
+        assert roofline.group_norm(1, channels, pixels).launches == len(names), (channels, pixels, names)
 
 
 def test_the_designs_floors():

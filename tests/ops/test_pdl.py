@@ -18,7 +18,7 @@ from ragturbo.kernels import bias_residual, cross_attention_backward, launch  # 
 KERNELS = Path(launch.__file__).parent
 # What a kernel may call before it waits: none of these reads or writes memory, except for prefetches into L2.
 HARMLESS = {
-    "tl.program_id", "tl.num_programs", "tl.arange", "tl.cdiv", "tl.cast", "tl.minimum", "_channels", "to",
+    "tl.program_id", "tl.num_programs", "tl.arange", "tl.cdiv", "tl.cast", "tl.minimum", "statistics.channels", "to",
     "pdl.prefetch_rows", "pdl.prefetch_vector",
 }  # fmt: skip
 # Kernels of gradients are in no graph, and do without.
@@ -29,7 +29,7 @@ def name(call: ast.Call) -> str:
     """tl.load for a call of it, to for a method of an expression."""
     if isinstance(call.func, ast.Attribute):
         module = call.func.value
-        modules = ("tl", "pdl")
+        modules = ("tl", "pdl", "statistics")
         return f"{module.id}.{call.func.attr}" if getattr(module, "id", "") in modules else call.func.attr
     return call.func.id
 
