@@ -16,7 +16,7 @@ from ragturbo.engine.result import Retrieved
 from ragturbo.errors import InvalidRequest
 from ragturbo.messages import short
 from ragturbo.neighbor import Neighbor
-from ragturbo.retrieval.sources import check_caption
+from ragturbo.retrieval.items import check_caption
 
 EncodePairs = Callable[[list[str], Tensor], tuple[Tensor, Tensor]]
 """Captions and images (B, 3, H, W) in [-1, 1] -> keys (B, K), features (B, S, C)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -22,7 +23,7 @@ from ragturbo.model.find import ADAPTER, DATABASE, LORA, PARTS, TEACHER, Hub, ch
 from ragturbo.model.fingerprint import UNET_ENCODER, VAE_ENCODER, base_state, fingerprint
 from ragturbo.model.info import BundleInfo, Sampling
 from ragturbo.model.networks.euler import EulerDiscreteScheduler, become_diffusers_scheduler
-from ragturbo.model.networks.library_class import become_library_class
+from ragturbo.model.networks.library_class import become_library_class, library_copy
 from ragturbo.model.one_thread import on_one_thread
 from ragturbo.model.text import TextEncoder
 from ragturbo.model.unet import HSpaceUNet
@@ -250,10 +251,10 @@ class Bundle:
         folder.mkdir(parents=True, exist_ok=True)
         self.text.tokenizer.save_pretrained(folder / "tokenizer")
         with source.quiet():
-            self.text.text_encoder.save_pretrained(folder / "text_encoder", safe_serialization=True)
+            library_copy(self.text.text_encoder).save_pretrained(folder / "text_encoder", safe_serialization=True)
         _save_diffusers(self.unet.unet, folder / "unet")
         _save_diffusers(self.vae.module, folder / "vae")
-        self.scheduler.save_pretrained(folder / "scheduler")
+        copy.deepcopy(self.scheduler).save_pretrained(folder / "scheduler")
         if self.teacher is not None:
             _save_diffusers(self.teacher, folder / TEACHER)
         if self.text.clip_key is not None:
@@ -358,5 +359,5 @@ def _model_index(bundle: Bundle) -> dict[str, Any]:
 
 def _save_diffusers(module: Any, folder: Path) -> None:
     """save_pretrained without the LoRA: the base weights under their original names."""
-    module.save_config(folder)
+    library_copy(module).save_config(folder)
     write_safetensors(folder / "diffusion_pytorch_model.safetensors", base_state(module))

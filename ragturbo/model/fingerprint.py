@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -52,8 +53,16 @@ def base_state(module: nn.Module) -> dict[str, Tensor]:
 
 def _sample(value: Tensor) -> Tensor:
     """Evenly spaced values in logical order, so that the memory format does not matter; copies only the samples."""
+    value = value.detach()
     if value.ndim == 0:
-        return value.detach()[None].float()
-    positions = np.linspace(0, value.numel() - 1, min(SAMPLES, value.numel())).round().astype(np.int64)
-    index = tuple(torch.from_numpy(axis).to(value.device) for axis in np.unravel_index(positions, value.shape))
-    return value.detach()[index].float()
+        return value[None].float()
+    if value.is_contiguous():
+        return value.view(-1)[_positions(value.numel()).to(value.device)].float()
+    places = np.unravel_index(_positions(value.numel()).numpy(), value.shape)
+    return value[tuple(torch.from_numpy(axis).to(value.device) for axis in places)].float()
+
+
+@lru_cache(256)
+def _positions(count: int) -> Tensor:
+    """Those of the samples among `count` values."""
+    return torch.from_numpy(np.linspace(0, count - 1, min(SAMPLES, count)).round().astype(np.int64))

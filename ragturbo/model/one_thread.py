@@ -1,6 +1,6 @@
 """Load a small model on one CPU thread.
 
-Its tensors take microseconds to copy or pack. Waking torch's other threads for each of them takes longer, and if another
+Its tensors take microseconds to copy or pack. Waking torch's other threads for each takes longer, and if another
 process occupies a core, every operation waits for it: loading the embedded model took 0.6 s longer beside a busy
 process.
 """

@@ -10,6 +10,7 @@ from torch import nn
 
 from ragturbo.model.networks.config import Config
 from ragturbo.model.networks.skeleton import Skeleton
+from ragturbo.model.ties import sharing_copy
 
 _PACKAGE = __name__.rpartition(".")[0]
 # Methods and attributes of the libraries' classes that are not implemented here. A pattern instead of a look at the
@@ -68,6 +69,11 @@ def become_library_class(network: nn.Module) -> Any:
     object.__setattr__(network, "__dict__", {**theirs.__dict__, **own})
     object.__setattr__(network, "__class__", kind)
     return network
+
+
+def library_copy(network: Any) -> Any:
+    """A copy of a network, over the same tensors, in the library's class; one of the library is returned as it is."""
+    return become_library_class(sharing_copy(network)) if isinstance(network, Network) else network
 
 
 def _library_model(network: Network) -> tuple[type[Any], Any]:

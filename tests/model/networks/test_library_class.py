@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import threading
 from pathlib import Path
 from types import ModuleType
@@ -76,6 +77,20 @@ def test_a_method_of_the_library_makes_a_network_its_class(tiny_sd21: Path, meth
     assert isinstance(unet, Network)
     assert getattr(unet, method)
     assert type(unet) is diffusers.UNet2DConditionModel
+
+
+def test_saving_leaves_a_bundle_as_it_is(tiny_sd21: Path, tmp_path: Path) -> None:
+    bundle = Bundle.load(tiny_sd21, device="cpu")
+    bundle.save(tmp_path / "saved")
+    assert all(isinstance(part, Network) for part in networks(bundle))
+    assert type(bundle.scheduler) is EulerDiscreteScheduler
+    for file in ("unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json"):
+        now, before = (json.loads((folder / file).read_text()) for folder in (tmp_path / "saved", tiny_sd21))
+        for value in (now, before):
+            value.pop("_name_or_path", None)
+        assert now == before, file
+    for name in ("vocab.json", "merges.txt", "tokenizer.json"):
+        assert (tmp_path / "saved" / "tokenizer" / name).exists() == (tiny_sd21 / "tokenizer" / name).exists()
 
 
 def test_other_conditions_run_in_the_library(tiny_sd21: Path) -> None:
