@@ -219,7 +219,7 @@ def _cases() -> list[Case]:
     for n in (1, 16, 64):
         add("gather_rows", f"{n} rows fp16", _gather, n, False)
         add("gather_rows", f"{n} rows int8", _gather, n, True)
-    for b, k in ((1, 1), (1, 4), (4, 16)):
+    for b, k in ((1, 1), (1, 4), (1, 16), (4, 1), (4, 4), (4, 16)):
         add("topk", f"{b} queries, k {k}", _topk, b, k)
     return found
 

@@ -98,8 +98,12 @@ CANDIDATES: dict[str, list[tiles.Tile]] = {
     "softmax": _product(num_warps=(4, 8, 16)),
     "to_uint8": _product(BLOCK=(512, 1024, 2048, 4096), num_warps=(4, 8)),
     "gather_rows": _product(BLOCK=(1024, 2048, 4096, 8192), num_warps=(2, 4, 8)),
-    # With seven programs per multiprocessor the loads of one overlap the search of another, so stages do not help.
-    "topk": _product(BN=(4, 8, 16), BD=(512, 1024), PER_PROCESSOR=(2, 4, 7, 8), num_warps=(4, 8), num_stages=(2,)),
+    # One query, then several in one product. With several programs per multiprocessor the loads of one overlap the
+    # search of another, so stages do not help.
+    "topk": [
+        *_product(BN=(4, 8, 16), BD=(512, 1024), PER_PROCESSOR=(2, 4, 7, 8), num_warps=(4, 8), num_stages=(2,)),
+        *_product(BN=(32, 64, 128), BD=(64, 128), PER_PROCESSOR=(2, 3, 4), num_warps=(4,), num_stages=(2, 3)),
+    ],
 }  # fmt: skip
 
 

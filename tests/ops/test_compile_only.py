@@ -23,7 +23,15 @@ WIDE = (
     "scaled_residual", "scan_keys",
 )  # fmt: skip
 # Kernels that spend their time in loops. Outside the innermost loop they load one flag a neighbour.
-LOOPS = ("cross_attention", "group_norm", "group_norm_partial", "linear", "project_cross_attention", "scan_keys")
+LOOPS = (
+    "cross_attention",
+    "group_norm",
+    "group_norm_partial",
+    "linear",
+    "project_cross_attention",
+    "scan_keys",
+    "scan_keys_together",
+)
 # Kernels of gradients are in no graph.
 BACKWARD = ("cross_attention_dkv", "cross_attention_dq", "scaled_residual_backward", "slerp_blend_backward")
 REST = [
@@ -69,7 +77,7 @@ def test_no_kernel_spills_or_asks_for_more_shared_memory_than_there_is(sm, dtype
         assert row["code"]["early"] == 0, row
         if row["kernel"] in ("linear", "project_cross_attention"):
             assert (row["code"]["prefetches"] > 0) == (sm >= 90), row
-        if row["kernel"] == "scan_keys":
+        if row["kernel"] in ("scan_keys", "scan_keys_together"):
             # With fewer programs a multiprocessor, nothing is loaded while a program searches.
             assert row["resident"] >= 3, row
         if dtype != "float32" and row["kernel"] in ("linear", "cross_attention", "project_cross_attention"):

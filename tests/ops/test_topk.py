@@ -52,6 +52,21 @@ def test_real_keys_and_their_cosines(impl, randn):
     assert torch.equal(exact.topk(4).indices, rows)
 
 
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
+def test_many_queries_in_one_product_are_as_exact_as_fp32(scale, randn):
+    keys = torch.nn.functional.normalize(randn(200, 96), dim=-1).half()
+    query = torch.nn.functional.normalize(randn(19, 96), dim=-1) * scale
+    # Queries without a finite product do not disturb the others, nor does one of zeros.
+    query[3], query[5, 0] = 0, torch.nan
+    rows, scores = topk(described(keys), query, 3, impl="triton")
+    exact = query.double() @ keys.double().T
+    assert rows[3].tolist() == [0, 1, 2] and scores[3].tolist() == [0, 0, 0]
+    assert rows[5].tolist() == [-1, -1, -1] and scores[5].isnan().all()
+    for i in set(range(19)) - {3, 5}:
+        torch.testing.assert_close(scores[i].double(), exact[i, rows[i]], rtol=0, atol=5e-7 * scale)
+        assert torch.equal(exact[i].topk(3).indices, rows[i])
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_a_key_of_nan_is_nobodys_neighbour(impl, randn):
     keys = randn(30, 16).half()
