@@ -19,7 +19,7 @@ from ragturbo.kernels.portable import cast
 @triton.jit
 def gather_rows(
     descriptor_ptr, ids_ptr, out_ptr, N, row_bytes, C,
-    INT8: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    INT8: tl.constexpr, VECTOR: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (chunk of a row). Records are row_bytes apart: N = T·C values, and for int8 then T fp32 scales."""
     pdl.wait(PDL)
@@ -27,21 +27,24 @@ def gather_rows(
     i_row = (tl.program_id(0) // chunks).to(tl.int64)
     i = tl.load(ids_ptr + i_row)
     i_n = (tl.program_id(0) % chunks) * BLOCK + tl.arange(0, BLOCK)
-    m = i_n < N
     count = tl.load(descriptor_ptr + 1)
     # Read nothing for an id outside the table.
-    m_row = i_n < tl.where((i >= 0) & (i < count), N, 0)
+    inside = tl.where((i >= 0) & (i < count), N, 0)
     address = tl.load(descriptor_ptr) + i * row_bytes
+    # The compiler cannot know the alignment of a loaded address. Records are aligned to at least 128 bytes.
     if INT8:
-        # The compiler cannot know the alignment of a loaded address. Records are aligned to at least 128 bytes.
+        # A token's scale is read once for every SHARED of its numbers, and not for each: over the host link a read of
+        # 4 bytes costs as much as one of 32.
         p_row = tl.multiple_of(address.to(tl.pointer_type(tl.int8), bitcast=True), VECTOR)
-        x = tl.load(p_row + i_n, mask=m_row, other=0, eviction_policy="evict_first").to(tl.float32)
         p_scale = tl.multiple_of((address + N).to(tl.pointer_type(tl.float32), bitcast=True), 4)
-        x *= tl.load(p_scale + i_n // C, mask=m_row, other=0.0)
+        i_first = (tl.program_id(0) % chunks) * BLOCK + tl.arange(0, BLOCK // SHARED) * SHARED
+        scale = tl.load(p_scale + i_first // C, mask=i_first < inside, other=0.0)
+        scale = tl.reshape(tl.broadcast_to(scale[:, None], [BLOCK // SHARED, SHARED]), [BLOCK])
+        x = tl.load(p_row + i_n, mask=i_n < inside, other=0, eviction_policy="evict_first").to(tl.float32) * scale
     else:
         p_row = tl.multiple_of(address.to(tl.pointer_type(out_ptr.dtype.element_ty), bitcast=True), VECTOR)
-        x = tl.load(p_row + i_n, mask=m_row, other=0.0, eviction_policy="evict_first")
-    tl.store(out_ptr + i_row * N + i_n, cast(x, out_ptr.dtype.element_ty), mask=m)
+        x = tl.load(p_row + i_n, mask=i_n < inside, other=0.0, eviction_policy="evict_first")
+    tl.store(out_ptr + i_row * N + i_n, cast(x, out_ptr.dtype.element_ty), mask=i_n < N)
 
 
 def forward(descriptor: Tensor, ids: Tensor, row_bytes: int, tokens: int, channels: int, int8: bool) -> Tensor:
@@ -53,5 +56,7 @@ def forward(descriptor: Tensor, ids: Tensor, row_bytes: int, tokens: int, channe
     grid = (triton.cdiv(n, tile["BLOCK"]) * ids.numel(),)
     vector = 16 if row_bytes % 16 == 0 else 2
     args = descriptor, ids.contiguous(), out, n, row_bytes, channels
-    launch(gather_rows, grid, *args, INT8=int8, VECTOR=vector, **tile)
+    # The largest power of two up to 16 that divides the channels.
+    shared = min(16, channels & -channels, tile["BLOCK"])
+    launch(gather_rows, grid, *args, INT8=int8, VECTOR=vector, SHARED=shared, **tile)
     return out
