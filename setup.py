@@ -21,7 +21,8 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-CPP = [f"csrc/{name}.cpp" for name in ("bindings", "store", "mapped", "crc32", "pool", "pinned")]
+CPP_NAMES = ("bindings", "store", "mapped", "crc32", "pool", "pinned", "threads", "norm", "layers")
+CPP = [f"csrc/{name}.cpp" for name in CPP_NAMES]
 CUDA = ["csrc/gather.cu", "csrc/topk.cu"]
 HEADERS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.hpp"))
 # Machine code for Ampere (A100), Ada (L40S) and Hopper (H100, H200); newer GPUs compile the PTX on first load.

@@ -8,8 +8,11 @@
 
 #include "crc32.hpp"
 #include "cuda.hpp"
+#include "layers.hpp"
+#include "norm.hpp"
 #include "pinned.hpp"
 #include "store.hpp"
+#include "threads.hpp"
 
 namespace py = pybind11;
 using namespace ragturbo;
@@ -98,19 +101,38 @@ py::dict build_info() {
   info["compiler"] = "g++ " __VERSION__;
 #endif
   info["crc32"] = has_pclmul() ? "pclmul" : "slice16";
+  info["threads"] = torch_threads();
   info["cuda"] = RAGTURBO_CUDA;
   info["cuda_off"] = RAGTURBO_CUDA_OFF;
   info["archs"] = RAGTURBO_ARCHS;
   return info;
 }
 
-#ifdef RAGTURBO_HAS_CUDA
-
 // Addresses are integers, from tensor.data_ptr() and stream.cuda_stream.
 template <typename T>
 T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
+
+void norm(uintptr_t x, uintptr_t out, bool bf16, int64_t batch, int64_t pixels, int64_t channels, int64_t groups,
+          uintptr_t weight, uintptr_t bias, uintptr_t add_bias, float eps, bool silu, int threads) {
+  if (groups < 1 || channels % groups) throw py::value_error("channels must be a multiple of groups");
+  py::gil_scoped_release release;
+  group_norm({at<const void>(x), at<void>(out), bf16, batch, pixels, channels, groups, at<const float>(weight),
+              at<const float>(bias), at<const float>(add_bias), eps, silu, threads});
+}
+
+void gated(uintptr_t x, uintptr_t out, bool bf16, int64_t rows, int64_t width, uintptr_t bias, int threads) {
+  py::gil_scoped_release release;
+  geglu({at<const void>(x), at<void>(out), bf16, rows, width, at<const float>(bias), threads});
+}
+
+void interleaved(uintptr_t phases, uintptr_t out, int64_t batch, int64_t h, int64_t w, int64_t bytes, int threads) {
+  py::gil_scoped_release release;
+  interleave({at<const void>(phases), at<void>(out), batch, h, w, bytes, threads});
+}
+
+#ifdef RAGTURBO_HAS_CUDA
 
 void gather(uintptr_t base_at, uintptr_t count_at, uintptr_t ids, int64_t n, int64_t tokens, int64_t channels,
             int64_t stride, const std::string& stored, uintptr_t out, uintptr_t stream) {
@@ -151,7 +173,7 @@ void search(uintptr_t base_at, uintptr_t count_at, uintptr_t query, int64_t quer
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
-  m.doc() = "Checked parallel reads, CRC-32, page-locked memory, CUDA gather and top-k.";
+  m.doc() = "Checked parallel reads, CRC-32, page-locked memory, layers on a CPU, CUDA gather and top-k.";
 
   py::register_exception_translator([](std::exception_ptr pending) {
     try {
@@ -189,6 +211,13 @@ PYBIND11_MODULE(_native, m) {
 
   m.def("crc32", &crc32_of, py::arg("data"), py::arg("value") = 0, "zlib.crc32, faster.");
   m.def("build_info", &build_info);
+  m.def("group_norm", &norm, py::kw_only(), py::arg("x"), py::arg("out"), py::arg("bf16"), py::arg("batch"),
+        py::arg("pixels"), py::arg("channels"), py::arg("groups"), py::arg("weight"), py::arg("bias"),
+        py::arg("add_bias"), py::arg("eps"), py::arg("silu"), py::arg("threads"));
+  m.def("geglu", &gated, py::kw_only(), py::arg("x"), py::arg("out"), py::arg("bf16"), py::arg("rows"),
+        py::arg("width"), py::arg("bias"), py::arg("threads"));
+  m.def("interleave", &interleaved, py::kw_only(), py::arg("phases"), py::arg("out"), py::arg("batch"), py::arg("h"),
+        py::arg("w"), py::arg("bytes"), py::arg("threads"));
 
 #ifdef RAGTURBO_HAS_CUDA
   m.def("gather_rows", &gather, py::kw_only(), py::arg("base_at"), py::arg("count_at"), py::arg("ids"), py::arg("n"),

@@ -110,10 +110,13 @@ class GeneratorConfig:
     """Everything `Generator.from_pretrained` takes besides the model, database and adapter themselves."""
 
     engine: str = "auto"
-    """"reference": plain torch, on any device. "graph": fused modules under CUDA graphs. "auto": the graph engine on a
-    GPU if it can run the model, else the reference."""
+    """"reference": plain torch, on any device. "graph": fused modules, under CUDA graphs on a GPU. "auto": the graph
+    engine if it can run the model, else the reference."""
     capture: bool = True
-    """False: the graph engine calls its segments instead of capturing them, which also runs on a CPU. For debugging."""
+    """False: the graph engine calls its segments instead of capturing them. On a CPU, "auto" always does."""
+    dtype: Any = None
+    """None: the bundle's. Then, on a CPU that is faster in bf16, UNet and VAE of a large fp32 model compute in bf16 if
+    their latents agree with those of fp32."""
     retriever: Any = "auto"
     compose: Compose | None = None
     """Default of the requests; None: as the bundle's adapter was trained."""
@@ -135,6 +138,7 @@ class GeneratorConfig:
         one_of("engine", self.engine, ENGINES)
         if self.engine == "reference" and not self.capture:
             raise InvalidRequest("capture=False has no effect with engine='reference', which captures nothing")
+        check_dtype(self.dtype)
         one_of("attention", self.attention, ATTENTIONS)
         if self.attention == "xformers" and not _installed("xformers"):
             raise InvalidRequest(
@@ -142,7 +146,7 @@ class GeneratorConfig:
             )
         if self.attention == "triton" and self.engine != "graph" and not has_driver():
             raise InvalidRequest(
-                "attention='triton' is for the graph engine, and without a GPU the reference engine runs",
+                "attention='triton' needs a GPU: Triton's kernels do not run on a CPU",
                 option="attention",
             )
         if isinstance(self.retriever, str):

@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
@@ -141,15 +142,15 @@ class Generator:
                 are used, not copied.
             database: a folder or Database; None: the model's own, if it has one; False: none.
             adapter: a folder with adapter.safetensors and optionally decoder_lora; None: the model's own; False: none.
-            device, dtype: default to cuda and float16 if there is a GPU, else to cpu and float32; of a pipeline, to
-                its own.
+            device, dtype: default to cuda and float16 if there is a GPU, else to cpu and float32, where a large model
+                computes in bfloat16 if that is faster and agrees (`gen.info` says so); of a pipeline, to its own.
             distilled: whether the model takes one to four steps without guidance. None: as its ragturbo.json says; if
                 it has none, whether its scheduler's timesteps are trailing, or the scheduler is LCM's or TCD's.
             scheduler: of diffusers, instead of the model's.
             local_files_only, revision, cache_dir, token, subfolder, variant: as in diffusers.
-            engine: "reference", plain torch on any device; "graph", fused modules under CUDA graphs; "auto", the graph
-                engine on a GPU if it can run the model, else the reference.
-            capture: False: the graph engine calls its segments instead of capturing them, on any device.
+            engine: "reference", plain torch on any device; "graph", fused modules, under CUDA graphs on a GPU; "auto",
+                the graph engine if it can run the model, else the reference.
+            capture: False: the graph engine calls its segments instead of capturing them. On a CPU, "auto" always does.
             retriever: "exact", "scann", "bm25", "hybrid" (keys and words, which finds names), an object with
                 search(keys, k, *, exclude=None), or "auto": the one the database was opened with, else the one the
                 adapter was trained with, else chosen by the database's size.
@@ -173,6 +174,7 @@ class Generator:
             engine=engine, capture=capture, retriever=retriever, compose=compose, vae=vae, attention=attention,
             compile=compile, host_cache=host_cache, device_cache=device_cache, batch_sizes=batch_sizes,
             batch_window=batch_window, max_queue=max_queue, prompt_cache=prompt_cache, log_prompts=log_prompts,
+            dtype=dtype,
         )  # fmt: skip
         # Imported here: `import ragturbo` stays short.
         from ragturbo.model.find import Hub, look
@@ -204,6 +206,7 @@ class Generator:
             check_pipeline(model)
             unet: Any = model.unet  # type: ignore[attr-defined]
             where, precision = choose_device(device or unet.device, dtype or unet.dtype)
+            config = replace(config, dtype=precision)
             bundle = Bundle.from_pipeline(model, device=where, dtype=precision, **parts)
         if database is None:
             database = bundle.database_path

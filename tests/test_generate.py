@@ -26,6 +26,7 @@ import ragturbo
 from ragturbo import Generator
 from ragturbo.config import GeneratorConfig
 from ragturbo.errors import DeadlineExceeded, GenerationError, InvalidRequest, ModelError, NonFiniteOutput
+from ragturbo.model.bundle import Bundle
 
 PROMPT = "a red circle left of a blue square"
 
@@ -209,7 +210,7 @@ def test_timings_name_the_stages_and_fit_into_the_total(gen):
 
 def test_weights_that_are_not_numbers_are_an_error_never_a_black_image(tiny, tmp_path):
     folder = tiny.make_bundle(tmp_path / "nan")
-    with Generator.from_pretrained(folder, device="cpu") as broken:
+    with Generator.from_pretrained(folder, device="cpu", engine="reference") as broken:
         with torch.no_grad():
             broken._bundle.unet.unet.conv_out.weight.fill_(math.nan)
         with pytest.raises(NonFiniteOutput, match="NaN or infinity"):
@@ -217,6 +218,11 @@ def test_weights_that_are_not_numbers_are_an_error_never_a_black_image(tiny, tmp
         with torch.no_grad():
             broken._bundle.unet.unet.conv_out.weight.fill_(0.0)
         assert broken(PROMPT, seed=1).images
+    bundle = Bundle.load(folder, device="cpu")
+    with torch.no_grad():
+        bundle.unet.unet.conv_out.weight.fill_(math.nan)
+    with Generator(bundle) as broken, pytest.raises(NonFiniteOutput, match="NaN or infinity"):
+        broken(PROMPT, seed=1)
 
 
 def test_a_closed_generator_says_so_and_closing_twice_is_fine(tiny_sd21):

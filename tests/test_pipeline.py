@@ -193,7 +193,7 @@ def test_a_lora_of_diffusers_or_peft_as_adapter_is_loaded_or_told_the_way(tiny_s
 def test_what_is_printed_is_short_and_says_what_matters(tiny_sd21: Path):
     with Generator.from_pretrained(tiny_sd21, device="cpu") as gen:
         assert re.fullmatch(
-            r"Generator\('.*sd21', cpu float32, engine 'reference', no database, mode 'none', 1 step, 128x128\)",
+            r"Generator\('.*sd21', cpu float32, engine 'graph', no database, mode 'none', 1 step, 128x128\)",
             repr(gen),
         )
         one, two = gen(PROMPT, seed=3), gen([PROMPT, PROMPT], seed=3, output_type="np")

@@ -22,6 +22,8 @@ def choose(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, st
         if why_not is not None:
             raise InvalidRequest(f"attention={name!r}: {why_not}")
         return name, "requested"
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        return "products", "two products and a softmax in bfloat16; torch's kernel multiplies in fp32"
     measured: dict[str, float] = {}
     if device.type == "cuda" and torch.cuda.is_available():
         from ragturbo.kernels import tiles

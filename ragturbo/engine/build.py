@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ragturbo.config import check_device, check_dtype, refuse_graphs
+from ragturbo.engine import packing
 from ragturbo.errors import InvalidRequest, ModelError
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def choose_device(device: Any, dtype: Any) -> tuple[torch.device, torch.dtype]:
 
 
 def make_engine(bundle: Bundle, config: GeneratorConfig) -> Engine:
-    """Choose the engine: a named one runs or raises, "auto" is the graph engine on a GPU and the reference elsewhere.
+    """Choose the engine: a named one runs or raises, "auto" is the graph engine if it can run the model fast.
 
     Raises:
         InvalidRequest: the options exclude each other or this device.
@@ -49,8 +50,10 @@ def make_engine(bundle: Bundle, config: GeneratorConfig) -> Engine:
     refuse_graphs(config.engine, config.capture, on_gpu=on_gpu)
     if config.engine == "reference" and config.compile:
         raise InvalidRequest("compile=True is for the graph engine; use engine='auto', or 'graph' with capture=False")
-    reason = "it was requested" if config.engine == "reference" else "the fused modules are for GPUs"
-    if config.engine == "graph" or (config.engine == "auto" and (on_gpu or config.compile)):
+    packs, reason = packing.choose(bundle.device, bundle.dtype, config.compile)
+    if config.engine == "reference":
+        reason = "it was requested"
+    if config.engine == "graph" or (config.engine == "auto" and (on_gpu or config.compile or packs)):
         from ragturbo.engine.graph_engine import GraphEngine
 
         try:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ragturbo.engine import attention as attention_of
-from ragturbo.engine import upsampling
+from ragturbo.engine import packing, upsampling
+from ragturbo.errors import ModelError
 from ragturbo.model.adapter import HSpaceAdapter
 from ragturbo.model.bundle import Bundle
 from ragturbo.model.fold import FoldedUNet, StepConstants
@@ -49,29 +50,37 @@ def constant_schedules(bundle: Bundle) -> dict[int, ConstantSchedule]:
 
 
 class FastModel:
-    def __init__(self, bundle: Bundle, *, attention: str = "auto", compiled: bool = False) -> None:
-        self.bundle, self.compiled = bundle, compiled
-        self.attention, self.attention_why = attention_of.choose(attention, bundle.device, bundle.dtype)
+    def __init__(
+        self, bundle: Bundle, *, attention: str = "auto", compiled: bool = False, packs: bool = True,
+        dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
+        """
+        Args:
+            packs: whether to pack weights on a CPU.
+            dtype: of UNet, adapter and VAE, if it is not the bundle's; needs packed weights.
+        """
+        self.bundle, self.compiled, self.dtype = bundle, compiled, dtype or bundle.dtype
+        able, self.packs_why = packing.choose(bundle.device, self.dtype, compiled)
+        self.packs = packs and able
+        self.attention, self.attention_why = attention_of.choose(attention, bundle.device, self.dtype)
         self.schedules = constant_schedules(bundle)
+        if not self.schedules:
+            raise ModelError(f"{type(bundle.scheduler).__name__} is not a deterministic Euler scheduler")
         self._timesteps = sorted({t for s in self.schedules.values() for t in s.timesteps}, reverse=True)
         # Until an image overflows; see use_fp32_vae.
-        self.vae_dtype = bundle.dtype
+        self.vae_dtype = self.dtype
         if bundle.device.type == "cuda":
             # The layout of tensor-core convolutions and of H-space tokens.
             for weight in (*bundle.unet.unet.parameters(), *bundle.vae.module.parameters()):
                 if weight.ndim == 4:
                     weight.data = weight.data.contiguous(memory_format=torch.channels_last)
-        self.text_encoder = FusedText(bundle.text)
+        self.text_encoder = FusedText(bundle.text, packs=self.packs)
         self._make_unet()
         self._make_vae()
 
     @property
     def device(self) -> torch.device:
         return self.bundle.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.bundle.dtype
 
     @property
     def replaced(self) -> list[Replaced]:
@@ -82,8 +91,8 @@ class FastModel:
         bundle = self.bundle
         # Integers if they are whole, as in the schedulers.
         steps = [int(t) if t == int(t) else t for t in self._timesteps]
-        self.unet = FoldedUNet(bundle.unet, steps, self.attention)
-        self.adapter = None if bundle.adapter is None else _own_copy(bundle.adapter)
+        self.unet = FoldedUNet(bundle.unet, steps, self.attention, dtype=self.dtype, packs=self.packs)
+        self.adapter = None if bundle.adapter is None else _own_copy(bundle.adapter, self.dtype)
         if self.compiled:
             unet = self.unet.unet
             blocks = {f"down_blocks.{i}": block for i, block in enumerate(unet.down_blocks)}
@@ -92,8 +101,8 @@ class FastModel:
             self.unet.replaced += [_compiled(path, block) for path, block in blocks.items()]
 
     def _make_vae(self) -> None:
-        name = upsampling.choose(self.device)
-        self.vae, self._vae_replaced = fused_decoder(self.bundle.vae.module, self.vae_dtype, name)
+        name = "phases" if self.packs else upsampling.choose(self.device)
+        self.vae, self._vae_replaced = fused_decoder(self.bundle.vae.module, self.vae_dtype, name, packs=self.packs)
         if self.compiled:
             self._vae_replaced.append(_compiled("vae.decoder", self.vae.decoder))
 
@@ -114,6 +123,11 @@ class FastModel:
         log.warning("the VAE's decoder overflows in %s: it runs in float32 from now on", self.vae_dtype)
         self.vae_dtype = torch.float32
         self._make_vae()
+
+    @property
+    def sample_dtype(self) -> torch.dtype:
+        """Of the UNet's input, whose first convolution stays in the bundle's dtype."""
+        return self.bundle.dtype
 
     def timestep(self, steps: int, i: int) -> int:
         """The folded UNet's index of step i."""
@@ -143,12 +157,12 @@ def _compiled(path: str, block: nn.Module) -> Replaced:
     return Replaced(path, type(block).__name__, "torch.compile")
 
 
-def _own_copy(adapter: HSpaceAdapter) -> HSpaceAdapter:
+def _own_copy(adapter: HSpaceAdapter, dtype: torch.dtype) -> HSpaceAdapter:
     """A copy in its own memory, whose addresses do not change when the bundle loads another adapter."""
     own: HSpaceAdapter = sharing_copy(adapter)
     for module in own.modules():
         for name, weight in module.named_parameters(recurse=False):
-            setattr(module, name, nn.Parameter(weight.detach().clone(), requires_grad=False))
+            setattr(module, name, nn.Parameter(weight.detach().to(dtype, copy=True), requires_grad=False))
     return own
 
 

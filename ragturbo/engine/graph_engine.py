@@ -1,6 +1,6 @@
 """The graph engine: fused modules over fixed buffers, recorded as CUDA graphs on the first batch of each `Spec`.
 
-Uncaptured (capture=False, or compile=True on a CPU), the same segments are called over the same buffers. Retrieval has
+Uncaptured (capture=False, or on a CPU), the same segments are called over the same buffers. Retrieval has
 three forms, by where the search runs and where the features are; `describe` names the one in use:
 
 * "one graph": exact search over keys on the device, all features in page-locked memory. Search and gather run beside
@@ -27,7 +27,7 @@ from torch import Tensor
 from ragturbo.config import GeneratorConfig
 from ragturbo.engine.cuda_graphs import RECORDING, CudaGraphs
 from ragturbo.engine.database import DatabaseGeneration
-from ragturbo.engine.fast_model import FastModel
+from ragturbo.engine.dtype import make_model
 from ragturbo.engine.graph_segments import Segments
 from ragturbo.engine.prompt_cache import PromptCache
 from ragturbo.engine.recorder import Recorder, Uncaptured
@@ -52,11 +52,13 @@ class GraphEngine:
         """recorder: how segments run; None: CUDA graphs on a GPU unless capture=False."""
         self.bundle, self.device, self._config = bundle, bundle.device, config
         self.reference = ReferenceEngine(bundle)
+        # Other recorders than our own see torch's operations only.
+        packs = recorder is None
         if recorder is None:
             captured = config.capture and self.device.type == "cuda"
             recorder = CudaGraphs(self.device) if captured else Uncaptured(self.device)
         self.recorder = recorder
-        self.model = FastModel(bundle, attention=config.attention, compiled=config.compile)
+        self.model, self._dtype_why = make_model(bundle, config, packs=packs)
         self.prompts = PromptCache(config.prompt_cache, keeps_kv=True)
         self._recordings: OrderedDict[Spec, Recording] = OrderedDict()
         self._tables: Tables | None = None
@@ -122,6 +124,8 @@ class GraphEngine:
             replaced[name] = replaced.get(name, 0) + 1
         return {
             "capture": self.recorder.name,
+            "products": f"{str(model.dtype).removeprefix('torch.')}: {self._dtype_why}",
+            "weights": model.packs_why,
             "attention": f"{model.attention}: {model.attention_why}",
             "compile": model.compiled,
             "replaced": replaced,

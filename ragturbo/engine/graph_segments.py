@@ -90,9 +90,8 @@ class Segments:
         """The UNet's encoder at the first timestep, beside retrieval. Split: the second graph."""
         spec, model = self.spec, self.model
         with self.recorder.stage("encode"):
-            sample = (self.buffers.inputs.device["latents"] * model.schedules[spec.steps].constants[0].p).to(
-                model.dtype
-            )
+            latents = self.buffers.inputs.device["latents"]
+            sample = (latents * model.schedules[spec.steps].constants[0].p).to(model.sample_dtype)
             if model.device.type == "cuda":
                 sample = sample.contiguous(memory_format=torch.channels_last)
             self.state = model.unet.encode(sample, model.timestep(spec.steps, 0), self.text_kv)
@@ -111,7 +110,9 @@ class Segments:
             state = self.state
             if i > 0:
                 with self.recorder.stage("encode"):
-                    state = model.unet.encode((x * c.p).to(model.dtype), model.timestep(spec.steps, i), self.text_kv)
+                    state = model.unet.encode(
+                        (x * c.p).to(model.sample_dtype), model.timestep(spec.steps, i), self.text_kv
+                    )
             with self.recorder.stage("adapter"):
                 h = self._inject(state.h)
             with self.recorder.stage("decode"):

@@ -26,7 +26,7 @@ def settle_threads(bundle: Bundle, on_device_thread: Callable[[Callable[[], Any]
     number of threads. Other threads keep theirs."""
     with _lock:
         own = torch.get_num_threads()
-        if bundle.device.type != "cpu" or "OMP_NUM_THREADS" in os.environ or _parameters(bundle) > SMALL:
+        if bundle.device.type != "cpu" or "OMP_NUM_THREADS" in os.environ or parameters(bundle) > SMALL:
             return own
         on_device_thread(_use_one_thread)
         # torch has a setting per thread and a global one for new threads and MKL: restore the latter.
@@ -40,6 +40,7 @@ def _use_one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _parameters(bundle: Bundle) -> int:
+def parameters(bundle: Bundle) -> int:
+    """Of text encoder, UNet and VAE."""
     parts: tuple[Any, ...] = (bundle.text.text_encoder, bundle.unet.unet, bundle.vae.module)
     return sum(p.numel() for part in parts for p in part.parameters())

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ragturbo.errors import InvalidRequest, ModelError
 from ragturbo.model.fused import NormAct, Resnet, TextKVLayout, Transformer
-from ragturbo.model.fused_vae import Upsample, can_upsample
+from ragturbo.model.fused_vae import PhaseUpsample, Upsample, can_upsample
 from ragturbo.model.onestep import EulerSchedule
+from ragturbo.model.tied_layers import ConvLayer, TiedLinear, pack_rest
 from ragturbo.model.ties import Replaced, Ties, sharing_copy
 from ragturbo.model.unet import HSpaceUNet, UNetState
 
@@ -31,14 +31,27 @@ class FoldedUNet(HSpaceUNet):
     the text.
     """
 
-    def __init__(self, unet: HSpaceUNet, timesteps: Sequence[int | float] | Tensor, attention: str = "sdpa") -> None:
+    def __init__(
+        self, unet: HSpaceUNet, timesteps: Sequence[int | float] | Tensor, attention: str = "sdpa", *,
+        dtype: torch.dtype | None = None, packs: bool = False,
+    ) -> None:  # fmt: skip
+        """
+        Args:
+            attention: an implementation of `fused.attend`.
+            dtype: of the products, if it is not the dtype of `unet`; needs packs. The first and the last convolution
+                stay in the dtype of `unet`, because all of the result passes through their rounding.
+            packs: for CPUs: keep weights in oneDNN's layout, and upsample by phases.
+        """
         config = unet.unet.config
         for name in ("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type"):
             if (value := getattr(config, name, None)) is not None:
                 raise ModelError(f"this UNet cannot be folded: it has conditions besides t and text ({name}={value!r})")
         super().__init__(sharing_copy(unet.unet, ("ResnetBlock2D", "Transformer2DModel")))
         self.timesteps = torch.as_tensor(timesteps, device=unet.device).reshape(-1)
-        self.ties = Ties(unet.unet)
+        self._dtype = dtype or unet.dtype
+        if self._dtype != unet.dtype and not packs:
+            raise ModelError(f"only packed weights can be folded in another dtype than the UNet's, {unet.dtype}")
+        self.ties = Ties(unet.unet, None if self._dtype == unet.dtype else dtype, packs)
         self.replaced: list[Replaced] = []
         layout = TextKVLayout()
         # Over the original's modules: those of the copy are being replaced.
@@ -52,16 +65,22 @@ class FoldedUNet(HSpaceUNet):
             elif kind == "Transformer2DModel":
                 self._replace(path, module, Transformer(self.ties, path, module, layout, attention))
             elif can_upsample(module):
-                self._replace(path, module, Upsample(self.ties, path))
+                self._replace(path, module, (PhaseUpsample if packs else Upsample)(self.ties, path))
             elif kind == "ResnetBlockCondNorm2D":
                 raise ModelError(f"{path} cannot be folded: its norms depend on the time embedding")
         if isinstance(self.unet.conv_act, torch.nn.SiLU) and self.unet.conv_norm_out is not None:
-            self._replace("conv_norm_out", self.unet.conv_norm_out, NormAct(self.unet.conv_norm_out))
+            norm = self.ties.norm(self.unet.conv_norm_out)
+            self._replace("conv_norm_out", self.unet.conv_norm_out, NormAct(norm))
             self.unet.conv_act = torch.nn.Identity()
+        if packs:
+            first = ConvLayer(self.ties, "conv_in", cast=False, dtype=self._dtype)
+            self._replace("conv_in", self.unet.conv_in, first)
+            self._replace("conv_out", self.unet.conv_out, ConvLayer(self.ties, "conv_out", cast=False))
+            self.replaced += pack_rest(self.ties, self.unet)
         self.unet.eval()
         if not layout.paths:
             raise ModelError("this UNet cannot be folded: it has no cross-attention")
-        self._text_kv_weight = self.ties.packed(*layout.paths)
+        self._text_kv = TiedLinear(self.ties, *layout.paths)
 
     def _replace(self, path: str, was: Any, now: torch.nn.Module) -> None:
         self.unet.set_submodule(path, now)
@@ -70,11 +89,19 @@ class FoldedUNet(HSpaceUNet):
     @property
     def text_kv_width(self) -> int:
         """ΣC of `text_kv`."""
-        return self._text_kv_weight.shape[0]
+        return self._text_kv.width
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.timesteps.device
 
     def text_kv(self, text: Tensor) -> Tensor:
         """(B, L, D) -> the keys and values of every cross-attention side by side, (B, L, ΣC), in one product."""
-        return F.linear(text, self._text_kv_weight)
+        return self._text_kv(text.to(self._dtype))
 
     def encode(self, sample: Tensor, timestep: Any, text: Tensor, **conditions: Any) -> UNetState:
         """sample: (B, c, H, W); timestep: an index into `timesteps`; text: the result of `text_kv`."""

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ragturbo.errors import ModelError
+from ragturbo.model.tied_layers import TiedConv2d, TiedLinear
 from ragturbo.model.ties import Ties
-from ragturbo.model.tokens import from_tokens, sdpa, to_tokens
-from ragturbo.ops import bias_residual, cross_attention, geglu, group_norm, layer_norm
+from ragturbo.model.tokens import from_tokens, products, sdpa, to_tokens
+from ragturbo.ops import cross_attention, geglu, group_norm, layer_norm
 
 
 def group_norm_of(x: Tensor, norm: nn.GroupNorm, *, silu: bool = False, add_bias: Tensor | None = None) -> Tensor:
@@ -42,6 +43,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, impl: str) -> Tensor:
     """softmax(QKᵀ/√d)V on (B, L, C)."""
     if impl == "sdpa":
         return sdpa(q, k, v, heads)
+    if impl == "products":
+        return products(q, k, v, heads)
     return cross_attention(q, k[:, None], v[:, None], heads=heads, impl=impl)
 
 
@@ -57,14 +60,16 @@ class Resnet(nn.Module):
         super().__init__()
         if why_not := not_fusible(block):
             raise ModelError(f"{path} cannot be folded: {why_not}")
-        self.norm1, self.norm2 = block.norm1, block.norm2
-        self.conv1, self.conv2 = ties.weight(f"{path}.conv1"), ties.weight(f"{path}.conv2")
+        self.norm1, self.norm2 = ties.norm(block.norm1), ties.norm(block.norm2)
+        self.conv1, self.conv2 = TiedConv2d(ties, f"{path}.conv1"), TiedConv2d(ties, f"{path}.conv2")
         # On a GPU a convolution adds its bias in a separate launch: conv1's is added by the following norm, those of
         # conv2 and the shortcut by the residual sum.
-        self.bias1 = ties.own(lambda: _folded_biases(ties, path, block.skip_time_act, embeddings))
-        self.bias0 = None if before is None else ties.bias(before)
+        bias1 = ties.own(lambda: _folded_biases(ties, path, block.skip_time_act, embeddings))
+        # Views, made here because making one takes as long as a small layer.
+        self.bias1 = bias1.unbind()
+        self.bias0 = None if before is None else ties.bias(before, cast=False)
         shortcut = None if block.conv_shortcut is None else f"{path}.conv_shortcut"
-        self.shortcut = None if shortcut is None else ties.weight(shortcut)
+        self.shortcut = None if shortcut is None else TiedConv2d(ties, shortcut, padding=(0, 0))
         if shortcut is None and self.bias0 is None:
             self.bias2 = ties.bias(f"{path}.conv2")
         else:
@@ -73,12 +78,11 @@ class Resnet(nn.Module):
 
     def forward(self, x: Tensor, temb: int | None = None) -> Tensor:
         """temb: the index of a folded timestep; None in a VAE."""
-        h = F.conv2d(group_norm_of(x, self.norm1, silu=True, add_bias=self.bias0), self.conv1, padding=1)
+        h = self.conv1(group_norm_of(x, self.norm1, silu=True, add_bias=self.bias0))
         h = group_norm_of(h, self.norm2, silu=True, add_bias=self.bias1[temb or 0])
-        h = F.conv2d(h, self.conv2, padding=1)
         if self.shortcut is not None:
-            x = F.conv2d(x, self.shortcut)
-        out = bias_residual(h, self.bias2, x)
+            x = self.shortcut(x)
+        out = self.conv2(h, self.bias2, x)
         return out if self.scale == 1 else out / self.scale
 
 
@@ -98,26 +102,27 @@ def _bias_of_sum(ties: Ties, conv2: str, shortcut: str | None, before: str | Non
 
     It is conv2's bias, the shortcut's, and the bias of the input, as the shortcut transforms it.
     """
-    bias = ties.bias(conv2)
+    bias = ties.bias(conv2, cast=False)
     assert bias is not None
     total = bias.float()
-    input_bias = None if before is None else ties.bias(before)
+    input_bias = None if before is None else ties.bias(before, cast=False)
     added = None if input_bias is None else input_bias.float()
     if shortcut is not None:
-        if (shortcut_bias := ties.bias(shortcut)) is not None:
+        if (shortcut_bias := ties.bias(shortcut, cast=False)) is not None:
             total = total + shortcut_bias.float()
         if added is not None:
             added = (ties.current(shortcut).flatten(1).float() * added).sum(1)
-    return (total if added is None else total + added).to(bias.dtype)
+    return (total if added is None else total + added).to(ties.dtype or bias.dtype)
 
 
 def _folded_biases(ties: Ties, path: str, activated: bool, embeddings: list[Tensor] | None) -> Tensor:
     """(n, C): conv1's bias plus the projected time embedding of each timestep, added in fp32 and rounded once."""
-    bias = ties.bias(f"{path}.conv1")
+    bias = ties.bias(f"{path}.conv1", cast=False)
     assert bias is not None
     if embeddings is None:
         return bias[None]
-    weight, shift = ties.current(f"{path}.time_emb_proj").float(), ties.bias(f"{path}.time_emb_proj")
+    projection = f"{path}.time_emb_proj"
+    weight, shift = ties.current(projection, cast=False).float(), ties.bias(projection, cast=False)
     shift = None if shift is None else shift.float()
     rows = [
         bias.float() + F.linear(e.float() if activated else F.silu(e.float()), weight, shift)[0] for e in embeddings
@@ -132,9 +137,8 @@ class Transformer(nn.Module):
         super().__init__()
         if not model.is_input_continuous:
             raise ModelError(f"{path} cannot be folded: its input is not an image")
-        self.norm = model.norm
-        # A 1x1 convolution is a linear layer on tokens.
-        self.proj_in, self.proj_out = (ties.weight(f"{path}.{name}").flatten(1) for name in ("proj_in", "proj_out"))
+        self.norm = ties.norm(model.norm)
+        self.proj_in, self.proj_out = TiedLinear(ties, f"{path}.proj_in"), TiedLinear(ties, f"{path}.proj_out")
         self.bias_in, self.bias_out = (ties.bias(f"{path}.{name}") for name in ("proj_in", "proj_out"))
         self.blocks = nn.ModuleList(
             [
@@ -144,10 +148,10 @@ class Transformer(nn.Module):
         )
 
     def forward(self, x: Tensor, encoder_hidden_states: Tensor, **_: Any) -> tuple[Tensor]:
-        h = F.linear(to_tokens(group_norm_of(x, self.norm)), self.proj_in, self.bias_in)
+        h = self.proj_in(to_tokens(group_norm_of(x, self.norm)), self.bias_in)
         for block in self.blocks:
             h = block(h, encoder_hidden_states)
-        h = to_tokens(x) + F.linear(h, self.proj_out, self.bias_out)
+        h = self.proj_out(h, self.bias_out, to_tokens(x))
         return (from_tokens(h, (x.shape[2], x.shape[3])),)
 
 
@@ -157,25 +161,27 @@ class TransformerBlock(nn.Module):
     def __init__(self, ties: Ties, path: str, block: Any, layout: TextKVLayout, attention: str) -> None:
         super().__init__()
         _check_block(path, block)
-        self.norm1, self.norm2, self.norm3 = block.norm1, block.norm2, block.norm3
+        self.norm1, self.norm2, self.norm3 = (ties.norm(norm) for norm in (block.norm1, block.norm2, block.norm3))
         self.heads, self.attention = block.attn1.heads, attention
-        self.qkv = ties.packed(*(f"{path}.attn1.to_{x}" for x in "qkv"))
-        self.out1, self.out1_bias = ties.weight(f"{path}.attn1.to_out.0"), ties.bias(f"{path}.attn1.to_out.0")
-        self.q = ties.weight(f"{path}.attn2.to_q")
-        self.k_slice, self.v_slice = layout.add(path, self.q.shape[0])
-        self.out2, self.out2_bias = ties.weight(f"{path}.attn2.to_out.0"), ties.bias(f"{path}.attn2.to_out.0")
-        self.up, self.up_bias = ties.weight(f"{path}.ff.net.0.proj"), ties.bias(f"{path}.ff.net.0.proj")
-        self.down, self.down_bias = ties.weight(f"{path}.ff.net.2"), ties.bias(f"{path}.ff.net.2")
+        self.qkv = TiedLinear(ties, *(f"{path}.attn1.to_{x}" for x in "qkv"))
+        self.q = TiedLinear(ties, f"{path}.attn2.to_q")
+        self.k_slice, self.v_slice = layout.add(path, self.q.width)
+        out1, out2, up, down = (
+            f"{path}.{x}" for x in ("attn1.to_out.0", "attn2.to_out.0", "ff.net.0.proj", "ff.net.2")
+        )
+        self.out1, self.out2, self.up, self.down = (TiedLinear(ties, x) for x in (out1, out2, up, down))
+        self.out1_bias, self.out2_bias, self.down_bias = (ties.bias(x) for x in (out1, out2, down))
+        self.up_bias = ties.bias(up, cast=False)
 
     def forward(self, x: Tensor, text_kv: Tensor) -> Tensor:
         """x: (B, T, C); text_kv: (B, L, ΣC)."""
-        q, k, v = F.linear(layer_norm_of(x, self.norm1), self.qkv).chunk(3, dim=-1)
-        x = x + F.linear(attend(q, k, v, self.heads, self.attention), self.out1, self.out1_bias)
-        q = F.linear(layer_norm_of(x, self.norm2), self.q)
+        q, k, v = self.qkv(layer_norm_of(x, self.norm1)).chunk(3, dim=-1)
+        x = self.out1(attend(q, k, v, self.heads, self.attention), self.out1_bias, x)
+        q = self.q(layer_norm_of(x, self.norm2))
         k, v = text_kv[..., self.k_slice], text_kv[..., self.v_slice]
-        x = x + F.linear(attend(q, k, v, self.heads, self.attention), self.out2, self.out2_bias)
-        hidden = geglu(F.linear(layer_norm_of(x, self.norm3), self.up), self.up_bias)
-        return x + F.linear(hidden, self.down, self.down_bias)
+        x = self.out2(attend(q, k, v, self.heads, self.attention), self.out2_bias, x)
+        hidden = geglu(self.up(layer_norm_of(x, self.norm3)), self.up_bias)
+        return self.down(hidden, self.down_bias, x)
 
 
 class TextKVLayout:

@@ -15,14 +15,16 @@ from torch.nn import functional as F
 from ragturbo.errors import ModelError
 from ragturbo.model.fused import layer_norm_of
 from ragturbo.model.text import TextEncoder, TextStates
-from ragturbo.model.ties import Replaced
+from ragturbo.model.tied_layers import TiedLinear
+from ragturbo.model.ties import Replaced, Ties
 from ragturbo.model.tokens import sdpa
 
 
 class FusedText:
     """`TextEncoder.encode` on the encoder's own weights; the encoder is not changed."""
 
-    def __init__(self, text: TextEncoder) -> None:
+    def __init__(self, text: TextEncoder, *, packs: bool = False) -> None:
+        """packs: keep large weights in oneDNN's layout, for CPUs."""
         self._text = text
         encoder = text.text_encoder
         # transformers 4 has the transformer in an attribute.
@@ -31,7 +33,8 @@ class FusedText:
             if not hasattr(model, name):
                 raise ModelError(f"{type(encoder).__name__} cannot be fused: it has no {name!r}")
         self._embeddings, self._norm = model.embeddings, model.final_layer_norm
-        self._layers = [_Layer(f"encoder.layers.{i}", layer) for i, layer in enumerate(model.encoder.layers)]
+        ties = Ties(model, packs=packs)
+        self._layers = [_Layer(ties, f"encoder.layers.{i}", layer) for i, layer in enumerate(model.encoder.layers)]
         self.replaced = [
             Replaced(f"text_encoder.{layer.path}", "CLIPEncoderLayer", "fused layer") for layer in self._layers
         ]
@@ -53,7 +56,7 @@ class FusedText:
 
 
 class _Layer:
-    def __init__(self, path: str, layer: Any) -> None:
+    def __init__(self, ties: Ties, path: str, layer: Any) -> None:
         self.path = path
         attention, mlp = layer.self_attn, layer.mlp
         parts = [attention.q_proj, attention.k_proj, attention.v_proj]
@@ -64,12 +67,16 @@ class _Layer:
             raise ModelError(f"{path} cannot be fused: its attention has a non-standard scale")
         self.norm1, self.norm2 = layer.layer_norm1, layer.layer_norm2
         self.heads = attention.num_heads
-        self.qkv = torch.cat([part.weight.detach() for part in parts])
+        self.qkv = TiedLinear(ties, *(f"{path}.self_attn.{x}_proj" for x in "qkv"))
         self.qkv_bias = torch.cat([part.bias.detach() for part in parts])
-        self.out, self.up, self.down, self.activation = attention.out_proj, mlp.fc1, mlp.fc2, mlp.activation_fn
+        names = "self_attn.out_proj", "mlp.fc1", "mlp.fc2"
+        self.out, self.up, self.down = (TiedLinear(ties, f"{path}.{name}") for name in names)
+        self.out_bias, self.up_bias, self.down_bias = attention.out_proj.bias, mlp.fc1.bias, mlp.fc2.bias
+        self.activation = mlp.activation_fn
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: (B, L, D)"""
-        q, k, v = F.linear(layer_norm_of(x, self.norm1), self.qkv, self.qkv_bias).chunk(3, dim=-1)
-        x = x + self.out(sdpa(q, k, v, self.heads, causal=True))
-        return x + self.down(self.activation(self.up(layer_norm_of(x, self.norm2))))
+        q, k, v = self.qkv(layer_norm_of(x, self.norm1), self.qkv_bias).chunk(3, dim=-1)
+        x = self.out(sdpa(q, k, v, self.heads, causal=True), self.out_bias, x)
+        hidden = self.activation(self.up(layer_norm_of(x, self.norm2), self.up_bias))
+        return self.down(hidden, self.down_bias, x)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ragturbo.model.fused import NormAct, Resnet, attend, group_norm_of, is_plain_attention, not_fusible
+from ragturbo.model.tied_layers import TiedConv2d, TiedLinear, pack_rest
 from ragturbo.model.ties import Replaced, Ties, base_layer, sharing_copy
 from ragturbo.model.tokens import from_tokens, to_tokens
 from ragturbo.model.vae import VAE
@@ -30,7 +31,7 @@ class Upsample(nn.Module):
 
     def __init__(self, ties: Ties, path: str, biased: bool = True) -> None:
         super().__init__()
-        self.weight = ties.weight(f"{path}.conv")
+        self.conv = TiedConv2d(ties, f"{path}.conv")
         self.bias = ties.bias(f"{path}.conv") if biased else None
 
     def forward(self, x: Tensor, output_size: Any = None) -> Tensor:
@@ -39,38 +40,41 @@ class Upsample(nn.Module):
             x = upsample(x)
         else:
             x = F.interpolate(x, size=output_size, mode="nearest")
-        return F.conv2d(x, self.weight, self.bias, padding=1)
+        return self.conv(x, self.bias)
 
 
 class PhaseUpsample(nn.Module):
     """`Upsample` with 4 instead of 9 products per pixel: one convolution of the small map per phase of the large one.
 
     After nearest upsampling a 3x3 kernel covers 2x2 different pixels; the taps on the same pixel are added up. The four
-    2x2 kernels are one convolution with four times the channels, whose result `interleave` puts in order. This is for
-    the large maps of a VAE: on a UNet's small ones the weights dominate, and there are 16 instead of 9 of them.
+    2x2 kernels are one convolution with four times the channels, whose result `interleave` puts in order. On a GPU this
+    is for the large maps of a VAE: on a UNet's small ones the weights dominate, and there are 16 instead of 9 of them.
     """
 
     def __init__(self, ties: Ties, path: str, biased: bool = True) -> None:
         super().__init__()
         conv = f"{path}.conv"
-        self.weight = ties.own(lambda: phase_weights(ties.current(conv)))
+        self.conv = TiedConv2d(ties, conv, weight=lambda: phase_weights(ties.current(conv, cast=False), ties.dtype))
         bias = ties.bias(conv) if biased else None
         self.bias = None if bias is None else ties.own(lambda: bias.repeat(4))
+        self._other_sizes = Upsample(ties, path, biased)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return interleave(F.conv2d(x, self.weight, self.bias, padding=1))
+    def forward(self, x: Tensor, output_size: Any = None) -> Tensor:
+        if output_size is not None and tuple(output_size) != (2 * x.shape[2], 2 * x.shape[3]):
+            return self._other_sizes(x, output_size)
+        return interleave(self.conv(x, self.bias))
 
 
 UPSAMPLINGS: dict[str, type[Upsample] | type[PhaseUpsample]] = {"nearest": Upsample, "phases": PhaseUpsample}
 
 
-def phase_weights(weight: Tensor) -> Tensor:
+def phase_weights(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """(O, I, 3, 3) -> (4·O, I, 2, 2): even rows and columns, even rows and odd columns, and so on.
 
     Sums are taken in fp32 and rounded once.
     """
     phases = [columns for rows in _two_taps(weight.float(), 2) for columns in _two_taps(rows, 3)]
-    return torch.cat(phases).to(weight.dtype).contiguous(memory_format=torch.channels_last)
+    return torch.cat(phases).to(dtype or weight.dtype).contiguous(memory_format=torch.channels_last)
 
 
 def _two_taps(weight: Tensor, dim: int) -> list[Tensor]:
@@ -99,16 +103,21 @@ class Attention(nn.Module):
 
     def __init__(self, ties: Ties, path: str, module: Any) -> None:
         super().__init__()
-        self.norm, self.heads = module.group_norm, module.heads
+        self.norm, self.heads = ties.norm(module.group_norm), module.heads
         names = [f"{path}.to_{x}" for x in "qkv"]
-        self.qkv = ties.packed(*names)
-        self.qkv_bias = ties.own(lambda: torch.cat([b for name in names if (b := ties.bias(name)) is not None]))
-        self.out, self.out_bias = ties.weight(f"{path}.to_out.0"), ties.bias(f"{path}.to_out.0")
+        self.qkv, self.out = TiedLinear(ties, *names), TiedLinear(ties, f"{path}.to_out.0")
+        biases = [b for name in names if (b := ties.bias(name)) is not None]
+        self.qkv_bias = ties.own(lambda: torch.cat(biases))
+        self.out_bias = ties.bias(f"{path}.to_out.0")
 
     def forward(self, x: Tensor, temb: Any = None) -> Tensor:
-        q, k, v = F.linear(to_tokens(group_norm_of(x, self.norm)), self.qkv, self.qkv_bias).chunk(3, dim=-1)
+        q, k, v = self.qkv(to_tokens(group_norm_of(x, self.norm)), self.qkv_bias).chunk(3, dim=-1)
+        grid = (x.shape[2], x.shape[3])
+        if x.device.type == "cpu":
+            h = attend(q, k, v, self.heads, "products" if q.dtype == torch.bfloat16 else "sdpa")
+            return from_tokens(self.out(h, self.out_bias, to_tokens(x)), grid)
         h = attend_by_products(q, k, v) if self._by_products(q) else attend(q, k, v, self.heads, "sdpa")
-        return bias_residual(from_tokens(F.linear(h, self.out), (x.shape[2], x.shape[3])), self.out_bias, x)
+        return bias_residual(from_tokens(self.out(h), grid), self.out_bias, x)
 
     def _by_products(self, q: Tensor) -> bool:
         wide = self.heads == 1 and q.shape[-1] > _FLASH_WIDTH and q.shape[1] in _PRODUCTS
@@ -132,20 +141,24 @@ def _can_fuse(block: Any) -> bool:
     return type(block).__name__ == "ResnetBlock2D" and block.time_emb_proj is None and not_fusible(block) is None
 
 
-def fused_decoder(module: Any, dtype: torch.dtype, upsampling: str = "nearest") -> tuple[Any, list[Replaced]]:
+def fused_decoder(
+    module: Any, dtype: torch.dtype, upsampling: str = "nearest", *, packs: bool = False
+) -> tuple[Any, list[Replaced]]:
     """Make an autoencoder whose decoder consists of fused layers over the weights of `module`.
 
     Args:
         module: a diffusers autoencoder, which is not changed.
-        dtype: if it is not the module's, the result is a plain copy of the module without its encoder.
+        dtype: if it is not the module's, and packs is not set, the result is a plain copy of the module without its
+            encoder.
         upsampling: a name in UPSAMPLINGS.
+        packs: keep weights in oneDNN's layout, in any dtype.
 
     Returns:
         The autoencoder and the modules that were replaced in it.
     """
-    ties, replaced = Ties(module), []
     was = next(module.parameters()).dtype
-    if dtype != was:
+    ties, replaced = Ties(module, None if dtype == was else dtype, packs), []
+    if dtype != was and not packs:
         return VAE(module).decoder_in(dtype).module, [Replaced("vae.decoder", str(was), str(dtype))]
     view = sharing_copy(module, ("ResnetBlock2D", "Encoder"))
 
@@ -165,10 +178,12 @@ def fused_decoder(module: Any, dtype: torch.dtype, upsampling: str = "nearest") 
             replace(path, UPSAMPLINGS[upsampling](ties, full_path, biased=f"{path}.conv" not in unbiased))
         elif _can_attend(part):
             replace(path, Attention(ties, full_path, part))
-    if "conv_in" in unbiased:
+    if packs:
+        replaced += pack_rest(ties, view, unbiased={f"decoder.{path}" for path in unbiased})
+    elif "conv_in" in unbiased:
         view.decoder.conv_in.bias = None
     if isinstance(getattr(view.decoder, "conv_act", None), nn.SiLU):
-        view.decoder.conv_norm_out = NormAct(module.decoder.conv_norm_out)
+        view.decoder.conv_norm_out = NormAct(ties.norm(module.decoder.conv_norm_out))
         view.decoder.conv_act = nn.Identity()
         replaced.append(Replaced("vae.decoder.conv_norm_out", "GroupNorm + SiLU", "NormAct"))
     return view, replaced

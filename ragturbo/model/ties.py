@@ -10,10 +10,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -27,31 +29,48 @@ class Replaced:
 
 @dataclass
 class Ties:
-    """The weights of the original model `root` by module path, as a derived model uses them."""
+    """The weights of the original model `root` by module path, as a derived model uses them.
+
+    dtype: of the derived model's products, if it is not the original's.
+    packs: whether convolutions and linear layers keep their weights in oneDNN's layout (`onednn.py`).
+    """
 
     root: nn.Module
+    dtype: torch.dtype | None = None
+    packs: bool = False
     owned: list[tuple[Tensor, Callable[[], Tensor]]] = field(default_factory=list)
     shared: list[tuple[str, Tensor]] = field(default_factory=list)
+    _refreshed: list[Callable[[], Any]] = field(default_factory=list)
 
-    def weight(self, path: str) -> Tensor:
-        """A module's weight: shared, or owned if a LoRA has to be merged into it."""
+    def weight(self, path: str, *, cast: bool = True) -> Tensor:
+        """A module's weight: shared, or owned if a LoRA has to be merged into it or its dtype is another."""
         module = self.root.get_submodule(path)
-        if _is_peft_layer(module):
-            return self.own(lambda: self.current(path))
         tensor = _weight_of(module)
+        if _is_peft_layer(module) or (cast and self._casts(tensor)):
+            return self.own(lambda: self.current(path, cast=cast))
         self.shared.append((path, tensor))
         return tensor
 
-    def bias(self, path: str) -> Tensor | None:
-        """A module's bias, shared."""
-        return base_layer(self.root.get_submodule(path)).bias
+    def bias(self, path: str, *, cast: bool = True) -> Tensor | None:
+        """A module's bias: shared, or owned in another dtype."""
+        bias: Tensor | None = base_layer(self.root.get_submodule(path)).bias
+        if bias is None or not cast or not self._casts(bias):
+            return bias
+        return self.own(lambda: base_layer(self.root.get_submodule(path)).bias.to(self.dtype))
 
-    def current(self, path: str) -> Tensor:
+    def current(self, path: str, *, cast: bool = True) -> Tensor:
         """A module's present weight, for the function of an owned tensor."""
-        return _weight_of(self.root.get_submodule(path))
+        weight = _weight_of(self.root.get_submodule(path))
+        return weight.to(self.dtype) if cast and self._casts(weight) else weight
 
-    def packed(self, *paths: str) -> Tensor:
-        """The weights of several linear layers with the same input, concatenated."""
+    def norm(self, module: M) -> M:
+        """A norm of the original, or a copy in another dtype. LoRAs do not change norms."""
+        if not self._casts(next(module.parameters(), torch.empty(0, dtype=self.dtype))):
+            return module
+        return copy.deepcopy(module).to(self.dtype)
+
+    def concatenated(self, *paths: str) -> Tensor:
+        """The weights of several linear layers with the same input as one."""
         return self.own(lambda: torch.cat([self.current(path) for path in paths]))
 
     def own(self, compute: Callable[[], Tensor]) -> Tensor:
@@ -59,6 +78,10 @@ class Ties:
         value = compute().detach().clone(memory_format=torch.preserve_format)
         self.owned.append((value, compute))
         return value
+
+    def on_refresh(self, call: Callable[[], Any]) -> None:
+        """Call this at every refresh, for values derived from weights that need no fixed address."""
+        self._refreshed.append(call)
 
     @torch.no_grad()
     def refresh(self) -> bool:
@@ -77,7 +100,12 @@ class Ties:
             return False
         for (own, _), value in zip(self.owned, values, strict=True):
             own.copy_(value)
+        for call in self._refreshed:
+            call()
         return True
+
+    def _casts(self, tensor: Tensor) -> bool:
+        return self.dtype is not None and tensor.dtype != self.dtype
 
     @property
     def owned_bytes(self) -> int:

@@ -32,10 +32,8 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "linear": ("reference", "triton"),
     "project_attention": ("reference", "triton"),
     "cross_attention": ("reference", "triton", "sdpa", "xformers", "compile"),
-    **dict.fromkeys(
-        ("group_norm", "layer_norm", "geglu", "bias_residual", "upsample", "interleave", "softmax", "to_uint8"),
-        ("reference", "triton"),
-    ),
+    **dict.fromkeys(("layer_norm", "bias_residual", "upsample", "softmax", "to_uint8"), ("reference", "triton")),
+    **dict.fromkeys(("group_norm", "geglu", "interleave"), ("reference", "triton", "native")),
     "gather_rows": ("reference", "triton", "cuda"),
     "topk": ("reference", "triton", "cuda"),
 }
@@ -51,8 +49,9 @@ def installed(module: str) -> bool:
         return False
 
 
-# Storage types of the kernels; they accumulate in fp32.
+# Storage types of the kernels, and of the native code for CPUs; they accumulate in fp32.
 STORAGE = (torch.float32, torch.float16, torch.bfloat16)
+NATIVE_STORAGE = (torch.float32, torch.bfloat16)
 
 HAS_TRITON = installed("triton")
 HAS_XFORMERS = installed("xformers")
@@ -94,6 +93,13 @@ def refusal(op: str, impl: str, device: str, dtype: torch.dtype = torch.float16)
             return f"Triton kernels run on a GPU, the tensors are on {device!r} (TRITON_INTERPRET=1 interprets them)"
         if dtype not in STORAGE:
             return f"the Triton kernels store fp32, fp16 and bf16, not {dtype}"
+    if impl == "native":
+        if not hasattr(native(), op):
+            return "ragturbo._native was not built"
+        if device != "cpu":
+            return f"the native code is for CPUs, the tensors are on {device!r}"
+        if dtype not in NATIVE_STORAGE:
+            return f"the native code stores fp32 and bf16, not {dtype}"
     if impl == "cuda":
         if not hasattr(native(), "gather_rows"):
             return "ragturbo._native was built without its CUDA part (nvcc was not found)"
@@ -113,6 +119,8 @@ def _auto(op: str, device: str, dtype: torch.dtype = torch.float16) -> tuple[str
     if name and name in IMPLEMENTATIONS[op]:
         return name, f"RAGTURBO_IMPL={os.environ['RAGTURBO_IMPL']}"
     if device != "cuda":
+        if "native" in IMPLEMENTATIONS[op] and device == "cpu" and dtype in NATIVE_STORAGE and hasattr(native(), op):
+            return "native", "fused for CPUs in ragturbo._native"
         return "reference", f"the tensors are on {device!r}, and the fused kernels are for GPUs"
     why_not = refusal(op, "triton", device, dtype)
     if why_not is not None:
@@ -152,12 +160,17 @@ def choose(
     Raises:
         InvalidRequest: the named implementation cannot run.
     """
-    limits = limits or {}
     name = _auto(op, device, dtype)[0] if impl == "auto" else impl
+    if name == "native" and impl == "auto" and not limits and not _without_data(inputs) and not wants_grad(*inputs):
+        # The way of every layer on a CPU, where a check takes as long as a small layer.
+        return name
+    limits = limits or {}
     if impl == "auto" and limits.get(name):
         able = [n for n in IMPLEMENTATIONS[op] if not limits.get(n) and refusal(op, n, device, dtype) is None]
         # The reference comes last: on a GPU it is slow, or cannot read device memory at all.
         name = next((n for n in able if n != "reference"), "reference")
+    if name == "native" and impl == "auto" and _without_data(inputs):
+        return "reference"
     if op in FORWARD_ONLY and name != "reference" and wants_grad(*inputs):
         if impl != "auto":
             raise InvalidRequest(f"{op}(impl={impl!r}) has no backward: use 'reference' or torch.no_grad()")
@@ -187,6 +200,17 @@ def explain(device: str | None = None) -> list[Explanation]:
         unavailable = {name: why for name in names if (why := refusal(op, name, where)) is not None}
         rows.append(Explanation(op, impl, reason, unavailable))
     return rows
+
+
+_WITH_DATA = frozenset({Tensor, torch.nn.Parameter, type(None)})
+
+
+def _without_data(inputs: tuple[Tensor | None, ...]) -> bool:
+    """Whether native code must not read the inputs: torch.compile and FakeTensorMode pass tensors without data, and
+    other dispatch modes see only torch's operations."""
+    # In this order, which ends torch.compile's tracing here.
+    watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    return watched or any(type(x) not in _WITH_DATA for x in inputs)
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:

@@ -17,8 +17,11 @@ def interleave(phases: Tensor, impl: str = "auto") -> Tensor:
     """
     if phases.ndim != 4 or phases.shape[1] % 4 or min(phases.shape[2:]) < 2:
         raise InvalidRequest(f"interleave takes phases (B, 4C, H + 1, W + 1), got {tuple(phases.shape)}")
-    if dispatch.choose("interleave", impl, phases.device.type, phases.dtype, phases) == "triton":
+    name = dispatch.choose("interleave", impl, phases.device.type, phases.dtype, phases)
+    if name == "triton":
         return _triton(phases)
+    if name == "native":
+        return _native(phases)
     return reference(phases)
 
 
@@ -28,6 +31,18 @@ def reference(phases: Tensor) -> Tensor:
     parts = phases.unflatten(1, (2, 2, -1))
     rows = [torch.stack([parts[:, y, x, :, y : y + h, x : x + w] for x in (0, 1)], dim=-1).flatten(-2) for y in (0, 1)]
     return torch.stack(rows, dim=3).flatten(2, 3)
+
+
+def _native(phases: Tensor) -> Tensor:
+    phases = phases.contiguous(memory_format=torch.channels_last)
+    batch, channels, h, w = phases.shape
+    shape = batch, channels // 4, 2 * (h - 1), 2 * (w - 1)
+    out = torch.empty(shape, dtype=phases.dtype, memory_format=torch.channels_last)
+    dispatch.native().interleave(
+        phases=phases.data_ptr(), out=out.data_ptr(), batch=batch, h=h - 1, w=w - 1,
+        bytes=channels // 4 * phases.element_size(), threads=torch.get_num_threads(),
+    )  # fmt: skip
+    return out
 
 
 @torch.library.custom_op("ragturbo::interleave", mutates_args=())

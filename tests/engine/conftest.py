@@ -21,6 +21,7 @@ from ragturbo.engine.reference import ReferenceEngine
 from ragturbo.engine.request import Request
 from ragturbo.model.adapter import HSpaceAdapter
 from ragturbo.model.bundle import Bundle
+from ragturbo.ops import dispatch
 from ragturbo.retrieval import Database, Geometry, Record
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -137,6 +138,10 @@ def graph_engine(bundle: Bundle) -> Callable[..., GraphEngine]:
 def replayed_engine(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> Callable[..., GraphEngine]:
     """The graph engine over recordings that replay their operations and run no Python, as a CUDA graph does."""
     import replay
+
+    # A recording sees torch's operations only, so the engines it is compared with run nothing else.
+    monkeypatch.setattr(dispatch, "FORCED", {"": "reference"})
+    monkeypatch.setenv("RAGTURBO_IMPL", "reference")
 
     def make(of: Bundle = bundle, **options: object) -> GraphEngine:
         return GraphEngine(of, GeneratorConfig(**options), replay.Replayed(monkeypatch))  # type: ignore[arg-type]

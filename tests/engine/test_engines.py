@@ -39,9 +39,13 @@ def test_a_decoder_that_overflows_in_plain_torch_moves_to_fp32_and_says_so(model
     assert torch.equal(engine.run(batch).image, result.image)
 
 
-def test_a_cpu_takes_plain_torch_and_compiled_the_fused_steps(bundle):
+def test_a_cpu_runs_the_fused_steps_and_says_why_if_not(bundle, monkeypatch):
+    fused = make_engine(bundle, GeneratorConfig())
+    assert isinstance(fused, GraphEngine) and isinstance(fused.recorder, Uncaptured)
+    assert "oneDNN" in fused.describe()["weights"] and fused.describe()["capture"].startswith("none")
+    monkeypatch.setattr("ragturbo.model.onednn.why_not", lambda: "this build of torch has no oneDNN")
     plain = make_engine(bundle, GeneratorConfig())
-    assert isinstance(plain, ReferenceEngine) and "for GPUs" in plain.describe()["plain torch"]
+    assert isinstance(plain, ReferenceEngine) and "no oneDNN" in plain.describe()["plain torch"]
     compiled = make_engine(bundle, GeneratorConfig(compile=True))
     assert isinstance(compiled, GraphEngine) and isinstance(compiled.recorder, Uncaptured)
     assert compiled.describe()["replaced"]["DownBlock2D -> torch.compile"] == 1
@@ -64,7 +68,7 @@ def test_attention_is_what_was_asked_for_or_the_fastest_that_was_measured(monkey
 
 
 def test_a_model_that_cannot_be_folded_runs_plain_or_is_refused_by_name(bundle, monkeypatch):
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **options: object) -> None:
         raise ModelError("this UNet cannot be folded: class_embed_type")
 
     monkeypatch.setattr("ragturbo.engine.fast_model.FoldedUNet", refuse)

@@ -15,12 +15,24 @@ from ragturbo.config import GeneratorConfig
 from ragturbo.engine.build import make_engine
 from ragturbo.engine.database import DatabaseGeneration
 from ragturbo.engine.fast_model import FastModel
-from ragturbo.engine.graph_engine import MAX_RECORDINGS
+from ragturbo.engine.graph_engine import MAX_RECORDINGS, GraphEngine
+from ragturbo.engine.recorder import Uncaptured
 from ragturbo.engine.result import Retrieved
 from ragturbo.errors import InvalidRequest
 from ragturbo.model.bundle import Bundle
 
 PROMPTS = ("a red circle", "a blue cat")
+
+
+@pytest.fixture(params=["as on a GPU", "packed for a CPU"])
+def graph_engine(request, bundle):
+    """Both ways in which segments are called: the one whose operations a GPU records, and the one for CPUs."""
+
+    def make(of: Bundle = bundle, **options: object) -> GraphEngine:
+        recorder = None if request.param == "packed for a CPU" else Uncaptured()
+        return GraphEngine(of, GeneratorConfig(**options), recorder)  # type: ignore[arg-type]
+
+    return make
 
 
 def relative(got: torch.Tensor, expected: torch.Tensor) -> float:

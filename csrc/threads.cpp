@@ -1,0 +1,44 @@
+#include "threads.hpp"
+
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <atomic>
+
+#include "pool.hpp"
+
+namespace ragturbo {
+namespace {
+
+using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+// Looked up in what the process has loaded: linking an OpenMP library would add a second set of threads.
+Parallel openmp() {
+  static const auto found = reinterpret_cast<Parallel>(::dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return found;
+}
+
+struct Tasks {
+  const std::function<void(size_t)>& body;
+  size_t count;
+  std::atomic<size_t> next{0};
+};
+
+void work(void* data) {
+  auto& tasks = *static_cast<Tasks*>(data);
+  for (size_t i; (i = tasks.next.fetch_add(1, std::memory_order_relaxed)) < tasks.count;) tasks.body(i);
+}
+
+}  // namespace
+
+void run_on_torch_threads(size_t count, int threads, const std::function<void(size_t)>& body) {
+  threads = static_cast<int>(std::min<size_t>(count, static_cast<size_t>(std::max(threads, 1))));
+  Tasks tasks{body, count};
+  if (threads <= 1) return work(&tasks);
+  if (!openmp()) return run_parallel(count, threads, body);
+  openmp()(&work, &tasks, static_cast<unsigned>(threads), 0);
+}
+
+const char* torch_threads() { return openmp() ? "openmp" : "pool"; }
+
+}  // namespace ragturbo

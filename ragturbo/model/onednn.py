@@ -1,0 +1,120 @@
+"""Weights of convolutions and linear layers in oneDNN's own layouts, for CPUs.
+
+torch hands a layer's weight to oneDNN as it is, which reorders it at every call, or it runs a small convolution by
+another, slower way. With a weight that was reordered once, oneDNN also adds bias and residual before it writes the
+result. torch has these calls for the C++ code that torch.compile generates.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# Below this many weights the longer call costs more than the layout gains.
+_SMALL_LINEAR = 1 << 18
+
+
+@functools.cache
+def why_not() -> str | None:
+    """Why packed weights cannot be used on this machine; None if they can. Tries a layer of each kind once."""
+    if not torch.backends.mkldnn.is_available():
+        return "this build of torch has no oneDNN"
+    try:
+        with torch.no_grad():
+            x, weight, bias = torch.randn(1, 8, 5, 5), torch.randn(8, 8, 3, 3), torch.randn(8)
+            ours = PackedConv2d(lambda: weight, weight.dtype, (1, 1), (1, 1))(x, bias, x)
+            theirs = F.conv2d(x, weight, bias, padding=1) + x
+            row, matrix = torch.randn(4, 16), torch.randn(16, 16)
+            linear = PackedLinear(lambda: matrix)(row, bias.repeat(2), row)
+            agree = torch.allclose(ours, theirs, atol=1e-3) and torch.allclose(
+                linear, F.linear(row, matrix, bias.repeat(2)) + row, atol=1e-3
+            )
+    # Missing or changed operations raise AttributeError, RuntimeError or TypeError.
+    except Exception as error:
+        return f"torch {torch.__version__} has no packed layers for this CPU: {str(error).splitlines()[0][:200]}"
+    return None if agree else f"torch {torch.__version__} computes packed layers differently"
+
+
+def bf16_reason() -> tuple[bool, str]:
+    """Whether this CPU multiplies bf16 numbers faster than fp32 ones, and why."""
+    known: Any = torch.cpu
+    for name, query in (("AMX", "_is_amx_tile_supported"), ("AVX512_BF16", "_is_avx512_bf16_supported")):
+        if getattr(known, query, lambda: False)():
+            return True, f"this CPU has {name}"
+    return False, "this CPU has neither AVX512_BF16 nor AMX"
+
+
+class _Packed:
+    """A weight in the layout that oneDNN chooses for each size of the input, packed at the first call with that size.
+
+    In another layout than it expects, oneDNN reorders the weight at every call, which can take a hundred times as long
+    as the layer. Sizes with the same layout share one packed weight.
+    """
+
+    def __init__(self, weight: Callable[[], Tensor], pack: Callable[[Tensor, torch.Size], Tensor]) -> None:
+        self._compute, self._pack = weight, pack
+        self._by_size: dict[torch.Size, Tensor] = {}
+        self._by_layout: dict[Any, Tensor] = {}
+
+    def of(self, size: torch.Size) -> Tensor:
+        if (found := self._by_size.get(size)) is None:
+            packed = self._pack(self._compute().detach(), size)
+            layout = bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(packed).tolist())
+            found = self._by_size[size] = self._by_layout.setdefault(layout, packed)
+        return found
+
+    def clear(self) -> None:
+        """After the weight has changed."""
+        self._by_size.clear()
+        self._by_layout.clear()
+
+
+class PackedConv2d:
+    def __init__(
+        self, weight: Callable[[], Tensor], dtype: torch.dtype, stride: tuple[int, int], padding: tuple[int, int]
+    ) -> None:
+        """weight: computes it, in `dtype`."""
+        self.dtype = dtype
+        self._place = list(padding), list(stride), [1, 1], 1
+        self.weight = _Packed(weight, self._pack)
+
+    def _pack(self, weight: Tensor, size: torch.Size) -> Tensor:
+        pack: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # type: ignore[attr-defined]
+        return pack(weight.to_mkldnn(), *self._place, list(size))
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        """(B, C, H, W) in any layout -> channels_last."""
+        x = x.contiguous(memory_format=torch.channels_last)
+        weight = self.weight.of(x.shape)
+        if residual is None:
+            run = torch.ops.mkldnn._convolution_pointwise.default
+            return run(x, weight, bias, *self._place, "none", [], "")
+        residual = residual.contiguous(memory_format=torch.channels_last)
+        run = torch.ops.mkldnn._convolution_pointwise.binary
+        return run(x, residual, weight, bias, *self._place, "add", None, None, [], None)
+
+
+class PackedLinear:
+    def __init__(self, weight: Callable[[], Tensor]) -> None:
+        self.weight = _Packed(weight, _pack_linear)
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        """(…, K) -> (…, N)"""
+        weight = self.weight.of(x.shape)
+        if residual is None:
+            return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
+
+
+def packs_linear(weights: int) -> bool:
+    """Whether a linear layer of so many weights is faster packed."""
+    return weights >= _SMALL_LINEAR
+
+
+def _pack_linear(weight: Tensor, size: torch.Size) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight, size.numel() // size[-1])
