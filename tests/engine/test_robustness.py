@@ -132,7 +132,7 @@ STAGES = {
     "encode": ("ragturbo.model.unet.HSpaceUNet", "encode"),
     "adapter": ("ragturbo.model.adapter.HSpaceAdapter", "delta"),
     "decode": ("ragturbo.model.unet.HSpaceUNet", "decode"),
-    "vae": ("diffusers.AutoencoderKL", "decode"),
+    "vae": ("ragturbo.model.vae.VAE", "decode"),
 }
 FAULTS = [
     (RuntimeError("an injected fault"), GenerationError),
