@@ -113,7 +113,8 @@ def _loops(code: list[Instruction], successors: dict[int, list[int]]) -> tuple[s
     for i, after in successors.items():
         for j in after:
             predecessors[j].add(i)
-    inner, outer = set(), set()
+    inner: set[int] = set()
+    outer: set[int] = set()
 
     def visit(nodes: set[int]) -> bool:
         """Find the loops among the instructions `nodes`; return whether there is one."""
