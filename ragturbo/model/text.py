@@ -124,11 +124,18 @@ class TextEncoder:
 
 
 def _fixed_length(tokenizer: Any, length: int) -> Any:
-    """A copy of the tokenizer's Rust part that pads and truncates to `length`.
+    """The tokenizer's Rust part, or a copy of it, that pads and truncates to `length`.
 
     Calling the tokenizer itself sets up the shared Rust part on each call, which is not thread-safe.
     """
-    backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend = tokenizer.backend_tokenizer
+    # Copying CLIP's vocabulary takes 0.12 s.
+    if isinstance(tokenizer, CLIPTokenizer) and backend.padding is None:
+        return _pad_and_truncate(backend, tokenizer, length)
+    return _pad_and_truncate(tokenizers.Tokenizer.from_str(backend.to_str()), tokenizer, length)
+
+
+def _pad_and_truncate(backend: Any, tokenizer: Any, length: int) -> Any:
     backend.enable_truncation(length, direction=tokenizer.truncation_side)
     backend.enable_padding(
         direction=tokenizer.padding_side, pad_id=tokenizer.pad_token_id, pad_token=tokenizer.pad_token, length=length

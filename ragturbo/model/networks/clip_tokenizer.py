@@ -106,8 +106,8 @@ def _from_words(
     folder: Path, config: Mapping[str, Any], special: Mapping[str, AddedToken | str], names: Mapping[str, str]
 ) -> Any:
     """From vocab.json and merges.txt, in transformers' order of added tokens."""
-    vocabulary, merges = models.BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token=names["unk_token"], **_BPE))
+    files = str(folder / "vocab.json"), str(folder / "merges.txt")
+    backend = Tokenizer(models.BPE.from_file(*files, unk_token=names["unk_token"], **_BPE))
     decoder = {int(i): AddedToken(**token) for i, token in config.get("added_tokens_decoder", {}).items()}
     tokens: list[Any] = [decoder[i] for i in sorted(decoder)]
     there = {token.content for token in tokens}
