@@ -14,18 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ragturbo.errors import ModelError
-from ragturbo.model.tied_layers import TiedConv2d, TiedLinear
+from ragturbo.model.tied_layers import Sum, TiedConv2d, TiedLinear
 from ragturbo.model.ties import Ties
 from ragturbo.model.tokens import from_tokens, products, sdpa, to_tokens
-from ragturbo.ops import cross_attention, geglu, group_norm, layer_norm
+from ragturbo.ops import cross_attention, geglu, group_norm
 
 
 def group_norm_of(x: Tensor, norm: nn.GroupNorm, *, silu: bool = False, add_bias: Tensor | None = None) -> Tensor:
     return group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu=silu, add_bias=add_bias)
-
-
-def layer_norm_of(x: Tensor, norm: nn.LayerNorm) -> Tensor:
-    return layer_norm(x, norm.weight, norm.bias, norm.eps)
 
 
 class NormAct(nn.Module):
@@ -139,28 +135,31 @@ class Transformer(nn.Module):
             raise ModelError(f"{path} cannot be folded: its input is not an image")
         self.norm = ties.norm(model.norm)
         self.proj_in, self.proj_out = TiedLinear(ties, f"{path}.proj_in"), TiedLinear(ties, f"{path}.proj_out")
-        self.bias_in, self.bias_out = (ties.bias(f"{path}.{name}") for name in ("proj_in", "proj_out"))
+        self.bias_in = ties.bias(f"{path}.proj_in")
+        paths = [f"{path}.transformer_blocks.{i}" for i in range(len(model.transformer_blocks))]
         self.blocks = nn.ModuleList(
-            [
-                TransformerBlock(ties, f"{path}.transformer_blocks.{i}", block, layout, attention)
-                for i, block in enumerate(model.transformer_blocks)
-            ]
+            TransformerBlock(ties, where, block, layout, attention, last=where == paths[-1])
+            for where, block in zip(paths, model.transformer_blocks, strict=True)
         )
+        out, last = f"{path}.proj_out", f"{paths[-1]}.ff.net.2"
+        # On a GPU the last block's product is added in place, without its bias, which is folded into the next one.
+        self.bias_out = ties.bias(out) if ties.packs else ties.own(lambda: _bias_through(ties, last, out))
 
     def forward(self, x: Tensor, encoder_hidden_states: Tensor, **_: Any) -> tuple[Tensor]:
-        h = self.proj_in(to_tokens(group_norm_of(x, self.norm)), self.bias_in)
+        stream = Sum(self.proj_in(to_tokens(group_norm_of(x, self.norm)), self.bias_in))
         for block in self.blocks:
-            h = block(h, encoder_hidden_states)
-        h = self.proj_out(h, self.bias_out, to_tokens(x))
+            stream = block(stream, encoder_hidden_states)
+        h = self.proj_out(stream.x, self.bias_out, to_tokens(x))
         return (from_tokens(h, (x.shape[2], x.shape[3])),)
 
 
 class TransformerBlock(nn.Module):
     """BasicTransformerBlock with self-attention's Q, K and V in one product, and cross-attention's K and V given."""
 
-    def __init__(self, ties: Ties, path: str, block: Any, layout: TextKVLayout, attention: str) -> None:
+    def __init__(self, ties: Ties, path: str, block: Any, layout: TextKVLayout, attention: str, *, last: bool) -> None:
         super().__init__()
         _check_block(path, block)
+        self.last = last
         self.norm1, self.norm2, self.norm3 = (ties.norm(norm) for norm in (block.norm1, block.norm2, block.norm3))
         self.heads, self.attention = block.attn1.heads, attention
         self.qkv = TiedLinear(ties, *(f"{path}.attn1.to_{x}" for x in "qkv"))
@@ -173,15 +172,26 @@ class TransformerBlock(nn.Module):
         self.out1_bias, self.out2_bias, self.down_bias = (ties.bias(x) for x in (out1, out2, down))
         self.up_bias = ties.bias(up, cast=False)
 
-    def forward(self, x: Tensor, text_kv: Tensor) -> Tensor:
-        """x: (B, T, C); text_kv: (B, L, ΣC)."""
-        q, k, v = self.qkv(layer_norm_of(x, self.norm1)).chunk(3, dim=-1)
-        x = self.out1(attend(q, k, v, self.heads, self.attention), self.out1_bias, x)
-        q = self.q(layer_norm_of(x, self.norm2))
+    def forward(self, stream: Sum, text_kv: Tensor) -> Sum:
+        """stream: (B, T, C); text_kv: (B, L, ΣC)."""
+        h, x = stream.normed(self.norm1)
+        q, k, v = self.qkv(h).chunk(3, dim=-1)
+        h, x = self.out1.onto(x, attend(q, k, v, self.heads, self.attention), self.out1_bias).normed(self.norm2)
         k, v = text_kv[..., self.k_slice], text_kv[..., self.v_slice]
-        x = self.out2(attend(q, k, v, self.heads, self.attention), self.out2_bias, x)
-        hidden = geglu(self.up(layer_norm_of(x, self.norm3)), self.up_bias)
-        return self.down(hidden, self.down_bias, x)
+        h = attend(self.q(h), k, v, self.heads, self.attention)
+        h, x = self.out2.onto(x, h, self.out2_bias).normed(self.norm3)
+        h = geglu(self.up(h), self.up_bias)
+        return Sum(self.down.add_to(x, h, self.down_bias)) if self.last else self.down.onto(x, h, self.down_bias)
+
+
+def _bias_through(ties: Ties, before: str, linear: str) -> Tensor:
+    """(C,): a linear layer's bias, and that of the layer before it as this one transforms it; summed in fp32."""
+    bias, added = ties.bias(linear, cast=False), ties.bias(before, cast=False)
+    weight = ties.current(linear).flatten(1)
+    total = weight.new_zeros(weight.shape[0], dtype=torch.float32) if bias is None else bias.float()
+    if added is not None:
+        total = total + (weight.float() * added.float()).sum(1)
+    return total.to(weight.dtype)
 
 
 class TextKVLayout:

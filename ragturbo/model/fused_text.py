@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ragturbo.errors import ModelError
-from ragturbo.model.fused import layer_norm_of
 from ragturbo.model.text import TextEncoder, TextStates
-from ragturbo.model.tied_layers import TiedLinear
+from ragturbo.model.tied_layers import Sum, TiedLinear
 from ragturbo.model.ties import Replaced, Ties
 from ragturbo.model.tokens import sdpa
 
@@ -43,10 +42,10 @@ class FusedText:
         """input_ids: (B, L) on the encoder's device. It does not synchronize."""
         embeddings = self._embeddings
         x = F.embedding(input_ids, embeddings.token_embedding.weight)
-        x = x + embeddings.position_embedding.weight[: input_ids.shape[1]]
+        stream = Sum(x + embeddings.position_embedding.weight[: input_ids.shape[1]])
         for layer in self._layers:
-            x = layer(x)
-        hidden, end = layer_norm_of(x, self._norm), self._text.end_of_text(input_ids)
+            stream = layer(stream)
+        (hidden, x), end = stream.normed(self._norm), self._text.end_of_text(input_ids)
         if self._text.clip_key is not None:
             # The CLIP key's block takes the states before the final norm.
             key = self._text.clip_key(x, end)
@@ -74,9 +73,9 @@ class _Layer:
         self.out_bias, self.up_bias, self.down_bias = attention.out_proj.bias, mlp.fc1.bias, mlp.fc2.bias
         self.activation = mlp.activation_fn
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x: (B, L, D)"""
-        q, k, v = self.qkv(layer_norm_of(x, self.norm1), self.qkv_bias).chunk(3, dim=-1)
-        x = self.out(sdpa(q, k, v, self.heads, causal=True), self.out_bias, x)
-        hidden = self.activation(self.up(layer_norm_of(x, self.norm2), self.up_bias))
-        return self.down(hidden, self.down_bias, x)
+    def __call__(self, stream: Sum) -> Sum:
+        """stream: (B, L, D)"""
+        h, x = stream.normed(self.norm1)
+        q, k, v = self.qkv(h, self.qkv_bias).chunk(3, dim=-1)
+        h, x = self.out.onto(x, sdpa(q, k, v, self.heads, causal=True), self.out_bias).normed(self.norm2)
+        return self.down.onto(x, self.activation(self.up(h, self.up_bias)), self.down_bias)

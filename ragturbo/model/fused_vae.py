@@ -54,7 +54,11 @@ class PhaseUpsample(nn.Module):
     def __init__(self, ties: Ties, path: str, biased: bool = True) -> None:
         super().__init__()
         conv = f"{path}.conv"
-        self.conv = TiedConv2d(ties, conv, weight=lambda: phase_weights(ties.current(conv, cast=False), ties.dtype))
+        out, into = ties.current(conv, cast=False).shape[:2]
+        self.conv = TiedConv2d(
+            ties, conv, weight=lambda: phase_weights(ties.current(conv, cast=False), ties.dtype),
+            shape=torch.Size((4 * out, into, 2, 2)),
+        )  # fmt: skip
         bias = ties.bias(conv) if biased else None
         self.bias = None if bias is None else ties.own(lambda: bias.repeat(4))
         self._other_sizes = Upsample(ties, path, biased)

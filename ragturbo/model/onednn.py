@@ -8,8 +8,8 @@ result. torch has these calls for the C++ code that torch.compile generates.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Hashable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,10 +27,10 @@ def why_not() -> str | None:
     try:
         with torch.no_grad():
             x, weight, bias = torch.randn(1, 8, 5, 5), torch.randn(8, 8, 3, 3), torch.randn(8)
-            ours = PackedConv2d(lambda: weight, weight.dtype, (1, 1), (1, 1))(x, bias, x)
+            ours = PackedConv2d(lambda: weight, weight.shape, weight.dtype, (1, 1), (1, 1))(x, bias, x)
             theirs = F.conv2d(x, weight, bias, padding=1) + x
             row, matrix = torch.randn(4, 16), torch.randn(16, 16)
-            linear = PackedLinear(lambda: matrix)(row, bias.repeat(2), row)
+            linear = PackedLinear(lambda: matrix, (16, 16), matrix.dtype)(row, bias.repeat(2), row)
             agree = torch.allclose(ours, theirs, atol=1e-3) and torch.allclose(
                 linear, F.linear(row, matrix, bias.repeat(2)) + row, atol=1e-3
             )
@@ -56,17 +56,29 @@ class _Packed:
     as the layer. Sizes with the same layout share one packed weight.
     """
 
-    def __init__(self, weight: Callable[[], Tensor], pack: Callable[[Tensor, torch.Size], Tensor]) -> None:
-        self._compute, self._pack = weight, pack
+    # oneDNN's description of the layout, by all that it depends on: equal layers need not be packed to know it.
+    _layouts: ClassVar[dict[Hashable, bytes]] = {}
+
+    def __init__(
+        self, weight: Callable[[], Tensor], pack: Callable[[Tensor, torch.Size], Tensor], settings: Hashable
+    ) -> None:
+        """settings: all that the layout depends on besides the size of the input."""
+        self._compute, self._pack, self._settings = weight, pack, settings
         self._by_size: dict[torch.Size, Tensor] = {}
-        self._by_layout: dict[Any, Tensor] = {}
+        self._by_layout: dict[bytes, Tensor] = {}
 
     def of(self, size: torch.Size) -> Tensor:
         if (found := self._by_size.get(size)) is None:
-            packed = self._pack(self._compute().detach(), size)
-            layout = bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(packed).tolist())
-            found = self._by_size[size] = self._by_layout.setdefault(layout, packed)
+            found = self._by_size[size] = self._packed(size)
         return found
+
+    def _packed(self, size: torch.Size) -> Tensor:
+        case = self._settings, size
+        if (known := self._layouts.get(case)) in self._by_layout:
+            return self._by_layout[known]
+        packed = self._pack(self._compute().detach(), size)
+        layout = self._layouts[case] = bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(packed).tolist())
+        return self._by_layout.setdefault(layout, packed)
 
     def clear(self) -> None:
         """After the weight has changed."""
@@ -76,16 +88,16 @@ class _Packed:
 
 class PackedConv2d:
     def __init__(
-        self, weight: Callable[[], Tensor], dtype: torch.dtype, stride: tuple[int, int], padding: tuple[int, int]
-    ) -> None:
-        """weight: computes it, in `dtype`."""
+        self, weight: Callable[[], Tensor], shape: torch.Size, dtype: torch.dtype, stride: tuple[int, int],
+        padding: tuple[int, int],
+    ) -> None:  # fmt: skip
+        """weight: computes it, of `shape` and `dtype`."""
         self.dtype = dtype
         self._place = list(padding), list(stride), [1, 1], 1
-        self.weight = _Packed(weight, self._pack)
+        self.weight = _Packed(weight, self._pack, (shape, dtype, stride, padding))
 
     def _pack(self, weight: Tensor, size: torch.Size) -> Tensor:
-        pack: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # type: ignore[attr-defined]
-        return pack(weight.to_mkldnn(), *self._place, list(size))
+        return torch.ops.mkldnn._reorder_convolution_weight(weight.contiguous(), *self._place, list(size))
 
     def __call__(self, x: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """(B, C, H, W) in any layout -> channels_last."""
@@ -100,8 +112,9 @@ class PackedConv2d:
 
 
 class PackedLinear:
-    def __init__(self, weight: Callable[[], Tensor]) -> None:
-        self.weight = _Packed(weight, _pack_linear)
+    def __init__(self, weight: Callable[[], Tensor], shape: tuple[int, int], dtype: torch.dtype) -> None:
+        """weight: computes it, of `shape` and `dtype`."""
+        self.weight = _Packed(weight, _pack_linear, (shape, dtype))
 
     def __call__(self, x: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """(…, K) -> (…, N)"""

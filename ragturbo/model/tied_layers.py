@@ -7,6 +7,7 @@ its own, so `bias_residual` adds bias and residual in one.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,24 +16,26 @@ from torch.nn import functional as F
 
 from ragturbo.model.onednn import PackedConv2d, PackedLinear, packs_linear
 from ragturbo.model.ties import Replaced, Ties, base_layer
-from ragturbo.ops import bias_residual
+from ragturbo.ops import bias_residual, layer_norm, layer_norm_and_sum
 
 
 class TiedConv2d:
     def __init__(
         self, ties: Ties, path: str, *, stride: tuple[int, int] = (1, 1), padding: tuple[int, int] = (1, 1),
-        weight: Callable[[], Tensor] | None = None, cast: bool = True,
+        weight: Callable[[], Tensor] | None = None, shape: torch.Size | None = None, cast: bool = True,
     ) -> None:  # fmt: skip
         """
         Args:
-            weight: computes the weight, if it is not the one at `path`.
+            weight: computes the weight, if it is not the one at `path`; of `shape`.
             cast: False: in the dtype of the original model.
         """
         self._stride, self._padding = stride, padding
         self._packed: PackedConv2d | None = None
         if ties.packs:
-            dtype = ties.dtype if cast and ties.dtype else ties.current(path, cast=False).dtype
-            self._packed = PackedConv2d(weight or (lambda: ties.current(path, cast=cast)), dtype, stride, padding)
+            own = ties.current(path, cast=False)
+            shape, dtype = shape or own.shape, ties.dtype if cast and ties.dtype else own.dtype
+            compute = weight or (lambda: ties.current(path, cast=cast))
+            self._packed = PackedConv2d(compute, shape, dtype, stride, padding)
             ties.on_refresh(self._packed.weight.clear)
         else:
             self.weight = ties.weight(path, cast=cast) if weight is None else ties.own(weight)
@@ -56,17 +59,49 @@ class TiedLinear:
         self._packed: PackedLinear | None = None
         weights = [ties.current(path, cast=False) for path in paths]
         if ties.packs and packs_linear(sum(w.numel() for w in weights)):
-            self._packed = PackedLinear(lambda: torch.cat([ties.current(path).flatten(1) for path in paths]))
+            width = sum(w.shape[0] for w in weights)
+            self._packed = PackedLinear(
+                lambda: torch.cat([ties.current(path).flatten(1) for path in paths]),
+                (width, weights[0].numel() // weights[0].shape[0]),
+                ties.dtype or weights[0].dtype,
+            )
             ties.on_refresh(self._packed.weight.clear)
         else:
             self.weight = ties.weight(paths[0]).flatten(1) if len(paths) == 1 else ties.concatenated(*paths)
         self.width = sum(w.shape[0] for w in weights)
+        self._adds = ties.packs
+
+    def onto(self, x: Tensor, h: Tensor, bias: Tensor | None) -> Sum:
+        """x + W·h + bias, W·h computed, for a norm that follows."""
+        return Sum(self(h, bias, x)) if self._adds else Sum(x, self(h), bias)
+
+    def add_to(self, x: Tensor, h: Tensor, bias: Tensor | None) -> Tensor:
+        """x + W·h. On a GPU in the memory of x, which saves a launch, and without the bias."""
+        if self._adds:
+            return self(h, bias, x)
+        x.flatten(0, -2).addmm_(h.flatten(0, -2), self.weight.t())
+        return x
 
     def __call__(self, x: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         if self._packed is not None:
             return self._packed(x, bias, residual)
         out = F.linear(x, self.weight, bias)
         return out if residual is None else residual + out
+
+
+@dataclass(frozen=True)
+class Sum:
+    """x + add + bias. On a GPU the norm that reads a residual stream also adds to it, which saves a launch."""
+
+    x: Tensor
+    add: Tensor | None = None
+    bias: Tensor | None = None
+
+    def normed(self, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+        """The LayerNorm of the sum, and the sum."""
+        if self.add is None:
+            return layer_norm(self.x, norm.weight, norm.bias, norm.eps), self.x
+        return layer_norm_and_sum(self.x, norm.weight, norm.bias, norm.eps, add=self.add, add_bias=self.bias)
 
 
 class ConvLayer(nn.Module):
