@@ -151,9 +151,10 @@ def _our_product(row: dict[str, Any], gpu: Gpu, old: bool) -> Cost:
     # LayerNorm was part of the product, which read its rows once more.
     normed = min(m, 64) * k * 2 / (OLD_AHEAD / LATENCY) if old and (n > 2048 or "project" in row["op"]) else 0.0
     attention = FIXED if "project" in row["op"] else 0.0
-    # A launch that zeroes counters, and the sum of the shares.
-    shares = 2 * FIXED if split > 1 else 0.0
-    return Cost(seconds + normed + attention + shares + FIXED_PRODUCT, 2 if split > 1 else 1)
+    # The sum of the shares, and at 2f5dd0b a launch that zeroed counters.
+    zeroed = old and split > 1
+    shares = (FIXED if split > 1 else 0.0) + (FIXED if zeroed else 0.0)
+    return Cost(seconds + normed + attention + shares + FIXED_PRODUCT, 2 if zeroed else 1)
 
 
 def predict(rows: Sequence[dict[str, Any]], gpu: Gpu, *, old: bool, early: bool) -> dict[str, dict[str, float]]:

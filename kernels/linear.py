@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ragturbo.kernels import pdl, tiles
+from ragturbo.kernels import counters, pdl, tiles
 from ragturbo.kernels.geglu import gelu
 from ragturbo.kernels.launch import launch
 from ragturbo.kernels.portable import cast, dot
@@ -73,9 +73,11 @@ def linear(
         tl.store(p_part + tl.program_id(2) * share_size, acc, mask=m)
         # All threads must have stored their part before the counter is raised.
         tl.debug_barrier()
-        before = tl.atomic_add(arrived_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), 1)
-        if before < SPLITS - 1:
+        p_arrived = arrived_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+        if tl.atomic_add(p_arrived, 1) < SPLITS - 1:
             return
+        # For the next run of a graph: see counters.py.
+        tl.store(p_arrived, 0)
         acc = tl.zeros([BM, BN], dtype=tl.float32)
         # Unrolled, so that the loads overlap.
         for i in tl.static_range(SPLITS):
@@ -147,8 +149,7 @@ def forward(
     shares = arrived = None
     if splits > 1:
         shares = torch.empty(splits, *out.shape, dtype=torch.float32, device=x.device)
-        # Allocated per call: a counter kept between calls would be shared by streams.
-        arrived = torch.zeros(grid[0] * grid[1], dtype=torch.int32, device=x.device)
+        arrived = counters.zeros(grid[0] * grid[1], x.device)
     w = [*(w.contiguous() for w in weights), None, None][:3]
     optional = [None if t is None else t.contiguous() for t in (bias, residual, lam)]
     launch(

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from ragturbo.errors import InvalidRequest
-from ragturbo.kernels import tiles
+from ragturbo.kernels import counters, tiles
 from ragturbo.kernels.launch import counted
 from ragturbo.ops import linear
 
@@ -48,6 +48,36 @@ def test_every_epilogue(shape, after, dtype, randn, device, no_worse):
     if after == "lam":
         options["lam"] = torch.rand(b, device=device)
     check(randn(b, t, k, dtype=dtype) + 0.5, weights, no_worse, geglu=after == "geglu", **options)
+
+
+def test_counters_are_left_at_zero_for_the_next_run_of_a_graph(randn, monkeypatch, device):
+    kept = torch.zeros(64, dtype=torch.int32, device=device)
+    monkeypatch.setattr(counters, "zeros", lambda n, device: kept[:n])
+    x, weight = randn(1, 19, 96), randn(40, 96)
+    with tiles.forced("linear", {"BK": 32, "BN": 16, "SPLITS": 3}):
+        first, second = (linear(x, [weight], impl="triton") for _ in range(2))
+    assert torch.equal(first, second) and not kept.any()
+    # Poisoned: a wrong count would have left the output unwritten.
+    assert first.isfinite().all()
+
+
+def test_every_recording_has_counters_of_its_own(monkeypatch):
+    capturing = False
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    device = torch.device("cuda", 0)
+    memory = torch.zeros(counters.RECORDED, dtype=torch.int32)
+    monkeypatch.setattr(counters, "_memory", {device: memory})
+    monkeypatch.setattr(counters, "_used", {})
+    made = []
+    monkeypatch.setattr(torch, "zeros", lambda n, **options: made.append(n) or memory.new_zeros(n))
+    assert counters.zeros(7, device).data_ptr() != memory.data_ptr() and made == [7]
+    capturing = True
+    first, second = counters.zeros(7, device), counters.zeros(9, device)
+    assert first.data_ptr() == memory.data_ptr() and second.data_ptr() == memory[7:].data_ptr()
+    # When they are used up, a recording zeroes new ones at each run.
+    counters.zeros(counters.RECORDED - 16, device)
+    counters.zeros(1, device)
+    assert made == [7, 1]
 
 
 @pytest.mark.parametrize("splits", [3, 8])
