@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
+from ragturbo import huge_pages
 from ragturbo.checks import check_call, check_timeout, default_mode, texts, whole
 from ragturbo.config import (
     MAX_PHRASES,
@@ -190,6 +191,7 @@ class Generator:
             parts["folder"] = look(model, hub, adapter=adapter, distilled=distilled, vae=vae).folder
         elif vae != "full" or hub != Hub():
             raise InvalidRequest("vae, revision, subfolder and the like have no effect on a pipeline that is loaded")
+        huge_pages.ask()
         if isinstance(database, (str, os.PathLike)):
             from ragturbo.retrieval import Database as Opened
 
@@ -242,6 +244,7 @@ class Generator:
         file = check_single_file(path, config)
         check_dtype(dtype)
         check_device(device)
+        huge_pages.ask()
         from diffusers import StableDiffusionPipeline
 
         from ragturbo.engine.build import choose_device

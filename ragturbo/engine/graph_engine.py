@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ragturbo import huge_pages
 from ragturbo.config import GeneratorConfig
 from ragturbo.engine.cuda_graphs import RECORDING, CudaGraphs
 from ragturbo.engine.database import DatabaseGeneration
@@ -126,6 +127,7 @@ class GraphEngine:
             "capture": self.recorder.name,
             "products": f"{str(model.dtype).removeprefix('torch.')}: {self._dtype_why}",
             "weights": model.packs_why,
+            "huge pages": huge_pages.state() if self.device.type == "cpu" else None,
             "attention": f"{model.attention}: {model.attention_why}",
             "compile": model.compiled,
             "replaced": replaced,

@@ -6,6 +6,7 @@ following ResNet block adds it, without a launch of its own.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -30,9 +31,11 @@ class Upsample(nn.Module):
     """Upsample2D: nearest by two and a 3x3 convolution. biased: False if the following block adds the bias."""
 
     def __init__(self, ties: Ties, path: str, biased: bool = True) -> None:
+        """path: of the convolution, or of the Upsample2D that has it."""
         super().__init__()
-        self.conv = TiedConv2d(ties, f"{path}.conv")
-        self.bias = ties.bias(f"{path}.conv") if biased else None
+        path = _conv_path(ties, path)
+        self.conv = TiedConv2d(ties, path)
+        self.bias = ties.bias(path) if biased else None
 
     def forward(self, x: Tensor, output_size: Any = None) -> Tensor:
         """output_size: the size of a UNet's next skip, given if a side is odd."""
@@ -52,8 +55,9 @@ class PhaseUpsample(nn.Module):
     """
 
     def __init__(self, ties: Ties, path: str, biased: bool = True) -> None:
+        """path: of the convolution, or of the Upsample2D that has it."""
         super().__init__()
-        conv = f"{path}.conv"
+        conv = _conv_path(ties, path)
         out, into = ties.current(conv, cast=False).shape[:2]
         self.conv = TiedConv2d(
             ties, conv, weight=lambda: phase_weights(ties.current(conv, cast=False), ties.dtype),
@@ -70,6 +74,10 @@ class PhaseUpsample(nn.Module):
 
 
 UPSAMPLINGS: dict[str, type[Upsample] | type[PhaseUpsample]] = {"nearest": Upsample, "phases": PhaseUpsample}
+
+
+def _conv_path(ties: Ties, path: str) -> str:
+    return path if isinstance(base_layer(ties.root.get_submodule(path)), nn.Conv2d) else f"{path}.conv"
 
 
 def phase_weights(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -90,6 +98,17 @@ def _two_taps(weight: Tensor, dim: int) -> list[Tensor]:
     return [torch.stack([first, middle + last], dim), torch.stack([first + middle, last], dim)]
 
 
+def _upsampled_convs(decoder: nn.Module) -> list[tuple[str, str]]:
+    """The paths of nearest upsamplings by two and of the 3x3 convolutions right after them, as in AutoencoderTiny."""
+    found = []
+    for path, module in decoder.named_modules():
+        for first, then in pairwise(module.named_children() if isinstance(module, nn.Sequential) else ()):
+            scale = first[1].scale_factor if isinstance(first[1], nn.Upsample) else None
+            if scale in (2, 2.0) and first[1].mode == "nearest" and _is_plain_conv(then[1]):
+                found.append((f"{path}.{first[0]}", f"{path}.{then[0]}"))
+    return found
+
+
 def can_upsample(module: Any) -> bool:
     """Whether `Upsample` computes what this module does."""
     if type(module).__name__ != "Upsample2D" or not module.use_conv or module.use_conv_transpose:
@@ -97,7 +116,14 @@ def can_upsample(module: Any) -> bool:
     conv = getattr(module, "conv", None)
     if module.norm is not None or not module.interpolate or conv is None:
         return False
-    conv = base_layer(conv)
+    return _is_plain_conv(conv)
+
+
+def _is_plain_conv(module: Any) -> bool:
+    """Whether a module is a 3x3 convolution that keeps the size."""
+    conv = base_layer(module)
+    if not isinstance(conv, nn.Conv2d):
+        return False
     settings = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
     return settings == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
 
@@ -183,6 +209,9 @@ def fused_decoder(
         elif _can_attend(part):
             replace(path, Attention(ties, full_path, part))
     if packs:
+        for path, conv in _upsampled_convs(module.decoder):
+            replace(path, PhaseUpsample(ties, f"decoder.{conv}"))
+            replace(conv, nn.Identity())
         replaced += pack_rest(ties, view, unbiased={f"decoder.{path}" for path in unbiased})
     elif "conv_in" in unbiased:
         view.decoder.conv_in.bias = None

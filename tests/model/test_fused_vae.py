@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch.nn import functional as F
 
-from ragturbo.model import fused_vae
+from ragturbo.model import fused_vae, onednn
 from ragturbo.model.fused_vae import PhaseUpsample, Upsample, attend_by_products, can_upsample, fused_decoder
 from ragturbo.model.ties import Ties
 
@@ -154,3 +154,22 @@ def test_products_are_for_wide_heads_of_16_bits(tokens: int, dtype: torch.dtype,
         attention = fused_vae.Attention(Ties(module), "mid_block.attentions.0", module.mid_block.attentions[0])
         assert attention._by_products(torch.empty(1, tokens, 512, dtype=dtype, device="cuda")) is products
         assert not attention._by_products(torch.empty(1, tokens, 512, dtype=dtype))
+
+
+@pytest.mark.skipif(onednn.why_not() is not None, reason=str(onednn.why_not()))
+@pytest.mark.parametrize("kind", ["vae", "tiny_vae"])
+@torch.inference_mode()
+def test_a_decoder_packed_for_a_cpu_is_the_model_and_leaves_it_as_it_was(tiny: ModuleType, kind: str) -> None:
+    module = scrambled(getattr(tiny, kind)())
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    for side in ((4, 4), (5, 3)):
+        z = torch.randn(2, 4, *side)
+        expected = module.decode(z).sample
+        exact, table = fused_decoder(module, torch.float32, "phases", packs=True)
+        assert relative(exact.decode(z).sample, expected) < 1e-5
+        assert {"PhaseUpsample", "ConvLayer"} <= {row.now for row in table}
+        rounded, _ = fused_decoder(module, torch.bfloat16, "phases", packs=True)
+        image = rounded.decode(z.bfloat16()).sample
+        assert image.dtype == torch.bfloat16 and relative(image.float(), expected) < 0.03
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert torch.equal(module.decode(z).sample, expected)
