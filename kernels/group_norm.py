@@ -150,7 +150,6 @@ def group_norm_apply(
         if add_bias_ptr is not None:
             add_bias = tl.load(add_bias_ptr + c, mask=m_c, other=0.0).to(tl.float32)[None, :]
         x = statistics.load_sum(x_ptr, add_ptr, add_bias, None, base, o, m, KEEP)
-    w, b = _affine(weight_ptr, bias_ptr, c, m_c)
     groups = C // WIDTH
     if BS > 0:
         g, m_g = statistics.groups(i_c, C, WIDTH, PER_BLOCK, GROUPS)
@@ -158,15 +157,14 @@ def group_norm_apply(
         mean, rstd = statistics.merged(
             stats_ptr, plane, i_b * groups + g, m_g, splits, R, rows_per_split, WIDTH, eps, BS
         )
-        mean, scale = (
-            statistics.of_channels(mean, WIDTH, BC, GROUPS),
-            statistics.of_channels(rstd, WIDTH, BC, GROUPS) * w,
-        )
+        mean = statistics.of_channels(mean, WIDTH, BC, GROUPS)
+        rstd = statistics.of_channels(rstd, WIDTH, BC, GROUPS)
     else:
         p_stats = stats_ptr + i_b * groups + c // WIDTH
         mean = tl.load(p_stats, mask=m_c, other=0.0)
-        scale = tl.load(p_stats + tl.num_programs(2) * groups, mask=m_c, other=0.0) * w
-    y = _activate(x, mean, scale, b, SILU)
+        rstd = tl.load(p_stats + tl.num_programs(2) * groups, mask=m_c, other=0.0)
+    w, b = _affine(weight_ptr, bias_ptr, c, m_c)
+    y = _activate(x, mean, rstd * w, b, SILU)
     tl.store(out_ptr + base + o, cast(y, out_ptr.dtype.element_ty), mask=m)
 
 
