@@ -24,7 +24,7 @@ _VALUES: dict[str, tuple[Any, ...]] = {
     "padding_side": ("right",), "truncation_side": ("right",), "split_special_tokens": (False,),
     "extra_special_tokens": ([], {}), "additional_special_tokens": ([],),
 }  # fmt: skip
-_BPE = {
+_BPE: dict[str, Any] = {
     "dropout": None, "continuing_subword_prefix": "", "end_of_word_suffix": "</w>", "fuse_unk": False,
     "byte_fallback": False, "ignore_merges": False,
 }  # fmt: skip
