@@ -81,11 +81,11 @@ def _tiny_vae_id(folder: Path) -> str:
 def load_scheduler(folder: Path) -> Any:
     path = folder / "scheduler" / "scheduler_config.json"
     config = read_json(path)
-    if (scheduler := EulerDiscreteScheduler.load(config)) is not None:
-        return scheduler
-    import diffusers
-
     try:
+        if (scheduler := EulerDiscreteScheduler.load(config)) is not None:
+            return scheduler
+        import diffusers
+
         kind = getattr(diffusers, config["_class_name"])
         if not issubclass(kind, diffusers.SchedulerMixin):
             raise TypeError(f"{kind.__name__} is not a scheduler")

@@ -82,6 +82,10 @@ SPOILS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: set_json(f / "scheduler/scheduler_config.json", _class_name="UNet2DConditionModel"),
         "no scheduler",
     ),
+    "odd-scheduler": (
+        lambda f: set_json(f / "scheduler/scheduler_config.json", beta_start="small"),
+        "no scheduler of diffusers can be made",
+    ),
     "newer-bundle": (lambda f: set_json(f / "ragturbo.json", format=2, distilled=True, more=1), "format 2"),
     "odd-entry": (lambda f: set_json(f / "ragturbo.json", distilled=True, colour=1), "colour"),
     "odd-value": (lambda f: set_json(f / "ragturbo.json", distilled="yes"), "'yes'"),

@@ -6,6 +6,9 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+# Entries that the libraries write beside the options.
+_NOTES = ("_class_name", "_diffusers_version", "_name_or_path", "_commit_hash")
+
 
 class Config(dict[str, Any]):
     """A configuration whose entries are attributes, too, as in diffusers and transformers."""
@@ -33,8 +36,7 @@ class Options:
         """Return the configuration with all defaults; None if it has an option that is not implemented here."""
         known = {**self.free, **self.fixed}
         for name, value in values.items():
-            # Names with an underscore are notes of the library, such as its version.
-            if name not in known and name not in self.ignored and not name.startswith("_"):
+            if name not in known and name not in self.ignored and name not in _NOTES:
                 return None
             if name in self.fixed and value != self.fixed[name]:
                 return None

@@ -45,7 +45,7 @@ def test_the_levels_are_those_of_diffusers(spacing: str, schedule: str, zero: bo
         {"use_karras_sigmas": True}, {"use_beta_sigmas": True}, {"use_exponential_sigmas": True},
         {"timestep_type": "continuous"}, {"interpolation_type": "log_linear"}, {"trained_betas": [0.1]},
         {"beta_schedule": "squaredcos_cap_v2"}, {"prediction_type": "flow"}, {"timestep_spacing": "even"},
-        {"new_option": 1}, {"_class_name": "EulerAncestralDiscreteScheduler"}, {"_class_name": None},
+        {"new_option": 1}, {"_new_note": 1}, {"_class_name": "EulerAncestralDiscreteScheduler"}, {"_class_name": None},
     ],
 )  # fmt: skip
 def test_another_scheduler_is_left_to_diffusers(option: dict[str, Any]) -> None:

@@ -136,6 +136,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "class_embeddings_concat": True, "mid_block_only_cross_attention": True, "cross_attention_norm": "layer_norm",
         "reverse_transformer_layers_per_block": [1], "act_fn": "tanh", "norm_num_groups": None,
         "down_block_types": ["AttnDownBlock2D"] * 4, "up_block_types": ["AttnUpBlock2D"] * 4, "new_option": 0,
+        "_new_note": 0,
         "block_out_channels": [32, 32], "attention_head_dim": [2, 2],
     },
     VAE: {
