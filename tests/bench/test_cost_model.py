@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -49,3 +52,14 @@ def test_the_committed_predictions_name_their_error_and_commit():
     assert record["largest_error"] == pytest.approx(max(abs(row["error"]) for row in record["checked"]))
     for name in cost_model.GPUS:
         assert record["predicted"][name]["image"] > record["predicted"][name]["device"] > 0
+
+
+@pytest.mark.slow
+def test_the_operations_can_be_listed_again(tmp_path):
+    out = tmp_path / "operations.json"
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "benchmarks.operations", "--out", str(out), "--commit", "now"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=cost_model.RESULTS.parents[1])
+    assert done.returncode == 0, done.stderr[-2000:]
+    (rows,) = json.loads(out.read_text("utf-8")).values()
+    assert {row["stage"] for row in rows} >= {"text", "encode", "adapter", "decode", "vae"}
