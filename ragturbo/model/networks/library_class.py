@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import threading
+from importlib import import_module
 from typing import Any, ClassVar
 
 import torch
@@ -16,11 +18,12 @@ _PACKAGE = __name__.rpartition(".")[0]
 # Methods and attributes of the libraries' classes that are not implemented here. A pattern instead of a look at the
 # class: importing it takes seconds, and much of this package and of torch asks modules for attributes they lack.
 _OF_THE_LIBRARY = re.compile(
-    r"(enable|disable|save|load|set|add|delete|fuse|unfuse|from|register|extract|push|unload|to_json|tiled|blend|scale|unscale"
-    r"|gradient_checkpointing|activation_checkpointing|get_config|get_input|get_output|get_memory|resize|reset|tie"
-    r"|compile_repeated|init)_\w+|attn_processors|active_adapters|num_parameters|dequantize|is_gradient_checkpointing"
-    r"|use_slicing|use_tiling|base_model|dummy_inputs"
+    r"(enable|disable|save|load|unload|set|reset|add|delete|fuse|unfuse|from|register|extract|push|to_json|tiled|blend"
+    r"|scale|unscale|gradient_checkpointing|activation_checkpointing|get_config|get_input|get_output|get_memory|resize"
+    r"|tie|compile_repeated|init)_\w+|attn_processors|active_adapters|num_parameters|dequantize"
+    r"|is_gradient_checkpointing|use_slicing|use_tiling|base_model|dummy_inputs"
 )
+_lock = threading.Lock()
 
 
 class Network(nn.Module):
@@ -57,17 +60,19 @@ def become_library_class(network: nn.Module) -> Any:
 
     In place, because the engines hold references to it. A module that is one already is returned as it is.
     """
-    if not isinstance(network, Network):
-        return network
-    kind, theirs = _library_model(network)
-    theirs.train(network.training)
-    _move(network, theirs)
-    # Buffers that are not saved, such as positions.
-    nn.Module.to(theirs, network.device)
-    own = {name: value for name, value in network.__dict__.items() if name not in theirs.__dict__ and name != "config"}
-    # One assignment each, so that another thread's forward pass finds all layers at any time.
-    object.__setattr__(network, "__dict__", {**theirs.__dict__, **own})
-    object.__setattr__(network, "__class__", kind)
+    with _lock:
+        if not isinstance(network, Network):
+            return network
+        theirs = _library_model(network)
+        theirs.train(network.training)
+        _move(network, theirs)
+        # Buffers that are not saved, such as positions.
+        nn.Module.to(theirs, network.device)
+        own = {name: value for name, value in network.__dict__.items() if name not in theirs.__dict__}
+        own.pop("config", None)
+        # One assignment each, so that another thread's forward pass finds all layers at any time.
+        object.__setattr__(network, "__dict__", {**theirs.__dict__, **own})
+        object.__setattr__(network, "__class__", type(theirs))
     return network
 
 
@@ -76,20 +81,14 @@ def library_copy(network: Any) -> Any:
     return become_library_class(sharing_copy(network)) if isinstance(network, Network) else network
 
 
-def _library_model(network: Network) -> tuple[type[Any], Any]:
-    name = type(network).__name__
-    if network.LIBRARY == "transformers":
-        import transformers
-
-        kind = getattr(transformers, name)
-        with Skeleton():
-            options = {name: value for name, value in network.config.items() if not name.startswith("_")}
-            return kind, kind(kind.config_class(**options))
-    import diffusers
-
-    kind = getattr(diffusers, name)
+def _library_model(network: Network) -> Any:
+    """The library's model of the same configuration, without weights."""
+    kind: Any = getattr(import_module(network.LIBRARY), type(network).__name__)
     with Skeleton():
-        return kind, kind.from_config(network.config)
+        if network.LIBRARY == "diffusers":
+            return kind.from_config(network.config)
+        options = {name: value for name, value in network.config.items() if not name.startswith("_")}
+        return kind(kind.config_class(**options))
 
 
 def _move(ours: nn.Module, theirs: nn.Module) -> None:
