@@ -241,7 +241,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     rows = compile_all(options.sm, [getattr(torch, name) for name in options.dtype], options.op, options.jobs)
     if options.json:
-        options.json.write_text(json.dumps(record(rows), indent=1, ensure_ascii=False) + "\n")
+        found = record(rows)
+        # One variant a line.
+        lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in found.pop("rows"))
+        head = json.dumps(found, indent=1, ensure_ascii=False).removesuffix("\n}")
+        options.json.write_text(f'{head},\n "rows": [\n{lines}\n]\n}}\n', "utf-8")
     print(table(rows))
     return 1 if any(row.spills or not row.fits for row in rows) else 0
 
