@@ -122,7 +122,14 @@ def cost(row: dict[str, Any], gpu: Gpu, old: bool) -> Cost:
         return Cost(seconds + (FIXED + gpu.memory(written, written) if biased else 0), 2 if biased else 1)
     if op in ("ragturbo::linear", "ragturbo::project_attention"):
         return _our_product(row, gpu, old)
-    if "linear" in op or op in ("aten::addmm", "aten::mm"):
+    if op == "aten::addmm_":
+        m, n = _shape(row)
+        seconds = max(gpu.product(m, n, round(flops / 2 / m / n)), gpu.weights(weights))
+        return Cost(seconds + moved + FIXED_PRODUCT)
+    if op.startswith("aten::bmm"):
+        seconds = max(flops / (gpu.machine.flops * TILES[128, 128]), moved)
+        return Cost(seconds + FIXED_PRODUCT)
+    if "linear" in op:
         k = _shape(row)[-1]
         seconds = max(gpu.product(math.prod(_shape(row)[:-1]), max(1, weights // 2 // k), k), gpu.weights(weights))
         return Cost(seconds + moved + FIXED_PRODUCT)

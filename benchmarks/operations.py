@@ -29,6 +29,8 @@ def flops(name: str, func: Any, args: Any, kwargs: Any, out: Any) -> int:
     if name in ("aten::linear", "ragturbo::linear"):
         weights = args[1] if name.startswith("ragturbo") else [args[1]]
         return int(2 * args[0].numel() * sum(w.shape[0] for w in weights))
+    if name == "aten::addmm_":
+        return int(2 * args[1].numel() * args[2].shape[-1])
     if name.startswith("aten::conv"):
         return int(2 * out.numel() * args[1].numel() // args[1].shape[0])
     if name == "ragturbo::project_attention":
