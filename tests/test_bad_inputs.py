@@ -64,7 +64,7 @@ LOADING: list[tuple[str, Callable[[], Any], str]] = [
     ("a revision of the package", lambda: load(revision="main"), "is a local model"),
     ("token=3", lambda: load(token=3), "token=3"),
     ("local_files_only", lambda: load(local_files_only="x"), "local_files_only='x' must be True or False"),
-    ("attention without a GPU", lambda: load(attention="triton", device="cpu"), "for the graph engine"),
+    ("attention without a GPU", lambda: load(attention="triton", device="cpu"), "needs a GPU"),
     ("a file as database", lambda: load(database="file.txt"), "it is a file"),
     ("adapter=True", lambda: load(adapter=True), "adapter=True: give a folder"),
     ("an adapter that is not there", lambda: load(adapter="nowhere"), "there is no adapter nowhere"),

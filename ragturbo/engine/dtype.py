@@ -11,9 +11,10 @@ import torch
 from ragturbo.config import GeneratorConfig
 from ragturbo.engine import packing
 from ragturbo.engine.fast_model import FastModel
-from ragturbo.engine.threads import SMALL, parameters
+from ragturbo.engine.threads import parameters
 from ragturbo.model import onednn
 from ragturbo.model.bundle import Bundle
+from ragturbo.model.one_thread import SMALL
 
 log = logging.getLogger("ragturbo")
 # The least PSNR of bf16 latents against fp32 ones, in dB over their range. 36 dB are errors of 1.6 % of the range.

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ragturbo.model.one_thread import SMALL, use_one_thread
+
 if TYPE_CHECKING:
     from ragturbo.model.bundle import Bundle
 
-# Parameters of text encoder, UNet and VAE together: the embedded model has 4 million, SD 2.1 1.3 billion.
-SMALL = 64_000_000
 _lock = threading.Lock()
 
 
@@ -28,16 +28,10 @@ def settle_threads(bundle: Bundle, on_device_thread: Callable[[Callable[[], Any]
         own = torch.get_num_threads()
         if bundle.device.type != "cpu" or "OMP_NUM_THREADS" in os.environ or parameters(bundle) > SMALL:
             return own
-        on_device_thread(_use_one_thread)
+        on_device_thread(use_one_thread)
         # torch has a setting per thread and a global one for new threads and MKL: restore the latter.
         torch.set_num_threads(own)
     return 1
-
-
-def _use_one_thread() -> None:
-    # A thread copies the global setting at its first query, which would overwrite a setting made before that.
-    torch.get_num_threads()
-    torch.set_num_threads(1)
 
 
 def parameters(bundle: Bundle) -> int:

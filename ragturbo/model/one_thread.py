@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
-# Parameters: the embedded model has 4 million, SD 2.1 1.3 billion.
+# Parameters of text encoder, UNet and VAE together: the embedded model has 4 million, SD 2.1 1.3 billion.
 SMALL = 64_000_000
 T = TypeVar("T")
 
@@ -29,13 +29,14 @@ def on_one_thread(function: Callable[[], T], device: torch.device, networks: Ite
         return function()
     own = torch.get_num_threads()
     with ThreadPoolExecutor(1, thread_name_prefix="ragturbo-load") as pool:
-        pool.submit(_use_one_thread).result()
+        pool.submit(use_one_thread).result()
         # torch has a setting per thread and a global one for new threads and MKL: restore the latter.
         torch.set_num_threads(own)
         return pool.submit(function).result()
 
 
-def _use_one_thread() -> None:
+def use_one_thread() -> None:
+    """Make the calling thread use one thread for torch's operations."""
     # A thread copies the global setting at its first query, which would overwrite a setting made before that.
     torch.get_num_threads()
     torch.set_num_threads(1)

@@ -42,7 +42,7 @@ def test_a_profile_has_every_stage_in_its_table_and_its_trace(model_folder, data
     # Stages follow each other on a CPU: together they are no more than the whole.
     assert sum(seconds for stage, seconds in medians.items() if stage != "total") <= medians["total"]
     names = [event["name"] for event in json.loads(trace.read_text())["traceEvents"]]
-    assert all(names.count(stage) == 1 for stage in STAGES)
+    assert set(names) >= STAGES
 
 
 def test_a_trace_tells_what_lay_beside_the_main_stream(tmp_path):
