@@ -25,7 +25,6 @@ OURS = "ragturbo"
 PAIRS = {
     "sd21": (
         ("ragturbo", "diffusers"),
-        ("ragturbo", "diffusers, huge pages"),
         ("ragturbo", "diffusers, bfloat16"),
         ("ragturbo", "diffusers + torch.compile, bfloat16"),
         ("ragturbo", "OpenVINO, bfloat16"),
@@ -131,11 +130,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"latents {found['latents_apart']:.1e} apart\n"
         )
         sys.stdout.flush()
-        threads = os.environ.get("OMP_NUM_THREADS", "torch's default")
         result = {
-            "what": "one image from prompt to pixels on a CPU", "model": options.model, "threads": threads,
-            "command": f"python -m benchmarks.cpu_peers --model {options.model} --rounds {options.rounds}",
-            "machine": describe(), "at": now(), "pairs": done,
+            "kind": "peers", "datetime": now(), "context": describe(), "model": options.model,
+            "what": "one image from prompt to pixels on a CPU", "pairs": done,
         }  # fmt: skip
         options.out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     return 0

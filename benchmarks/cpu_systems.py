@@ -28,11 +28,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("system", choices=list(SYSTEMS))
     parser.add_argument("--model", default="sd21", help="shapes, or a configuration of ragturbo.bench.models")
     options = parser.parse_args(argv)
-    if options.system.startswith("ragturbo") or "huge pages" in options.system:
-        # As Generator.from_pretrained does, before torch is imported.
-        from ragturbo import huge_pages
-
-        huge_pages.ask()
     draw = SYSTEMS[options.system](options.model)
     for i in range(2):
         draw(PROMPTS[i], i, "np")
@@ -179,7 +174,6 @@ SYSTEMS: dict[str, Callable[[str], Draw]] = {
     "ragturbo, float32": lambda model: ragturbo(model, dtype="float32"),
     "ragturbo, tiny VAE": lambda model: ragturbo(model, tiny=True),
     "diffusers": diffusers,
-    "diffusers, huge pages": diffusers,
     "diffusers, bfloat16": lambda model: diffusers(model, dtype="bfloat16"),
     "diffusers + torch.compile": lambda model: diffusers(model, compile=True),
     "diffusers + torch.compile, bfloat16": lambda model: diffusers(model, dtype="bfloat16", compile=True),

@@ -1,4 +1,4 @@
-"""ragturbo._native, built from csrc/: checked parallel reads, CRC-32, page-locked memory. Optional."""
+"""ragturbo._native, built from csrc/: checked parallel reads, CRC-32, page-locked memory, layers. Optional."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -55,7 +55,34 @@ def crc32(data: Buffer, value: int = 0) -> int:
     """zlib.crc32, faster."""
 
 def build_info() -> dict[str, Any]:
-    """compiler, crc32 ("pclmul" | "slice16"), cuda (toolkit version or ""), cuda_off (why there is none), archs."""
+    """compiler, crc32 ("pclmul" | "slice16"), threads of the layers ("openmp", which is torch's, or "pool"), cuda
+    (toolkit version or ""), cuda_off (why there is none), archs."""
+
+# Layers on a CPU: addresses are integers (tensor.data_ptr()), weights fp32, data fp32 or bf16; 0 for no bias.
+
+def group_norm(
+    *,
+    x: int,
+    out: int,
+    bf16: bool,
+    batch: int,
+    pixels: int,
+    channels: int,
+    groups: int,
+    weight: int,
+    bias: int,
+    add_bias: int,
+    eps: float,
+    silu: bool,
+    threads: int,
+) -> None:
+    """SiLU(GroupNorm(x + add_bias)), x and out (batch, pixels, channels)."""
+
+def geglu(*, x: int, out: int, bf16: bool, rows: int, width: int, bias: int, threads: int) -> None:
+    """value · gelu(gate), x (rows, 2 · width), bias (2 · width), out (rows, width)."""
+
+def interleave(*, phases: int, out: int, batch: int, h: int, w: int, bytes: int, threads: int) -> None:
+    """Phases (batch, h + 1, w + 1, 4, bytes) to pixels (batch, 2h, 2w, bytes)."""
 
 # The functions below exist only if ragturbo was installed with nvcc: check hasattr(_native, "gather_rows").
 # Addresses are integers (tensor.data_ptr(), stream.cuda_stream); `*_at` is the device address of one int64 that the

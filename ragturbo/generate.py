@@ -8,11 +8,9 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
-from ragturbo import huge_pages
 from ragturbo.checks import check_call, check_timeout, default_mode, texts, whole
 from ragturbo.config import (
     MAX_PHRASES,
@@ -191,7 +189,6 @@ class Generator:
             parts["folder"] = look(model, hub, adapter=adapter, distilled=distilled, vae=vae).folder
         elif vae != "full" or hub != Hub():
             raise InvalidRequest("vae, revision, subfolder and the like have no effect on a pipeline that is loaded")
-        huge_pages.ask()
         if isinstance(database, (str, os.PathLike)):
             from ragturbo.retrieval import Database as Opened
 
@@ -208,7 +205,6 @@ class Generator:
             check_pipeline(model)
             unet: Any = model.unet  # type: ignore[attr-defined]
             where, precision = choose_device(device or unet.device, dtype or unet.dtype)
-            config = replace(config, dtype=precision)
             bundle = Bundle.from_pipeline(model, device=where, dtype=precision, **parts)
         if database is None:
             database = bundle.database_path
@@ -244,7 +240,6 @@ class Generator:
         file = check_single_file(path, config)
         check_dtype(dtype)
         check_device(device)
-        huge_pages.ask()
         from diffusers import StableDiffusionPipeline
 
         from ragturbo.engine.build import choose_device
@@ -266,7 +261,8 @@ class Generator:
                 why = next(iter(str(error).splitlines()), type(error).__name__)[:300]
             raise ModelError(f"{file} cannot be loaded by diffusers: {why}") from error
         pipe.register_to_config(_name_or_path=str(file))
-        return cls.from_pretrained(pipe, device=where, dtype=precision, **options)
+        # The pipeline was loaded in fp32, which is the precision of a CPU if none was asked for.
+        return cls.from_pretrained(pipe, device=where, dtype=dtype if where.type == "cpu" else precision, **options)
 
     @named(lambda: Generator.from_pretrained)
     def __call__(

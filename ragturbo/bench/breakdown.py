@@ -184,7 +184,7 @@ def _turbo(
     rows: dict[str, Any],
 ) -> None:  # fmt: skip
     words = prompts(settings.prompts)
-    config = GeneratorConfig(batch_sizes=(1,), retriever=search)
+    config = GeneratorConfig(batch_sizes=(1,), retriever=search, dtype=bundle.dtype)
     with Generator(bundle, database=database, config=config) as gen:
         modes = {"turbo": "none", "ours": "adapter"}
         agreement = {}

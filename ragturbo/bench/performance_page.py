@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from ragturbo.bench import budgets, fig6, tables
@@ -73,6 +74,25 @@ def breakdown_section(machines: list[Machine]) -> str:
     return "\n".join(parts) or "Not measured yet.\n"
 
 
+def peers_section(machines: list[Machine]) -> str:
+    """One image on a CPU, in pairs of processes."""
+    parts = []
+    for run in (run for machine in machines for run in machine.runs if run.kind == "peers"):
+        threads = run.context.get("environment", {}).get("OMP_NUM_THREADS", "torch's")
+        lines = ["| ragturbo | against | seconds | times as fast | latents apart |", "|---|---|--:|--:|--:|"]
+        for pair in run.data["pairs"]:
+            ours, theirs = (median(pair["seconds"][pair[name]]) for name in ("ours", "peer"))
+            low, high = pair["interval"]
+            lines.append(
+                f"| {pair['ours']} | {pair['peer']} | {ours:.3g}, {theirs:.3g} "
+                f"| {pair['times_as_fast']:.2f} [{low:.2f}, {high:.2f}] | {pair['latents_apart']:.0e} |"
+            )
+        rounds = len(next(iter(run.data["pairs"][0]["seconds"].values())))
+        head = f"{run.data['model']}, {run.context['cpu']}, {threads} threads, {rounds} rounds"
+        parts.append(f"{head} ({run.path.parent.name}/{run.path.name}, {run.commit}):\n\n{_block(lines)}")
+    return "\n".join(parts) or "Not measured yet.\n"
+
+
 def _op(info: dict[str, Any]) -> str:
     return str(info.get("op", ""))
 
@@ -100,6 +120,7 @@ SECTIONS: dict[str, Callable[[list[Machine]], str]] = {
     "machines": machines_section,
     "budgets": budgets_section,
     "breakdown": breakdown_section,
+    "peers": peers_section,
     "generate": _suite_section(
         tables.GENERATE,
         lambda info: _op(info).startswith(("generate", "peer", "modules_by_hand")) and info["sizes"]["batch"] in (1, 8),

@@ -60,7 +60,7 @@ def agreement(bundle: Bundle, model: FastModel) -> float:
     On latents of a sixteenth of the usual size, so that it takes a fraction of an image's time.
     """
     constants = model.schedules[1].constants[0]
-    side = max(8, bundle.unet.unet.config.sample_size // 4)
+    side = max(8, bundle.default_size // bundle.vae.factor // 4)
     noise = torch.randn(1, bundle.vae.channels, side, side, generator=torch.Generator().manual_seed(0))
     text = bundle.text.encode(bundle.text.tokenize([_PROMPT]).input_ids).hidden_states
     state = bundle.unet.encode(noise * constants.p, model.schedules[1].timesteps[0], text)

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ragturbo import huge_pages
 from ragturbo.config import GeneratorConfig
+from ragturbo.engine import fork
 from ragturbo.engine.cuda_graphs import RECORDING, CudaGraphs
 from ragturbo.engine.database import DatabaseGeneration
 from ragturbo.engine.dtype import make_model
@@ -53,12 +53,15 @@ class GraphEngine:
         """recorder: how segments run; None: CUDA graphs on a GPU unless capture=False."""
         self.bundle, self.device, self._config = bundle, bundle.device, config
         self.reference = ReferenceEngine(bundle)
-        # Other recorders than our own see torch's operations only.
+        # A recorder given by the caller may watch torch's operations, which packed layers are not.
         packs = recorder is None
         if recorder is None:
             captured = config.capture and self.device.type == "cuda"
             recorder = CudaGraphs(self.device) if captured else Uncaptured(self.device)
         self.recorder = recorder
+        if self.device.type == "cpu":
+            # Choosing the dtype may run the model.
+            fork.note_use()
         self.model, self._dtype_why = make_model(bundle, config, packs=packs)
         self.prompts = PromptCache(config.prompt_cache, keeps_kv=True)
         self._recordings: OrderedDict[Spec, Recording] = OrderedDict()
@@ -127,13 +130,13 @@ class GraphEngine:
             "capture": self.recorder.name,
             "products": f"{str(model.dtype).removeprefix('torch.')}: {self._dtype_why}",
             "weights": model.packs_why,
-            "huge pages": huge_pages.state() if self.device.type == "cpu" else None,
             "attention": f"{model.attention}: {model.attention_why}",
             "compile": model.compiled,
             "replaced": replaced,
             "vae dtype": str(model.vae_dtype).removeprefix("torch."),
             "retrieval": None if tables is None else tables.form,
             "owned weights, bytes": model.unet.ties.owned_bytes,
+            "packed weights of the UNet, bytes": model.unet.ties.packed_bytes,
             "keys on the device, bytes": 0 if tables is None or tables.keys is None else tables.keys.bytes,
             # list(): the device thread may be recording.
             "graphs": [

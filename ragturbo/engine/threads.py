@@ -7,24 +7,21 @@ another process occupies a core, every operation waits for it, hundreds of times
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ragturbo.model.one_thread import SMALL, use_one_thread
+from ragturbo.model.one_thread import SMALL, lock, use_one_thread
 
 if TYPE_CHECKING:
     from ragturbo.model.bundle import Bundle
-
-_lock = threading.Lock()
 
 
 def settle_threads(bundle: Bundle, on_device_thread: Callable[[Callable[[], Any]], Any]) -> int:
     """Make the device thread of a small model on a CPU single-threaded, unless OMP_NUM_THREADS is set, and return its
     number of threads. Other threads keep theirs."""
-    with _lock:
+    with lock:
         own = torch.get_num_threads()
         if bundle.device.type != "cpu" or "OMP_NUM_THREADS" in os.environ or parameters(bundle) > SMALL:
             return own

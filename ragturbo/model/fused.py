@@ -20,8 +20,11 @@ from ragturbo.model.tokens import from_tokens, products, sdpa, to_tokens
 from ragturbo.ops import cross_attention, geglu, group_norm
 
 
-def group_norm_of(x: Tensor, norm: nn.GroupNorm, *, silu: bool = False, add_bias: Tensor | None = None) -> Tensor:
-    return group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu=silu, add_bias=add_bias)
+def group_norm_of(
+    x: Tensor, norm: nn.GroupNorm, *, silu: bool = False, add_bias: Tensor | None = None, overwrite: bool = False
+) -> Tensor:
+    values = norm.num_groups, norm.weight, norm.bias, norm.eps
+    return group_norm(x, *values, silu=silu, add_bias=add_bias, overwrite=overwrite)
 
 
 class NormAct(nn.Module):
@@ -71,14 +74,17 @@ class Resnet(nn.Module):
         else:
             self.bias2 = ties.own(lambda: _bias_of_sum(ties, f"{path}.conv2", shortcut, before))
         self.scale = block.output_scale_factor
+        # A UNet's maps are skips as well.
+        self.owns_input = embeddings is None
 
     def forward(self, x: Tensor, temb: int | None = None) -> Tensor:
         """temb: the index of a folded timestep; None in a VAE."""
         h = self.conv1(group_norm_of(x, self.norm1, silu=True, add_bias=self.bias0))
-        h = group_norm_of(h, self.norm2, silu=True, add_bias=self.bias1[temb or 0])
+        # Large maps of new memory take a CPU as long to page in as to write, so dead ones are overwritten.
+        h = group_norm_of(h, self.norm2, silu=True, add_bias=self.bias1[temb or 0], overwrite=True)
         if self.shortcut is not None:
             x = self.shortcut(x)
-        out = self.conv2(h, self.bias2, x)
+        out = self.conv2(h, self.bias2, x, overwrite=self.owns_input or self.shortcut is not None)
         return out if self.scale == 1 else out / self.scale
 
 

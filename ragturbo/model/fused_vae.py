@@ -63,8 +63,8 @@ class PhaseUpsample(nn.Module):
             ties, conv, weight=lambda: phase_weights(ties.current(conv, cast=False), ties.dtype),
             shape=torch.Size((4 * out, into, 2, 2)),
         )  # fmt: skip
-        bias = ties.bias(conv) if biased else None
-        self.bias = None if bias is None else ties.own(lambda: bias.repeat(4))
+        bias = ties.bias(conv, cast=False) if biased else None
+        self.bias = None if bias is None else ties.own(lambda: bias.to(ties.dtype or bias.dtype).repeat(4))
         self._other_sizes = Upsample(ties, path, biased)
 
     def forward(self, x: Tensor, output_size: Any = None) -> Tensor:
@@ -136,8 +136,8 @@ class Attention(nn.Module):
         self.norm, self.heads = ties.norm(module.group_norm), module.heads
         names = [f"{path}.to_{x}" for x in "qkv"]
         self.qkv, self.out = TiedLinear(ties, *names), TiedLinear(ties, f"{path}.to_out.0")
-        biases = [b for name in names if (b := ties.bias(name)) is not None]
-        self.qkv_bias = ties.own(lambda: torch.cat(biases))
+        biases = [b for name in names if (b := ties.bias(name, cast=False)) is not None]
+        self.qkv_bias = ties.own(lambda: torch.cat(biases).to(ties.dtype or biases[0].dtype))
         self.out_bias = ties.bias(f"{path}.to_out.0")
 
     def forward(self, x: Tensor, temb: Any = None) -> Tensor:
@@ -212,7 +212,10 @@ def fused_decoder(
         for path, conv in _upsampled_convs(module.decoder):
             replace(path, PhaseUpsample(ties, f"decoder.{conv}"))
             replace(conv, nn.Identity())
-        replaced += pack_rest(ties, view, unbiased={f"decoder.{path}" for path in unbiased})
+        rest = pack_rest(
+            ties, view, below=("decoder", "post_quant_conv"), unbiased={f"decoder.{path}" for path in unbiased}
+        )
+        replaced += [Replaced(f"vae.{row.path}", row.was, row.now) for row in rest]
     elif "conv_in" in unbiased:
         view.decoder.conv_in.bias = None
     if isinstance(getattr(view.decoder, "conv_act", None), nn.SiLU):

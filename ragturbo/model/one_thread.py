@@ -8,6 +8,7 @@ process.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -16,6 +17,8 @@ import torch
 
 # Parameters of text encoder, UNet and VAE together: the embedded model has 4 million, SD 2.1 1.3 billion.
 SMALL = 64_000_000
+# Around changes of torch's global setting, which are read and restored.
+lock = threading.Lock()
 T = TypeVar("T")
 
 
@@ -27,11 +30,12 @@ def on_one_thread(function: Callable[[], T], device: torch.device, networks: Ite
     parameters = sum(parameter.numel() for network in networks for parameter in network.parameters())
     if device.type != "cpu" or parameters > SMALL or "OMP_NUM_THREADS" in os.environ:
         return function()
-    own = torch.get_num_threads()
     with ThreadPoolExecutor(1, thread_name_prefix="ragturbo-load") as pool:
-        pool.submit(use_one_thread).result()
-        # torch has a setting per thread and a global one for new threads and MKL: restore the latter.
-        torch.set_num_threads(own)
+        with lock:
+            own = torch.get_num_threads()
+            pool.submit(use_one_thread).result()
+            # torch has a setting per thread and a global one for new threads and MKL: restore the latter.
+            torch.set_num_threads(own)
         return pool.submit(function).result()
 
 

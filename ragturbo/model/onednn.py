@@ -17,6 +17,8 @@ from torch.nn import functional as F
 
 # Below this many weights the longer call costs more than the layout gains.
 _SMALL_LINEAR = 1 << 18
+# Sizes of the input whose packed weight a layer finds at once, and cases whose layout is known.
+_SIZES, _LAYOUTS = 64, 16384
 
 
 @functools.cache
@@ -26,10 +28,12 @@ def why_not() -> str | None:
         return "this build of torch has no oneDNN"
     try:
         with torch.no_grad():
-            x, weight, bias = torch.randn(1, 8, 5, 5), torch.randn(8, 8, 3, 3), torch.randn(8)
+            # Not random: torch's global generator is the user's.
+            x, weight, bias = (torch.linspace(-1, 1, n).cos() for n in (200, 576, 8))
+            x, weight = x.view(1, 8, 5, 5), weight.view(8, 8, 3, 3)
             ours = PackedConv2d(lambda: weight, weight.shape, weight.dtype, (1, 1), (1, 1))(x, bias, x)
             theirs = F.conv2d(x, weight, bias, padding=1) + x
-            row, matrix = torch.randn(4, 16), torch.randn(16, 16)
+            row, matrix = torch.linspace(-1, 1, 64).view(4, 16), torch.linspace(-2, 1, 256).sin().view(16, 16)
             linear = PackedLinear(lambda: matrix, (16, 16), matrix.dtype)(row, bias.repeat(2), row)
             agree = torch.allclose(ours, theirs, atol=1e-3) and torch.allclose(
                 linear, F.linear(row, matrix, bias.repeat(2)) + row, atol=1e-3
@@ -49,7 +53,7 @@ def bf16_reason() -> tuple[bool, str]:
     return False, "this CPU has neither AVX512_BF16 nor AMX"
 
 
-class _Packed:
+class PackedWeight:
     """A weight in the layout that oneDNN chooses for each size of the input, packed at the first call with that size.
 
     In another layout than it expects, oneDNN reorders the weight at every call, which can take a hundred times as long
@@ -69,11 +73,20 @@ class _Packed:
 
     def of(self, size: torch.Size) -> Tensor:
         if (found := self._by_size.get(size)) is None:
+            if len(self._by_size) >= _SIZES:
+                # The layouts stay, so that coming back to a size packs nothing.
+                self._by_size.clear()
             found = self._by_size[size] = self._packed(size)
         return found
 
+    @property
+    def nbytes(self) -> int:
+        return sum(int(torch.ops.mkldnn._nbytes(weight)) for weight in self._by_layout.values())
+
     def _packed(self, size: torch.Size) -> Tensor:
-        case = self._settings, size
+        case = self._settings, size, torch.get_num_threads()
+        if len(self._layouts) >= _LAYOUTS:
+            self._layouts.clear()
         if (known := self._layouts.get(case)) in self._by_layout:
             return self._by_layout[known]
         packed = self._pack(self._compute().detach(), size)
@@ -94,19 +107,24 @@ class PackedConv2d:
         """weight: computes it, of `shape` and `dtype`."""
         self.dtype = dtype
         self._place = list(padding), list(stride), [1, 1], 1
-        self.weight = _Packed(weight, self._pack, (shape, dtype, stride, padding))
+        self.weight = PackedWeight(weight, self._pack, (shape, dtype, stride, padding))
 
     def _pack(self, weight: Tensor, size: torch.Size) -> Tensor:
         return torch.ops.mkldnn._reorder_convolution_weight(weight.contiguous(), *self._place, list(size))
 
-    def __call__(self, x: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-        """(B, C, H, W) in any layout -> channels_last."""
+    def __call__(
+        self, x: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, *, overwrite: bool = False
+    ) -> Tensor:
+        """(B, C, H, W) in any layout -> channels_last. overwrite: the result may take the residual's memory."""
         x = x.contiguous(memory_format=torch.channels_last)
         weight = self.weight.of(x.shape)
         if residual is None:
             run = torch.ops.mkldnn._convolution_pointwise.default
             return run(x, weight, bias, *self._place, "none", [], "")
         residual = residual.contiguous(memory_format=torch.channels_last)
+        if overwrite:
+            add = torch.ops.mkldnn._convolution_pointwise_.binary
+            return add(residual, x, weight, bias, *self._place, "add", 1.0, None, [], None)
         run = torch.ops.mkldnn._convolution_pointwise.binary
         return run(x, residual, weight, bias, *self._place, "add", None, None, [], None)
 
@@ -114,11 +132,11 @@ class PackedConv2d:
 class PackedLinear:
     def __init__(self, weight: Callable[[], Tensor], shape: tuple[int, int], dtype: torch.dtype) -> None:
         """weight: computes it, of `shape` and `dtype`."""
-        self.weight = _Packed(weight, _pack_linear, (shape, dtype))
+        self.weight = PackedWeight(weight, _pack_linear, (shape, dtype))
 
     def __call__(self, x: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """(…, K) -> (…, N)"""
-        weight = self.weight.of(x.shape)
+        weight = self.weight.of(torch.Size((x.numel() // x.shape[-1], x.shape[-1])))
         if residual is None:
             return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
@@ -130,4 +148,4 @@ def packs_linear(weights: int) -> bool:
 
 
 def _pack_linear(weight: Tensor, size: torch.Size) -> Tensor:
-    return torch.ops.mkldnn._reorder_linear_weight(weight, size.numel() // size[-1])
+    return torch.ops.mkldnn._reorder_linear_weight(weight, size[0])

@@ -36,7 +36,7 @@ class TiedConv2d:
             shape, dtype = shape or own.shape, ties.dtype if cast and ties.dtype else own.dtype
             compute = weight or (lambda: ties.current(path, cast=cast))
             self._packed = PackedConv2d(compute, shape, dtype, stride, padding)
-            ties.on_refresh(self._packed.weight.clear)
+            ties.packed.append(self._packed.weight)
         else:
             self.weight = ties.weight(path, cast=cast) if weight is None else ties.own(weight)
 
@@ -44,9 +44,12 @@ class TiedConv2d:
     def dtype(self) -> torch.dtype:
         return self.weight.dtype if self._packed is None else self._packed.dtype
 
-    def __call__(self, x: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, x: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, *, overwrite: bool = False
+    ) -> Tensor:
+        """overwrite: the result may take the residual's memory."""
         if self._packed is not None:
-            return self._packed(x, bias, residual)
+            return self._packed(x, bias, residual, overwrite=overwrite)
         if residual is None:
             return F.conv2d(x, self.weight, bias, self._stride, self._padding)
         return bias_residual(F.conv2d(x, self.weight, None, self._stride, self._padding), bias, residual)
@@ -65,14 +68,14 @@ class TiedLinear:
                 (width, weights[0].numel() // weights[0].shape[0]),
                 ties.dtype or weights[0].dtype,
             )
-            ties.on_refresh(self._packed.weight.clear)
+            ties.packed.append(self._packed.weight)
         else:
             self.weight = ties.weight(paths[0]).flatten(1) if len(paths) == 1 else ties.concatenated(*paths)
         self.width = sum(w.shape[0] for w in weights)
         self._adds = ties.packs
 
     def onto(self, x: Tensor, h: Tensor, bias: Tensor | None) -> Sum:
-        """x + W·h + bias, W·h computed, for a norm that follows."""
+        """x + W·h + bias. On a GPU the norm that follows adds it up."""
         return Sum(self(h, bias, x)) if self._adds else Sum(x, self(h), bias)
 
     def add_to(self, x: Tensor, h: Tensor, bias: Tensor | None) -> Tensor:
@@ -123,20 +126,26 @@ class ConvLayer(nn.Module):
         return out if self._dtype is None else out.to(self._dtype)
 
 
-def pack_rest(ties: Ties, view: Any, *, unbiased: set[str] | None = None) -> list[Replaced]:
+def pack_rest(
+    ties: Ties, view: Any, *, below: tuple[str, ...] = ("",), unbiased: set[str] | None = None
+) -> list[Replaced]:
     """Replace, in a derived copy, the convolutions that no fused layer has replaced.
 
     Args:
         ties: of the original, with packs.
         view: the copy, which may share whole modules with the original: they are not changed.
+        below: the parts of it to look at.
         unbiased: paths of convolutions whose bias is added elsewhere.
     """
-    replaced = []
+    replaced: list[Replaced] = []
     shared = {id(module) for module in ties.root.modules()}
     for path, module in list(view.named_modules()):
-        if id(module) not in shared and _can_pack(module) and not path.endswith(".base_layer"):
-            view.set_submodule(path, ConvLayer(ties, path, biased=path not in (unbiased or ())))
-            replaced.append(Replaced(path, type(module).__name__, ConvLayer.__name__))
+        # A LoRA's own convolutions went with the layer it is on.
+        gone = any(path.startswith(f"{done.path}.") for done in replaced)
+        if gone or not path.startswith(below) or id(module) in shared or not _can_pack(module):
+            continue
+        view.set_submodule(path, ConvLayer(ties, path, biased=path not in (unbiased or ())))
+        replaced.append(Replaced(path, type(module).__name__, ConvLayer.__name__))
     return replaced
 
 

@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ragturbo.model.onednn import PackedWeight
+
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -40,7 +42,7 @@ class Ties:
     packs: bool = False
     owned: list[tuple[Tensor, Callable[[], Tensor]]] = field(default_factory=list)
     shared: list[tuple[str, Tensor]] = field(default_factory=list)
-    _refreshed: list[Callable[[], Any]] = field(default_factory=list)
+    packed: list[PackedWeight] = field(default_factory=list)
 
     def weight(self, path: str, *, cast: bool = True) -> Tensor:
         """A module's weight: shared, or owned if a LoRA has to be merged into it or its dtype is another."""
@@ -79,9 +81,9 @@ class Ties:
         self.owned.append((value, compute))
         return value
 
-    def on_refresh(self, call: Callable[[], Any]) -> None:
-        """Call this at every refresh, for values derived from weights that need no fixed address."""
-        self._refreshed.append(call)
+    @property
+    def packed_bytes(self) -> int:
+        return sum(weight.nbytes for weight in self.packed)
 
     @torch.no_grad()
     def refresh(self) -> bool:
@@ -100,8 +102,8 @@ class Ties:
             return False
         for (own, _), value in zip(self.owned, values, strict=True):
             own.copy_(value)
-        for call in self._refreshed:
-            call()
+        for weight in self.packed:
+            weight.clear()
         return True
 
     def _casts(self, tensor: Tensor) -> bool:

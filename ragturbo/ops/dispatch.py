@@ -161,15 +161,19 @@ def choose(
         InvalidRequest: the named implementation cannot run.
     """
     name = _auto(op, device, dtype)[0] if impl == "auto" else impl
-    if name == "native" and impl == "auto" and not limits and not _without_data(inputs) and not wants_grad(*inputs):
-        # The way of every layer on a CPU, where a check takes as long as a small layer.
+    if name == "native" and not (FORCED or limits or impl != "auto" or wants_grad(*inputs) or _unreadable(inputs)):
+        # Every layer on a CPU comes here; the checks below take as long as a small layer.
         return name
     limits = limits or {}
     if impl == "auto" and limits.get(name):
         able = [n for n in IMPLEMENTATIONS[op] if not limits.get(n) and refusal(op, n, device, dtype) is None]
-        # The reference comes last: on a GPU it is slow, or cannot read device memory at all.
-        name = next((n for n in able if n != "reference"), "reference")
-    if name == "native" and impl == "auto" and _without_data(inputs):
+        # The reference comes last on a GPU, where it is slow or cannot read device memory at all.
+        name = next((n for n in able if n != "reference" and device == "cuda"), "reference")
+    if name == "native" and _unreadable(inputs):
+        if impl != "auto":
+            raise InvalidRequest(
+                f"{op}(impl='native') reads tensors with data on the CPU, not compiled, fake or watched"
+            )
         return "reference"
     if op in FORWARD_ONLY and name != "reference" and wants_grad(*inputs):
         if impl != "auto":
@@ -195,22 +199,24 @@ def explain(device: str | None = None) -> list[Explanation]:
     """What "auto" uses for every op on `device`; by default a GPU if torch sees one, else the CPU."""
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     rows = []
+    dtype = torch.float32 if where == "cpu" else torch.float16
     for op, names in IMPLEMENTATIONS.items():
-        impl, reason = _auto(op, where)
-        unavailable = {name: why for name in names if (why := refusal(op, name, where)) is not None}
+        impl, reason = _auto(op, where, dtype)
+        unavailable = {name: why for name in names if (why := refusal(op, name, where, dtype)) is not None}
         rows.append(Explanation(op, impl, reason, unavailable))
     return rows
 
 
-_WITH_DATA = frozenset({Tensor, torch.nn.Parameter, type(None)})
+_WITH_DATA = frozenset({Tensor, torch.nn.Parameter})
 
 
-def _without_data(inputs: tuple[Tensor | None, ...]) -> bool:
-    """Whether native code must not read the inputs: torch.compile and FakeTensorMode pass tensors without data, and
-    other dispatch modes see only torch's operations."""
-    # In this order, which ends torch.compile's tracing here.
-    watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-    return watched or any(type(x) not in _WITH_DATA for x in inputs)
+def _unreadable(inputs: tuple[Tensor | None, ...]) -> bool:
+    """Whether native code cannot or must not read the inputs: they are not on the CPU, torch.compile and FakeTensorMode
+    pass tensors without data, and other dispatch modes see torch's operations only."""
+    # is_compiling() first: torch.compile cannot trace the second call.
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    return any(x is not None and (type(x) not in _WITH_DATA or not x.is_cpu) for x in inputs)
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:

@@ -20,13 +20,14 @@ def group_norm(
     silu: bool = False,
     add: Tensor | None = None,
     add_bias: Tensor | None = None,
+    overwrite: bool = False,
     impl: str = "auto",
 ) -> Tensor:
     """x, add: (B, C, H, W); weight, bias, add_bias: (C,) -> SiLU(GroupNorm(x + add + add_bias[c])), x's dtype.
 
-    The kernel reads and writes channels_last. Forward only.
+    The kernel reads and writes channels_last. Forward only. overwrite: the result may take x's memory.
     """
-    return _run(x, groups, weight, bias, eps, silu, add, add_bias, False, impl)[0]
+    return _run(x, groups, weight, bias, eps, silu, add, add_bias, False, impl, overwrite)[0]
 
 
 def group_norm_and_sum(
@@ -45,11 +46,13 @@ def group_norm_and_sum(
     return _run(x, groups, weight, bias, eps, silu, add, add_bias, True, impl)
 
 
-def _run(x, groups, weight, bias, eps, silu, add, add_bias, keep_sum, impl) -> tuple[Tensor, Tensor]:
+def _run(x, groups, weight, bias, eps, silu, add, add_bias, keep_sum, impl, overwrite=False) -> tuple[Tensor, Tensor]:
     if x.ndim != 4 or x.shape[1] % groups or weight.shape != x.shape[1:2] or bias.shape != x.shape[1:2]:
         raise InvalidRequest(
             f"group_norm: x {tuple(x.shape)}, {groups} groups, weight {tuple(weight.shape)}, bias {tuple(bias.shape)}"
         )
+    if add_bias is not None and add_bias.shape != x.shape[1:2]:
+        raise InvalidRequest(f"group_norm: x is {tuple(x.shape)}, add_bias is {tuple(add_bias.shape)}")
     if add is not None and add.shape != x.shape:
         raise InvalidRequest(f"group_norm: x is {tuple(x.shape)}, add is {tuple(add.shape)}")
     limits = None if add is None else {"native": "norms without a residual: on a CPU, convolutions add it"}
@@ -58,7 +61,7 @@ def _run(x, groups, weight, bias, eps, silu, add, add_bias, keep_sum, impl) -> t
     if name == "triton":
         return _triton(x, groups, weight, bias, eps, silu, add, add_bias, keep_sum)
     if name == "native":
-        return _native(x, groups, weight, bias, eps, silu, add_bias), x
+        return _native(x, groups, weight, bias, eps, silu, add_bias, overwrite), x
     return reference(x, groups, weight, bias, eps, silu, add, add_bias)
 
 
@@ -79,11 +82,12 @@ def reference(
 
 
 def _native(
-    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool, add_bias: Tensor | None
-) -> Tensor:
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool, add_bias: Tensor | None,
+    overwrite: bool,
+) -> Tensor:  # fmt: skip
     """On a CPU, in channels_last. Called directly: a custom op would take longer than the norm of a small map."""
     x = x.contiguous(memory_format=torch.channels_last)
-    out = torch.empty_like(x)
+    out = x if overwrite else torch.empty_like(x)
     weight, bias = weight.float().contiguous(), bias.float().contiguous()
     added = None if add_bias is None else add_bias.float().contiguous()
     batch, channels, height, width = x.shape

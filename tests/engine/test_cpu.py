@@ -106,3 +106,36 @@ def test_psnr_is_over_the_range_and_nan_for_nan():
     assert dtypes.psnr_over_range(exact, exact) == float("inf")
     assert abs(dtypes.psnr_over_range(exact + 0.08, exact) - 40) < 1e-3
     assert not dtypes.psnr_over_range(exact * float("nan"), exact) > 0
+
+
+def test_making_a_generator_leaves_the_users_random_numbers_alone(bundle):
+    onednn.why_not.cache_clear()
+    torch.manual_seed(3)
+    expected = torch.randn(4)
+    torch.manual_seed(3)
+    make_engine(bundle, GeneratorConfig())
+    assert torch.equal(torch.randn(4), expected)
+
+
+def test_a_lora_of_peft_on_an_outer_convolution_is_merged(model_folder, make_request):
+    from peft import LoraConfig
+
+    own = Bundle.load(model_folder, device="cpu")
+    own.unet.unet.add_adapter(LoraConfig(r=2, target_modules=["conv", "conv_in"], init_lora_weights=False))
+    engine = make_engine(own, GeneratorConfig())
+    batch = make_request("a red circle")
+    assert isinstance(engine, GraphEngine)
+    assert relative(engine.run(batch).latents, engine.reference.run(batch).latents) < 1e-5
+
+
+def test_packed_weights_are_counted_and_sizes_are_bounded(bundle, make_request, monkeypatch):
+    engine = make_engine(bundle, GeneratorConfig())
+    assert engine.describe()["packed weights of the UNet, bytes"] == 0
+    first = engine.run(make_request("a red circle")).latents
+    held = engine.describe()["packed weights of the UNet, bytes"]
+    assert held > 0
+    monkeypatch.setattr(onednn, "_SIZES", 2)
+    for side in (10, 12, 14, 18):
+        engine.run(make_request("a red circle", latents=torch.zeros(1, 4, side, side)))
+    assert all(len(weight._by_size) <= 2 for weight in engine.model.unet.ties.packed)
+    assert torch.equal(engine.run(make_request("a red circle")).latents, first)

@@ -161,3 +161,21 @@ def test_what_it_cannot_do_is_refused_by_name_and_avoided_by_auto(randn):
     assert geglu(x.half()).dtype == torch.float16
     with pytest.raises(InvalidRequest, match="for CPUs"):
         dispatch.choose("geglu", "native", "cuda", torch.float32)
+
+
+def test_a_forced_or_named_implementation_is_checked_before_memory_is_read(randn, monkeypatch):
+    monkeypatch.setattr(dispatch, "FORCED", {"": "native"})
+    monkeypatch.setenv("RAGTURBO_IMPL", "native")
+    with pytest.raises(InvalidRequest, match=r"not torch\.float16"):
+        geglu(randn(3, 8).half())
+    with pytest.raises(InvalidRequest, match=r"add_bias is \(1,\)"):
+        group_norm(randn(1, 8, 4, 4), 2, randn(8), randn(8), add_bias=torch.zeros(1))
+    with FakeTensorMode() as mode, pytest.raises(InvalidRequest, match="not compiled, fake or watched"):
+        geglu(mode.from_tensor(torch.zeros(2, 4)), impl="native")
+
+
+def test_an_outlier_at_the_first_pixel_does_not_spoil_the_variance(randn, no_worse):
+    x, weight, bias = 0.01 * randn(1, 16, 64, 64), randn(16), randn(16)
+    x[0, :, 0, 0] = 100.0
+    exact = normed(x.double(), 4, weight.double(), bias.double(), False)
+    no_worse(group_norm(x, 4, weight, bias, impl="native"), exact, normed(x, 4, weight, bias, False))

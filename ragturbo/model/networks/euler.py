@@ -35,6 +35,7 @@ OPTIONS = Options(
 class EulerDiscreteScheduler:
     def __init__(self, config: Config) -> None:
         self.config = config
+        self._steps: tuple[int, torch.device | str | None] | None = None
         # The order of the operations is diffusers', so that the bits are equal.
         start, end, power = config.beta_start, config.beta_end, 1
         if config.beta_schedule == "scaled_linear":
@@ -84,6 +85,7 @@ class EulerDiscreteScheduler:
         else:
             timesteps = np.arange(c.num_train_timesteps, 0, -(c.num_train_timesteps / n)).round().astype(np.float32)
             timesteps -= 1
+        self._steps = num_inference_steps, device
         levels = (((1 - self.alphas_cumprod) / self.alphas_cumprod) ** 0.5).numpy()
         last = 0 if c.final_sigmas_type == "zero" else levels[0]
         sigmas = np.interp(timesteps, np.arange(len(levels)), levels)
@@ -102,7 +104,10 @@ def become_diffusers_scheduler(scheduler: Any) -> Any:
     """Change a scheduler, in place, into diffusers' class. One that is already is returned as it is."""
     if isinstance(scheduler, EulerDiscreteScheduler):
         theirs = scheduler.from_config(scheduler.config)
-        scheduler.__dict__ = theirs.__dict__
+        if scheduler._steps is not None:
+            theirs.set_timesteps(*scheduler._steps)
+        # With what this class reads as well: another thread may use it between the two assignments.
+        scheduler.__dict__ = {**theirs.__dict__, "config": scheduler.config, "_steps": scheduler._steps}
         scheduler.__class__ = type(theirs)
     return scheduler
 

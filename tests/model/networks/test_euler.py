@@ -51,3 +51,15 @@ def test_the_levels_are_those_of_diffusers(spacing: str, schedule: str, zero: bo
 def test_another_scheduler_is_left_to_diffusers(option: dict[str, Any]) -> None:
     assert EulerDiscreteScheduler.load(BASE) is not None
     assert EulerDiscreteScheduler.load({**BASE, **option}) is None
+
+
+def test_a_step_of_diffusers_keeps_the_number_of_steps_that_was_set() -> None:
+    values = {**BASE, "timestep_spacing": "trailing"}
+    ours, theirs = EulerDiscreteScheduler.load(values), diffusers.EulerDiscreteScheduler.from_config(values)
+    assert ours is not None
+    x, out = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(4)
+    first = [scheduler.step(out, scheduler.timesteps[0], x).prev_sample for scheduler in (ours, theirs)]
+    assert torch.equal(*first) and isinstance(ours, diffusers.EulerDiscreteScheduler)
+    assert ours.num_inference_steps == 4
