@@ -114,20 +114,20 @@ T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-void norm(uintptr_t x, uintptr_t out, bool bf16, int64_t batch, int64_t pixels, int64_t channels, int64_t groups,
-          uintptr_t weight, uintptr_t bias, uintptr_t add_bias, float eps, bool silu, int threads) {
+void normalize(uintptr_t x, uintptr_t out, bool bf16, int64_t batch, int64_t pixels, int64_t channels, int64_t groups,
+               uintptr_t weight, uintptr_t bias, uintptr_t add_bias, float eps, bool silu, int threads) {
   if (groups < 1 || channels % groups) throw py::value_error("channels must be a multiple of groups");
   py::gil_scoped_release release;
   group_norm({at<const void>(x), at<void>(out), bf16, batch, pixels, channels, groups, at<const float>(weight),
               at<const float>(bias), at<const float>(add_bias), eps, silu, threads});
 }
 
-void gated(uintptr_t x, uintptr_t out, bool bf16, int64_t rows, int64_t width, uintptr_t bias, int threads) {
+void gate(uintptr_t x, uintptr_t out, bool bf16, int64_t rows, int64_t width, uintptr_t bias, int threads) {
   py::gil_scoped_release release;
   geglu({at<const void>(x), at<void>(out), bf16, rows, width, at<const float>(bias), threads});
 }
 
-void interleaved(uintptr_t phases, uintptr_t out, int64_t batch, int64_t h, int64_t w, int64_t bytes, int threads) {
+void put_in_order(uintptr_t phases, uintptr_t out, int64_t batch, int64_t h, int64_t w, int64_t bytes, int threads) {
   py::gil_scoped_release release;
   interleave({at<const void>(phases), at<void>(out), batch, h, w, bytes, threads});
 }
@@ -211,12 +211,12 @@ PYBIND11_MODULE(_native, m) {
 
   m.def("crc32", &crc32_of, py::arg("data"), py::arg("value") = 0, "zlib.crc32, faster.");
   m.def("build_info", &build_info);
-  m.def("group_norm", &norm, py::kw_only(), py::arg("x"), py::arg("out"), py::arg("bf16"), py::arg("batch"),
+  m.def("group_norm", &normalize, py::kw_only(), py::arg("x"), py::arg("out"), py::arg("bf16"), py::arg("batch"),
         py::arg("pixels"), py::arg("channels"), py::arg("groups"), py::arg("weight"), py::arg("bias"),
         py::arg("add_bias"), py::arg("eps"), py::arg("silu"), py::arg("threads"));
-  m.def("geglu", &gated, py::kw_only(), py::arg("x"), py::arg("out"), py::arg("bf16"), py::arg("rows"),
+  m.def("geglu", &gate, py::kw_only(), py::arg("x"), py::arg("out"), py::arg("bf16"), py::arg("rows"),
         py::arg("width"), py::arg("bias"), py::arg("threads"));
-  m.def("interleave", &interleaved, py::kw_only(), py::arg("phases"), py::arg("out"), py::arg("batch"), py::arg("h"),
+  m.def("interleave", &put_in_order, py::kw_only(), py::arg("phases"), py::arg("out"), py::arg("batch"), py::arg("h"),
         py::arg("w"), py::arg("bytes"), py::arg("threads"));
 
 #ifdef RAGTURBO_HAS_CUDA

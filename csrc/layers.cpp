@@ -10,9 +10,6 @@
 namespace ragturbo {
 namespace {
 
-// Below this many elements, waking a thread takes longer than the work.
-constexpr int64_t kSerial = 32768;
-
 // x·Φ(x). 1 − Φ(|x|) is e^(−x²/2) times a function that a polynomial in 1 / (1 + 0.225·|x|) meets to 2e-8, by a least
 // squares fit of the relative error on [0, 10].
 RAGTURBO_INLINE float gelu_of(float x) {

@@ -13,11 +13,8 @@ namespace {
 // Pixels of a task, and those summed in fp32 before fp64 takes over: few enough that their roundings do not show, many
 // enough that the fp64 part costs little.
 constexpr int64_t kRows = 128, kShort = 8;
-// Below this many elements, waking a thread takes longer than the work.
-constexpr int64_t kSerial = 32768;
-
-// Sums of x − pivot and of its square over `rows` pixels, for each channel. The pivot is the first pixel: without it,
-// the square of a mean far from zero would cancel the variance.
+// Sums of x − pivot and of its square over `rows` pixels, for each channel. The pivot is the middle one of three pixels:
+// without it, the square of a mean far from zero would cancel the variance.
 template <typename T>
 RAGTURBO_INLINE void sums_of(const T* x, const float* pivot, int64_t rows, int64_t channels, double* sum,
                              double* square) {
@@ -117,8 +114,10 @@ void run(const GroupNorm& g) {
   std::vector<double> partial(tasks * 2 * channels);
   for (int64_t b = 0; b < g.batch; ++b)
     for (int64_t c = 0; c < channels; ++c) {
-      const float first = load(x[b * image + c]);
-      pivots[b * channels + c] = std::isfinite(first) ? first : 0.0f;
+      const auto pixel = [&](int64_t i) { return load(x[b * image + i * channels + c]); };
+      const float first = pixel(0), half = pixel(g.pixels / 2), last = pixel(g.pixels - 1);
+      const float middle = std::max(std::min(first, half), std::min(std::max(first, half), last));
+      pivots[b * channels + c] = std::isfinite(middle) ? middle : 0.0f;
     }
   const auto rows_of = [&](int64_t block) { return std::min(kRows, g.pixels - block * kRows); };
   run_on_torch_threads(tasks, threads, [&](size_t i) {

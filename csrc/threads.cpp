@@ -14,8 +14,10 @@ using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
 // Looked up in what the process has loaded: linking an OpenMP library would add a second set of threads.
 Parallel openmp() {
-  static const auto found = reinterpret_cast<Parallel>(::dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-  return found;
+  // Kept only if found: torch may be loaded later.
+  static std::atomic<Parallel> found{nullptr};
+  if (!found.load(std::memory_order_relaxed)) found = reinterpret_cast<Parallel>(::dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return found.load(std::memory_order_relaxed);
 }
 
 struct Tasks {
@@ -35,8 +37,9 @@ void run_on_torch_threads(size_t count, int threads, const std::function<void(si
   threads = static_cast<int>(std::min<size_t>(count, static_cast<size_t>(std::max(threads, 1))));
   Tasks tasks{body, count};
   if (threads <= 1) return work(&tasks);
-  if (!openmp()) return run_parallel(count, threads, body);
-  openmp()(&work, &tasks, static_cast<unsigned>(threads), 0);
+  const Parallel parallel = openmp();
+  if (!parallel) return run_parallel(count, threads, body);
+  parallel(&work, &tasks, static_cast<unsigned>(threads), 0);
 }
 
 const char* torch_threads() { return openmp() ? "openmp" : "pool"; }

@@ -1,8 +1,12 @@
 #pragma once
 #include <cstddef>
+#include <cstdint>
 #include <functional>
 
 namespace ragturbo {
+
+// Elements below which waking a thread takes longer than the work.
+constexpr int64_t kSerial = 32768;
 
 // Calls body(0) … body(tasks - 1) on up to `threads` threads including the caller's, for work between torch's own
 // operations. Torch's OpenMP threads keep their processors busy for milliseconds after each of its operations, so other

@@ -3,10 +3,12 @@
 #include <cstdint>
 #include <cstring>
 
-// Functions with this attribute are compiled once per level of x86-64, and the loader chooses by the processor. What
+// Functions with this attribute are compiled once per level of x86-64, and glibc's loader chooses by the processor. What
 // they call must be RAGTURBO_INLINE, or it stays at the lowest level.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 12
 #define RAGTURBO_VECTOR __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#elif defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 7
+#define RAGTURBO_VECTOR __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define RAGTURBO_VECTOR
 #endif
@@ -42,9 +44,9 @@ RAGTURBO_INLINE void store(bf16* to, float value) {
   to->bits = static_cast<uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded);
 }
 
-// e^x to 2 units in the last place between -87 and 88, clamped to these ends beyond. x must not be NaN.
+// e^x to 2 units in the last place between -87 and 88, clamped to these ends beyond; of NaN that of -87.
 RAGTURBO_INLINE float exp_of(float x) {
-  x = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
+  x = x > -87.0f ? (x < 88.0f ? x : 88.0f) : -87.0f;
   // Adding and subtracting 1.5·2^23 rounds to an integer.
   const float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
   // ln 2 in two parts, so that n·ln 2 is exact enough.
@@ -59,7 +61,8 @@ RAGTURBO_INLINE float exp_of(float x) {
   return p * float_of(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
 }
 
-// x·sigmoid(x). NaN and infinities behave as in torch: the clamp in exp_of must not hide them.
+// x·sigmoid(x). NaN and infinities behave as in torch: the clamp in exp_of must not hide them. Below -1e30, where torch
+// gives 0, the clamp leaves a small negative number.
 RAGTURBO_INLINE float silu_of(float x) {
   const float y = x / (1.0f + exp_of(-x));
   return x - x == 0.0f ? y : (x > 0.0f ? x : x - x);

@@ -38,7 +38,7 @@ def load_sum(x_ptr, add_ptr, add_bias, sum_ptr, base, o, m, KEEP: tl.constexpr):
 
 @triton.jit
 def _load_rows(x_ptr, add_ptr, add_bias, sum_ptr, base, o, i_r, left, m_c, EVEN: tl.constexpr):
-    """_load_sum of the rows i_r < left, 0 elsewhere, and the mask."""
+    """load_sum of the rows i_r < left, 0 elsewhere, and the mask."""
     m = EVEN | ((i_r < left)[:, None] & m_c[None, :])
     return tl.where(m, load_sum(x_ptr, add_ptr, add_bias, sum_ptr, base, o, m, True), 0.0), m
 
