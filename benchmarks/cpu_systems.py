@@ -131,6 +131,8 @@ def openvino(model: str, *, precision: str) -> Draw:
     from ragturbo.model.onestep import EulerSchedule, make_schedule
 
     bundle = make_bundle(model)
+    # OpenVINO traces the libraries' own modules.
+    bundle.to_diffusers()
     schedule = make_schedule(bundle.scheduler, 1, distilled=True, device="cpu")
     assert isinstance(schedule, EulerSchedule)
     step, timestep = StepConstants.of(schedule)[0], schedule.timesteps[0].float()
