@@ -68,7 +68,7 @@ def scan_keys_together(
     descriptor_ptr, query_ptr, score_ptr, row_ptr, D, Q,
     K: tl.constexpr, KP: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """scan_keys of BQ of the Q queries, whose largest numbers are between 2^-126 and 2^126. Program (queries, share)."""
+    """scan_keys of BQ of the Q queries, whose largest numbers are in [2^-126, 2^126). Program (queries, share)."""
     pdl.wait(PDL)
     share, shares = tl.program_id(1), tl.num_programs(1)
     p_keys = tl.load(descriptor_ptr).to(tl.pointer_type(tl.float16), bitcast=True)
