@@ -62,6 +62,8 @@ class FastModel:
         self.bundle, self.compiled, self.dtype = bundle, compiled, dtype or bundle.dtype
         able, self.packs_why = packing.choose(bundle.device, self.dtype, compiled)
         self.packs = packs and able
+        if able and not packs:
+            self.packs_why = "not packed: a recorder watches torch's operations"
         self.attention, self.attention_why = attention_of.choose(attention, bundle.device, self.dtype)
         self.schedules = constant_schedules(bundle)
         if not self.schedules:
