@@ -58,7 +58,8 @@ def _python(code: str, path: str | None = None) -> str:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [path, os.environ.get("PYTHONPATH")]))}
     # Compiled modules are read from disk, as of an installed package.
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
-    # In an empty folder, so that only installed packages and `path` can be imported, and "shapes" is no folder.
+    # In an empty folder: nothing else than installed packages and `path` can be imported, and "shapes" cannot be
+    # mistaken for a folder of that name.
     with tempfile.TemporaryDirectory() as empty:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=empty, env=environment)
     if done.returncode:
