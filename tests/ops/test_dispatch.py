@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -219,3 +220,10 @@ def test_opcheck_of_every_custom_op(randn, device):
     assert set(arguments) == defined - {"gather_rows_cuda", "topk_cuda"}
     for name, args in arguments.items():
         torch.library.opcheck(getattr(torch.ops.ragturbo, name).default, args)
+
+
+def test_where_a_compiler_is_the_native_layers_were_built_so_that_their_tests_do_not_skip():
+    from ragturbo.info import native_reason
+
+    if shutil.which("g++") and "RAGTURBO_NATIVE=off" not in native_reason():
+        assert all(hasattr(dispatch.native(), op) for op in ("group_norm", "geglu", "interleave")), native_reason()
